@@ -1,0 +1,41 @@
+"""Make Hugging Face causal language models shallower, inside the Trainer.
+
+The public names are imported when they are first used, so that `import hf_layerprune` is light.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from .arguments import DistillationTrainingArguments as DistillationTrainingArguments
+    from .callback import LayerPruningCallback as LayerPruningCallback
+    from .errors import LayerPruneError as LayerPruneError
+    from .evaluation import evaluate_text as evaluate_text
+    from .lineage import Lineage as Lineage
+    from .lineage import get_lineage as get_lineage
+    from .scoring import ScoreTable as ScoreTable
+    from .scoring import score_layers as score_layers
+    from .surgery import remove_layers as remove_layers
+    from .trainer import DistillationTrainer as DistillationTrainer
+
+_HOMES = {
+    "DistillationTrainer": "trainer",
+    "DistillationTrainingArguments": "arguments",
+    "LayerPruneError": "errors",
+    "LayerPruningCallback": "callback",
+    "Lineage": "lineage",
+    "ScoreTable": "scoring",
+    "evaluate_text": "evaluation",
+    "get_lineage": "lineage",
+    "remove_layers": "surgery",
+    "score_layers": "scoring",
+}
+
+__all__ = [*_HOMES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

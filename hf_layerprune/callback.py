@@ -1,0 +1,426 @@
+"""Taking layers out of a model while a Trainer trains it."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from .checkpoint import load_lineage
+from .data import Batch, make_batches
+from .errors import LayerPruneError
+from .lineage import get_lineage
+from .record import RECORD_NAME, Record, peak_memory_mb, read_record, start_record, write_record
+from .scoring import score_layers, undisturbed
+from .surgery import check_exact, check_layers, remove_layers
+
+
+logger = logging.getLogger(__name__)
+
+
+class LayerPruningCallback(TrainerCallback):
+    """Removes the least important decoder layers of the model in training, phase by phase.
+
+    Iterative Layer-wise Distillation (2511.05085, section 3): each phase scores every layer, removes
+    the least important one, and trains what is left. A layer goes at the START of a step, so that the
+    evaluation and the checkpoint at the end of a phase see the healed model. The optimizer forgets the
+    removed parameters and keeps its state of all others. Works in [`DistillationTrainer`] and in a plain
+    [`~transformers.Trainer`]. The run record is written to `layer_pruning.json` in the output folder.
+
+    Args:
+        target_layers (`int`):
+            How many layers the model shall have in the end.
+        criterion (`str`, *optional*, defaults to `"loss"`):
+            What makes a layer important: `"loss"`, `"block_influence"` or `"task"`, see
+            [`score_layers`].
+        calibration (`Dataset` or list of batches, *optional*):
+            Text to score with: a data set like the training one, or ready batches.
+        task (`Callable` or `evaluate.EvaluationModule`, *optional*):
+            For `criterion="task"`: a function `score(model) -> float`, higher is better, or a metric.
+        layers_per_phase (`int`, *optional*, defaults to 1):
+            Layers to remove before training goes on; all are scored again after each.
+        steps_per_phase (`int`, *optional*):
+            Training steps after each removal; left out, all steps are shared out equally. Steps that
+            remain go to the last phase.
+        protected (iterable of `int`, *optional*):
+            Layers that stay, as indices in the starting model; left out, the first and the last.
+        quality_floor (`float`, *optional*):
+            Stop removing when the model's score is below this at the start of a phase: the task's
+            score, or for `"loss"` minus the loss in nats per token.
+        evaluation (`Callable`, *optional*):
+            A function `evaluation(model) -> dict[str, float]` whose results go into the record: of the
+            starting model, after each cut and after each healing.
+
+    Raises:
+        LayerPruneError: a setting that cannot work, from `trainer.train()`, before any training.
+    """
+
+    def __init__(
+        self,
+        *,
+        target_layers: int,
+        criterion: str = "loss",
+        calibration: Any = None,
+        task: Any = None,
+        layers_per_phase: int = 1,
+        steps_per_phase: int | None = None,
+        protected: Iterable[int] | None = None,
+        quality_floor: float | None = None,
+        evaluation: Callable[[PreTrainedModel], dict[str, float]] | None = None,
+    ) -> None:
+        for name, value in {
+            "target_layers": target_layers,
+            "layers_per_phase": layers_per_phase,
+            "steps_per_phase": 1 if steps_per_phase is None else steps_per_phase,
+        }.items():
+            if type(value) is not int or value < 1:
+                raise LayerPruneError(f"{name} is {value!r}: it must be a whole number of at least 1.")
+        if quality_floor is not None and criterion == "block_influence":
+            raise LayerPruneError("block_influence measures no quality: leave quality_floor out.")
+        self.target_layers = target_layers
+        self.criterion = criterion
+        self.calibration = calibration
+        self.task = task
+        self.layers_per_phase = layers_per_phase
+        self.steps_per_phase = steps_per_phase
+        self.protected = None if protected is None else list(protected)
+        self.quality_floor = quality_floor
+        self.evaluation = evaluation
+        self.record: Record = {}
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        optimizer: Any = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        assert model is not None
+        _check_backend(args, model, optimizer)
+        self._began = time.monotonic()
+        if state.global_step:
+            self.record = _resumed_record(args, state, model)
+        else:
+            _check_folder_is_free(args)
+            self.record = start_record(model, args, self._settings())
+        start = self.record["model"]["layers"]
+        if not self.target_layers < start:
+            raise LayerPruneError(
+                f"target_layers is {self.target_layers}, but the model has {start} layers: there is "
+                "nothing to remove."
+            )
+        excess = start - self.target_layers
+        self._phases = -(-excess // self.layers_per_phase)
+        self._steps = self.steps_per_phase or state.max_steps // self._phases
+        if not 1 <= self._steps * self._phases <= state.max_steps:
+            raise LayerPruneError(
+                f"Removing {excess} layers takes {self._phases} phases of at least "
+                f"{max(1, self._steps)} steps, but training has {state.max_steps} steps: train longer "
+                "or remove more layers per phase."
+            )
+        self._batches = self._calibration_batches(args, train_dataloader)
+        if not state.global_step:
+            self._check_removable(model, excess)
+            self.record["dense"] = self._evaluate(model)
+        self._write(args)
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        assert model is not None
+        phase, into = divmod(state.global_step, self._steps)
+        done = len(self.record["phases"])
+        if into or phase != done or phase >= self._phases or self.record["stopped"]:
+            return
+        began = time.monotonic()
+        removals: list[dict[str, Any]] = []
+        for _ in range(min(self.layers_per_phase, self._excess(model))):
+            table = score_layers(
+                model,
+                self._batches,
+                self.criterion,
+                task=self.task,
+                protected=self._protected_now(model),
+                progress=not args.disable_tqdm,
+            )
+            if self._below_floor(table.quality, state):
+                break
+            layer = table.ranking()[0]
+            removals.append(
+                {
+                    "layer": layer,
+                    "original": table.kept[layer],
+                    "score": table.scores[layer],
+                    "table": table.to_dict(),
+                }
+            )
+            remove_layers(model, layer)
+            drop_removed_parameters(optimizer, model)
+            logger.info(
+                "step %d: removed layer %d of the original model (%s score %.4f); %d layers left",
+                state.global_step,
+                table.kept[layer],
+                self.criterion,
+                table.scores[layer],
+                len(table.kept) - 1,
+            )
+        if removals:
+            self.record["phases"].append(
+                {
+                    "step": state.global_step,
+                    "removals": removals,
+                    "kept": get_lineage(model).kept,
+                    "parameters": model.num_parameters(),
+                    "scoring_seconds": round(time.monotonic() - began, 2),
+                    "cut": self._evaluate(model),
+                    "healed": None,
+                    "seconds": 0.0,
+                }
+            )
+            self._phase_began = began
+        self._write(args)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        phase, into = divmod(state.global_step, self._steps)
+        if into or phase >= self._phases or self.record["stopped"]:
+            return
+        self._end_phase(model, args)
+        control.should_evaluate |= args.eval_strategy != "no"
+        control.should_save |= args.save_strategy != "no"
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not self.record:  # an evaluation before any training
+            return
+        layers = len(get_lineage(model).kept)
+        found = {"step": state.global_step, "layers": layers, **(metrics or {})}
+        self.record["evaluations"].append(found)
+        self._write(args)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.record and state.is_world_process_zero:
+            write_record(self.record, _checkpoint_folder(args, state))
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        assert model is not None
+        self._end_phase(model, args)
+        left = self._excess(model)
+        if left and not self.record["stopped"]:
+            self.record["stopped"] = (
+                f"Training ended at step {state.global_step} with {left} layers still to remove."
+            )
+            logger.warning(self.record["stopped"])
+        self.record["log"] = state.log_history
+        self.record["finished"] = True
+        self._write(args)
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "target_layers": self.target_layers,
+            "criterion": self.criterion,
+            "layers_per_phase": self.layers_per_phase,
+            "steps_per_phase": self.steps_per_phase,
+            "protected": self.protected,
+            "quality_floor": self.quality_floor,
+        }
+
+    def _calibration_batches(self, args: TrainingArguments, train_dataloader: Any) -> list[Batch]:
+        if self.calibration is None:
+            if callable(self.task):
+                return []
+            raise LayerPruneError(
+                f"The criterion {self.criterion!r} scores on text: give `calibration`, a data set like "
+                "the training one or a list of batches."
+            )
+        data, like = self.calibration, getattr(train_dataloader, "dataset", None)
+        if hasattr(data, "select_columns") and hasattr(like, "column_names"):
+            # The Trainer has dropped the columns that the model does not read; so do we.
+            shared = [name for name in data.column_names if name in like.column_names]
+            data = data.select_columns(shared)
+        return make_batches(data, args.per_device_eval_batch_size, train_dataloader.collate_fn)
+
+    def _check_removable(self, model: PreTrainedModel, excess: int) -> None:
+        if self.protected is not None:
+            check_layers(model, self.protected)
+        fixed = self._protected_now(model)
+        free = [i for i in range(self.record["model"]["layers"]) if i not in fixed]
+        if len(free) < excess:
+            raise LayerPruneError(
+                f"{excess} layers shall go, but only {len(free)} are not protected: raise "
+                "target_layers or protect fewer."
+            )
+        # One dry pass: what cannot be scored or cut exactly is refused now, not after hours.
+        check_exact(model, free[:1])
+        others = [i for i in range(self.record["model"]["layers"]) if i != free[0]]
+        score_layers(
+            model,
+            self._batches[:1],
+            self.criterion,
+            task=self.task,
+            protected=others,
+            progress=False,
+        )
+
+    def _protected_now(self, model: PreTrainedModel) -> list[int]:
+        """The protected layers as present indices."""
+        kept = get_lineage(model).kept
+        if self.protected is None:
+            return sorted({0, len(kept) - 1})
+        started_with = sorted({*kept, *self._removed()})
+        return [kept.index(started_with[i]) for i in self.protected]
+
+    def _removed(self) -> list[int]:
+        phases = self.record["phases"]
+        return [removal["original"] for phase in phases for removal in phase["removals"]]
+
+    def _excess(self, model: PreTrainedModel) -> int:
+        return len(get_lineage(model).kept) - self.target_layers
+
+    def _below_floor(self, quality: float | None, state: TrainerState) -> bool:
+        if self.quality_floor is None or quality is None or quality >= self.quality_floor:
+            return False
+        self.record["stopped"] = (
+            f"No layer was removed after step {state.global_step}: the score {quality:.4f} is below "
+            f"the quality floor {self.quality_floor}."
+        )
+        logger.warning(self.record["stopped"])
+        return True
+
+    def _evaluate(self, model: PreTrainedModel | None) -> dict[str, float] | None:
+        if self.evaluation is None or model is None:
+            return None
+        with undisturbed(model):
+            return self.evaluation(model)
+
+    def _end_phase(self, model: PreTrainedModel | None, args: TrainingArguments) -> None:
+        if self.record["phases"] and self.record["phases"][-1]["healed"] is None:
+            phase = self.record["phases"][-1]
+            phase["healed"] = self._evaluate(model)
+            phase["seconds"] = round(time.monotonic() - self._phase_began, 2)
+            self._write(args)
+
+    def _write(self, args: TrainingArguments) -> None:
+        now = time.monotonic()
+        self.record["seconds"] = round(self.record["seconds"] + now - self._began, 2)
+        self._began = now
+        self.record["peak_memory_mb"] = max(self.record["peak_memory_mb"], peak_memory_mb())
+        write_record(self.record, args.output_dir)
+
+
+def drop_removed_parameters(optimizer: Any, model: torch.nn.Module) -> None:
+    """Make `optimizer`, in place, forget the parameters that `model` has no longer, and their state.
+
+    The state of all others, the parameter groups and the learning rates stay as they are.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    live = {id(parameter) for parameter in model.parameters()}
+    for group in inner.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) in live]
+    for parameter in [p for p in inner.state if id(p) not in live]:
+        del inner.state[parameter]
+
+
+def _check_backend(args: TrainingArguments, model: PreTrainedModel, optimizer: Any) -> None:
+    """Refuse what would go wrong without a word when layers vanish.
+
+    Raises:
+        LayerPruneError: naming it, and the way round it.
+    """
+    if args.world_size > 1 or args.n_gpu > 1 or args.deepspeed or args.fsdp:
+        raise LayerPruneError(
+            "Layers can only be removed in training with one process and one device for now: start "
+            "without a distributed launcher (and with CUDA_VISIBLE_DEVICES=0)."
+        )
+    if args.load_best_model_at_end:
+        raise LayerPruneError(
+            "load_best_model_at_end would load weights of another depth: switch it off. The "
+            "checkpoints of all phases stay on disk."
+        )
+    if args.auto_find_batch_size:
+        raise LayerPruneError(
+            "auto_find_batch_size starts again with a model already cut: set the batch size yourself."
+        )
+    inner = getattr(optimizer, "optimizer", optimizer)
+    held = {id(p) for group in inner.param_groups for p in group["params"]}
+    if held != {id(p) for p in model.parameters() if p.requires_grad}:
+        raise LayerPruneError(
+            f"The optimizer ({type(inner).__name__}, optim={args.optim}) does not hold exactly the "
+            "model's trainable parameters, so removed layers could not be taken out of it. Use AdamW."
+        )
+
+
+def _check_folder_is_free(args: TrainingArguments) -> None:
+    folder = Path(args.output_dir)
+    names = [RECORD_NAME, "config.json", "adapter_config.json"]
+    found = [name for name in names if (folder / name).exists()]
+    found += sorted(path.name for path in folder.glob("checkpoint-*"))
+    if found:
+        raise LayerPruneError(
+            f"The output folder {folder} already holds another run or model ({found[0]}): choose a new "
+            "one, or resume with resume_from_checkpoint=True."
+        )
+
+
+def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _resumed_record(
+    args: TrainingArguments, state: TrainerState, model: PreTrainedModel
+) -> Record:
+    folder = _checkpoint_folder(args, state)
+    record = read_record(folder)
+    if record is None:
+        raise LayerPruneError(
+            f"Cannot resume at step {state.global_step}: no {RECORD_NAME} in {folder}. Resume in the "
+            "output folder of the run, from one of its own checkpoints."
+        )
+    saved, present = load_lineage(folder), get_lineage(model)
+    if saved != present:
+        raise LayerPruneError(
+            f"The checkpoint has {saved}, the model {present}, so its weights went to the wrong "
+            f"layers. Load the model with from_pretrained({str(folder)!r}) before you resume, or use "
+            "DistillationTrainer, which does."
+        )
+    return record

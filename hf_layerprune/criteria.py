@@ -1,0 +1,179 @@
+"""How much a decoder layer matters: one function for each published criterion.
+
+Each takes a model (prepared by [`~hf_layerprune.score_layers`]: eval mode, no gradients), batches, the
+candidate layers and a function to call when one candidate was scored on one batch. Each returns the
+quality of the model as it is (higher is better; None if the criterion measures none) and a score for
+each candidate (higher matters more).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
+from .data import Batch
+from .decoder import find_decoder
+from .losses import LAST, cross_entropy, token_mask
+from .surgery import without_layers
+
+
+Scores = tuple[float | None, dict[int, float]]
+Tick = Callable[[], None]
+Task = Callable[[PreTrainedModel], float]
+
+
+def block_influence(
+    model: PreTrainedModel, batches: Sequence[Batch], candidates: Sequence[int], tick: Tick
+) -> Scores:
+    """Block Influence (ShortGPT, 2403.03853, equation 1): `1 - E[cos(x_i, x_{i+1})]` over tokens.
+
+    x_i and x_{i+1} are the raw states before and after layer i. One forward pass scores all layers.
+    """
+    sums = dict.fromkeys(candidates, 0.0)
+    tokens = 0
+    for batch in batches:
+        with captured(model, candidates) as states:
+            _forward(model, batch)
+        real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        tokens += int(real.sum())
+        for layer in candidates:
+            before, after = (hidden(state)[real].float() for state in states[layer])
+            sums[layer] += float((1 - F.cosine_similarity(before, after, dim=-1)).double().sum())
+            tick()
+    return None, {layer: total / tokens for layer, total in sums.items()}
+
+
+def loss(
+    model: PreTrainedModel, batches: Sequence[Batch], candidates: Sequence[int], tick: Tick
+) -> Scores:
+    """Rise of the language-model loss (nats per token) without the layer (SLEB, 2402.09025; Shortened
+    LLaMA, 2402.02834). The quality is minus the loss.
+
+    The states before the missing layer are those of the whole model, so each candidate only computes
+    what comes after it: the same numbers as one full pass each, to the bit, in about half the time.
+    """
+    dense, tokens = 0.0, 0
+    sums = dict.fromkeys(candidates, 0.0)
+    for batch in batches:
+        with captured(model, range(max(candidates) + 1)) as states:
+            total, count = batch_loss(model, batch)
+        outputs = [states[layer][1] for layer in sorted(states)]
+        dense, tokens = dense + total, tokens + count
+        for layer in candidates:
+            with without_layers(model, layer), _replayed(model, outputs[:layer]):
+                sums[layer] += batch_loss(model, batch)[0]
+            tick()
+    return -dense / tokens, {layer: (total - dense) / tokens for layer, total in sums.items()}
+
+
+def task(
+    model: PreTrainedModel, score: Task, candidates: Sequence[int], tick: Tick
+) -> Scores:
+    """Fall of a task's score without the layer (Iterative Layer-wise Distillation, 2511.05085,
+    section 3). The quality is the score itself."""
+    quality = float(score(model))
+    scores = {}
+    for layer in candidates:
+        with without_layers(model, layer):
+            scores[layer] = quality - float(score(model))
+        tick()
+    return quality, scores
+
+
+def next_token_metric(metric: Any, batches: Sequence[Batch]) -> Task:
+    """A task from an `evaluate` metric: predicted against true next tokens over `batches`.
+
+    Args:
+        metric (`evaluate.EvaluationModule`): anything whose `compute(predictions=, references=)`
+            returns a dict of numbers, of which the first is taken.
+        batches (sequence of dict): each with `input_ids` `(batch, length)`.
+    """
+
+    def score(model: PreTrainedModel) -> float:
+        predictions: list[int] = []
+        references: list[int] = []
+        for batch in batches:
+            mask, tokens = _targets(batch)
+            best = _forward(model, batch).logits[:, :-1].argmax(-1)
+            predictions += best[mask].tolist()
+            references += tokens[:, 1:][mask].tolist()
+        result: Mapping[str, float] = metric.compute(predictions=predictions, references=references)
+        return next(iter(result.values()))
+
+    return score
+
+
+def batch_loss(model: PreTrainedModel, batch: Batch) -> tuple[float, int]:
+    """The summed next-token loss of one batch, in nats, and over how many tokens."""
+    mask, tokens = _targets(batch)
+    return float(cross_entropy(_forward(model, batch).logits, tokens, mask)), int(mask.sum())
+
+
+@contextmanager
+def captured(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, tuple[Any, Any]]]:
+    """Within this context a forward pass of `model` fills the dict with each layer's first input, the
+    state `(batch, length, hidden)` before it, and its output as it came (see [`hidden`]).
+    [`~hf_layerprune.losses.LAST`] stands for the output head, whose input is the last hidden state."""
+    states: dict[int, tuple[Any, Any]] = {}
+    stack = find_decoder(model).layers
+
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            states[layer] = (args[0] if args else kwargs["hidden_states"]), output
+
+        return hook
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            module = model.get_output_embeddings() if layer == LAST else stack[layer]
+            handle = module.register_forward_hook(keep(layer), with_kwargs=True)
+            hooks.callback(handle.remove)
+        yield states
+
+
+def hidden(output: Any) -> torch.Tensor:
+    """The hidden state in what a decoder layer returned: itself, or the first of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+CRITERIA: dict[str, Callable[..., Scores]] = {
+    "block_influence": block_influence,
+    "loss": loss,
+    "task": task,
+}
+
+
+@contextmanager
+def _replayed(model: PreTrainedModel, outputs: Sequence[Any]) -> Iterator[None]:
+    """Within this context the first layers compute nothing: they return these outputs again."""
+
+    def patch(module: nn.Module, output: Any) -> Callable[[], None]:
+        had = vars(module).get("forward")
+        vars(module)["forward"] = lambda *args, **kwargs: output
+
+        def unpatch() -> None:
+            del vars(module)["forward"]
+            if had is not None:
+                vars(module)["forward"] = had
+
+        return unpatch
+
+    with ExitStack() as patches:
+        for module, output in zip(find_decoder(model).layers, outputs, strict=False):
+            patches.callback(patch(module, output))
+        yield
+
+
+def _forward(model: PreTrainedModel, batch: Batch) -> Any:
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    return model(**inputs, use_cache=False)
+
+
+def _targets(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    labels = batch.get("labels")
+    mask = token_mask(batch["input_ids"], labels, batch.get("attention_mask"))
+    return mask, batch["input_ids"] if labels is None else labels

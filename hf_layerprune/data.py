@@ -1,0 +1,116 @@
+"""Text, from wherever it comes, as blocks of tokens and as batches."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, default_data_collator
+
+from .errors import LayerPruneError
+
+
+Batch = Mapping[str, torch.Tensor]
+
+# Which loader of the datasets library reads which kind of file.
+LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
+    ".txt": ("text", {"sample_by": "document"}),
+    ".jsonl": ("json", {}),
+    ".jsonl.gz": ("json", {}),
+}
+
+
+def load_texts(
+    source: str, field: str = "text", split: str = "train", config: str | None = None
+) -> list[str]:
+    """Read documents from a .txt, .jsonl or .jsonl.gz file, or from a data set on the hub.
+
+    Args:
+        source (`str`): path of a file, or id of a data set.
+        field (`str`, *optional*, defaults to `"text"`): the column that holds the text.
+        split (`str`, *optional*, defaults to `"train"`): for a data set, which part, for example
+            `"train[:1000]"`.
+        config (`str`, *optional*): for a data set, the name of its configuration.
+
+    Raises:
+        LayerPruneError: no such file or data set, no such field, or no text in it.
+    """
+    path = Path(source)
+    kind = next((suffix for suffix in LOADERS if path.name.endswith(suffix)), None)
+    if kind is not None and not path.is_file():
+        raise LayerPruneError(f"No such file: {source}")
+    if kind is None and path.exists():
+        raise LayerPruneError(f"Cannot read {source}: expected a file ending in {', '.join(LOADERS)}.")
+    try:
+        if kind is not None:
+            loader, options = LOADERS[kind]
+            dataset = load_dataset(loader, data_files=str(path), split="train", **options)
+        else:
+            dataset = load_dataset(source, config, split=split)
+    except (DatasetNotFoundError, OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise LayerPruneError(f"Cannot read text from {source}: {reason}") from error
+    if field not in dataset.column_names:
+        raise LayerPruneError(f"{source} has no field {field!r}, only {dataset.column_names}.")
+    texts = [text for text in dataset[field] if isinstance(text, str) and text.strip()]
+    if not texts:
+        raise LayerPruneError(f"There is no text in {source}.")
+    return texts
+
+
+def token_blocks(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None = None
+) -> Dataset:
+    """Tokenise documents, join them with the end-of-text token, and cut them into equal blocks.
+
+    Args:
+        texts (iterable of `str`): documents.
+        tokenizer (`PreTrainedTokenizerBase`): the model's own.
+        length (`int`): tokens in a block; what is left over at the end is dropped.
+        limit (`int`, *optional*): stop after this many blocks.
+
+    Returns:
+        `datasets.Dataset`: columns `input_ids` and `labels`, each of `length` tokens.
+
+    Raises:
+        LayerPruneError: the text is empty or shorter than one block.
+    """
+    if length < 2:
+        raise LayerPruneError(f"A block of {length} tokens has nothing to predict: use 2 or more.")
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokens: list[int] = []
+    for text in texts:
+        # A block is longer than no model allows, a document may be: so no warning about its length.
+        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end
+        if limit is not None and len(tokens) >= limit * length:
+            break
+    blocks = [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)][:limit]
+    if not blocks:
+        raise LayerPruneError(
+            f"The text has {len(tokens)} tokens, less than one block of {length}. Give more text or "
+            "shorter blocks."
+        )
+    return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
+
+
+def make_batches(
+    data: Any,
+    batch_size: int,
+    collate: Callable[[list[Any]], dict[str, Any]] = default_data_collator,
+) -> list[Batch]:
+    """Batches of a data set of examples, in its order; a list of ready batches is given back as it is.
+
+    Raises:
+        LayerPruneError: there is nothing in it.
+    """
+    ready = isinstance(data, (list, tuple)) and data and torch.is_tensor(data[0].get("input_ids"))
+    if ready and data[0]["input_ids"].dim() == 2:
+        return list(data)
+    if len(data) == 0:
+        raise LayerPruneError("The calibration or evaluation data is empty.")
+    # A generator of its own: a loader draws a seed, and scoring must not move the random state.
+    own = torch.Generator()
+    return list(DataLoader(data, batch_size, collate_fn=collate, generator=own))

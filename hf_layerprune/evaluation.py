@@ -1,0 +1,45 @@
+"""What a model can do, before and after."""
+
+import math
+import time
+from collections.abc import Iterable
+
+from transformers import PreTrainedModel
+
+from .criteria import batch_loss
+from .data import Batch
+from .errors import LayerPruneError
+from .scoring import undisturbed
+
+
+def evaluate_text(model: PreTrainedModel, batches: Iterable[Batch]) -> dict[str, float]:
+    """Perplexity of `model` on text, and its speed reading it.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model; it is not changed.
+        batches (iterable of dict): `input_ids` `(batch, length)`, where needed `attention_mask`, `labels`.
+
+    Returns:
+        `dict[str, float]`: `perplexity`, `loss` (nats per token, mean over all tokens), `tokens` (that
+        were predicted), `tokens_per_second` (read by the forward pass, with the loss).
+
+    Raises:
+        LayerPruneError: there is no token to predict.
+    """
+    total, tokens, read = 0.0, 0, 0
+    with undisturbed(model):
+        began = time.perf_counter()
+        for batch in batches:
+            on_device = {name: value.to(model.device) for name, value in batch.items()}
+            loss, count = batch_loss(model, on_device)
+            total, tokens = total + loss, tokens + count
+            read += batch["input_ids"].numel()
+        seconds = time.perf_counter() - began
+    if not tokens:
+        raise LayerPruneError("There is no token to predict in the evaluation text.")
+    return {
+        "perplexity": math.exp(min(total / tokens, 700.0)),
+        "loss": total / tokens,
+        "tokens": tokens,
+        "tokens_per_second": read / seconds,
+    }

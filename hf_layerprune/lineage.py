@@ -1,0 +1,81 @@
+"""Which layers of the original model are left: kept in config.json, composed over many removals."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .errors import LayerPruneError
+
+
+CONFIG_KEY = "layer_pruning"
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Where the layers of a cut model come from.
+
+    Args:
+        original (`int`): how many layers the original model had.
+        kept (`list[int]`): for each present layer, its index in the original model.
+    """
+
+    original: int
+    kept: list[int]
+
+    def __post_init__(self) -> None:
+        increasing = all(a < b for a, b in zip(self.kept, self.kept[1:], strict=False))
+        if not (self.kept and increasing and 0 <= self.kept[0] and self.kept[-1] < self.original):
+            raise LayerPruneError(
+                f"Not a lineage: {self.kept} must be increasing layer indices below {self.original}."
+            )
+
+    @property
+    def removed(self) -> list[int]:
+        """The original indices of the layers that are gone."""
+        return sorted(set(range(self.original)) - set(self.kept))
+
+    @property
+    def after_cuts(self) -> list[int]:
+        """The present indices of the layers whose original predecessor is gone."""
+        before = [-1, *self.kept[:-1]]
+        return [i for i, (a, b) in enumerate(zip(before, self.kept, strict=True)) if b != a + 1]
+
+    def without(self, layers: Collection[int]) -> "Lineage":
+        """The lineage after removing the layers with these present indices."""
+        return Lineage(self.original, [o for i, o in enumerate(self.kept) if i not in layers])
+
+    def __str__(self) -> str:
+        return f"{len(self.kept)} of {self.original} layers, removed {self.removed}"
+
+
+def get_lineage(model: PreTrainedModel | PreTrainedConfig) -> Lineage:
+    """Read which original layers a model (or a config) still has; all of them if it was never cut.
+
+    Raises:
+        LayerPruneError: the record in the config is damaged or speaks of another number of layers.
+    """
+    config = model if isinstance(model, PreTrainedConfig) else model.config
+    config = config.get_text_config(decoder=True)
+    count = config.num_hidden_layers
+    entry: Any = getattr(config, CONFIG_KEY, None)
+    if entry is None:
+        return Lineage(count, list(range(count)))
+    try:
+        original, kept = entry["original_num_hidden_layers"], entry["kept_layers"]
+        lineage = Lineage(int(original), [int(layer) for layer in kept])
+    except (KeyError, TypeError, ValueError) as error:
+        raise LayerPruneError(f"Damaged `{CONFIG_KEY}` in the config: {error}") from error
+    if len(lineage.kept) != count:
+        raise LayerPruneError(
+            f"The config's `{CONFIG_KEY}` lists {len(lineage.kept)} layers, but num_hidden_layers "
+            f"is {count}: the model was changed by something else since."
+        )
+    return lineage
+
+
+def write_lineage(config: PreTrainedConfig, lineage: Lineage) -> None:
+    """Write `lineage` into the (text) config, in place."""
+    entry = {"original_num_hidden_layers": lineage.original, "kept_layers": lineage.kept}
+    setattr(config, CONFIG_KEY, entry)

@@ -1,0 +1,113 @@
+"""The one record that a run leaves: settings, versions, every score table, removal and evaluation."""
+
+import dataclasses
+import json
+import os
+import platform
+import resource
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, TrainingArguments
+
+from .errors import LayerPruneError
+from .lineage import get_lineage
+
+
+RECORD_NAME = "layer_pruning.json"
+PAPER = {
+    "name": "Iterative Layer-wise Distillation",
+    "url": "https://arxiv.org/abs/2511.05085",
+}
+
+Record = dict[str, Any]
+
+
+def start_record(
+    model: PreTrainedModel, args: TrainingArguments, settings: dict[str, Any]
+) -> Record:
+    """The record of a run that begins with `model`, before anything has happened."""
+    return {
+        "format": 1,
+        "method": PAPER,
+        "model": {
+            "name": model.config._name_or_path,
+            "model_type": model.config.model_type,
+            "layers": len(get_lineage(model).kept),
+            "parameters": model.num_parameters(),
+        },
+        "pruning": settings,
+        "training": _changed_settings(args),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "hf-layerprune")},
+        },
+        "machine": {
+            "device": str(model.device),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "cpu_threads": torch.get_num_threads(),
+        },
+        "dense": None,
+        "phases": [],
+        "evaluations": [],
+        "log": [],
+        "stopped": None,
+        "seconds": 0.0,
+        "peak_memory_mb": 0,
+        "finished": False,
+    }
+
+
+def write_record(record: Record, folder: str | Path) -> None:
+    """Write the record into `folder`, whole or not at all."""
+    path = Path(folder) / RECORD_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    with draft.open("w", encoding="utf-8") as file:
+        json.dump(record, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def read_record(folder: str | Path) -> Record | None:
+    """The record in `folder`, None if it holds none.
+
+    Raises:
+        LayerPruneError: the file there is no record.
+    """
+    path = Path(folder) / RECORD_NAME
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["format"] != 1:
+            raise ValueError(f"format {record['format']}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise LayerPruneError(f"{path} is not a record of this version: {error}") from error
+    return record
+
+
+def peak_memory_mb() -> int:
+    """The most memory this process has held so far: on the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() // 2**20
+    # Linux counts in kB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20
+
+
+def _changed_settings(args: TrainingArguments) -> dict[str, Any]:
+    """The training arguments that are not at their default, without folders and secrets."""
+    values = args.to_dict()
+    changed = {}
+    for field in dataclasses.fields(args):
+        factory = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
+        private = field.name.endswith(("_dir", "_token", "run_name")) or not field.init
+        if not private and values[field.name] != default:
+            changed[field.name] = values[field.name]
+    return {**changed, "seed": args.seed, "max_steps": args.max_steps}

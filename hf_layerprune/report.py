@@ -1,0 +1,143 @@
+"""What a person looks at after a run, all from its record: a table, pictures, the model card."""
+
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from .record import Record
+from .scoring import ScoreTable
+
+
+def table_rows(record: Record) -> list[list[str]]:
+    """The run as a table of text: a row of headings, one for the dense model, one for each phase."""
+    dense = record["dense"] or {}
+    metric = next(iter(dense), None)
+    speed = "tokens_per_second" in dense
+    heads = ["layers", "removed", f"{record['pruning']['criterion']} score"]
+    heads += [f"{metric} cut", "healed"] if metric else []
+    heads += ["parameters", *(["tokens/s"] if speed else []), "seconds"]
+
+    def row(
+        layers: int, removed: str, score: str, cut: Any, healed: Any, parameters: int, seconds: str
+    ) -> list[str]:
+        cells = [str(layers), removed, score]
+        cells += [_number(cut, metric), _number(healed, metric)] if metric else []
+        cells += [f"{parameters / 1e6:.1f}M"]
+        cells += [_number(healed, "tokens_per_second")] if speed else []
+        return [*cells, seconds]
+
+    model = record["model"]
+    rows = [heads, row(model["layers"], "", "", None, dense, model["parameters"], "")]
+    for phase in record["phases"]:
+        removed = ", ".join(str(removal["original"]) for removal in phase["removals"])
+        score = ", ".join(f"{removal['score']:.3f}" for removal in phase["removals"])
+        rows.append(
+            row(
+                len(phase["kept"]),
+                removed,
+                score,
+                phase["cut"],
+                phase["healed"],
+                phase["parameters"],
+                f"{phase['seconds']:.0f}",
+            )
+        )
+    return rows
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """Rows of text, the first of headings, as an aligned Markdown table."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def plot_scores(record: Record, folder: Path) -> list[str]:
+    """Draw the score tables of all removals into `folder`; return the file names."""
+    names = []
+    for number, phase in enumerate(record["phases"], 1):
+        for removal in phase["removals"]:
+            table = dict(removal["table"])
+            table["scores"] = {int(layer): value for layer, value in table["scores"].items()}
+            names.append(f"scores_phase_{number}_layer_{removal['original']}.png")
+            ScoreTable(**table).plot(folder / names[-1])
+    return names
+
+
+def write_card(
+    record: Record,
+    folder: Path,
+    language: str | None = None,
+    license: str | None = None,
+    tags: str | list[str] | None = None,
+    model_name: str | None = None,
+    finetuned_from: str | None = None,
+    dataset: str | list[str] | None = None,
+    **others: Any,
+) -> None:
+    """Write the model card (README.md) and the pictures in it into `folder`.
+
+    Args:
+        record (`dict`): of the run that made the model.
+        folder (`Path`): of the model.
+        language, license, tags, model_name, finetuned_from, dataset, others: what
+            [`~transformers.Trainer.push_to_hub`] hands to a model card; `others` have no place in ours.
+    """
+    base = finetuned_from or record["model"]["name"]
+    on_hub = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not Path(base).exists()
+    name = model_name or Path(folder).name
+    phases = record["phases"]
+    kept = phases[-1]["kept"] if phases else list(range(record["model"]["layers"]))
+    removed = [removal["original"] for phase in phases for removal in phase["removals"]]
+    healed = (phases[-1]["healed"] if phases else None) or {}
+    extra = [tags] if isinstance(tags, str) else tags or []
+    data = ModelCardData(
+        language=language,
+        license=license,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=base if on_hub else None,
+        base_model_relation="finetune" if on_hub else None,
+        datasets=dataset,
+        tags=sorted({"hf_layerprune", "layer-pruning", "knowledge-distillation", *extra}),
+        model_name=name,
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="held-out-text",
+                dataset_name="held-out text of the run",
+                metric_type=metric,
+                metric_value=value,
+            )
+            for metric, value in healed.items()
+            if metric in ("perplexity", "loss", "accuracy")
+        ]
+        or None,
+    )
+    card = ModelCard.from_template(
+        data,
+        template_str=files("hf_layerprune").joinpath("model_card.md").read_text(encoding="utf-8"),
+        name=name,
+        base=base if on_hub else Path(base).name,
+        on_hub=on_hub,
+        removed=removed,
+        kept=kept,
+        record=record,
+        table=markdown_table(table_rows(record)),
+        plots=plot_scores(record, folder),
+    )
+    card.save(folder / "README.md")
+
+
+def _number(values: dict[str, float] | None, name: str | None) -> str:
+    value = None if values is None or name is None else values.get(name)
+    if value is None:
+        return ""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -1,0 +1,213 @@
+"""A Trainer whose loss is the distance to another model."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from .arguments import DistillationTrainingArguments
+from .checkpoint import load_lineage
+from .criteria import captured, hidden
+from .errors import LayerPruneError
+from .lineage import get_lineage
+from .losses import LAST, cross_entropy, hidden_mse, hidden_pairs, kl_divergence, token_mask
+from .record import read_record
+from .report import write_card
+from .surgery import keep_lineage
+from .teacher import make_teacher
+
+
+class DistillationTrainer(Trainer):
+    """[`~transformers.Trainer`] that trains a causal language model to be as its teacher.
+
+    Iterative Layer-wise Distillation (2511.05085, section 3): KL divergence of the logits and squared
+    error of hidden states against the original model. Student layers are matched with teacher layers
+    by the student's lineage, so layers may be removed while it trains: see [`LayerPruningCallback`].
+    Each loss term is logged under its own name. `eval_loss` is the cross-entropy on the labels, so that
+    it compares with any other model's; the distillation terms are `eval_kl` and `eval_hidden_mse`.
+
+    Args:
+        model (`PreTrainedModel`): the student.
+        args ([`DistillationTrainingArguments`], *optional*): settings.
+        teacher_model (`PreTrainedModel` or `str`, *optional*): a model, a folder or a hub id; left
+            out, a frozen copy of `model` as it is given.
+        kwargs: all other arguments of [`~transformers.Trainer`].
+
+    Raises:
+        LayerPruneError: the teacher does not fit the student, or an argument has no meaning here.
+    """
+
+    # Each loss term is a sum over tokens divided by the tokens of the whole accumulated batch.
+    loss_is_scaled_for_ga = True
+    _tag_names = ("hf_layerprune", "knowledge-distillation")
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: DistillationTrainingArguments | None = None,
+        *,
+        teacher_model: PreTrainedModel | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name in ("compute_loss_func", "model_init"):
+            if kwargs.get(name) is not None:
+                raise LayerPruneError(f"DistillationTrainer has no use for `{name}`: leave it out.")
+        args = args or DistillationTrainingArguments()
+        if not isinstance(args, DistillationTrainingArguments):
+            raise LayerPruneError(
+                f"args is a {type(args).__name__}: make it a DistillationTrainingArguments, which "
+                "takes the same settings."
+            )
+        teacher = make_teacher(teacher_model, model, args.hidden_weight > 0)
+        unknown = set(args.hidden_layers or []) - set(get_lineage(teacher).kept)
+        if unknown:
+            raise LayerPruneError(f"hidden_layers: the teacher has no layers {sorted(unknown)}.")
+        self._use_cache = model.config.use_cache  # the Trainer switches it off
+        super().__init__(model=model, args=args, **kwargs)
+        model.add_model_tags(list(self._tag_names))
+        # Never inside self.model: it would be trained, saved and broadcast with it.
+        self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        # Sums of each loss term since the last log, and the tokens they are to be divided by.
+        self._terms: dict[str, dict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The weighted sum of the loss terms, each divided by the tokens of the accumulated batch;
+        when evaluating, the mean cross-entropy. See [`~transformers.Trainer.compute_loss`]."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels", None)
+        mask = token_mask(inputs["input_ids"], labels, inputs.get("attention_mask"))
+        tokens = inputs["input_ids"] if labels is None else labels
+        student = self.accelerator.unwrap_model(model)
+        pairs = []
+        if self.args.hidden_weight:
+            pairs = hidden_pairs(
+                get_lineage(student), get_lineage(self.teacher), self.args.hidden_layers
+            )
+
+        with torch.no_grad(), captured(self.teacher, [t for _, t in pairs]) as taught:
+            teacher_logits = self.teacher(**inputs, use_cache=False).logits
+        with captured(student, [s for s, _ in pairs]) as learnt:
+            outputs = model(**inputs, use_cache=False)
+
+        sums = {"kl": kl_divergence(outputs.logits, teacher_logits, mask, self.args.temperature)}
+        if pairs:
+            errors = [
+                hidden_mse(_state(learnt, s), _state(taught, t), mask) for s, t in pairs
+            ]
+            sums["hidden_mse"] = torch.stack(errors).mean()
+        training = model.training
+        with nullcontext() if training and self.args.ce_weight else torch.no_grad():
+            sums["ce"] = cross_entropy(outputs.logits, tokens, mask)
+
+        count = mask.sum() if num_items_in_batch is None or not training else num_items_in_batch
+        count = torch.as_tensor(count, device=mask.device).clamp(min=1)
+        self._note("train" if training else "eval", sums, mask.sum(), count if training else 1)
+        if training:
+            weights = {
+                "kl": self.args.kl_weight,
+                "hidden_mse": self.args.hidden_weight,
+                "ce": self.args.ce_weight,
+            }
+            loss = sum(weights[name] * total for name, total in sums.items() if weights[name]) / count
+            if self.args.average_tokens_across_devices:
+                # The count is of all processes, and gradients are averaged over them.
+                loss = loss * self.accelerator.num_processes
+        else:
+            loss = sums["ce"] / count
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
+        """The tokens that count in the accumulated batch, on all processes, by the losses' own mask."""
+        if not batch_samples:
+            return None
+        masks = [
+            token_mask(batch["input_ids"], batch.get("labels"), batch.get("attention_mask"))
+            for batch in batch_samples
+        ]
+        count = sum(mask.sum().to(device) for mask in masks)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = self.accelerator.gather(count).sum()
+        return count
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the loss terms, mean per token: of the steps since the last log, or of an evaluation."""
+        if "loss" in logs:
+            logs |= self._drain("train", "")
+        elif any(name.startswith("eval_") for name in logs):
+            logs |= self._drain("eval", "eval_")
+        super().log(logs, start_time)
+
+    def _note(
+        self, mode: str, sums: dict[str, torch.Tensor], tokens: torch.Tensor, count: Any
+    ) -> None:
+        # In training both are divided by the step's tokens, so that every step weighs the same.
+        for name, total in {**sums, "tokens": tokens}.items():
+            self._terms[mode][name] += total.detach() / count
+
+    def _drain(self, mode: str, prefix: str) -> dict[str, float]:
+        terms, self._terms[mode] = self._terms[mode], defaultdict(float)
+        terms = {name: float(self.accelerator.reduce(total)) for name, total in terms.items()}
+        tokens = max(terms.pop("tokens", 0.0), 1e-9)
+        return {f"{prefix}{name}": round(total / tokens, 6) for name, total in terms.items()}
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """See [`~transformers.Trainer.train`]. A checkpoint that has fewer layers than the model first
+        takes the model to the same layers.
+
+        Raises:
+            LayerPruneError: no checkpoint there, or one that the model cannot become.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise LayerPruneError(f"No checkpoint to resume from in {self.args.output_dir}.")
+        if resume_from_checkpoint:
+            keep_lineage(
+                self.accelerator.unwrap_model(self.model), load_lineage(resume_from_checkpoint)
+            )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with self._plain_config():
+            super()._save(output_dir, state_dict)
+
+    @contextmanager
+    def _plain_config(self) -> Iterator[None]:
+        """Within this context the config is as the user gave it, caching switched on again."""
+        config = self.accelerator.unwrap_model(self.model).config
+        training, config.use_cache = config.use_cache, self._use_cache
+        try:
+            yield
+        finally:
+            config.use_cache = training
+
+    def create_model_card(self, **kwargs: Any) -> None:
+        """Write the model card: from the run record where [`LayerPruningCallback`] left one, else as
+        [`~transformers.Trainer.create_model_card`] does."""
+        record = read_record(self.args.output_dir)
+        if record is None:
+            super().create_model_card(**kwargs)
+        elif self.is_world_process_zero():
+            write_card(record, Path(self.args.output_dir), **kwargs)
+
+
+def _state(states: dict[int, tuple[Any, Any]], layer: int) -> torch.Tensor:
+    if layer not in states:
+        raise LayerPruneError(
+            f"No hidden state was seen at layer {layer}: hooks do not fire in a compiled model. Set "
+            "torch_compile=False or hidden_weight=0."
+        )
+    before, after = states[layer]
+    return before if layer == LAST else hidden(after)
