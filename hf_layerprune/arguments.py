@@ -10,7 +10,12 @@ from .errors import LayerPruneError
 # Iterative Layer-wise Distillation (2511.05085) adds sum(KL) / 100, over the positions of a batch of
 # 2 x 2048, to the SUM of two hidden-state errors. Here all terms are means: per token, over layers.
 LOSS_PRESETS = {
-    "paper": {"kl_weight": 2 * 2048 / 100, "hidden_weight": 2.0, "ce_weight": 0.0, "temperature": 1.0}
+    "paper": {
+        "kl_weight": 2 * 2048 / 100,
+        "hidden_weight": 2.0,
+        "ce_weight": 0.0,
+        "temperature": 1.0,
+    }
 }
 
 
@@ -40,9 +45,7 @@ class DistillationTrainingArguments(TrainingArguments):
     hidden_weight: float = field(
         default=0.0, metadata={"help": "Weight of the mean squared error of hidden states."}
     )
-    ce_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the cross-entropy on the labels."}
-    )
+    ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy on the labels."})
     temperature: float = field(
         default=1.0, metadata={"help": "Divides teacher and student logits in the KL term."}
     )

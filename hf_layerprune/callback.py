@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,23 @@ from .checkpoint import load_lineage
 from .data import Batch, make_batches
 from .errors import LayerPruneError
 from .lineage import get_lineage
-from .record import RECORD_NAME, Record, peak_memory_mb, read_record, start_record, write_record
-from .scoring import score_layers, undisturbed
-from .surgery import check_exact, check_layers, remove_layers
+from .record import (
+    RECORD_NAME,
+    Record,
+    check_folder_is_free,
+    peak_memory_mb,
+    read_record,
+    start_record,
+    write_record,
+)
+from .removal import (
+    Evaluation,
+    check_plan,
+    phase_entry,
+    remove_least,
+    run_evaluation,
+    score_present,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -75,7 +89,7 @@ class LayerPruningCallback(TrainerCallback):
         steps_per_phase: int | None = None,
         protected: Iterable[int] | None = None,
         quality_floor: float | None = None,
-        evaluation: Callable[[PreTrainedModel], dict[str, float]] | None = None,
+        evaluation: Evaluation | None = None,
     ) -> None:
         for name, value in {
             "target_layers": target_layers,
@@ -109,19 +123,14 @@ class LayerPruningCallback(TrainerCallback):
     ) -> None:
         assert model is not None
         _check_backend(args, model, optimizer)
-        self._began = time.monotonic()
+        self._began = self._phase_began = time.monotonic()
         if state.global_step:
             self.record = _resumed_record(args, state, model)
         else:
-            _check_folder_is_free(args)
-            self.record = start_record(model, args, self._settings())
-        start = self.record["model"]["layers"]
-        if not self.target_layers < start:
-            raise LayerPruneError(
-                f"target_layers is {self.target_layers}, but the model has {start} layers: there is "
-                "nothing to remove."
-            )
-        excess = start - self.target_layers
+            check_folder_is_free(str(args.output_dir))
+            fixed = check_plan(model, self.target_layers, self.protected)
+            self.record = start_record(model, self._settings() | {"protected": fixed}, args)
+        excess = self.record["model"]["layers"] - self.target_layers
         self._phases = -(-excess // self.layers_per_phase)
         self._steps = self.steps_per_phase or state.max_steps // self._phases
         if not 1 <= self._steps * self._phases <= state.max_steps:
@@ -132,8 +141,7 @@ class LayerPruningCallback(TrainerCallback):
             )
         self._batches = self._calibration_batches(args, train_dataloader)
         if not state.global_step:
-            self._check_removable(model, excess)
-            self.record["dense"] = self._evaluate(model)
+            self.record["dense"] = run_evaluation(self.evaluation, model)
         self._write(args)
 
     def on_step_begin(
@@ -153,48 +161,28 @@ class LayerPruningCallback(TrainerCallback):
         began = time.monotonic()
         removals: list[dict[str, Any]] = []
         for _ in range(min(self.layers_per_phase, self._excess(model))):
-            table = score_layers(
+            table = score_present(
                 model,
                 self._batches,
                 self.criterion,
-                task=self.task,
-                protected=self._protected_now(model),
+                self.task,
+                self.record["pruning"]["protected"],
                 progress=not args.disable_tqdm,
             )
             if self._below_floor(table.quality, state):
                 break
-            layer = table.ranking()[0]
-            removals.append(
-                {
-                    "layer": layer,
-                    "original": table.kept[layer],
-                    "score": table.scores[layer],
-                    "table": table.to_dict(),
-                }
-            )
-            remove_layers(model, layer)
+            removals.append(remove_least(model, table))
             drop_removed_parameters(optimizer, model)
             logger.info(
                 "step %d: removed layer %d of the original model (%s score %.4f); %d layers left",
                 state.global_step,
-                table.kept[layer],
+                removals[-1]["original"],
                 self.criterion,
-                table.scores[layer],
-                len(table.kept) - 1,
+                removals[-1]["score"],
+                len(get_lineage(model).kept),
             )
         if removals:
-            self.record["phases"].append(
-                {
-                    "step": state.global_step,
-                    "removals": removals,
-                    "kept": get_lineage(model).kept,
-                    "parameters": model.num_parameters(),
-                    "scoring_seconds": round(time.monotonic() - began, 2),
-                    "cut": self._evaluate(model),
-                    "healed": None,
-                    "seconds": 0.0,
-                }
-            )
+            self.record["phases"].append(phase_entry(model, state.global_step, removals, self.evaluation))
             self._phase_began = began
         self._write(args)
 
@@ -206,6 +194,7 @@ class LayerPruningCallback(TrainerCallback):
         model: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> None:
+        assert model is not None
         phase, into = divmod(state.global_step, self._steps)
         if into or phase >= self._phases or self.record["stopped"]:
             return
@@ -222,7 +211,7 @@ class LayerPruningCallback(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not self.record:  # an evaluation before any training
+        if not self.record or model is None:  # an evaluation before any training
             return
         layers = len(get_lineage(model).kept)
         found = {"step": state.global_step, "layers": layers, **(metrics or {})}
@@ -261,7 +250,6 @@ class LayerPruningCallback(TrainerCallback):
             "criterion": self.criterion,
             "layers_per_phase": self.layers_per_phase,
             "steps_per_phase": self.steps_per_phase,
-            "protected": self.protected,
             "quality_floor": self.quality_floor,
         }
 
@@ -273,46 +261,12 @@ class LayerPruningCallback(TrainerCallback):
                 f"The criterion {self.criterion!r} scores on text: give `calibration`, a data set like "
                 "the training one or a list of batches."
             )
-        data, like = self.calibration, getattr(train_dataloader, "dataset", None)
+        data, like = self.calibration, train_dataloader.dataset
         if hasattr(data, "select_columns") and hasattr(like, "column_names"):
             # The Trainer has dropped the columns that the model does not read; so do we.
             shared = [name for name in data.column_names if name in like.column_names]
             data = data.select_columns(shared)
         return make_batches(data, args.per_device_eval_batch_size, train_dataloader.collate_fn)
-
-    def _check_removable(self, model: PreTrainedModel, excess: int) -> None:
-        if self.protected is not None:
-            check_layers(model, self.protected)
-        fixed = self._protected_now(model)
-        free = [i for i in range(self.record["model"]["layers"]) if i not in fixed]
-        if len(free) < excess:
-            raise LayerPruneError(
-                f"{excess} layers shall go, but only {len(free)} are not protected: raise "
-                "target_layers or protect fewer."
-            )
-        # One dry pass: what cannot be scored or cut exactly is refused now, not after hours.
-        check_exact(model, free[:1])
-        others = [i for i in range(self.record["model"]["layers"]) if i != free[0]]
-        score_layers(
-            model,
-            self._batches[:1],
-            self.criterion,
-            task=self.task,
-            protected=others,
-            progress=False,
-        )
-
-    def _protected_now(self, model: PreTrainedModel) -> list[int]:
-        """The protected layers as present indices."""
-        kept = get_lineage(model).kept
-        if self.protected is None:
-            return sorted({0, len(kept) - 1})
-        started_with = sorted({*kept, *self._removed()})
-        return [kept.index(started_with[i]) for i in self.protected]
-
-    def _removed(self) -> list[int]:
-        phases = self.record["phases"]
-        return [removal["original"] for phase in phases for removal in phase["removals"]]
 
     def _excess(self, model: PreTrainedModel) -> int:
         return len(get_lineage(model).kept) - self.target_layers
@@ -327,16 +281,10 @@ class LayerPruningCallback(TrainerCallback):
         logger.warning(self.record["stopped"])
         return True
 
-    def _evaluate(self, model: PreTrainedModel | None) -> dict[str, float] | None:
-        if self.evaluation is None or model is None:
-            return None
-        with undisturbed(model):
-            return self.evaluation(model)
-
-    def _end_phase(self, model: PreTrainedModel | None, args: TrainingArguments) -> None:
+    def _end_phase(self, model: PreTrainedModel, args: TrainingArguments) -> None:
         if self.record["phases"] and self.record["phases"][-1]["healed"] is None:
             phase = self.record["phases"][-1]
-            phase["healed"] = self._evaluate(model)
+            phase["healed"] = run_evaluation(self.evaluation, model)
             phase["seconds"] = round(time.monotonic() - self._phase_began, 2)
             self._write(args)
 
@@ -345,7 +293,7 @@ class LayerPruningCallback(TrainerCallback):
         self.record["seconds"] = round(self.record["seconds"] + now - self._began, 2)
         self._began = now
         self.record["peak_memory_mb"] = max(self.record["peak_memory_mb"], peak_memory_mb())
-        write_record(self.record, args.output_dir)
+        write_record(self.record, str(args.output_dir))
 
 
 def drop_removed_parameters(optimizer: Any, model: torch.nn.Module) -> None:
@@ -390,25 +338,11 @@ def _check_backend(args: TrainingArguments, model: PreTrainedModel, optimizer: A
         )
 
 
-def _check_folder_is_free(args: TrainingArguments) -> None:
-    folder = Path(args.output_dir)
-    names = [RECORD_NAME, "config.json", "adapter_config.json"]
-    found = [name for name in names if (folder / name).exists()]
-    found += sorted(path.name for path in folder.glob("checkpoint-*"))
-    if found:
-        raise LayerPruneError(
-            f"The output folder {folder} already holds another run or model ({found[0]}): choose a new "
-            "one, or resume with resume_from_checkpoint=True."
-        )
-
-
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
-    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
 
 
-def _resumed_record(
-    args: TrainingArguments, state: TrainerState, model: PreTrainedModel
-) -> Record:
+def _resumed_record(args: TrainingArguments, state: TrainerState, model: PreTrainedModel) -> Record:
     folder = _checkpoint_folder(args, state)
     record = read_record(folder)
     if record is None:

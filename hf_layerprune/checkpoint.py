@@ -22,9 +22,7 @@ def load_model(name: str, **options: Any) -> PreTrainedModel:
     Raises:
         LayerPruneError: no model there, it cannot be reached, or its weights do not fit its config.
     """
-    model, report = _load(
-        AutoModelForCausalLM, name, "model", output_loading_info=True, **options
-    )
+    model, report = _load(AutoModelForCausalLM, name, "model", output_loading_info=True, **options)
     lacking = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
     if lacking:
         raise LayerPruneError(

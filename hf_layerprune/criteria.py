@@ -47,9 +47,7 @@ def block_influence(
     return None, {layer: total / tokens for layer, total in sums.items()}
 
 
-def loss(
-    model: PreTrainedModel, batches: Sequence[Batch], candidates: Sequence[int], tick: Tick
-) -> Scores:
+def loss(model: PreTrainedModel, batches: Sequence[Batch], candidates: Sequence[int], tick: Tick) -> Scores:
     """Rise of the language-model loss (nats per token) without the layer (SLEB, 2402.09025; Shortened
     LLaMA, 2402.02834). The quality is minus the loss.
 
@@ -70,9 +68,7 @@ def loss(
     return -dense / tokens, {layer: (total - dense) / tokens for layer, total in sums.items()}
 
 
-def task(
-    model: PreTrainedModel, score: Task, candidates: Sequence[int], tick: Tick
-) -> Scores:
+def task(model: PreTrainedModel, score: Task, candidates: Sequence[int], tick: Tick) -> Scores:
     """Fall of a task's score without the layer (Iterative Layer-wise Distillation, 2511.05085,
     section 3). The quality is the score itself."""
     quality = float(score(model))

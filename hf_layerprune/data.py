@@ -96,6 +96,27 @@ def token_blocks(
     return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
 
 
+def split_blocks(blocks: Dataset, calibration: int, heldout: int) -> tuple[Dataset, Dataset, Dataset]:
+    """Take blocks for calibration and for evaluation, spread evenly over all; the rest is for training.
+
+    Raises:
+        LayerPruneError: there are too few blocks, or no block is asked for.
+    """
+    taken = calibration + heldout
+    if calibration < 1 or heldout < 1 or taken > len(blocks):
+        raise LayerPruneError(
+            f"Cannot take {calibration} blocks for calibration and {heldout} for evaluation (at least 1 "
+            f"each) out of {len(blocks)}: give more text, shorter blocks, or ask for fewer."
+        )
+    spread = [i * len(blocks) // taken for i in range(taken)]
+    chosen = {spread[i * taken // calibration] for i in range(calibration)}
+    return (
+        blocks.select(sorted(chosen)),
+        blocks.select([i for i in spread if i not in chosen]),
+        blocks.select([i for i in range(len(blocks)) if i not in set(spread)]),
+    )
+
+
 def make_batches(
     data: Any,
     batch_size: int,

@@ -26,7 +26,7 @@ class Lineage:
 
     def __post_init__(self) -> None:
         increasing = all(a < b for a, b in zip(self.kept, self.kept[1:], strict=False))
-        if not (self.kept and increasing and 0 <= self.kept[0] and self.kept[-1] < self.original):
+        if not (self.kept and increasing and self.kept[0] >= 0 and self.kept[-1] < self.original):
             raise LayerPruneError(
                 f"Not a lineage: {self.kept} must be increasing layer indices below {self.original}."
             )

@@ -27,7 +27,7 @@ Record = dict[str, Any]
 
 
 def start_record(
-    model: PreTrainedModel, args: TrainingArguments, settings: dict[str, Any]
+    model: PreTrainedModel, settings: dict[str, Any], args: TrainingArguments | None = None
 ) -> Record:
     """The record of a run that begins with `model`, before anything has happened."""
     return {
@@ -40,7 +40,7 @@ def start_record(
             "parameters": model.num_parameters(),
         },
         "pruning": settings,
-        "training": _changed_settings(args),
+        "training": {} if args is None else _changed_settings(args),
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "hf-layerprune")},
@@ -89,6 +89,22 @@ def read_record(folder: str | Path) -> Record | None:
     except (ValueError, KeyError, TypeError) as error:
         raise LayerPruneError(f"{path} is not a record of this version: {error}") from error
     return record
+
+
+def check_folder_is_free(folder: str | Path) -> None:
+    """Check that a new run may write into `folder`.
+
+    Raises:
+        LayerPruneError: it holds another run or model already.
+    """
+    names = [RECORD_NAME, "config.json", "adapter_config.json"]
+    found = [name for name in names if (Path(folder) / name).exists()]
+    found += sorted(path.name for path in Path(folder).glob("checkpoint-*"))
+    if found:
+        raise LayerPruneError(
+            f"The output folder {folder} already holds another run or model ({found[0]}): choose a new "
+            "one, or resume that run (resume_from_checkpoint=True)."
+        )
 
 
 def peak_memory_mb() -> int:

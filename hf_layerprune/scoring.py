@@ -63,8 +63,7 @@ class ScoreTable:
         axes.set_xlabel("decoder layer (index in the original model)")
         axes.set_ylabel(self.criterion.replace("_", " "))
         axes.set_title(
-            f"Importance of {len(layers)} of {len(self.kept)} layers; "
-            f"least important: {self.kept[least]}",
+            f"Importance of {len(layers)} of {len(self.kept)} layers; least important: {self.kept[least]}",
             fontsize=10,
         )
         figure.savefig(path, dpi=120)
@@ -110,9 +109,7 @@ def score_layers(
     candidates = [layer for layer in range(len(kept)) if layer not in fixed]
     if not candidates or len(kept) == 1:
         raise LayerPruneError(f"No layer to score: {len(kept)} layers, protected {sorted(fixed)}.")
-    on_device = [
-        {k: v.to(model.device) for k, v in batch.items() if torch.is_tensor(v)} for batch in batches
-    ]
+    on_device = [{k: v.to(model.device) for k, v in batch.items() if torch.is_tensor(v)} for batch in batches]
     if not on_device and not callable(task):
         raise LayerPruneError("No calibration batches to score with.")
     if any(batch["input_ids"].shape[1] < 2 for batch in on_device):

@@ -147,15 +147,15 @@ def _differences(model: PreTrainedModel) -> dict[Any, str]:
     with torch.device("meta"):
         fresh = dict(type(model)(copy.deepcopy(model.config)).named_modules())
     live = dict(model.named_modules())
-    found: dict[Any, str] = {
-        path: f"{path} is missing here" for path in fresh.keys() - live.keys()
-    }
+    found: dict[Any, str] = {path: f"{path} is missing here" for path in fresh.keys() - live.keys()}
     for path, module in live.items():
         if path not in fresh:
             found[module, ""] = f"{path} is not in it"
             continue
         here, there = _facts(module), _facts(fresh[path])
-        for name in here.keys() | there.keys():
+        # What is not saved and not built anew is not needed: tables of an attention kind now gone.
+        stale = here.keys() - there.keys() - module._parameters.keys() - _saved_buffers(module)
+        for name in (here.keys() | there.keys()) - stale:
             if here.get(name) != there.get(name):
                 where = f"{path}.{name}".lstrip(".")
                 found[module, name] = f"{where} is {here.get(name)} here, {there.get(name)} there"
@@ -172,3 +172,7 @@ def _facts(module: nn.Module) -> dict[str, Any]:
         if public and isinstance(value, (bool, int, float, str)):
             facts[name] = value
     return facts
+
+
+def _saved_buffers(module: nn.Module) -> set[str]:
+    return module._buffers.keys() - module._non_persistent_buffers_set

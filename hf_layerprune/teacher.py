@@ -53,9 +53,7 @@ def _check(teacher: PreTrainedModel, student: PreTrainedModel, hidden_states: bo
             f"The teacher has {lineage}, but the student descends from a model of {needed.original} "
             f"layers and still has {needed.kept}. Give the original model as teacher."
         )
-    if hidden_states and (
-        theirs.hidden_size != ours.hidden_size or lineage.original != needed.original
-    ):
+    if hidden_states and (theirs.hidden_size != ours.hidden_size or lineage.original != needed.original):
         raise LayerPruneError(
             "Hidden states can only be compared with the model that the student was cut from: the "
             f"teacher has {lineage.original} layers of width {theirs.hidden_size}, the student "

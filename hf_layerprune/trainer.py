@@ -2,14 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from .arguments import DistillationTrainingArguments
 from .checkpoint import load_lineage
@@ -43,6 +43,7 @@ class DistillationTrainer(Trainer):
         LayerPruneError: the teacher does not fit the student, or an argument has no meaning here.
     """
 
+    args: DistillationTrainingArguments
     # Each loss term is a sum over tokens divided by the tokens of the whole accumulated batch.
     loss_is_scaled_for_ga = True
     _tag_names = ("hf_layerprune", "knowledge-distillation")
@@ -74,7 +75,10 @@ class DistillationTrainer(Trainer):
         # Never inside self.model: it would be trained, saved and broadcast with it.
         self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
         # Sums of each loss term since the last log, and the tokens they are to be divided by.
-        self._terms: dict[str, dict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
+        self._terms: dict[str, dict[str, Any]] = {
+            "train": defaultdict(float),
+            "eval": defaultdict(float),
+        }
 
     def compute_loss(
         self,
@@ -92,23 +96,19 @@ class DistillationTrainer(Trainer):
         student = self.accelerator.unwrap_model(model)
         pairs = []
         if self.args.hidden_weight:
-            pairs = hidden_pairs(
-                get_lineage(student), get_lineage(self.teacher), self.args.hidden_layers
-            )
+            pairs = hidden_pairs(get_lineage(student), get_lineage(self.teacher), self.args.hidden_layers)
 
         with torch.no_grad(), captured(self.teacher, [t for _, t in pairs]) as taught:
             teacher_logits = self.teacher(**inputs, use_cache=False).logits
         with captured(student, [s for s, _ in pairs]) as learnt:
             outputs = model(**inputs, use_cache=False)
 
+        training = model.training
         sums = {"kl": kl_divergence(outputs.logits, teacher_logits, mask, self.args.temperature)}
         if pairs:
-            errors = [
-                hidden_mse(_state(learnt, s), _state(taught, t), mask) for s, t in pairs
-            ]
+            errors = [hidden_mse(_state(learnt, s), _state(taught, t), mask) for s, t in pairs]
             sums["hidden_mse"] = torch.stack(errors).mean()
-        training = model.training
-        with nullcontext() if training and self.args.ce_weight else torch.no_grad():
+        if self.args.ce_weight or not training:
             sums["ce"] = cross_entropy(outputs.logits, tokens, mask)
 
         count = mask.sum() if num_items_in_batch is None or not training else num_items_in_batch
@@ -120,7 +120,7 @@ class DistillationTrainer(Trainer):
                 "hidden_mse": self.args.hidden_weight,
                 "ce": self.args.ce_weight,
             }
-            loss = sum(weights[name] * total for name, total in sums.items() if weights[name]) / count
+            loss = sum(weights[name] * total for name, total in sums.items()) / count
             if self.args.average_tokens_across_devices:
                 # The count is of all processes, and gradients are averaged over them.
                 loss = loss * self.accelerator.num_processes
@@ -136,7 +136,7 @@ class DistillationTrainer(Trainer):
             token_mask(batch["input_ids"], batch.get("labels"), batch.get("attention_mask"))
             for batch in batch_samples
         ]
-        count = sum(mask.sum().to(device) for mask in masks)
+        count = torch.stack([mask.sum().to(device) for mask in masks]).sum()
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         return count
@@ -149,9 +149,7 @@ class DistillationTrainer(Trainer):
             logs |= self._drain("eval", "eval_")
         super().log(logs, start_time)
 
-    def _note(
-        self, mode: str, sums: dict[str, torch.Tensor], tokens: torch.Tensor, count: Any
-    ) -> None:
+    def _note(self, mode: str, sums: dict[str, torch.Tensor], tokens: torch.Tensor, count: Any) -> None:
         # In training both are divided by the step's tokens, so that every step weighs the same.
         for name, total in {**sums, "tokens": tokens}.items():
             self._terms[mode][name] += total.detach() / count
@@ -162,22 +160,23 @@ class DistillationTrainer(Trainer):
         tokens = max(terms.pop("tokens", 0.0), 1e-9)
         return {f"{prefix}{name}": round(total / tokens, 6) for name, total in terms.items()}
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
         """See [`~transformers.Trainer.train`]. A checkpoint that has fewer layers than the model first
         takes the model to the same layers.
 
         Raises:
             LayerPruneError: no checkpoint there, or one that the model cannot become.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
+        folder = resume_from_checkpoint or None
+        if folder is True:
+            folder = get_last_checkpoint(str(self.args.output_dir))
+            if folder is None:
                 raise LayerPruneError(f"No checkpoint to resume from in {self.args.output_dir}.")
-        if resume_from_checkpoint:
-            keep_lineage(
-                self.accelerator.unwrap_model(self.model), load_lineage(resume_from_checkpoint)
-            )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if folder:
+            keep_lineage(self.accelerator.unwrap_model(self.model), load_lineage(str(folder)))
+        return super().train(folder, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with self._plain_config():
@@ -193,14 +192,14 @@ class DistillationTrainer(Trainer):
         finally:
             config.use_cache = training
 
-    def create_model_card(self, **kwargs: Any) -> None:
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card: from the run record where [`LayerPruningCallback`] left one, else as
         [`~transformers.Trainer.create_model_card`] does."""
-        record = read_record(self.args.output_dir)
+        record = read_record(str(self.args.output_dir))
         if record is None:
-            super().create_model_card(**kwargs)
+            super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
-            write_card(record, Path(self.args.output_dir), **kwargs)
+            write_card(record, Path(str(self.args.output_dir)), *args, **kwargs)
 
 
 def _state(states: dict[int, tuple[Any, Any]], layer: int) -> torch.Tensor:

@@ -1,0 +1,296 @@
+"""The command line: parse, call the library, print."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import LayerPruneError
+
+
+@dataclass
+class TextArguments:
+    """Where text comes from and how it is cut."""
+
+    data: str = field(metadata={"help": "Text: a .txt, .jsonl or .jsonl.gz file, or the id of a data set."})
+    data_field: str = field(default="text", metadata={"help": "The field that holds the text."})
+    data_split: str = field(default="train", metadata={"help": "Split of a data set on the hub."})
+    data_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a data set on the hub."}
+    )
+    block_length: int = field(default=256, metadata={"help": "Tokens in a block."})
+
+
+@dataclass
+class CriterionArguments:
+    """How layers are scored."""
+
+    criterion: str = field(
+        default="loss",
+        metadata={"help": "What makes a layer important.", "choices": ["loss", "block_influence"]},
+    )
+    calibration_blocks: int = field(default=16, metadata={"help": "Blocks of the text to score with."})
+    protected: list[int] | None = field(
+        default=None, metadata={"help": "Layers that stay. Default: the first and the last."}
+    )
+
+
+@dataclass
+class ScoreArguments:
+    """Output of `score`."""
+
+    plot: str | None = field(default=None, metadata={"help": "Write a bar chart to this file."})
+    json: str | None = field(default=None, metadata={"help": "Write the table to this file."})
+
+
+@dataclass
+class PruneArguments:
+    """What `prune` and `distill` are to reach."""
+
+    target_layers: int = field(metadata={"help": "How many layers the model shall have."})
+    heldout_blocks: int = field(default=16, metadata={"help": "Blocks of the text to measure perplexity on."})
+
+
+@dataclass
+class PruneOutput:
+    """Output of `prune`."""
+
+    output_dir: str = field(metadata={"help": "A new folder for the model."})
+
+
+@dataclass
+class PhaseArguments:
+    """The phases of `distill`."""
+
+    teacher: str | None = field(
+        default=None,
+        metadata={"help": "Folder or hub id of the teacher. Default: the model itself."},
+    )
+    layers_per_phase: int = field(default=1, metadata={"help": "Layers to remove in each phase."})
+    steps_per_phase: int | None = field(
+        default=None,
+        metadata={"help": "Steps after each removal. Default: all shared out equally."},
+    )
+    quality_floor: float | None = field(
+        default=None,
+        metadata={"help": "Stop removing when minus the calibration loss is below this."},
+    )
+
+
+@dataclass
+class EvaluateArguments:
+    """Output of `evaluate`."""
+
+    max_blocks: int = field(default=64, metadata={"help": "Blocks of the text to use at most."})
+    json: str | None = field(default=None, metadata={"help": "Write the numbers to this file."})
+
+
+def score(arguments: list[str]) -> None:
+    """Score how much each layer of MODEL matters."""
+    types = [TextArguments, CriterionArguments, ScoreArguments]
+    name, text, how, output = _parse("score", arguments, types)
+    from .data import make_batches
+    from .scoring import score_layers
+
+    model, tokenizer = _load(name)
+    batches = make_batches(_blocks(text, model, tokenizer, how.calibration_blocks), 4)
+    table = score_layers(model, batches, how.criterion, protected=how.protected)
+    for layer in table.ranking():
+        print(f"layer {layer:3d}   {how.criterion} {table.scores[layer]:9.5f}")
+    if output.plot:
+        table.plot(output.plot)
+    if output.json:
+        _write_json(output.json, table.to_dict())
+
+
+def prune(arguments: list[str]) -> None:
+    """Remove the least important layers of MODEL one by one, without training."""
+    types = [TextArguments, CriterionArguments, PruneArguments, PruneOutput]
+    name, text, how, what, output = _parse("prune", arguments, types)
+    from .data import make_batches, split_blocks
+    from .evaluation import evaluate_text
+    from .record import check_folder_is_free, write_record
+    from .removal import prune_layers
+    from .report import markdown_table, table_rows, write_card
+
+    check_folder_is_free(output.output_dir)
+    model, tokenizer = _load(name)
+    blocks = _blocks(text, model, tokenizer, how.calibration_blocks + what.heldout_blocks)
+    calibration, heldout, _ = split_blocks(blocks, how.calibration_blocks, what.heldout_blocks)
+    heldout_batches = make_batches(heldout, 4)
+    record = prune_layers(
+        model,
+        target_layers=what.target_layers,
+        criterion=how.criterion,
+        calibration=calibration,
+        protected=how.protected,
+        evaluation=lambda model: evaluate_text(model, heldout_batches),
+    )
+    model.save_pretrained(output.output_dir)
+    tokenizer.save_pretrained(output.output_dir)
+    write_record(record, output.output_dir)
+    write_card(record, Path(output.output_dir))
+    print(markdown_table(table_rows(record)))
+    print(f"\nSaved in {output.output_dir}. It was not healed: `hf-layerprune distill` does both.")
+
+
+def distill(arguments: list[str]) -> None:
+    """Remove layers of MODEL while the original teaches what is left (2511.05085)."""
+    from .arguments import DistillationTrainingArguments
+    from .callback import LayerPruningCallback
+    from .data import make_batches, split_blocks
+    from .evaluation import evaluate_text
+    from .record import check_folder_is_free
+    from .report import markdown_table, table_rows
+    from .trainer import DistillationTrainer
+
+    types = [
+        TextArguments,
+        CriterionArguments,
+        PruneArguments,
+        PhaseArguments,
+        DistillationTrainingArguments,
+    ]
+    name, text, how, what, phases, args = _parse("distill", arguments, types)
+    if not args.resume_from_checkpoint:
+        check_folder_is_free(args.output_dir)
+    model, tokenizer = _load(name, dtype="float32")
+    blocks = _blocks(text, model, tokenizer)
+    calibration, heldout, train = split_blocks(blocks, how.calibration_blocks, what.heldout_blocks)
+    heldout_batches = make_batches(heldout, args.per_device_eval_batch_size)
+    pruning = LayerPruningCallback(
+        target_layers=what.target_layers,
+        criterion=how.criterion,
+        calibration=calibration,
+        layers_per_phase=phases.layers_per_phase,
+        steps_per_phase=phases.steps_per_phase,
+        protected=how.protected,
+        quality_floor=phases.quality_floor,
+        evaluation=lambda model: evaluate_text(model, heldout_batches),
+    )
+    trainer = DistillationTrainer(
+        model=model,
+        args=args,
+        teacher_model=phases.teacher,
+        train_dataset=train,
+        eval_dataset=heldout,
+        processing_class=tokenizer,
+        callbacks=[pruning],
+    )
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if resume == "True" else resume)
+    trainer.save_model()
+    trainer.create_model_card()
+    print(markdown_table(table_rows(pruning.record)))
+    print(f"\nSaved in {args.output_dir}.")
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Perplexity and speed of one or more MODELs on a text, side by side."""
+    types = [TextArguments, EvaluateArguments]
+    names, text, output = _parse("evaluate", arguments, types, several=True)
+    from .data import make_batches
+    from .evaluation import evaluate_text
+    from .lineage import get_lineage
+    from .report import markdown_table
+
+    results: dict[str, dict[str, Any]] = {}
+    rows = [["model", "layers", "parameters", "perplexity", "tokens/s"]]
+    for name in names:
+        model, tokenizer = _load(name)
+        batches = make_batches(_blocks(text, model, tokenizer, output.max_blocks), 4)
+        found = evaluate_text(model, batches)
+        layers, parameters = len(get_lineage(model).kept), model.num_parameters()
+        results[name] = {"layers": layers, "parameters": parameters, **found}
+        perplexity, speed = f"{found['perplexity']:.2f}", f"{found['tokens_per_second']:.0f}"
+        rows.append([name, str(layers), f"{parameters / 1e6:.1f}M", perplexity, speed])
+    print(markdown_table(rows))
+    if output.json:
+        _write_json(output.json, results)
+
+
+def quickstart(arguments: list[str]) -> None:
+    """Take SmolLM2-135M from 30 to 27 layers on this machine, without a hub or an account."""
+    from .quickstart import QuickstartArguments
+    from .quickstart import quickstart as run
+
+    (settings,) = _parse("quickstart", arguments, [QuickstartArguments], model=False)
+    run(settings)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "quickstart": quickstart,
+    "score": score,
+    "prune": prune,
+    "distill": distill,
+    "evaluate": evaluate,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; return the exit code: 0, or 2 after a mistake of the user's."""
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help"):
+        print("usage: hf-layerprune COMMAND ...   (hf-layerprune COMMAND --help for its flags)\n")
+        for name, function in COMMANDS.items():
+            print(f"  {name:12s}{function.__doc__}")
+        return 0
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("hf_layerprune").setLevel(logging.INFO)
+    try:
+        if command not in COMMANDS:
+            raise LayerPruneError(f"no command {command!r}: choose from {', '.join(COMMANDS)}")
+        COMMANDS[command](rest)
+    except LayerPruneError as error:
+        print(f"hf-layerprune: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parse(
+    command: str, arguments: list[str], types: list[Any], model: bool = True, several: bool = False
+) -> list[Any]:
+    """The model name or names, and one filled dataclass for each of `types`."""
+    from transformers import HfArgumentParser
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> Any:
+            raise LayerPruneError(f"{message} (see hf-layerprune {command} --help)")
+
+    parser = Parser(types, prog=f"hf-layerprune {command}", description=COMMANDS[command].__doc__)
+    if model:
+        words = "+" if several else None
+        parser.add_argument("model", nargs=words, help="folder or hub id of the model")
+    try:
+        *parsed, rest = parser.parse_args_into_dataclasses(arguments)
+    except ValueError as error:  # a dataclass refused a value
+        raise LayerPruneError(str(error)) from error
+    return [rest.model, *parsed] if model else [*parsed, rest][: len(types)]
+
+
+def _load(name: str, dtype: str = "auto") -> tuple[Any, Any]:
+    import torch
+
+    from .checkpoint import load_model, load_tokenizer
+
+    model: Any = load_model(name, dtype=dtype)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer(name)
+
+
+def _blocks(text: TextArguments, model: Any, tokenizer: Any, limit: int | None = None) -> Any:
+    from .data import load_texts, token_blocks
+
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if longest is not None and text.block_length > longest:
+        raise LayerPruneError(
+            f"block_length is {text.block_length}, but the model reads {longest} tokens at most."
+        )
+    texts = load_texts(text.data, text.data_field, text.data_split, text.data_config)
+    return token_blocks(texts, tokenizer, text.block_length, limit)
+
+
+def _write_json(path: str, values: Any) -> None:
+    Path(path).write_text(json.dumps(values, indent=1), encoding="utf-8")

@@ -1,0 +1,146 @@
+"""One removal after another: score, choose, remove, note it in the record."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from .data import Batch, make_batches
+from .errors import LayerPruneError
+from .lineage import get_lineage
+from .record import Record, peak_memory_mb, start_record
+from .scoring import ScoreTable, score_layers, undisturbed
+from .surgery import check_exact, check_layers, remove_layers
+
+
+Evaluation = Callable[[PreTrainedModel], dict[str, float]]
+
+
+def prune_layers(
+    model: PreTrainedModel,
+    *,
+    target_layers: int,
+    criterion: str = "loss",
+    calibration: Any = (),
+    task: Any = None,
+    protected: Sequence[int] | None = None,
+    evaluation: Evaluation | None = None,
+) -> Record:
+    """Remove the least important layers of `model`, in place, without training; score after each again
+    (SLEB, 2402.09025, with `criterion="loss"`).
+
+    Args:
+        model (`PreTrainedModel`): a causal language model.
+        target_layers, criterion, calibration, task, protected, evaluation: see
+            [`LayerPruningCallback`].
+
+    Returns:
+        `dict`: the run record.
+
+    Raises:
+        LayerPruneError: the target cannot be reached, or a layer cannot be removed exactly.
+    """
+    began = time.monotonic()
+    fixed = check_plan(model, target_layers, protected)
+    batches = make_batches(calibration, 4) if calibration or not callable(task) else []
+    settings = {"target_layers": target_layers, "criterion": criterion, "protected": fixed}
+    record = start_record(model, settings)
+    record["dense"] = run_evaluation(evaluation, model)
+    while len(get_lineage(model).kept) > target_layers:
+        phase_began = time.monotonic()
+        table = score_present(model, batches, criterion, task, fixed)
+        removal = remove_least(model, table)
+        record["phases"].append(
+            phase_entry(model, 0, [removal], evaluation)
+            | {"seconds": round(time.monotonic() - phase_began, 2)}
+        )
+    record |= {
+        "seconds": round(time.monotonic() - began, 2),
+        "peak_memory_mb": peak_memory_mb(),
+        "finished": True,
+    }
+    return record
+
+
+def check_plan(
+    model: PreTrainedModel, target_layers: int, protected: Sequence[int] | None
+) -> list[int] | None:
+    """Check that layers can be removed until `target_layers` are left.
+
+    Returns:
+        `list[int]` or `None`: the protected layers by original index; None for the first and the last.
+
+    Raises:
+        LayerPruneError: the target is not below the present depth, too few layers are free to go, or
+            this model cannot be cut exactly.
+    """
+    kept = get_lineage(model).kept
+    if type(target_layers) is not int or not 1 <= target_layers < len(kept):
+        raise LayerPruneError(
+            f"target_layers is {target_layers!r}, but the model has {len(kept)} layers: it must be "
+            f"between 1 and {len(kept) - 1}."
+        )
+    ends = {0, len(kept) - 1}
+    fixed = ends if protected is None else check_layers(model, protected)
+    free = [layer for layer in range(len(kept)) if layer not in fixed]
+    if len(free) < len(kept) - target_layers:
+        raise LayerPruneError(
+            f"{len(kept) - target_layers} layers shall go, but only {len(free)} are not protected: "
+            "raise target_layers or protect fewer."
+        )
+    check_exact(model, free[0])
+    return None if protected is None else sorted(kept[layer] for layer in fixed)
+
+
+def score_present(
+    model: PreTrainedModel,
+    batches: Sequence[Batch],
+    criterion: str,
+    task: Any,
+    protected: Sequence[int] | None,
+    progress: bool = True,
+) -> ScoreTable:
+    """Score the layers of `model` that are not protected (by original index)."""
+    kept = get_lineage(model).kept
+    now = None if protected is None else [kept.index(layer) for layer in protected]
+    return score_layers(model, batches, criterion, task=task, protected=now, progress=progress)
+
+
+def remove_least(model: PreTrainedModel, table: ScoreTable) -> dict[str, Any]:
+    """Remove the layer that matters least by `table` from `model`, in place; return its entry in the
+    record."""
+    layer = table.ranking()[0]
+    remove_layers(model, layer)
+    return {
+        "layer": layer,
+        "original": table.kept[layer],
+        "score": table.scores[layer],
+        "table": table.to_dict(),
+    }
+
+
+def phase_entry(
+    model: PreTrainedModel,
+    step: int,
+    removals: list[dict[str, Any]],
+    evaluation: Evaluation | None,
+) -> dict[str, Any]:
+    """The entry of a phase in the record, as it stands right after its removals."""
+    return {
+        "step": step,
+        "removals": removals,
+        "kept": get_lineage(model).kept,
+        "parameters": model.num_parameters(),
+        "cut": run_evaluation(evaluation, model),
+        "healed": None,
+        "seconds": 0.0,
+    }
+
+
+def run_evaluation(evaluation: Evaluation | None, model: PreTrainedModel) -> dict[str, float] | None:
+    """What `evaluation` finds, with `model` in eval mode and the random state left as it is."""
+    if evaluation is None:
+        return None
+    with undisturbed(model):
+        return evaluation(model)

@@ -1,0 +1,214 @@
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from hf_layerprune import LayerPruneError, get_lineage, remove_layers
+from hf_layerprune.decoder import find_decoder
+from hf_layerprune.lineage import Lineage
+from hf_layerprune.surgery import keep_lineage, without_layers
+
+from .conftest import CONFIGS, LAYERS, logits, make_model, tokens
+
+
+def skipping(model, layers, input_ids):
+    """The reference: the uncut model with these layers bypassed by hooks."""
+
+    def bypass(module, args, kwargs, output):
+        state = args[0] if args else kwargs["hidden_states"]
+        return (state, *output[1:]) if isinstance(output, tuple) else state
+
+    stack = find_decoder(model).layers
+    handles = [stack[i].register_forward_hook(bypass, with_kwargs=True) for i in layers]
+    result = logits(model, input_ids)
+    for handle in handles:
+        handle.remove()
+    return result
+
+
+def test_removing_nothing_changes_nothing(model):
+    before, config = logits(model, tokens()), model.config.to_dict()
+    lineage = remove_layers(model, [])
+    assert lineage.kept == list(range(LAYERS))
+    assert torch.equal(logits(model, tokens()), before)
+    assert model.config.to_dict() == config
+
+
+@pytest.mark.parametrize("layers", [[3], [0], [5], [1, 4], [2, 3, 4]])
+def test_removing_is_skipping(model, layers):
+    reference = skipping(model, layers, tokens())
+    assert not torch.allclose(reference, logits(model, tokens()), atol=1e-3)
+    lineage = remove_layers(model, layers)
+    assert lineage.removed == layers
+    assert torch.equal(logits(model, tokens()), reference)
+
+
+@pytest.mark.parametrize("layers", [[3], [1, 4], [2, 3, 4]])
+def test_cached_generation_is_uncached_generation(model, layers):
+    remove_layers(model, layers)
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    prompt = tokens(1)
+    mask = torch.ones_like(prompt)
+    cached = model.generate(prompt, attention_mask=mask, use_cache=True, **settings)
+    uncached = model.generate(prompt, attention_mask=mask, use_cache=False, **settings)
+    assert cached.tolist() == uncached.tolist()
+    assert cached.shape == (1, 24)
+
+
+RELOAD = """
+import sys
+sys.modules["hf_layerprune"] = None  # an import of it would fail
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+for folder in sys.argv[1:]:
+    expected = load_file(folder + "/expected.safetensors")
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"], (folder, info)
+    with torch.no_grad():
+        found = model(input_ids=expected["input_ids"], use_cache=False).logits
+    assert torch.equal(found, expected["logits"]), folder
+    settings = dict(max_new_tokens=10, do_sample=False, eos_token_id=None)
+    mask = torch.ones_like(expected["input_ids"])
+    found = model.generate(expected["input_ids"], attention_mask=mask, **settings)
+    assert found.tolist() == expected["generated"].tolist(), folder
+    print(model.config.num_hidden_layers, model.config.layer_pruning["kept_layers"])
+"""
+
+
+def test_a_saved_model_reloads_where_this_package_is_not_installed(tmp_path):
+    folders = []
+    for family in CONFIGS:
+        model = make_model(family)
+        remove_layers(model, 4)
+        remove_layers(model, 1)  # indices count in the present model
+        folder = tmp_path / family
+        model.save_pretrained(folder)
+        prompt = tokens(1)
+        generated = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=10,
+            do_sample=False,
+            eos_token_id=None,
+        )
+        expected = {"input_ids": prompt, "logits": logits(model, prompt), "generated": generated}
+        save_file(expected, folder / "expected.safetensors")
+        config = json.loads((folder / "config.json").read_text())
+        assert len(config.get("layer_types") or [0] * 4) == 4
+        assert "auto_map" not in config
+        folders.append(str(folder))
+    done = subprocess.run([sys.executable, "-c", RELOAD, *folders], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["4 [0, 2, 3, 5]"] * len(CONFIGS)
+
+
+def test_lineage_lives_in_the_config(model, tmp_path):
+    assert get_lineage(model).kept == list(range(LAYERS))
+    remove_layers(model, [1, 2])
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert remove_layers(again, [1]).kept == [0, 4, 5]
+    assert get_lineage(again).removed == [1, 2, 3]
+    again.config.num_hidden_layers = 2
+    with pytest.raises(LayerPruneError, match="lists 3 layers, but num_hidden_layers is 2"):
+        get_lineage(again)
+
+
+def test_two_cuts_are_one(model):
+    once, twice = copy.deepcopy(model), model
+    remove_layers(once, [1, 4])
+    remove_layers(twice, [1])
+    remove_layers(twice, [3])
+    assert get_lineage(once) == get_lineage(twice)
+    assert torch.equal(logits(once, tokens()), logits(twice, tokens()))
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([6], r"No layers \[6\]: this model has 6 layers \(0 to 5\)"),
+        (-1, r"No layers \[-1\]"),
+        ([1, 1], "named twice"),
+        (range(6), "Cannot remove all 6 layers"),
+        (["1"], "No layers"),
+        ([True], "No layers"),
+    ],
+)
+def test_wrong_layers_are_refused(llama, layers, message):
+    before = logits(llama, tokens())
+    with pytest.raises(LayerPruneError, match=message):
+        remove_layers(llama, layers)
+    assert torch.equal(logits(llama, tokens()), before)
+    assert issubclass(LayerPruneError, ValueError)
+
+
+def test_a_model_is_as_before_after_without_layers(model):
+    before, config = logits(model, tokens()), model.config.to_dict()
+    modules = [id(module) for module in model.modules()]
+
+    def interrupted():
+        with without_layers(model, [1, 3]):
+            assert len(find_decoder(model).layers) == 4
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert model.config.to_dict() == config
+    assert [id(module) for module in model.modules()] == modules
+    assert torch.equal(logits(model, tokens()), before)
+
+
+def test_what_cannot_be_cut_exactly_is_refused_and_left_alone(llama):
+    # A layer of another shape than its new position would be built with.
+    find_decoder(llama).layers[5].mlp.up_proj = nn.Linear(32, 48, bias=False)
+    remove_layers(llama, 3)
+    find_decoder(llama).layers[4].self_attn.layer_number_of_something = 4
+
+    class Tagged(type(llama)):
+        def __init__(self, config):
+            super().__init__(config)
+            for i, layer in enumerate(self.model.layers):
+                layer.depth = i  # what no rule of ours renumbers
+
+    tagged = Tagged(copy.deepcopy(CONFIGS["llama"]))
+    before = logits(tagged, tokens())
+    with pytest.raises(LayerPruneError, match=r"layers\.2\.depth is 3 here, 2 there"):
+        remove_layers(tagged, 2)
+    assert len(tagged.model.layers) == 6
+    assert torch.equal(logits(tagged, tokens()), before)
+
+
+def test_only_causal_language_models_are_cut():
+    with pytest.raises(LayerPruneError, match="PreTrainedModel, got Linear"):
+        remove_layers(nn.Linear(2, 2), 0)
+
+
+def test_lineage():
+    lineage = Lineage(8, [0, 2, 3, 6])
+    assert lineage.removed == [1, 4, 5, 7]
+    assert lineage.after_cuts == [1, 3]
+    assert lineage.without({1}).kept == [0, 3, 6]
+    for kept in ([], [1, 1], [2, 1], [0, 8], [-1, 2]):
+        with pytest.raises(LayerPruneError, match="Not a lineage"):
+            Lineage(8, kept)
+
+
+def test_damaged_lineage_is_refused(llama):
+    for entry in ({}, {"original_num_hidden_layers": "x", "kept_layers": [0]}, [1]):
+        llama.config.layer_pruning = entry
+        with pytest.raises(LayerPruneError, match="Damaged `layer_pruning`"):
+            get_lineage(llama)
+
+
+def test_keep_lineage(llama):
+    keep_lineage(llama, Lineage(6, [0, 2, 5]))
+    assert get_lineage(llama).kept == [0, 2, 5]
+    with pytest.raises(LayerPruneError, match="cannot be cut to"):
+        keep_lineage(llama, Lineage(6, [0, 1]))
