@@ -1,0 +1,245 @@
+import random
+
+import datasets
+import evaluate
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hf_layerprune import LayerPruneError, ScoreTable, remove_layers, score_layers
+from hf_layerprune.criteria import batch_loss, captured, hidden
+from hf_layerprune.decoder import find_decoder
+from hf_layerprune.losses import LAST
+from hf_layerprune.surgery import without_layers
+
+from .conftest import logits, make_model, tokens
+
+
+def batches():
+    padded = {"input_ids": tokens(2, 9, seed=3), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    padded["attention_mask"][1, 6:] = 0
+    return [{"input_ids": tokens(2, 12)}, padded]
+
+
+def mean_loss(model):
+    """The reference: float64, token by token."""
+    total, count = 0.0, 0
+    for batch in batches():
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        found = logits(model, **batch).double().log_softmax(-1)
+        for b, row in enumerate(batch["input_ids"]):
+            for t in range(len(row) - 1):
+                if mask[b, t] and mask[b, t + 1]:
+                    total, count = total - found[b, t, row[t + 1]].item(), count + 1
+    return total / count
+
+
+def test_loss_scores_are_those_of_really_removing_each_layer(model):
+    family, dense = model.config.model_type, mean_loss(model)
+    table = score_layers(model, batches(), progress=False)
+    assert table.quality == pytest.approx(-dense, rel=1e-5)
+    assert list(table.scores) == [1, 2, 3, 4]  # the first and the last are protected
+    for layer, score in table.scores.items():
+        cut = make_model(family)
+        remove_layers(cut, layer)
+        assert score == pytest.approx(mean_loss(cut) - dense, abs=1e-5)
+
+
+def test_resuming_from_cached_states_is_exact_to_the_bit(model):
+    found = score_layers(model, batches(), protected=[], progress=False)
+    naive = {}
+    with torch.no_grad():
+        dense = [batch_loss(model, batch) for batch in batches()]
+        count = sum(n for _, n in dense)
+        for layer in range(6):
+            with without_layers(model, layer):
+                total = sum(batch_loss(model, batch)[0] for batch in batches())
+            naive[layer] = (total - sum(x for x, _ in dense)) / count
+    assert found.scores == naive
+
+
+def test_block_influence_is_one_minus_the_mean_cosine(model):
+    table = score_layers(model, batches(), "block_influence", protected=[], progress=False)
+    assert table.quality is None
+    for layer in range(6):
+        cosines = []
+        for batch in batches():
+            with captured(model, [layer]) as states:
+                logits(model, **batch)
+            before, after = (hidden(state).double() for state in states[layer])
+            real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+            norms = before.norm(dim=-1) * after.norm(dim=-1)
+            cosines += ((before * after).sum(-1) / norms)[real].tolist()
+        assert table.scores[layer] == pytest.approx(1 - np.mean(cosines), abs=1e-5)
+
+
+def test_captured_states_are_the_models_own(llama):
+    with captured(llama, [*range(6), LAST]) as states:
+        logits(llama, tokens())
+    assert not any(module._forward_hooks for module in llama.modules())
+    with torch.no_grad():
+        own = llama(input_ids=tokens(), output_hidden_states=True).hidden_states
+    for layer in range(6):
+        assert torch.equal(states[layer][0], own[layer])
+        assert layer == 5 or torch.equal(hidden(states[layer][1]), own[layer + 1])
+    assert torch.equal(states[LAST][0], own[6])
+
+
+def silence(model, layer):
+    """Make a layer add nothing: its output projections are zero."""
+    names = ("o_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h")
+    norms = ("post_attention_layernorm", "post_feedforward_layernorm")
+    for name, module in find_decoder(model).layers[layer].named_modules():
+        last = name.split(".")[-1]
+        if last in names or (last in norms and model.config.model_type.startswith("gemma")):
+            nn.init.zeros_(module.weight)
+            if model.config.model_type.startswith("gemma") and last in norms:
+                nn.init.constant_(module.weight, -1.0)  # Gemma's norms scale by 1 + weight
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+
+def test_a_layer_that_adds_nothing_is_ranked_last_and_costs_nothing(model):
+    silence(model, 3)
+    before = logits(model, tokens())
+    # Labels that the model itself finds most likely, so that every working layer is of use.
+    labels = torch.cat([tokens()[:, :1], before.argmax(-1)[:, :-1]], 1)
+    for criterion in ("loss", "block_influence"):
+        batch = {"input_ids": tokens(), "labels": labels}
+        table = score_layers(model, [batch], criterion, progress=False)
+        assert all(score > 1e-3 for layer, score in table.scores.items() if layer != 3)
+        assert table.ranking()[0] == 3
+        assert table.scores[3] == pytest.approx(0, abs=1e-6)
+    remove_layers(model, 3)
+    torch.testing.assert_close(logits(model, tokens()), before)
+
+
+def test_task_scores_are_the_fall_of_the_users_function(llama):
+    def score(model):
+        assert not model.training
+        return float(len(find_decoder(model).layers)) + logits(model, tokens()).mean().item()
+
+    table = score_layers(llama, criterion="task", task=score, progress=False)
+    assert table.quality == score(llama)
+    cut = make_model("llama")
+    remove_layers(cut, 2)
+    assert table.scores[2] == pytest.approx(score(llama) - score(cut), abs=1e-6)
+
+
+class Accuracy(evaluate.Metric):
+    def _info(self):
+        kind = datasets.Value("int32")
+        features = datasets.Features({"predictions": kind, "references": kind})
+        return evaluate.MetricInfo(description="", citation="", features=features)
+
+    def _compute(self, predictions, references):
+        pairs = list(zip(predictions, references, strict=True))
+        return {"accuracy": sum(p == r for p, r in pairs) / len(pairs)}
+
+
+def test_an_evaluate_metric_is_a_task(llama, tmp_path):
+    metric = Accuracy(cache_dir=str(tmp_path))
+    table = score_layers(llama, batches(), "task", task=metric, protected=[0, 1, 2, 3, 5], progress=False)
+
+    def accuracy(model):
+        right = []
+        for batch in batches():
+            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+            hits = logits(model, **batch)[:, :-1].argmax(-1) == batch["input_ids"][:, 1:]
+            right += hits[mask[:, 1:] & mask[:, :-1]].tolist()
+        return sum(right) / len(right)
+
+    assert table.quality == pytest.approx(accuracy(llama))
+    dense = accuracy(llama)
+    remove_layers(llama, 4)
+    assert table.scores == {4: pytest.approx(dense - accuracy(llama))}
+
+
+@pytest.mark.parametrize("how", ["success", "error", "interrupt"])
+def test_scoring_leaves_no_trace(model, how):
+    model.train()
+    find_decoder(model).layers[1].eval()
+    config = model.config.to_dict()
+    training = [module.training for module in model.modules()]
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    first = next(model.parameters())
+    first.grad = torch.ones_like(first)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+
+    def task(model):
+        torch.rand(3), random.random(), np.random.rand()
+        if len(find_decoder(model).layers) == 5 and how != "success":
+            raise KeyboardInterrupt if how == "interrupt" else RuntimeError("x")
+        return 1.0
+
+    def run():
+        score_layers(model, batches(), progress=False)
+        score_layers(model, criterion="task", task=task, progress=False)
+
+    if how == "success":
+        run()
+    else:
+        with pytest.raises((KeyboardInterrupt, RuntimeError)):
+            run()
+    assert model.config.to_dict() == config
+    assert [module.training for module in model.modules()] == training
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert sum(p.grad is not None for p in model.parameters()) == 1
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.random.get_state()[1].tolist() == states[2]
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert "forward" not in vars(module)
+
+
+def test_padding_changes_no_score(llama):
+    plain = [{"input_ids": tokens(2, 9)}]
+    padded = [
+        {
+            "input_ids": torch.cat([tokens(2, 9), torch.full((2, 5), 257)], 1),
+            "attention_mask": torch.cat([torch.ones(2, 9), torch.zeros(2, 5)], 1).long(),
+        }
+    ]
+    for criterion in ("loss", "block_influence"):
+        expected = score_layers(llama, plain, criterion, progress=False).scores
+        found = score_layers(llama, padded, criterion, progress=False).scores
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"criterion": "luck"}, "Unknown criterion 'luck': choose from block_influence, loss, task"),
+        ({"criterion": "task"}, "go together"),
+        ({"task": len}, "go together"),
+        ({"batches": []}, "No calibration batches"),
+        ({"batches": [{"input_ids": tokens(2, 1)}]}, "nothing to predict"),
+        ({"protected": [9]}, "No layers \\[9\\]"),
+        ({"protected": [0, 1, 2, 3, 4]}, None),
+        ({"criterion": "task", "task": lambda model: float("nan")}, "not a finite number"),
+    ],
+)
+def test_bad_calls_are_refused(llama, arguments, message):
+    arguments = {"batches": batches(), "progress": False} | arguments
+    if message is None:
+        assert list(score_layers(llama, **arguments).scores) == [5]
+        return
+    with pytest.raises(LayerPruneError, match=message):
+        score_layers(llama, **arguments)
+
+
+def test_progress_shows_the_time_left(llama, capsys):
+    score_layers(llama, batches())
+    assert "scoring (loss)" in capsys.readouterr().err
+
+
+def test_plot_writes_a_picture(llama, tmp_path):
+    table = score_layers(llama, batches(), progress=False)
+    table.plot(tmp_path / "scores.png")
+    assert (tmp_path / "scores.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_ties_go_to_the_deeper_layer():
+    assert ScoreTable("loss", {1: 0.5, 2: 0.1, 3: 0.1}, None, [0, 1, 2, 3, 4]).ranking() == [3, 2, 1]

@@ -1,0 +1,304 @@
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.nn import functional as F
+from transformers import default_data_collator
+
+from hf_layerprune import (
+    DistillationTrainer,
+    DistillationTrainingArguments,
+    LayerPruneError,
+    get_lineage,
+    remove_layers,
+)
+from hf_layerprune.decoder import find_decoder
+
+from .conftest import logits, make_model, tokens
+
+
+def examples(count=8, length=12):
+    """Blocks of the same text length and, padded to more, of different ones."""
+    ids = tokens(count, length).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+def make_trainer(student, dataset=None, collator=default_data_collator, eval_dataset=None, **settings):
+    settings = {
+        "output_dir": "out",
+        "max_steps": 1,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    } | settings
+    teacher = settings.pop("teacher_model", None)
+    callbacks = settings.pop("callbacks", None)
+    return DistillationTrainer(
+        student,
+        DistillationTrainingArguments(**settings),
+        teacher_model=teacher,
+        train_dataset=examples() if dataset is None else dataset,
+        eval_dataset=eval_dataset,
+        data_collator=collator,
+        callbacks=callbacks,
+    )
+
+
+def gradients(trainer):
+    """The gradients of the first optimizer step, and its logged loss."""
+    seen = {}
+
+    def keep(optimizer, args, kwargs):
+        parameters = trainer.model.named_parameters()
+        seen.update({name: p.grad.clone() for name, p in parameters if p.grad is not None})
+
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_pre_hook(keep)
+    trainer.args.max_grad_norm = 0
+    trainer.train()
+    return seen, trainer.state.log_history[0]
+
+
+def students(family="llama"):
+    teacher = make_model(family)
+    student = copy.deepcopy(teacher)
+    remove_layers(student, [1, 2])
+    return student, teacher
+
+
+def test_the_loss_and_its_gradient_are_the_definition():
+    student, teacher = students()
+    reference = copy.deepcopy(student).double()
+    batch = tokens(8, 12)
+    weights = {"kl_weight": 0.7, "hidden_weight": 0.3, "ce_weight": 0.2, "temperature": 2.0}
+    found, logged = gradients(make_trainer(student, teacher_model=teacher, **weights))
+
+    exact = copy.deepcopy(teacher).double()
+    kept = {"output_hidden_states": True, "use_cache": False}
+    with torch.no_grad():
+        taught = exact(input_ids=batch, **kept)
+    learnt = reference(input_ids=batch, **kept)
+    p = (taught.logits[:, :-1] / 2).softmax(-1)
+    q = (learnt.logits[:, :-1] / 2).softmax(-1)
+    kl = (p * (p / q).log()).sum(-1).mean() * 4
+    ce = F.cross_entropy(learnt.logits[:, :-1].reshape(-1, 260), batch[:, 1:].reshape(-1))
+    # Layers 1 and 2 are gone: layer 3 of the teacher is layer 1 of the student. Entry i + 1 is the
+    # output of layer i, the last entry is after the final norm.
+    middle = (learnt.hidden_states[2] - taught.hidden_states[4])[:, :-1].square().mean()
+    last = (learnt.hidden_states[-1] - taught.hidden_states[-1])[:, :-1].square().mean()
+    loss = 0.7 * kl + 0.3 * (middle + last) / 2 + 0.2 * ce
+    loss.backward()
+
+    assert logged["kl"] == pytest.approx(kl.item(), rel=1e-4)
+    assert logged["ce"] == pytest.approx(ce.item(), rel=1e-4)
+    assert logged["hidden_mse"] == pytest.approx((middle + last).item() / 2, rel=1e-4)
+    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(found[name].double(), parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+ALL_TERMS = {"hidden_weight": 0.3, "ce_weight": 0.2}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_accumulation_changes_nothing(family):
+    student, teacher = students(family)
+    # Rows of different length, so that a mean of means would differ.
+    ids = tokens(8, 12)
+    labels = ids.clone()
+    for row, cut in enumerate([0, 0, 3, 5, 9, 2, 7, 1]):
+        labels[row, :cut] = -100
+    dataset = Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
+    results = []
+    for size, steps in ((8, 1), (2, 4), (1, 8)):
+        trainer = make_trainer(
+            copy.deepcopy(student),
+            dataset,
+            teacher_model=copy.deepcopy(teacher),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            **ALL_TERMS,
+        )
+        results.append(gradients(trainer))
+    (whole, logged), *others = results
+    assert sum(g.abs().sum() for g in whole.values()) > 0
+    for found, log in others:
+        for term in ("loss", "kl", "hidden_mse", "ce"):
+            assert log[term] == pytest.approx(logged[term], rel=1e-4)
+        for name, gradient in whole.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_padding_is_never_trained_on(side, labelled):
+    student, teacher = students()
+
+    def pad(rows):
+        ids = torch.stack([torch.tensor(row["input_ids"]) for row in rows])
+        filler, zero = torch.full((len(rows), 4), 7), torch.zeros(len(rows), 4, dtype=torch.long)
+        parts = [(filler, zero), (ids, torch.ones_like(ids))]
+        ordered = parts if side == "left" else parts[::-1]
+        batch = {"input_ids": torch.cat([part[0] for part in ordered], 1)}
+        batch["attention_mask"] = torch.cat([part[1] for part in ordered], 1)
+        if labelled:  # with labels that forgot the padding
+            batch["labels"] = batch["input_ids"].clone()
+        return batch
+
+    results = []
+    for collator in (default_data_collator, pad):
+        trainer = make_trainer(
+            copy.deepcopy(student),
+            collator=collator,
+            teacher_model=copy.deepcopy(teacher),
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            **ALL_TERMS,
+        )
+        results.append(gradients(trainer))
+    (plain, logged), (padded, log) = results
+    for term in ("loss", "kl", "hidden_mse", "ce"):
+        assert log[term] == pytest.approx(logged[term], rel=1e-3)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(padded[name], gradient, rtol=2e-2, atol=1e-4)
+
+
+def test_gradient_reaches_the_student_and_never_the_teacher(model):
+    teacher = copy.deepcopy(model)
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    remove_layers(model, 3)
+    weights = {name: value.detach().clone() for name, value in model.named_parameters()}
+    trainer = make_trainer(model, teacher_model=teacher, max_steps=2, hidden_weight=0.1)
+    trainer.train()
+    for name, value in model.named_parameters():
+        assert not torch.equal(value, weights[name]), name
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert not {id(p) for p in trainer.model.parameters()} & {id(p) for p in teacher.parameters()}
+
+
+def test_the_teacher_is_a_frozen_copy_of_the_starting_model(llama):
+    start = copy.deepcopy(llama)
+    trainer = make_trainer(llama)
+    assert trainer.evaluate(examples())["eval_kl"] == pytest.approx(0, abs=1e-6)
+    remove_layers(llama, 2)
+    assert trainer.evaluate(examples())["eval_kl"] > 0.01
+    trainer.train()
+    assert torch.equal(logits(trainer.teacher, tokens()), logits(start, tokens()))
+    assert len(find_decoder(trainer.teacher).layers) == 6
+
+
+def test_a_teacher_can_be_a_folder(llama, tmp_path):
+    llama.save_pretrained(tmp_path / "teacher")
+    before = logits(llama, tokens())
+    remove_layers(llama, 2)
+    trainer = make_trainer(llama, teacher_model=str(tmp_path / "teacher"))
+    assert torch.equal(logits(trainer.teacher, tokens()), before)
+
+
+def test_evaluation_reports_the_labels_loss_and_every_term(llama):
+    trainer = make_trainer(llama, hidden_weight=1.0)
+    remove_layers(llama, 2)
+    found = trainer.evaluate(examples())
+    mask = torch.ones(8, 11, dtype=torch.bool)
+    scores = logits(llama, tokens(8, 12))[:, :-1][mask]
+    expected = F.cross_entropy(scores, tokens(8, 12)[:, 1:][mask]).item()
+    assert found["eval_loss"] == pytest.approx(expected, rel=1e-4)
+    assert found["eval_ce"] == pytest.approx(expected, rel=1e-4)
+    assert found["eval_kl"] > 0
+    assert found["eval_hidden_mse"] > 0
+
+
+def test_the_loss_of_the_student_falls():
+    student, _ = students()
+    trainer = make_trainer(student, teacher_model=students()[1], max_steps=30, learning_rate=3e-3)
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_dropout_of_the_student_stays_on():
+    student = make_model("gpt2", resid_pdrop=0.3, embd_pdrop=0.3)
+    trainer = make_trainer(student)
+    trainer.train()
+    # The same weights: only dropout makes a difference to the teacher.
+    assert trainer.state.log_history[0]["kl"] > 1e-3
+    assert not any(module.training for module in trainer.teacher.modules())
+
+
+def test_the_saved_config_is_plain(llama):
+    trainer = make_trainer(llama)
+    trainer.train()
+    trainer.save_model()
+    again = type(llama).from_pretrained("out")
+    assert again.config.use_cache is True
+    assert torch.equal(logits(again, tokens()), logits(llama, tokens()))
+
+
+def test_paper_preset():
+    # The paper's sum(KL) / 100 over 2 x 2048 positions, and the sum of two hidden-state errors.
+    args = DistillationTrainingArguments(output_dir="out", loss_preset="paper", use_cpu=True)
+    assert (args.kl_weight, args.hidden_weight, args.ce_weight) == (4096 / 100, 2.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kl_weight": -1.0}, "kl_weight is -1.0"),
+        ({"hidden_weight": float("nan")}, "hidden_weight is nan"),
+        ({"kl_weight": 0.0}, "All loss weights are 0"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"loss_preset": "papr"}, "loss_preset is 'papr': choose from paper"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"hidden_weight": 1.0, "hidden_layers": [2, 9]}, r"no layers \[9\]"),
+    ],
+)
+def test_bad_settings_are_refused(llama, settings, message):
+    with pytest.raises(LayerPruneError, match=message):
+        make_trainer(llama, **settings)
+
+
+def test_bad_teachers_are_refused(llama):
+    def refused(teacher, message, **settings):
+        with pytest.raises(LayerPruneError, match=message):
+            make_trainer(llama, teacher_model=teacher, **settings)
+
+    refused(make_model(vocab_size=300), "vocabulary has 300 tokens, the student's 260")
+    refused(make_model(num_hidden_layers=4), "Give the original model as teacher")
+    refused(llama, "share 57 weights")
+    refused("no/such-model", "Cannot load a model from 'no/such-model'")
+    wide = make_model(hidden_size=64)
+    refused(wide, "Set hidden_weight=0", hidden_weight=1.0)
+    make_trainer(llama, teacher_model=wide)
+    remove_layers(llama, 2)
+    short = make_model()
+    remove_layers(short, [2, 3])
+    refused(short, r"still has \[0, 1, 3, 4, 5\]")
+
+
+def test_what_has_no_meaning_here_is_refused(llama):
+    args = DistillationTrainingArguments(output_dir="out", use_cpu=True)
+    with pytest.raises(LayerPruneError, match="no use for `compute_loss_func`"):
+        DistillationTrainer(llama, args, compute_loss_func=len)
+    from transformers import TrainingArguments
+
+    with pytest.raises(LayerPruneError, match="make it a DistillationTrainingArguments"):
+        DistillationTrainer(llama, TrainingArguments(output_dir="out", use_cpu=True))
+
+
+def test_resuming_without_a_checkpoint_is_refused(llama):
+    with pytest.raises(LayerPruneError, match="No checkpoint to resume from"):
+        make_trainer(llama).train(resume_from_checkpoint=True)
+
+
+def test_a_student_keeps_its_lineage(llama):
+    remove_layers(llama, 4)
+    trainer = make_trainer(llama)
+    trainer.train()
+    assert get_lineage(trainer.model).kept == [0, 1, 2, 3, 5]
