@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, default_data_collator
 
@@ -50,7 +50,7 @@ def load_texts(
             dataset = load_dataset(loader, data_files=str(path), split="train", **options)
         else:
             dataset = load_dataset(source, config, split=split)
-    except (DatasetNotFoundError, OSError, ValueError) as error:
+    except (DatasetGenerationError, DatasetNotFoundError, OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise LayerPruneError(f"Cannot read text from {source}: {reason}") from error
     if field not in dataset.column_names:

@@ -19,10 +19,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from .arguments import DistillationTrainingArguments
 from .callback import LayerPruningCallback

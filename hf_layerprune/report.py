@@ -64,10 +64,8 @@ def plot_scores(record: Record, folder: Path) -> list[str]:
     names = []
     for number, phase in enumerate(record["phases"], 1):
         for removal in phase["removals"]:
-            table = dict(removal["table"])
-            table["scores"] = {int(layer): value for layer, value in table["scores"].items()}
             names.append(f"scores_phase_{number}_layer_{removal['original']}.png")
-            ScoreTable(**table).plot(folder / names[-1])
+            ScoreTable.from_dict(removal["table"]).plot(folder / names[-1])
     return names
 
 

@@ -42,8 +42,13 @@ class ScoreTable:
         return sorted(self.scores, key=lambda layer: (self.scores[layer], -layer))
 
     def to_dict(self) -> dict[str, Any]:
-        """The table as plain values, for JSON (which turns the layer indices into strings)."""
-        return asdict(self)
+        """The table as plain values for JSON, the layer indices as strings."""
+        return asdict(self) | {"scores": {str(k): v for k, v in self.scores.items()}}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ScoreTable":
+        """The table that [`~ScoreTable.to_dict`] gave."""
+        return cls(**values | {"scores": {int(k): v for k, v in values["scores"].items()}})
 
     def plot(self, path: str | Path) -> None:
         """Write a bar chart of the scores by original layer, the least important one marked."""

@@ -1,8 +1,12 @@
 """Tiny random models of eight families, a byte tokenizer and text: nothing is fetched."""
 
 import copy
+import os
 import random
 import warnings
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
 
 import pytest
 import torch
@@ -75,7 +79,6 @@ def _quiet_and_seeded(monkeypatch, tmp_path):
     random.seed(0)
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
 
 

@@ -1,0 +1,366 @@
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+
+from hf_layerprune import LayerPruneError, LayerPruningCallback, get_lineage, score_layers
+from hf_layerprune.decoder import find_decoder
+from hf_layerprune.losses import kl_divergence, token_mask
+from hf_layerprune.surgery import remove_layers
+
+from .conftest import logits, make_model, tokens
+from .test_trainer import examples, make_trainer
+
+
+def calibration():
+    ids = tokens(4, 12, seed=5).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids, "text": ["unused"] * 4})
+
+
+def pruning(**settings):
+    return LayerPruningCallback(**{"target_layers": 4, "calibration": calibration()} | settings)
+
+
+def plain_trainer(model, callback, **settings):
+    settings = {
+        "output_dir": "out",
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    } | settings
+    callbacks = callback if isinstance(callback, list) else [callback]
+    args = TrainingArguments(**settings)
+    return Trainer(model, args, train_dataset=examples(), callbacks=callbacks)
+
+
+class Watch(LayerPruningCallback):
+    """Notes, at each step, the depth of the model and what the optimizer holds."""
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        before = {id(p): state for p, state in optimizer.optimizer.state.items()}
+        super().on_step_begin(args, state, control, model=model, optimizer=optimizer, **kwargs)
+        inner = optimizer.optimizer
+        live = [id(p) for p in model.parameters()]
+        held = [id(p) for group in inner.param_groups for p in group["params"]]
+        assert sorted(held) == sorted(live)
+        assert {id(p) for p in inner.state} == (set(live) if state.global_step else set())
+        # The state of what is left is the very same.
+        assert all(before[id(p)] is value for p, value in inner.state.items())
+        self.__dict__.setdefault("depths", []).append(len(find_decoder(model).layers))
+
+
+@pytest.mark.parametrize("kind", ["plain", "distillation"])
+def test_layers_go_at_the_start_of_a_phase_and_the_optimizer_forgets_them(model, kind):
+    callback = Watch(target_layers=3, calibration=calibration())
+    if kind == "plain":
+        trainer = plain_trainer(model, callback)
+    else:
+        trainer = make_trainer(model, max_steps=6, callbacks=[callback], hidden_weight=0.1)
+    trainer.train()
+    assert callback.depths == [5, 5, 4, 4, 3, 3]
+    assert model.config.num_hidden_layers == 3
+    record = json.loads(Path("out/layer_pruning.json").read_text())
+    assert record["finished"]
+    assert [phase["step"] for phase in record["phases"]] == [0, 2, 4]
+    assert record["phases"][-1]["kept"] == get_lineage(model).kept
+    assert record["phases"][-1]["parameters"] == model.num_parameters()
+    assert len(record["log"]) >= 6
+
+
+def test_each_phase_removes_what_scores_least_in_the_trained_model(llama):
+    removed = []
+
+    class Check(LayerPruningCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            expected = score_layers(model, [{"input_ids": tokens(4, 12, seed=5)}], progress=False)
+            kept = get_lineage(model).kept
+            super().on_step_begin(args, state, control, model=model, **kwargs)
+            if get_lineage(model).kept != kept:
+                least = min(expected.scores, key=expected.scores.get)
+                assert get_lineage(model).kept == [o for i, o in enumerate(kept) if i != least]
+                removed.append(kept[least])
+
+    plain_trainer(llama, Check(target_layers=3, calibration=calibration()), learning_rate=1e-2).train()
+    phases = json.loads(Path("out/layer_pruning.json").read_text())["phases"]
+    assert [phase["removals"][0]["original"] for phase in phases] == removed
+    assert get_lineage(llama).removed == sorted(removed)
+
+
+def test_removing_and_training_on_equals_building_the_cut_model_afresh(llama):
+    """Against a plain loop in which each phase has a new model and a new AdamW that got its state."""
+    teacher, rate = copy.deepcopy(llama), 1e-3
+    trainer = make_trainer(
+        llama,
+        max_steps=4,
+        learning_rate=rate,
+        max_grad_norm=0,
+        per_device_train_batch_size=8,
+        callbacks=[
+            pruning(protected=[0, 1, 5], evaluation=lambda m: {"mean": logits(m, tokens()).mean().item()})
+        ],
+    )
+    trainer.train()
+
+    present = copy.deepcopy(teacher)
+    optimizer = torch.optim.AdamW(present.parameters(), lr=rate, weight_decay=0.0)
+    batch = tokens(8, 12)
+    for step in range(4):
+        if step % 2 == 0:
+            table = score_layers(
+                present,
+                [{"input_ids": tokens(4, 12, seed=5)}],
+                protected=[get_lineage(present).kept.index(i) for i in (0, 1, 5)],
+                progress=False,
+            )
+            fresh = copy.deepcopy(present)
+            remove_layers(fresh, table.ranking()[0])
+            kept = [
+                p
+                for i, layer in enumerate(find_decoder(present).layers)
+                if i != table.ranking()[0]
+                for p in layer.parameters()
+            ]
+            names = {id(p) for layer in find_decoder(present).layers for p in layer.parameters()}
+            others = [p for p in present.parameters() if id(p) not in names]
+            fresh_layers = {id(p) for layer in find_decoder(fresh).layers for p in layer.parameters()}
+            new = [p for layer in find_decoder(fresh).layers for p in layer.parameters()]
+            new += [p for p in fresh.parameters() if id(p) not in fresh_layers]
+            old_state = optimizer.state
+            optimizer = torch.optim.AdamW(fresh.parameters(), lr=rate, weight_decay=0.0)
+            for old, now in zip(kept + others, new, strict=True):
+                if old in old_state:
+                    optimizer.state[now] = copy.deepcopy(old_state[old])
+            present = fresh
+        with torch.no_grad():
+            taught = teacher(input_ids=batch, use_cache=False).logits
+        mask = token_mask(batch)
+        kl_divergence(present(input_ids=batch, use_cache=False).logits, taught, mask).div(
+            mask.sum()
+        ).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert get_lineage(llama) == get_lineage(present)
+    torch.testing.assert_close(llama.state_dict(), present.state_dict(), rtol=1e-4, atol=1e-6)
+
+
+def test_a_phase_end_sees_the_healed_model(llama):
+    seen = []
+
+    def evaluation(model):
+        assert not model.training
+        seen.append(len(find_decoder(model).layers))
+        return {"loss": float(logits(model, tokens()).std())}
+
+    trainer = make_trainer(
+        llama,
+        max_steps=6,
+        eval_strategy="steps",
+        eval_steps=100,
+        save_strategy="steps",
+        save_steps=100,
+        eval_dataset=examples(4),
+        callbacks=[pruning(evaluation=evaluation, steps_per_phase=2)],
+    )
+    trainer.train()
+    # Dense, then cut and healed in each of the two phases; the steps left over heal the last one.
+    assert seen == [6, 5, 5, 4, 4]
+    record = json.loads(Path("out/layer_pruning.json").read_text())
+    assert [(e["step"], e["layers"]) for e in record["evaluations"]] == [(2, 5), (6, 4)]
+    assert record["phases"][0]["cut"]["loss"] != record["phases"][0]["healed"]["loss"]
+    saved = {
+        path.name: json.loads((path / "config.json").read_text())["num_hidden_layers"]
+        for path in Path("out").glob("checkpoint-*")
+    }
+    assert saved == {"checkpoint-2": 5, "checkpoint-6": 4}
+
+
+def test_several_layers_a_phase(llama):
+    callback = pruning(target_layers=3, layers_per_phase=2)
+    plain_trainer(llama, callback).train()
+    assert [len(phase["removals"]) for phase in callback.record["phases"]] == [2, 1]
+    assert [phase["step"] for phase in callback.record["phases"]] == [0, 3]
+
+
+def test_protected_layers_stay(llama):
+    callback = pruning(target_layers=3, protected=[1, 3, 4], criterion="block_influence")
+    plain_trainer(llama, callback).train()
+    assert get_lineage(llama).kept == [1, 3, 4]
+
+
+def test_protected_layers_count_in_the_starting_model(llama):
+    remove_layers(llama, 2)  # originals 0, 1, 3, 4, 5 are left
+    plain_trainer(llama, pruning(target_layers=3, protected=[0, 2, 4])).train()
+    assert get_lineage(llama).kept == [0, 3, 5]
+
+
+def test_the_quality_floor_stops_removals_but_not_training(llama):
+    scores = iter([1.0] * 5 + [0.4] * 20)
+    callback = pruning(
+        target_layers=2, criterion="task", calibration=None, quality_floor=0.5, task=lambda m: next(scores)
+    )
+    trainer = plain_trainer(llama, callback)
+    trainer.train()
+    assert len(find_decoder(llama).layers) == 5
+    assert trainer.state.global_step == 6
+    assert "0.4000 is below the quality floor 0.5" in callback.record["stopped"]
+
+
+def test_training_with_and_without_the_floor_for_loss(llama):
+    callback = pruning(quality_floor=-1.0)  # a random model's loss is far above 1 nat
+    plain_trainer(llama, callback).train()
+    assert len(find_decoder(llama).layers) == 6
+    assert callback.record["phases"] == []
+
+
+def test_a_run_that_ends_early_says_so(llama):
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    callback = pruning(target_layers=3)
+    plain_trainer(llama, [callback, Stop()]).train()
+    assert "ended at step 2 with 2 layers still to remove" in callback.record["stopped"]
+
+
+def test_scoring_in_training_moves_no_random_state():
+    """Dropout and data order are those of a run that scores by something else."""
+    states = []
+    for criterion in ("loss", "task"):
+        model = make_model("gpt2", resid_pdrop=0.1)
+        task = None if criterion == "loss" else (lambda m: float(torch.rand(1)))
+        callback = pruning(
+            target_layers=5,
+            criterion=criterion,
+            task=task,
+            protected=[0, 1, 2, 3, 5],
+        )
+        trainer = plain_trainer(model, callback, output_dir=criterion, max_steps=3)
+        trainer.train()
+        states.append(model.state_dict())
+    torch.testing.assert_close(states[0], states[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kill_at", [2, 3])
+def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(kill_at):
+    def run(folder, resume=False, stop=None):
+        model = make_model("gpt2", resid_pdrop=0.1)
+        callback = pruning(target_layers=3)
+        trainer = make_trainer(
+            model,
+            output_dir=folder,
+            max_steps=6,
+            per_device_train_batch_size=2,
+            save_strategy="steps",
+            save_steps=1,
+            hidden_weight=0.1,
+            callbacks=[callback],
+        )
+        if stop:
+            trainer.add_callback(stop)
+        trainer.train(resume_from_checkpoint=resume or None)
+        return trainer.model, callback.record
+
+    from transformers import TrainerCallback
+
+    class Killed(Exception):
+        pass
+
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == kill_at:
+                raise Killed
+
+    whole, record = run("whole")
+    with pytest.raises(Killed):
+        run("killed", stop=Kill())
+    resumed, again = run("killed", resume=True)
+    assert get_lineage(resumed) == get_lineage(whole)
+    torch.testing.assert_close(resumed.state_dict(), whole.state_dict(), rtol=0, atol=0)
+    assert [p["removals"] for p in again["phases"]] == [p["removals"] for p in record["phases"]]
+
+
+def test_a_plain_trainer_does_not_resume_at_another_depth(llama):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    plain_trainer(llama, pruning(), **settings).train()
+    with pytest.raises(ValueError, match="doesn't match the size of optimizer's group"):
+        plain_trainer(make_model(), pruning(), **settings).train(resume_from_checkpoint="out/checkpoint-2")
+    Path("out/checkpoint-2/optimizer.pt").rename("out/optimizer.pt")  # the Trainer would not notice
+    with pytest.raises(LayerPruneError, match="Load the model with from_pretrained"):
+        plain_trainer(make_model(), pruning(), **settings).train(resume_from_checkpoint="out/checkpoint-2")
+    Path("out/optimizer.pt").rename("out/checkpoint-2/optimizer.pt")
+    model = type(llama).from_pretrained("out/checkpoint-2")
+    plain_trainer(model, pruning(), **settings).train(resume_from_checkpoint="out/checkpoint-2")
+    torch.testing.assert_close(model.state_dict(), llama.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"target_layers": 0}, "target_layers is 0"),
+        ({"target_layers": 2.0}, "target_layers is 2.0"),
+        ({"layers_per_phase": 0}, "layers_per_phase is 0"),
+        ({"steps_per_phase": -1}, "steps_per_phase is -1"),
+        ({"criterion": "block_influence", "quality_floor": 1.0}, "leave quality_floor out"),
+        ({"target_layers": 6}, "target_layers is 6, but the model has 6 layers"),
+        ({"target_layers": 30}, "target_layers is 30, but the model has 6 layers"),
+        ({"protected": [7]}, r"No layers \[7\]"),
+        ({"target_layers": 2, "protected": [0, 1, 5]}, "only 3 are not protected"),
+        ({"steps_per_phase": 4}, "training has 6 steps"),
+        ({"target_layers": 1, "protected": []}, None),
+        ({"calibration": None}, "give `calibration`"),
+        ({"calibration": []}, "data is empty"),
+        ({"criterion": "luck"}, "Unknown criterion"),
+        ({"criterion": "task"}, "go together"),
+    ],
+)
+def test_bad_settings_are_refused_before_training(llama, settings, message):
+    weights = copy.deepcopy(llama.state_dict())
+    if message is None:
+        plain_trainer(llama, pruning(**settings)).train()
+        assert len(find_decoder(llama).layers) == 1
+        return
+    with pytest.raises(LayerPruneError, match=message):
+        plain_trainer(llama, pruning(**settings)).train()
+    torch.testing.assert_close(llama.state_dict(), weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
+            "load_best_model_at_end",
+        ),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size"),
+        ({"max_steps": 1}, "training has 1 steps"),
+    ],
+)
+def test_trainer_settings_that_cannot_work_are_refused(llama, settings, message):
+    trainer = make_trainer(llama, callbacks=[pruning()], eval_dataset=examples(), **settings)
+    with pytest.raises(LayerPruneError, match=message):
+        trainer.train()
+
+
+def test_an_optimizer_that_holds_something_else_is_refused(llama):
+    trainer = plain_trainer(llama, pruning())
+    trainer.optimizer = torch.optim.AdamW([next(llama.parameters())])
+    with pytest.raises(LayerPruneError, match="does not hold exactly"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("taken", ["layer_pruning.json", "config.json", "checkpoint-3/x"])
+def test_a_folder_of_another_run_is_refused(llama, taken):
+    Path("out", taken).parent.mkdir(parents=True)
+    Path("out", taken).write_text("{}")
+    with pytest.raises(LayerPruneError, match="already holds another run or model"):
+        plain_trainer(llama, pruning()).train()

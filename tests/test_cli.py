@@ -1,0 +1,111 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from hf_layerprune.cli import COMMANDS, main
+
+from .conftest import make_model
+
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 40
+
+
+@pytest.fixture
+def folder(tokenizer):
+    make_model().save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    Path("text.txt").write_text(TEXT)
+    return "model"
+
+
+DATA = ["--data", "text.txt", "--block_length", "16"]
+
+
+def test_score_prints_the_ranking_and_writes_table_and_plot(folder, capsys):
+    flags = [*DATA, "--calibration_blocks", "4", "--plot", "p.png", "--json", "s.json"]
+    assert main(["score", folder, *flags]) == 0
+    table = json.loads(Path("s.json").read_text())
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == sorted(
+        table["scores"], key=lambda layer: table["scores"][layer]
+    )
+    assert Path("p.png").stat().st_size > 1000
+
+
+def test_prune_writes_a_cut_model(folder, capsys):
+    flags = ["--target_layers", "4", "--output_dir", "cut", "--criterion", "block_influence"]
+    assert main(["prune", folder, *DATA, *flags]) == 0
+    assert AutoModelForCausalLM.from_pretrained("cut").config.num_hidden_layers == 4
+    assert "perplexity cut" in capsys.readouterr().out
+    assert {"README.md", "layer_pruning.json", "tokenizer.json"} <= {p.name for p in Path("cut").iterdir()}
+
+
+def test_distill_removes_and_heals(folder, capsys):
+    flags = ["--target_layers", "4", "--output_dir", "healed", "--max_steps", "4", "--hidden_weight", "0.1"]
+    more = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--calibration_blocks", "4"]
+    assert main(["distill", folder, *DATA, *flags, *more]) == 0
+    assert AutoModelForCausalLM.from_pretrained("healed").config.num_hidden_layers == 4
+    assert "| parameters |" in capsys.readouterr().out
+    assert main(["evaluate", folder, "healed", *DATA, "--json", "e.json"]) == 0
+    found = json.loads(Path("e.json").read_text())
+    assert [found[name]["layers"] for name in ("model", "healed")] == [6, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["scroe"], "no command 'scroe': choose from quickstart, score"),
+        (["score", "nowhere", "--data", "text.txt"], "Cannot load a model from 'nowhere'"),
+        (["score", ".", "--data", "text.txt"], "not a folder with a model"),
+        (["score", "model", *DATA, "--data", "none.txt"], "No such file: none.txt"),
+        (["score", "model", *DATA, "--data", "empty.txt"], "no text in"),
+        (["score", "model"], "--data"),
+        (["score", "model", *DATA, "--luck", "3"], "--luck"),
+        (["score", "model", *DATA, "--criterion", "luck"], "luck"),
+        (["score", "model", *DATA, "--protected", "9"], "No layers [9]"),
+        (["score", "model", "--data", "text.txt", "--block_length", "65"], "reads 64 tokens at most"),
+        (["score", "model", "--data", "short.txt", "--block_length", "16"], "less than one block"),
+        (["prune", "model", *DATA, "--target_layers", "6", "--output_dir", "x"], "target_layers is 6"),
+        (["prune", "model", *DATA, "--target_layers", "3", "--output_dir", "model"], "already holds"),
+        (["prune", "model", *DATA, "--target_layers", "x", "--output_dir", "x"], "invalid int value"),
+        (["distill", "model", *DATA, "--target_layers", "9", "--output_dir", "x"], "target_layers is 9"),
+        (["distill", "model", *DATA, "--target_layers", "4", "--kl_weight", "-1"], "kl_weight is -1.0"),
+        (["distill", "model", *DATA, "--target_layers", "4", "--output_dir", "model"], "already holds"),
+        (["evaluate", "--data", "text.txt"], "model"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(folder, capsys, arguments, message):
+    Path("empty.txt").write_text("")
+    Path("short.txt").write_text("short")
+    assert main(arguments) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("hf-layerprune: error: ")
+    assert message in last
+
+
+def test_help_names_every_command(capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    for name, function in COMMANDS.items():
+        assert name in out
+        assert function.__doc__ in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert f"usage: hf-layerprune {command}" in capsys.readouterr().out
+
+
+def test_the_module_runs_as_a_program(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "hf_layerprune", "score", "nowhere"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,91 @@
+import gzip
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+
+from hf_layerprune import LayerPruneError
+from hf_layerprune.data import load_texts, make_batches, split_blocks, token_blocks
+
+
+def test_texts_come_from_every_kind_of_file(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    assert load_texts(str(tmp_path / "a.txt")) == ["one\n\ntwo\n"]
+    lines = "\n".join(json.dumps({"body": text, "n": 1}) for text in ("one", "  ", "two"))
+    (tmp_path / "a.jsonl").write_text(lines)
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.write(lines)
+    for name in ("a.jsonl", "b.jsonl.gz"):
+        assert load_texts(str(tmp_path / name), field="body") == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", None, "No such file"),
+        ("a.txt", "", "no text in"),
+        ("a.txt", " \n ", "no text in"),
+        ("a.jsonl", '{"body": "x"}', r"has no field 'text', only \['body'\]"),
+        ("a.jsonl", "not json", "Cannot read text from"),
+        ("a.jsonl.gz", "not gzip", "Cannot read text from"),
+        ("a.csv", "a,b", "expected a file ending in .txt, .jsonl, .jsonl.gz"),
+        ("no/such-dataset", None, "Cannot read text from no/such-dataset"),
+    ],
+)
+def test_bad_sources_are_refused(tmp_path, name, content, message):
+    path = str(tmp_path / name) if content is not None or name.startswith("a.") else name
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(LayerPruneError, match=message):
+        load_texts(path)
+
+
+def test_blocks_hold_the_text_in_order(tokenizer):
+    blocks = token_blocks(["hello", "world!"], tokenizer, 4)
+    end = tokenizer.eos_token_id
+    flat = [*tokenizer("hello")["input_ids"], end, *tokenizer("world!")["input_ids"], end]
+    assert [token for block in blocks["input_ids"] for token in block] == flat[:12]
+    assert blocks["labels"] == blocks["input_ids"]
+    assert len(token_blocks(["hello"] * 100, tokenizer, 4, limit=3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("texts", "length", "message"),
+    [
+        ([], 4, "0 tokens, less than one block of 4"),
+        (["ab"], 4, "3 tokens, less than one block of 4"),
+        (["abcdef"], 1, "nothing to predict"),
+    ],
+)
+def test_too_little_text_is_refused(tokenizer, texts, length, message):
+    with pytest.raises(LayerPruneError, match=message):
+        token_blocks(texts, tokenizer, length)
+
+
+@pytest.mark.parametrize(
+    ("count", "calibration", "heldout"), [(20, 3, 4), (7, 3, 4), (50, 16, 16), (9, 1, 7)]
+)
+def test_the_parts_of_a_text_are_disjoint_and_whole(count, calibration, heldout):
+    parts = split_blocks(Dataset.from_dict({"n": list(range(count))}), calibration, heldout)
+    assert [len(part) for part in parts] == [calibration, heldout, count - calibration - heldout]
+    assert sorted(n for part in parts for n in part["n"]) == list(range(count))
+
+
+@pytest.mark.parametrize(("calibration", "heldout"), [(0, 1), (1, 0), (3, 3)])
+def test_parts_that_cannot_be_are_refused(calibration, heldout):
+    with pytest.raises(LayerPruneError, match="out of 5"):
+        split_blocks(Dataset.from_dict({"n": list(range(5))}), calibration, heldout)
+
+
+def test_batches():
+    data = Dataset.from_dict({"input_ids": [[1, 2], [3, 4], [5, 6]]})
+    state = torch.get_rng_state()
+    batches = make_batches(data, 2)
+    assert [batch["input_ids"].tolist() for batch in batches] == [[[1, 2], [3, 4]], [[5, 6]]]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert make_batches(batches, 7) == batches
+    rows = [{"input_ids": torch.tensor([1, 2])}, {"input_ids": torch.tensor([3, 4])}]
+    assert make_batches(rows, 2)[0]["input_ids"].tolist() == [[1, 2], [3, 4]]
+    with pytest.raises(LayerPruneError, match="data is empty"):
+        make_batches([], 2)

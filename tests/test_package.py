@@ -1,0 +1,49 @@
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import hf_layerprune
+
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "hf_layerprune"
+
+
+def test_the_import_is_light_and_silent():
+    code = "import sys, hf_layerprune; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_every_public_name_can_be_imported():
+    for name in hf_layerprune.__all__:
+        assert getattr(hf_layerprune, name).__name__ == name
+
+
+def reading_order():
+    """The modules in the order in which the README's file tree names them."""
+    tree = (ROOT / "README.md").read_text().partition("## Files")[2]
+    return re.findall(r"^ +(\w+)\.py ", tree, re.M)
+
+
+def test_the_readme_names_every_module():
+    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
+    assert set(reading_order()) == modules
+    assert len(reading_order()) == len(modules)
+
+
+def test_a_module_imports_only_what_stands_above_it():
+    order = reading_order()
+    for position, name in enumerate(order):
+        text = (PACKAGE / f"{name}.py").read_text()
+        imported = set(re.findall(r"^ *from \.(\w+) import", text, re.M))
+        below = imported - set(order[:position])
+        assert not below - ({"quickstart"} if name == "cli" else set()), (name, below)
+
+
+def test_the_top_level_is_as_agreed():
+    known = {"pyproject.toml", "hf_layerprune", "tests", "examples", "model_cards", "README.md"}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    top = {line.split("/")[0] for line in tracked.splitlines()}
+    assert {name for name in top if not name.startswith(".")} <= known

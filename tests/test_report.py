@@ -1,0 +1,135 @@
+import json
+from pathlib import Path
+
+import pytest
+import transformers.trainer
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM
+
+from hf_layerprune import LayerPruneError
+from hf_layerprune.record import read_record, write_record
+from hf_layerprune.removal import prune_layers
+from hf_layerprune.report import markdown_table, table_rows, write_card
+
+from .conftest import logits, make_model, tokens
+from .test_callback import calibration, pruning
+from .test_trainer import make_trainer
+
+
+class StubHub:
+    """What the Trainer asks of the hub; keeps the files it is given."""
+
+    def __init__(self):
+        self.files = {}
+
+    def create_repo(self, name, **kwargs):
+        return type("Url", (), {"repo_id": f"someone/{name}"})()
+
+    def upload_folder(self, repo_id, folder_path, ignore_patterns, **kwargs):
+        assert ignore_patterns == ["_*", "checkpoint-*"]
+        for path in Path(folder_path).glob("*.*"):
+            self.files[path.name] = path.read_bytes()
+        self.repo_id = repo_id
+
+
+def test_push_to_hub_sends_a_plain_model_with_its_card(llama, tokenizer, tmp_path, monkeypatch):
+    hub = StubHub()
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: hub)
+    llama.config._name_or_path = "someone/tiny-llama"
+    scores = iter(range(20, 0, -1))
+    trainer = make_trainer(
+        llama,
+        output_dir="tiny-llama-4-layers",
+        max_steps=4,
+        callbacks=[pruning(evaluation=lambda model: {"perplexity": float(next(scores))})],
+    )
+    trainer.processing_class = tokenizer
+    trainer.train()
+    trainer.push_to_hub(license="apache-2.0", tags=["mine"], dataset="someone/text")
+
+    assert hub.repo_id == "someone/tiny-llama-4-layers"
+    received = tmp_path / "received"
+    received.mkdir()
+    for name, content in hub.files.items():
+        (received / name).write_bytes(content)
+    again = AutoModelForCausalLM.from_pretrained(received)
+    assert len(again.model.layers) == 4
+    assert (logits(again, tokens()) == logits(llama, tokens())).all()
+
+    card = ModelCard.load(received / "README.md")
+    data = card.data
+    assert data.base_model == "someone/tiny-llama"
+    assert data.license == "apache-2.0"
+    assert data.datasets == "someone/text"
+    assert data.library_name == "transformers"
+    assert {"hf_layerprune", "knowledge-distillation", "mine"} <= set(data.tags)
+    (result,) = data.eval_results
+    assert (result.metric_type, result.metric_value) == ("perplexity", 16.0)
+    record = json.loads((received / "layer_pruning.json").read_text())
+    removed = [phase["removals"][0]["original"] for phase in record["phases"]]
+    assert f"Removed: {removed[0]}, {removed[1]}" in card.content
+    assert "4 of its 6 decoder layers" in card.content
+    assert "https://arxiv.org/abs/2511.05085" in card.content
+    assert "AutoModelForCausalLM.from_pretrained" in card.content
+    for cell in ("20", "19", "18", "17", "16"):  # dense, cut, healed, cut, healed
+        assert f" {cell} |" in card.content
+    pictures = [name for name in hub.files if name.endswith(".png")]
+    assert sorted(pictures) == sorted(
+        f"scores_phase_{i}_layer_{layer}.png" for i, layer in enumerate(removed, 1)
+    )
+    assert all(f"]({name})" in card.content for name in pictures)
+    assert str(tmp_path) not in card.content + json.dumps(record)
+
+
+def test_a_local_base_model_is_not_called_a_hub_id(llama, tmp_path):
+    llama.config._name_or_path = str(tmp_path / "someone" / "mine")
+    record = prune_layers(llama, target_layers=5, calibration=calibration())
+    write_card(record, tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model is None
+    assert "\nmine with 5 of its 6" in card.content
+    assert str(tmp_path) not in card.content
+
+
+def test_without_pruning_the_card_is_the_trainers(llama):
+    trainer = make_trainer(llama)
+    trainer.train()
+    trainer.create_model_card(license="mit")
+    assert ModelCard.load("out/README.md").data.license == "mit"
+
+
+def test_pruning_without_training_is_the_greedy_search(llama):
+    from hf_layerprune import remove_layers, score_layers
+
+    reference = make_model()
+    order = []
+    for _ in range(3):
+        table = score_layers(reference, [{"input_ids": tokens(4, 12, seed=5)}], progress=False)
+        least = min(table.scores, key=table.scores.get)
+        order.append(table.kept[least])
+        remove_layers(reference, least)
+    record = prune_layers(llama, target_layers=3, calibration=calibration())
+    assert [phase["removals"][0]["original"] for phase in record["phases"]] == order
+    assert (logits(llama, tokens()) == logits(reference, tokens())).all()
+    rows = table_rows(record)
+    assert rows[0] == ["layers", "removed", "loss score", "parameters", "seconds"]
+    assert [row[0] for row in rows[1:]] == ["6", "5", "4", "3"]
+    lines = markdown_table(rows).splitlines()
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_a_record_is_read_back_and_a_broken_one_refused(tmp_path):
+    assert read_record(tmp_path) is None
+    write_record({"format": 1, "phases": []}, tmp_path)
+    assert read_record(tmp_path) == {"format": 1, "phases": []}
+    for content in ("{", '{"format": 9}', "[]"):
+        (tmp_path / "layer_pruning.json").write_text(content)
+        with pytest.raises(LayerPruneError, match="not a record of this version"):
+            read_record(tmp_path)
+
+
+def test_a_record_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    write_record({"format": 1}, tmp_path)
+    with pytest.raises(TypeError):
+        write_record({"format": 1, "bad": object()}, tmp_path)
+    assert read_record(tmp_path) == {"format": 1}
