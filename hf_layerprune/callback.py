@@ -125,7 +125,7 @@ class LayerPruningCallback(TrainerCallback):
         _check_backend(args, model, optimizer)
         self._began = self._phase_began = time.monotonic()
         if state.global_step:
-            self.record = _resumed_record(args, state, model)
+            self.record = _resumed_record(args, state, model, self._settings())
         else:
             check_folder_is_free(str(args.output_dir))
             fixed = check_plan(model, self.target_layers, self.protected)
@@ -342,13 +342,20 @@ def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
     return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
 
 
-def _resumed_record(args: TrainingArguments, state: TrainerState, model: PreTrainedModel) -> Record:
+def _resumed_record(
+    args: TrainingArguments, state: TrainerState, model: PreTrainedModel, settings: dict[str, Any]
+) -> Record:
     folder = _checkpoint_folder(args, state)
     record = read_record(folder)
     if record is None:
         raise LayerPruneError(
             f"Cannot resume at step {state.global_step}: no {RECORD_NAME} in {folder}. Resume in the "
             "output folder of the run, from one of its own checkpoints."
+        )
+    changed = {name: value for name, value in settings.items() if record["pruning"][name] != value}
+    if changed:
+        raise LayerPruneError(
+            f"The run in {folder} was started with other settings than {changed}: resume with the same."
         )
     saved, present = load_lineage(folder), get_lineage(model)
     if saved != present:

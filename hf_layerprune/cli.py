@@ -238,12 +238,15 @@ def main(arguments: list[str] | None = None) -> int:
         for name, function in COMMANDS.items():
             print(f"  {name:12s}{function.__doc__}")
         return 0
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_layerprune").setLevel(logging.INFO)
     try:
         if command not in COMMANDS:
             raise LayerPruneError(f"no command {command!r}: choose from {', '.join(COMMANDS)}")
-        COMMANDS[command](rest)
+        with logging_redirect_tqdm():
+            COMMANDS[command](rest)
     except LayerPruneError as error:
         print(f"hf-layerprune: error: {error}", file=sys.stderr)
         return 2

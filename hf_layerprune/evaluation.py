@@ -1,6 +1,7 @@
 """What a model can do, before and after."""
 
 import math
+import statistics
 import time
 from collections.abc import Iterable
 
@@ -21,25 +22,25 @@ def evaluate_text(model: PreTrainedModel, batches: Iterable[Batch]) -> dict[str,
 
     Returns:
         `dict[str, float]`: `perplexity`, `loss` (nats per token, mean over all tokens), `tokens` (that
-        were predicted), `tokens_per_second` (read by the forward pass, with the loss).
+        were predicted), `tokens_per_second` (read by a forward pass with its loss, median of
+            the batches, since the first is slow).
 
     Raises:
         LayerPruneError: there is no token to predict.
     """
-    total, tokens, read = 0.0, 0, 0
+    total, tokens, speeds = 0.0, 0, []
     with undisturbed(model):
-        began = time.perf_counter()
         for batch in batches:
             on_device = {name: value.to(model.device) for name, value in batch.items()}
+            began = time.perf_counter()
             loss, count = batch_loss(model, on_device)
+            speeds.append(batch["input_ids"].numel() / (time.perf_counter() - began))
             total, tokens = total + loss, tokens + count
-            read += batch["input_ids"].numel()
-        seconds = time.perf_counter() - began
     if not tokens:
         raise LayerPruneError("There is no token to predict in the evaluation text.")
     return {
         "perplexity": math.exp(min(total / tokens, 700.0)),
         "loss": total / tokens,
         "tokens": tokens,
-        "tokens_per_second": read / seconds,
+        "tokens_per_second": statistics.median(speeds),
     }

@@ -98,7 +98,7 @@ def quickstart(settings: QuickstartArguments) -> None:
             per_device_eval_batch_size=2,
             gradient_accumulation_steps=4,
             learning_rate=2e-4,
-            lr_scheduler_type="cosine",
+            lr_scheduler_type="constant_with_warmup",
             warmup_steps=2,
             logging_steps=settings.steps_per_phase,
             save_strategy="no",

@@ -1,0 +1,35 @@
+"""The callback alone, in a plain Trainer: layers go one by one while the language-model loss heals.
+
+python examples/plain_trainer.py MODEL TEXT.txt OUTPUT_DIR TARGET_LAYERS [MAX_STEPS]
+"""
+
+import sys
+
+from transformers import Trainer, TrainingArguments
+
+from hf_layerprune import LayerPruningCallback
+from hf_layerprune.checkpoint import load_model, load_tokenizer
+from hf_layerprune.data import load_texts, split_blocks, token_blocks
+
+
+name, text, output_dir, target_layers = sys.argv[1:5]
+max_steps = int(sys.argv[5]) if len(sys.argv) > 5 else 300
+
+model, tokenizer = load_model(name), load_tokenizer(name)
+length = min(256, model.config.max_position_embeddings)
+blocks = token_blocks(load_texts(text), tokenizer, length)
+calibration, heldout, train = split_blocks(blocks, calibration=8, heldout=8)
+
+trainer = Trainer(
+    model=model,
+    args=TrainingArguments(
+        output_dir=output_dir, max_steps=max_steps, per_device_train_batch_size=4, learning_rate=1e-4
+    ),
+    train_dataset=train,
+    eval_dataset=heldout,
+    callbacks=[LayerPruningCallback(target_layers=int(target_layers), calibration=calibration)],
+)
+trainer.train()
+print(trainer.evaluate())
+model.save_pretrained(output_dir)
+tokenizer.save_pretrained(output_dir)
