@@ -13,14 +13,27 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
+from .arguments import DistillationTrainingArguments
 from .errors import LayerPruneError
 from .lineage import get_lineage
 
 
 RECORD_NAME = "layer_pruning.json"
-PAPER = {
+# What a run did, by how it healed.
+DISTILLED = {
     "name": "Iterative Layer-wise Distillation",
     "url": "https://arxiv.org/abs/2511.05085",
+    "healing": "healed by distillation",
+}
+TRAINED = {
+    "name": "Iterative layer pruning",
+    "url": "https://arxiv.org/abs/2511.05085",
+    "healing": "healed by training on its loss",
+}
+UNHEALED = {
+    "name": "Greedy layer removal",
+    "url": "https://arxiv.org/abs/2402.09025",
+    "healing": "not healed",
 }
 
 Record = dict[str, Any]
@@ -30,9 +43,13 @@ def start_record(
     model: PreTrainedModel, settings: dict[str, Any], args: TrainingArguments | None = None
 ) -> Record:
     """The record of a run that begins with `model`, before anything has happened."""
+    if args is None:
+        method = UNHEALED
+    else:
+        method = DISTILLED if isinstance(args, DistillationTrainingArguments) else TRAINED
     return {
         "format": 1,
-        "method": PAPER,
+        "method": method,
         "model": {
             "name": model.config._name_or_path,
             "model_type": model.config.model_type,
@@ -123,7 +140,10 @@ def _changed_settings(args: TrainingArguments) -> dict[str, Any]:
     for field in dataclasses.fields(args):
         factory = field.default_factory
         default = field.default if factory is dataclasses.MISSING else factory()
-        private = field.name.endswith(("_dir", "_token", "run_name")) or not field.init
-        if not private and values[field.name] != default:
-            changed[field.name] = values[field.name]
+        value = values[field.name]
+        private = field.name.endswith(("_dir", "_token", "run_name", "hub_model_id"))
+        filled_in = default is None and not value  # by transformers, when it was left out
+        plain = isinstance(value, (int, float, str)) or field.name == "hidden_layers"
+        if plain and value != default and not private and not filled_in:
+            changed[field.name] = value
     return {**changed, "seed": args.seed, "max_steps": args.max_steps}

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .record import Record
+from .record import DISTILLED, Record
 from .scoring import ScoreTable
 
 
@@ -96,6 +96,7 @@ def write_card(
     removed = [removal["original"] for phase in phases for removal in phase["removals"]]
     healed = (phases[-1]["healed"] if phases else None) or {}
     extra = [tags] if isinstance(tags, str) else tags or []
+    distilled = ["knowledge-distillation"] if record["method"] == DISTILLED else []
     data = ModelCardData(
         language=language,
         license=license,
@@ -104,7 +105,7 @@ def write_card(
         base_model=base if on_hub else None,
         base_model_relation="finetune" if on_hub else None,
         datasets=dataset,
-        tags=sorted({"hf_layerprune", "layer-pruning", "knowledge-distillation", *extra}),
+        tags=sorted({"hf_layerprune", "layer-pruning", *distilled, *extra}),
         model_name=name,
         eval_results=[
             EvalResult(
@@ -112,7 +113,7 @@ def write_card(
                 dataset_type="held-out-text",
                 dataset_name="held-out text of the run",
                 metric_type=metric,
-                metric_value=value,
+                metric_value=round(value, 4),
             )
             for metric, value in healed.items()
             if metric in ("perplexity", "loss", "accuracy")

@@ -19,6 +19,13 @@ from .lineage import get_lineage
 from .surgery import check_layers
 
 
+UNITS = {
+    "block_influence": "Block Influence",
+    "loss": "rise of the loss without it\n(nats per token)",
+    "task": "fall of the task's score without it",
+}
+
+
 @dataclass(frozen=True)
 class ScoreTable:
     """How much each candidate layer of a model matters.
@@ -60,13 +67,15 @@ class ScoreTable:
         layers = sorted(self.scores)
         colours = ["tab:red" if layer == least else "tab:blue" for layer in layers]
         axes.bar([self.kept[i] for i in layers], [self.scores[i] for i in layers], color=colours)
+        for layer in set(range(len(self.kept))) - set(layers):
+            axes.text(self.kept[layer], 0, " protected", rotation=90, ha="center", color="gray", size=8)
         values = sorted(abs(v) for v in self.scores.values())
         if values[0] > 0 and values[-1] > 20 * values[len(values) // 2]:
             axes.set_yscale("symlog", linthresh=values[len(values) // 2])
         axes.set_xticks(range(max(self.kept) + 1))
         axes.tick_params("x", labelsize=7)
         axes.set_xlabel("decoder layer (index in the original model)")
-        axes.set_ylabel(self.criterion.replace("_", " "))
+        axes.set_ylabel(UNITS[self.criterion])
         axes.set_title(
             f"Importance of {len(layers)} of {len(self.kept)} layers; least important: {self.kept[least]}",
             fontsize=10,

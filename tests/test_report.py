@@ -67,7 +67,7 @@ def test_push_to_hub_sends_a_plain_model_with_its_card(llama, tokenizer, tmp_pat
     assert (result.metric_type, result.metric_value) == ("perplexity", 16.0)
     record = json.loads((received / "layer_pruning.json").read_text())
     removed = [phase["removals"][0]["original"] for phase in record["phases"]]
-    assert f"Removed: {removed[0]}, {removed[1]}" in card.content
+    assert f"Removed, by their index in the original: {removed[0]}, {removed[1]}." in card.content
     assert "4 of its 6 decoder layers" in card.content
     assert "https://arxiv.org/abs/2511.05085" in card.content
     assert "AutoModelForCausalLM.from_pretrained" in card.content
@@ -89,6 +89,8 @@ def test_a_local_base_model_is_not_called_a_hub_id(llama, tmp_path):
     assert card.data.base_model is None
     assert "\nmine with 5 of its 6" in card.content
     assert str(tmp_path) not in card.content
+    assert "not healed" in card.content
+    assert "distillation" not in card.content
 
 
 def test_without_pruning_the_card_is_the_trainers(llama):
