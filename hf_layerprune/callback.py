@@ -154,9 +154,8 @@ class LayerPruningCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         assert model is not None
-        phase, into = divmod(state.global_step, self._steps)
-        done = len(self.record["phases"])
-        if into or phase != done or phase >= self._phases or self.record["stopped"]:
+        phase = state.global_step // self._steps
+        if phase >= self._phases or phase != len(self.record["phases"]) or self.record["stopped"]:
             return
         began = time.monotonic()
         removals: list[dict[str, Any]] = []
