@@ -27,7 +27,8 @@ class DistillationTrainingArguments(TrainingArguments):
         kl_weight (`float`, *optional*, defaults to 1.0):
             Weight of KL(teacher || student) over the vocabulary, mean per token.
         hidden_weight (`float`, *optional*, defaults to 0.0):
-            Weight of the squared error of hidden states, mean per token, feature and compared layer.
+            Weight of the squared error of hidden states, mean per token, feature and compared layer. Its
+            scale differs by orders of magnitude between models, so no other default fits all.
         ce_weight (`float`, *optional*, defaults to 0.0):
             Weight of the cross-entropy on the labels, mean per token.
         temperature (`float`, *optional*, defaults to 1.0):

@@ -69,8 +69,8 @@ def kl_divergence(
         mask (`torch.Tensor`): `(batch, length - 1)`, from [`token_mask`].
         temperature (`float`, *optional*, defaults to 1.0): divides both logits.
     """
-    student = (student_logits[:, :-1][mask].float() / temperature).log_softmax(-1)
-    teacher = (teacher_logits[:, :-1][mask].float() / temperature).log_softmax(-1)
+    student = student_logits[:, :-1][mask].float().div_(temperature).log_softmax(-1)
+    teacher = teacher_logits[:, :-1][mask].float().div_(temperature).log_softmax(-1)
     return F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
 
 

@@ -26,7 +26,7 @@ def table_rows(record: Record) -> list[list[str]]:
         cells = [str(layers), removed, score]
         cells += [_number(cut, metric), _number(healed, metric)] if metric else []
         cells += [f"{parameters / 1e6:.1f}M"]
-        cells += [_number(healed, "tokens_per_second")] if speed else []
+        cells += [_number(healed or cut, "tokens_per_second")] if speed else []
         return [*cells, seconds]
 
     model = record["model"]

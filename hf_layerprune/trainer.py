@@ -37,7 +37,7 @@ class DistillationTrainer(Trainer):
         args ([`DistillationTrainingArguments`], *optional*): settings.
         teacher_model (`PreTrainedModel` or `str`, *optional*): a model, a folder or a hub id; left
             out, a frozen copy of `model` as it is given.
-        kwargs: all other arguments of [`~transformers.Trainer`].
+        others, kwargs: all other arguments of [`~transformers.Trainer`], in its order.
 
     Raises:
         LayerPruneError: the teacher does not fit the student, or an argument has no meaning here.
@@ -52,7 +52,7 @@ class DistillationTrainer(Trainer):
         self,
         model: PreTrainedModel,
         args: DistillationTrainingArguments | None = None,
-        *,
+        *others: Any,
         teacher_model: PreTrainedModel | str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -70,7 +70,7 @@ class DistillationTrainer(Trainer):
         if unknown:
             raise LayerPruneError(f"hidden_layers: the teacher has no layers {sorted(unknown)}.")
         self._use_cache = model.config.use_cache  # the Trainer switches it off
-        super().__init__(model=model, args=args, **kwargs)
+        super().__init__(model, args, *others, **kwargs)
         model.add_model_tags(list(self._tag_names))
         # Never inside self.model: it would be trained, saved and broadcast with it.
         self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)

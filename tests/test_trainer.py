@@ -297,6 +297,12 @@ def test_resuming_without_a_checkpoint_is_refused(llama):
         make_trainer(llama).train(resume_from_checkpoint=True)
 
 
+def test_arguments_come_in_the_order_of_the_trainer(llama):
+    args = DistillationTrainingArguments(output_dir="out", use_cpu=True)
+    trainer = DistillationTrainer(llama, args, default_data_collator, examples(3), examples(2))
+    assert (len(trainer.train_dataset), len(trainer.eval_dataset)) == (3, 2)
+
+
 def test_a_student_keeps_its_lineage(llama):
     remove_layers(llama, 4)
     trainer = make_trainer(llama)
