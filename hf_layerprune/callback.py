@@ -142,7 +142,6 @@ class LayerPruningCallback(TrainerCallback):
         self._batches = self._calibration_batches(args, train_dataloader)
         if not state.global_step:
             self.record["dense"] = run_evaluation(self.evaluation, model)
-        self._write(args)
 
     def on_step_begin(
         self,
@@ -183,6 +182,7 @@ class LayerPruningCallback(TrainerCallback):
         if removals:
             self.record["phases"].append(phase_entry(model, state.global_step, removals, self.evaluation))
             self._phase_began = began
+        # From here on the folder holds a run; a mistake found before leaves it free for another try.
         self._write(args)
 
     def on_step_end(

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -22,7 +23,9 @@ def load_model(name: str, **options: Any) -> PreTrainedModel:
     Raises:
         LayerPruneError: no model there, it cannot be reached, or its weights do not fit its config.
     """
-    model, report = _load(AutoModelForCausalLM, name, "model", output_loading_info=True, **options)
+    # Tensors of another shape shall be reported, as missing ones are, and not end in a traceback.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, report = _load(AutoModelForCausalLM, name, "model", **options)
     lacking = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
     if lacking:
         raise LayerPruneError(
@@ -56,8 +59,8 @@ def _load(auto_class: Any, name: str, what: str, **options: Any) -> Any:
         raise LayerPruneError(f"{name} is not a folder with a model: it has no config.json.")
     try:
         return auto_class.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except (OSError, ValueError, KeyError, SafetensorError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise LayerPruneError(
             f"Cannot load a {what} from {name!r}, neither as a folder nor as a hub id: {reason}"
         ) from error

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -93,8 +94,11 @@ def score(arguments: list[str]) -> None:
     types = [TextArguments, CriterionArguments, ScoreArguments]
     name, text, how, output = _parse("score", arguments, types)
     from .data import make_batches
-    from .scoring import score_layers
+    from .scoring import check_plot_path, score_layers
 
+    if output.plot:
+        check_plot_path(output.plot)
+    _check_folder_of(output.json)
     model, tokenizer = _load(name)
     batches = make_batches(_blocks(text, model, tokenizer, how.calibration_blocks), 4)
     table = score_layers(model, batches, how.criterion, protected=how.protected)
@@ -160,6 +164,11 @@ def distill(arguments: list[str]) -> None:
     model, tokenizer = _load(name, dtype="float32")
     blocks = _blocks(text, model, tokenizer)
     calibration, heldout, train = split_blocks(blocks, how.calibration_blocks, what.heldout_blocks)
+    if not len(train):
+        raise LayerPruneError(
+            f"Calibration and evaluation take all {len(blocks)} blocks of the text, none is left to "
+            "train on: give more text, or ask for fewer blocks."
+        )
     heldout_batches = make_batches(heldout, args.per_device_eval_batch_size)
     pruning = LayerPruningCallback(
         target_layers=what.target_layers,
@@ -171,15 +180,18 @@ def distill(arguments: list[str]) -> None:
         quality_floor=phases.quality_floor,
         evaluation=lambda model: evaluate_text(model, heldout_batches),
     )
-    trainer = DistillationTrainer(
-        model=model,
-        args=args,
-        teacher_model=phases.teacher,
-        train_dataset=train,
-        eval_dataset=heldout,
-        processing_class=tokenizer,
-        callbacks=[pruning],
-    )
+    try:
+        trainer = DistillationTrainer(
+            model=model,
+            args=args,
+            teacher_model=phases.teacher,
+            train_dataset=train,
+            eval_dataset=heldout,
+            processing_class=tokenizer,
+            callbacks=[pruning],
+        )
+    except ValueError as error:  # the Trainer refused an argument
+        raise LayerPruneError(str(error)) from error
     resume = args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=True if resume == "True" else resume)
     trainer.save_model()
@@ -197,6 +209,7 @@ def evaluate(arguments: list[str]) -> None:
     from .lineage import get_lineage
     from .report import markdown_table
 
+    _check_folder_of(output.json)
     results: dict[str, dict[str, Any]] = {}
     rows = [["model", "layers", "parameters", "perplexity", "tokens/s"]]
     for name in names:
@@ -247,7 +260,10 @@ def main(arguments: list[str] | None = None) -> int:
             raise LayerPruneError(f"no command {command!r}: choose from {', '.join(COMMANDS)}")
         with logging_redirect_tqdm():
             COMMANDS[command](rest)
-    except LayerPruneError as error:
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (LayerPruneError, OSError, ImportError) as error:
+        # A file that cannot be written and a package that is missing are the user's to mend, too.
         print(f"hf-layerprune: error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -293,6 +309,11 @@ def _blocks(text: TextArguments, model: Any, tokenizer: Any, limit: int | None =
         )
     texts = load_texts(text.data, text.data_field, text.data_split, text.data_config)
     return token_blocks(texts, tokenizer, text.block_length, limit)
+
+
+def _check_folder_of(path: str | None) -> None:
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise LayerPruneError(f"Cannot write {path}: its folder does not exist.")
 
 
 def _write_json(path: str, values: Any) -> None:

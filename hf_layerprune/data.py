@@ -51,7 +51,7 @@ def load_texts(
         else:
             dataset = load_dataset(source, config, split=split)
     except (DatasetGenerationError, DatasetNotFoundError, OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = " ".join(str(error).split())[:300]
         raise LayerPruneError(f"Cannot read text from {source}: {reason}") from error
     if field not in dataset.column_names:
         raise LayerPruneError(f"{source} has no field {field!r}, only {dataset.column_names}.")
@@ -76,10 +76,12 @@ def token_blocks(
         `datasets.Dataset`: columns `input_ids` and `labels`, each of `length` tokens.
 
     Raises:
-        LayerPruneError: the text is empty or shorter than one block.
+        LayerPruneError: the text is empty or shorter than one block, or no block is asked for.
     """
     if length < 2:
         raise LayerPruneError(f"A block of {length} tokens has nothing to predict: use 2 or more.")
+    if limit is not None and limit < 1:
+        raise LayerPruneError(f"{limit} blocks are asked for: it must be at least 1.")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     tokens: list[int] = []
     for text in texts:

@@ -117,6 +117,8 @@ def check_folder_is_free(folder: str | Path) -> None:
     names = [RECORD_NAME, "config.json", "adapter_config.json"]
     found = [name for name in names if (Path(folder) / name).exists()]
     found += sorted(path.name for path in Path(folder).glob("checkpoint-*"))
+    if Path(folder).is_file():
+        raise LayerPruneError(f"The output folder {folder} is a file.")
     if found:
         raise LayerPruneError(
             f"The output folder {folder} already holds another run or model ({found[0]}): choose a new "

@@ -148,6 +148,22 @@ def score_layers(
     return ScoreTable(criterion, scores, quality, kept)
 
 
+def check_plot_path(path: str | Path) -> None:
+    """Check that [`ScoreTable.plot`] can write to `path`, before long work.
+
+    Raises:
+        LayerPruneError: its folder does not exist, or its ending is no kind of picture.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if Path(path).suffix[1:] not in kinds or not Path(path).absolute().parent.is_dir():
+        raise LayerPruneError(
+            f"Cannot write a picture to {path}: its folder must exist, and its ending be one of "
+            f"{', '.join(sorted(kinds))}."
+        )
+
+
 @contextmanager
 def undisturbed(model: PreTrainedModel) -> Iterator[None]:
     """Within this context `model` is in eval mode without gradients; afterwards its modules' modes and

@@ -76,6 +76,14 @@ def test_distill_removes_and_heals(folder, capsys):
         (["distill", "model", *DATA, "--target_layers", "4", "--kl_weight", "-1"], "kl_weight is -1.0"),
         (["distill", "model", *DATA, "--target_layers", "4", "--output_dir", "model"], "already holds"),
         (["evaluate", "--data", "text.txt"], "model"),
+        (["evaluate", "model", *DATA, "--max_blocks", "-1"], "-1 blocks are asked for"),
+        (["evaluate", "model", *DATA, "--json", "no/such/e.json"], "Cannot write no/such/e.json"),
+        (["score", "model", *DATA, "--json", "no/such/s.json"], "Cannot write no/such/s.json"),
+        (["score", "model", *DATA, "--plot", "no/such/s.png"], "Cannot write a picture to no/such/s.png"),
+        (["score", "model", *DATA, "--plot", "s.xyz"], "Cannot write a picture to s.xyz"),
+        (["prune", "model", *DATA, "--target_layers", "3", "--output_dir", "text.txt"], "is a file"),
+        (["distill", "model", *DATA, "--target_layers", "4", "--heldout_blocks", "181"], "none is left"),
+        (["distill", "model", *DATA, "--target_layers", "4", "--report_to", "foo"], "foo is not supported"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(folder, capsys, arguments, message):
