@@ -124,12 +124,13 @@ class LayerPruningCallback(TrainerCallback):
         assert model is not None
         _check_backend(args, model, optimizer)
         self._began = self._phase_began = time.monotonic()
+        self._ended = False
         if state.global_step:
             self.record = _resumed_record(args, state, model, self._settings())
         else:
             check_folder_is_free(str(args.output_dir))
             fixed = check_plan(model, self.target_layers, self.protected)
-            self.record = start_record(model, self._settings() | {"protected": fixed}, args)
+            self.record = start_record(model, self._settings() | {"protected_originals": fixed}, args)
         excess = self.record["model"]["layers"] - self.target_layers
         self._phases = -(-excess // self.layers_per_phase)
         self._steps = self.steps_per_phase or state.max_steps // self._phases
@@ -138,6 +139,12 @@ class LayerPruningCallback(TrainerCallback):
                 f"Removing {excess} layers takes {self._phases} phases of at least "
                 f"{max(1, self._steps)} steps, but training has {state.max_steps} steps: train longer "
                 "or remove more layers per phase."
+            )
+        planned = self.record["pruning"].setdefault("phase_steps", self._steps)
+        if planned != self._steps:
+            raise LayerPruneError(
+                f"The run was started with phases of {planned} steps, now it would go on with "
+                f"{self._steps}: resume with the same max_steps and steps_per_phase."
             )
         self._batches = self._calibration_batches(args, train_dataloader)
         if not state.global_step:
@@ -164,7 +171,7 @@ class LayerPruningCallback(TrainerCallback):
                 self._batches,
                 self.criterion,
                 self.task,
-                self.record["pruning"]["protected"],
+                self.record["pruning"]["protected_originals"],
                 progress=not args.disable_tqdm,
             )
             if self._below_floor(table.quality, state):
@@ -242,6 +249,7 @@ class LayerPruningCallback(TrainerCallback):
         self.record["log"] = state.log_history
         self.record["finished"] = True
         self._write(args)
+        self._ended = True
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -249,6 +257,7 @@ class LayerPruningCallback(TrainerCallback):
             "criterion": self.criterion,
             "layers_per_phase": self.layers_per_phase,
             "steps_per_phase": self.steps_per_phase,
+            "protected": self.protected,
             "quality_floor": self.quality_floor,
         }
 
@@ -261,7 +270,7 @@ class LayerPruningCallback(TrainerCallback):
                 "the training one or a list of batches."
             )
         data, like = self.calibration, train_dataloader.dataset
-        if hasattr(data, "select_columns") and hasattr(like, "column_names"):
+        if hasattr(data, "select_columns") and getattr(like, "column_names", None):
             # The Trainer has dropped the columns that the model does not read; so do we.
             shared = [name for name in data.column_names if name in like.column_names]
             data = data.select_columns(shared)
@@ -288,9 +297,10 @@ class LayerPruningCallback(TrainerCallback):
             self._write(args)
 
     def _write(self, args: TrainingArguments) -> None:
-        now = time.monotonic()
-        self.record["seconds"] = round(self.record["seconds"] + now - self._began, 2)
-        self._began = now
+        if not self._ended:
+            now = time.monotonic()
+            self.record["seconds"] = round(self.record["seconds"] + now - self._began, 2)
+            self._began = now
         self.record["peak_memory_mb"] = max(self.record["peak_memory_mb"], peak_memory_mb())
         write_record(self.record, str(args.output_dir))
 

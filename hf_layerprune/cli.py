@@ -204,6 +204,7 @@ def evaluate(arguments: list[str]) -> None:
     """Perplexity and speed of one or more MODELs on a text, side by side."""
     types = [TextArguments, EvaluateArguments]
     names, text, output = _parse("evaluate", arguments, types, several=True)
+    from .checkpoint import load_lineage
     from .data import make_batches
     from .evaluation import evaluate_text
     from .lineage import get_lineage
@@ -212,6 +213,8 @@ def evaluate(arguments: list[str]) -> None:
     _check_folder_of(output.json)
     results: dict[str, dict[str, Any]] = {}
     rows = [["model", "layers", "parameters", "perplexity", "tokens/s"]]
+    for name in names:
+        load_lineage(name)  # a wrong name is found before the long work
     for name in names:
         model, tokenizer = _load(name)
         batches = make_batches(_blocks(text, model, tokenizer, output.max_blocks), 4)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from .data import Batch
 from .decoder import find_decoder
+from .errors import LayerPruneError
 from .losses import LAST, cross_entropy, token_mask
 from .surgery import without_layers
 
@@ -44,7 +45,7 @@ def block_influence(
             before, after = (hidden(state)[real].float() for state in states[layer])
             sums[layer] += float((1 - F.cosine_similarity(before, after, dim=-1)).double().sum())
             tick()
-    return None, {layer: total / tokens for layer, total in sums.items()}
+    return None, {layer: total / _some(tokens) for layer, total in sums.items()}
 
 
 def loss(model: PreTrainedModel, batches: Sequence[Batch], candidates: Sequence[int], tick: Tick) -> Scores:
@@ -65,17 +66,18 @@ def loss(model: PreTrainedModel, batches: Sequence[Batch], candidates: Sequence[
             with without_layers(model, layer), _replayed(model, outputs[:layer]):
                 sums[layer] += batch_loss(model, batch)[0]
             tick()
+    tokens = _some(tokens)
     return -dense / tokens, {layer: (total - dense) / tokens for layer, total in sums.items()}
 
 
 def task(model: PreTrainedModel, score: Task, candidates: Sequence[int], tick: Tick) -> Scores:
     """Fall of a task's score without the layer (Iterative Layer-wise Distillation, 2511.05085,
     section 3). The quality is the score itself."""
-    quality = float(score(model))
+    quality = _number(score(model))
     scores = {}
     for layer in candidates:
         with without_layers(model, layer):
-            scores[layer] = quality - float(score(model))
+            scores[layer] = quality - _number(score(model))
         tick()
     return quality, scores
 
@@ -162,6 +164,19 @@ def _replayed(model: PreTrainedModel, outputs: Sequence[Any]) -> Iterator[None]:
         for module, output in zip(find_decoder(model).layers, outputs, strict=False):
             patches.callback(patch(module, output))
         yield
+
+
+def _some(tokens: int) -> int:
+    if not tokens:
+        raise LayerPruneError("No token of the calibration counts: all are masked or labelled -100.")
+    return tokens
+
+
+def _number(score: Any) -> float:
+    try:
+        return float(score)
+    except (TypeError, ValueError) as error:
+        raise LayerPruneError(f"The task's score is {score!r}: it must be a number.") from error
 
 
 def _forward(model: PreTrainedModel, batch: Batch) -> Any:

@@ -50,7 +50,7 @@ def load_texts(
             dataset = load_dataset(loader, data_files=str(path), split="train", **options)
         else:
             dataset = load_dataset(source, config, split=split)
-    except (DatasetGenerationError, DatasetNotFoundError, OSError, ValueError) as error:
+    except (DatasetGenerationError, DatasetNotFoundError, OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise LayerPruneError(f"Cannot read text from {source}: {reason}") from error
     if field not in dataset.column_names:
@@ -64,7 +64,8 @@ def load_texts(
 def token_blocks(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None = None
 ) -> Dataset:
-    """Tokenise documents, join them with the end-of-text token, and cut them into equal blocks.
+    """Tokenise documents, join them with the end-of-text token, and cut them into equal blocks, each
+    with the beginning-of-text token first where the tokenizer adds one.
 
     Args:
         texts (iterable of `str`): documents.
@@ -83,13 +84,16 @@ def token_blocks(
     if limit is not None and limit < 1:
         raise LayerPruneError(f"{limit} blocks are asked for: it must be at least 1.")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    # What the tokenizer itself puts before a text; Gemma, for one, reads badly without it.
+    start = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id][:1]
+    size = length - len(start)
     tokens: list[int] = []
     for text in texts:
         # A block is longer than no model allows, a document may be: so no warning about its length.
         tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end
-        if limit is not None and len(tokens) >= limit * length:
+        if limit is not None and len(tokens) >= limit * size:
             break
-    blocks = [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)][:limit]
+    blocks = [start + tokens[i : i + size] for i in range(0, len(tokens) - size + 1, size)][:limit]
     if not blocks:
         raise LayerPruneError(
             f"The text has {len(tokens)} tokens, less than one block of {length}. Give more text or "
@@ -124,11 +128,13 @@ def make_batches(
     batch_size: int,
     collate: Callable[[list[Any]], dict[str, Any]] = default_data_collator,
 ) -> list[Batch]:
-    """Batches of a data set of examples, in its order; a list of ready batches is given back as it is.
+    """Batches of a data set of examples, in its order; ready batches (a list, a loader) stay as they are.
 
     Raises:
         LayerPruneError: there is nothing in it.
     """
+    if isinstance(data, DataLoader):
+        data = list(data)
     ready = isinstance(data, (list, tuple)) and data and torch.is_tensor(data[0].get("input_ids"))
     if ready and data[0]["input_ids"].dim() == 2:
         return list(data)

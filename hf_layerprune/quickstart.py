@@ -67,6 +67,11 @@ class QuickstartArguments:
     )
     answer_tokens: int = field(default=60, metadata={"help": "Length of the answers shown."})
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, int) and value < 1:
+                raise LayerPruneError(f"{name} is {value}: it must be at least 1.")
+
 
 def quickstart(settings: QuickstartArguments) -> None:
     """Run the quickstart and print what it does.
@@ -128,7 +133,7 @@ def quickstart(settings: QuickstartArguments) -> None:
     print("\nHeld-out perplexity of the dense model, of the cut ones and after healing:\n")
     print(markdown_table(table_rows(record)))
     # Without the Trainer's mixed precision, as everyone else will run it.
-    model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False).cpu()
     live = answer(model, tokenizer, settings.answer_tokens)
     reloaded = _answer_in_fresh_process(settings, tokenizer)
     print(f"\nPrompt: {PROMPT}\n\n30 layers: {before}\n\n27 layers, reloaded: {reloaded}\n")

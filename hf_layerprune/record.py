@@ -43,6 +43,7 @@ def start_record(
     model: PreTrainedModel, settings: dict[str, Any], args: TrainingArguments | None = None
 ) -> Record:
     """The record of a run that begins with `model`, before anything has happened."""
+    name = Path(model.config._name_or_path)  # of a local model without the path of this machine
     if args is None:
         method = UNHEALED
     else:
@@ -51,7 +52,7 @@ def start_record(
         "format": 1,
         "method": method,
         "model": {
-            "name": model.config._name_or_path,
+            "name": name.name if name.is_absolute() or name.exists() else str(name),
             "model_type": model.config.model_type,
             "layers": len(get_lineage(model).kept),
             "parameters": model.num_parameters(),
@@ -109,16 +110,20 @@ def read_record(folder: str | Path) -> Record | None:
 
 
 def check_folder_is_free(folder: str | Path) -> None:
-    """Check that a new run may write into `folder`.
+    """Make `folder` if there is none, and check that a new run may write into it.
 
     Raises:
-        LayerPruneError: it holds another run or model already.
+        LayerPruneError: it holds another run or model already, or cannot be written to.
     """
-    names = [RECORD_NAME, "config.json", "adapter_config.json"]
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        record = read_record(folder)
+    except OSError as error:
+        raise LayerPruneError(f"Cannot write to the output folder {folder}: {error}") from error
+    # A run that broke off before its first checkpoint left nothing but its record.
+    names = ["config.json", "adapter_config.json"] + [RECORD_NAME] * bool(record and record["finished"])
     found = [name for name in names if (Path(folder) / name).exists()]
     found += sorted(path.name for path in Path(folder).glob("checkpoint-*"))
-    if Path(folder).is_file():
-        raise LayerPruneError(f"The output folder {folder} is a file.")
     if found:
         raise LayerPruneError(
             f"The output folder {folder} already holds another run or model ({found[0]}): choose a new "

@@ -44,7 +44,7 @@ def prune_layers(
     began = time.monotonic()
     fixed = check_plan(model, target_layers, protected)
     batches = make_batches(calibration, 4) if calibration or not callable(task) else []
-    settings = {"target_layers": target_layers, "criterion": criterion, "protected": fixed}
+    settings = {"target_layers": target_layers, "criterion": criterion, "protected_originals": fixed}
     record = start_record(model, settings)
     record["dense"] = run_evaluation(evaluation, model)
     while len(get_lineage(model).kept) > target_layers:

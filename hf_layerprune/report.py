@@ -72,6 +72,7 @@ def plot_scores(record: Record, folder: Path) -> list[str]:
 def write_card(
     record: Record,
     folder: Path,
+    repository: str | None = None,
     language: str | None = None,
     license: str | None = None,
     tags: str | list[str] | None = None,
@@ -85,6 +86,7 @@ def write_card(
     Args:
         record (`dict`): of the run that made the model.
         folder (`Path`): of the model.
+        repository (`str`, *optional*): hub id that the model is pushed to.
         language, license, tags, model_name, finetuned_from, dataset, others: what
             [`~transformers.Trainer.push_to_hub`] hands to a model card; `others` have no place in ours.
     """
@@ -124,6 +126,7 @@ def write_card(
         data,
         template_str=files("hf_layerprune").joinpath("model_card.md").read_text(encoding="utf-8"),
         name=name,
+        source=repository or name,
         base=base if on_hub else Path(base).name,
         on_hub=on_hub,
         removed=removed,

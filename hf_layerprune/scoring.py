@@ -110,8 +110,8 @@ def score_layers(
         [`ScoreTable`]
 
     Raises:
-        LayerPruneError: an unknown criterion or layer, no candidate, no calibration, or a score that
-            is not a number.
+        LayerPruneError: an unknown criterion or layer, no candidate, a model that cannot be cut exactly,
+            no calibration, or a score that is not a number.
     """
     if criterion not in CRITERIA:
         raise LayerPruneError(f"Unknown criterion {criterion!r}: choose from {', '.join(CRITERIA)}.")
@@ -123,6 +123,7 @@ def score_layers(
     candidates = [layer for layer in range(len(kept)) if layer not in fixed]
     if not candidates or len(kept) == 1:
         raise LayerPruneError(f"No layer to score: {len(kept)} layers, protected {sorted(fixed)}.")
+    check_exact(model, candidates[0])  # scores of what cannot be cut would help nobody
     on_device = [{k: v.to(model.device) for k, v in batch.items() if torch.is_tensor(v)} for batch in batches]
     if not on_device and not callable(task):
         raise LayerPruneError("No calibration batches to score with.")
@@ -168,14 +169,14 @@ def check_plot_path(path: str | Path) -> None:
 def undisturbed(model: PreTrainedModel) -> Iterator[None]:
     """Within this context `model` is in eval mode without gradients; afterwards its modules' modes and
     the random states of torch, numpy and Python are as before, also when it is left by an error."""
-    training = [module for module in model.modules() if module.training]
+    modes = [(module, module.training) for module in model.modules()]
     states = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(), torch.no_grad():
             model.eval()
             yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in modes:
+            module.training = training
         random.setstate(states[0])
         np.random.set_state(states[1])

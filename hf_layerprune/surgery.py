@@ -145,7 +145,9 @@ def _differences(model: PreTrainedModel) -> dict[Any, str]:
     a removal (dropout switched off, say) is known again after it, when the layer's path has changed.
     """
     with torch.device("meta"):
-        fresh = dict(type(model)(copy.deepcopy(model.config)).named_modules())
+        # As a reload does it: through plain values, so that the config's own rules run again.
+        config = type(model.config).from_dict(copy.deepcopy(model.config.to_dict()))
+        fresh = dict(type(model)(config).named_modules())
     live = dict(model.named_modules())
     found: dict[Any, str] = {path: f"{path} is missing here" for path in fresh.keys() - live.keys()}
     for path, module in live.items():
@@ -169,7 +171,7 @@ def _facts(module: nn.Module) -> dict[str, Any]:
     facts["class"] = type(module).__name__
     for name, value in vars(module).items():
         public = not name.startswith("_") and name != "training"
-        if public and isinstance(value, (bool, int, float, str)):
+        if public and (value is None or isinstance(value, (bool, int, float, str))):
             facts[name] = value
     return facts
 

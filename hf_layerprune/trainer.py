@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
 
 from .arguments import DistillationTrainingArguments
 from .checkpoint import load_lineage
@@ -17,7 +17,7 @@ from .criteria import captured, hidden
 from .errors import LayerPruneError
 from .lineage import get_lineage
 from .losses import LAST, cross_entropy, hidden_mse, hidden_pairs, kl_divergence, token_mask
-from .record import read_record
+from .record import Record, read_record
 from .report import write_card
 from .surgery import keep_lineage
 from .teacher import make_teacher
@@ -65,11 +65,14 @@ class DistillationTrainer(Trainer):
                 f"args is a {type(args).__name__}: make it a DistillationTrainingArguments, which "
                 "takes the same settings."
             )
+        if args.torch_compile:
+            raise LayerPruneError("torch_compile does not see layers go, nor hooks: leave it out.")
         teacher = make_teacher(teacher_model, model, args.hidden_weight > 0)
         unknown = set(args.hidden_layers or []) - set(get_lineage(teacher).kept)
         if unknown:
             raise LayerPruneError(f"hidden_layers: the teacher has no layers {sorted(unknown)}.")
-        self._use_cache = model.config.use_cache  # the Trainer switches it off
+        # The Trainer switches it off in the config, but not for generation.
+        self._use_cache = getattr(model.config, "use_cache", None) or model.generation_config.use_cache
         super().__init__(model, args, *others, **kwargs)
         model.add_model_tags(list(self._tag_names))
         # Never inside self.model: it would be trained, saved and broadcast with it.
@@ -97,6 +100,11 @@ class DistillationTrainer(Trainer):
         pairs = []
         if self.args.hidden_weight:
             pairs = hidden_pairs(get_lineage(student), get_lineage(self.teacher), self.args.hidden_layers)
+            if not pairs:
+                raise LayerPruneError(
+                    f"All of hidden_layers {self.args.hidden_layers} were removed, so there is no hidden "
+                    "state to compare: protect one of them, or leave hidden_layers out."
+                )
 
         with torch.no_grad(), captured(self.teacher, [t for _, t in pairs]) as taught:
             teacher_logits = self.teacher(**inputs, use_cache=False).logits
@@ -142,12 +150,17 @@ class DistillationTrainer(Trainer):
         return count
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss terms, mean per token: of the steps since the last log, or of an evaluation."""
+        """Add the loss terms of the steps since the last log, mean per token."""
         if "loss" in logs:
             logs |= self._drain("train", "")
-        elif any(name.startswith("eval_") for name in logs):
-            logs |= self._drain("eval", "eval_")
         super().log(logs, start_time)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Add the loss terms of the evaluation, mean per token, to its metrics."""
+        self._terms["eval"].clear()
+        output = super().evaluation_loop(*args, **kwargs)
+        terms = self._drain("eval", f"{kwargs.get('metric_key_prefix', 'eval')}_")
+        return output._replace(metrics={**(output.metrics or {}), **terms})
 
     def _note(self, mode: str, sums: dict[str, torch.Tensor], tokens: torch.Tensor, count: Any) -> None:
         # In training both are divided by the step's tokens, so that every step weighs the same.
@@ -175,8 +188,18 @@ class DistillationTrainer(Trainer):
             if folder is None:
                 raise LayerPruneError(f"No checkpoint to resume from in {self.args.output_dir}.")
         if folder:
+            self._check_teacher_of(read_record(folder))
             keep_lineage(self.accelerator.unwrap_model(self.model), load_lineage(str(folder)))
         return super().train(folder, *args, **kwargs)
+
+    def _check_teacher_of(self, record: Record | None) -> None:
+        """A model loaded from a checkpoint would, copied, be its own teacher."""
+        layers = len(get_lineage(self.teacher).kept)
+        if record is not None and layers < record["model"]["layers"]:
+            raise LayerPruneError(
+                f"The run began with a model of {record['model']['layers']} layers, but the teacher has "
+                f"{layers}: start from the original model, or give it as teacher_model."
+            )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with self._plain_config():
@@ -199,14 +222,15 @@ class DistillationTrainer(Trainer):
         if record is None:
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
-            write_card(record, Path(str(self.args.output_dir)), *args, **kwargs)
+            folder = Path(str(self.args.output_dir))
+            write_card(record, folder, self.hub_model_id, *args, **kwargs)
 
 
 def _state(states: dict[int, tuple[Any, Any]], layer: int) -> torch.Tensor:
     if layer not in states:
         raise LayerPruneError(
-            f"No hidden state was seen at layer {layer}: hooks do not fire in a compiled model. Set "
-            "torch_compile=False or hidden_weight=0."
+            f"No hidden state was seen at layer {layer}: it did not run, or was compiled. Switch layer "
+            "dropping and compilation off, or set hidden_weight=0."
         )
     before, after = states[layer]
     return before if layer == LAST else hidden(after)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_layerprune import LayerPruneError, LayerPruningCallback, get_lineage, score_layers
 from hf_layerprune.decoder import find_decoder
@@ -221,8 +221,6 @@ def test_training_with_and_without_the_floor_for_loss(llama):
 
 
 def test_a_run_that_ends_early_says_so(llama):
-    from transformers import TrainerCallback
-
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_training_stop = state.global_step == 2
@@ -270,8 +268,6 @@ def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(kill_at):
         trainer.train(resume_from_checkpoint=resume or None)
         return trainer.model, callback.record
 
-    from transformers import TrainerCallback
-
     class Killed(Exception):
         pass
 
@@ -301,6 +297,9 @@ def test_a_plain_trainer_does_not_resume_at_another_depth(llama):
     model = type(llama).from_pretrained("out/checkpoint-2")
     trainer = plain_trainer(model, pruning(target_layers=3), **settings)
     with pytest.raises(LayerPruneError, match=r"other settings than \{'target_layers': 3\}"):
+        trainer.train(resume_from_checkpoint="out/checkpoint-2")
+    trainer = plain_trainer(model, pruning(), **settings | {"max_steps": 8})
+    with pytest.raises(LayerPruneError, match="phases of 2 steps, now it would go on with 4"):
         trainer.train(resume_from_checkpoint="out/checkpoint-2")
     plain_trainer(model, pruning(), **settings).train(resume_from_checkpoint="out/checkpoint-2")
     torch.testing.assert_close(model.state_dict(), llama.state_dict(), rtol=0, atol=0)
@@ -361,9 +360,47 @@ def test_an_optimizer_that_holds_something_else_is_refused(llama):
         trainer.train()
 
 
+def test_a_run_that_broke_off_without_a_checkpoint_can_be_started_again(llama):
+    class Broken(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        plain_trainer(make_model(), [pruning(), Broken()]).train()
+    assert Path("out/layer_pruning.json").exists()
+    plain_trainer(llama, pruning()).train()
+    with pytest.raises(LayerPruneError, match="already holds another run"):
+        plain_trainer(make_model(), pruning()).train()
+
+
+def test_a_checkpoint_does_not_teach_itself(llama):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(llama, callbacks=[pruning()], **settings).train()
+    model = type(llama).from_pretrained("out/checkpoint-2")
+    with pytest.raises(LayerPruneError, match="began with a model of 6 layers, but the teacher has 5"):
+        make_trainer(model, callbacks=[pruning()], **settings).train("out/checkpoint-2")
+    trainer = make_trainer(model, callbacks=[pruning()], teacher_model=make_model(), **settings)
+    trainer.train("out/checkpoint-2")
+    torch.testing.assert_close(model.state_dict(), llama.state_dict(), rtol=0, atol=0)
+
+
+def test_hidden_layers_that_are_all_gone_are_refused(llama):
+    settings = {"kl_weight": 0.0, "hidden_weight": 1.0, "hidden_layers": [2], "max_steps": 4}
+    callback = pruning(target_layers=5, protected=[0, 1, 3, 4, 5])
+    with pytest.raises(LayerPruneError, match=r"All of hidden_layers \[2\] were removed"):
+        make_trainer(llama, callbacks=[callback], **settings).train()
+
+
+def test_a_streamed_training_set_is_fine(llama):
+    stream = examples().to_iterable_dataset().map(lambda row: row)
+    trainer = make_trainer(llama, stream, callbacks=[pruning()], max_steps=4)
+    trainer.train()
+    assert len(find_decoder(llama).layers) == 4
+
+
 @pytest.mark.parametrize("taken", ["layer_pruning.json", "config.json", "checkpoint-3/x"])
 def test_a_folder_of_another_run_is_refused(llama, taken):
     Path("out", taken).parent.mkdir(parents=True)
-    Path("out", taken).write_text("{}")
+    Path("out", taken).write_text('{"format": 1, "finished": true}')
     with pytest.raises(LayerPruneError, match="already holds another run or model"):
         plain_trainer(llama, pruning()).train()

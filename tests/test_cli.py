@@ -81,7 +81,10 @@ def test_distill_removes_and_heals(folder, capsys):
         (["score", "model", *DATA, "--json", "no/such/s.json"], "Cannot write no/such/s.json"),
         (["score", "model", *DATA, "--plot", "no/such/s.png"], "Cannot write a picture to no/such/s.png"),
         (["score", "model", *DATA, "--plot", "s.xyz"], "Cannot write a picture to s.xyz"),
-        (["prune", "model", *DATA, "--target_layers", "3", "--output_dir", "text.txt"], "is a file"),
+        (
+            ["prune", "model", *DATA, "--target_layers", "3", "--output_dir", "text.txt"],
+            "Cannot write to the output folder text.txt",
+        ),
         (["distill", "model", *DATA, "--target_layers", "4", "--heldout_blocks", "181"], "none is left"),
         (["distill", "model", *DATA, "--target_layers", "4", "--report_to", "foo"], "foo is not supported"),
     ],

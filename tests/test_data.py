@@ -1,9 +1,12 @@
+import copy
 import gzip
 import json
 
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
+from torch.utils.data import DataLoader
 
 from hf_layerprune import LayerPruneError
 from hf_layerprune.data import load_texts, make_batches, split_blocks, token_blocks
@@ -50,6 +53,18 @@ def test_blocks_hold_the_text_in_order(tokenizer):
     assert len(token_blocks(["hello"] * 100, tokenizer, 4, limit=3)) == 3
 
 
+def test_blocks_begin_as_the_tokenizer_begins_a_text(tokenizer):
+    starting = copy.deepcopy(tokenizer)
+    starting.add_special_tokens({"bos_token": "<start>"})
+    bos = starting.bos_token_id
+    starting.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<start> $A", special_tokens=[("<start>", bos)]
+    )
+    plain = token_blocks(["hello world"], tokenizer, 3)["input_ids"]
+    blocks = token_blocks(["hello world"], starting, 4)["input_ids"]
+    assert blocks == [[bos, *block] for block in plain]
+
+
 @pytest.mark.parametrize(
     ("texts", "length", "message"),
     [
@@ -85,6 +100,8 @@ def test_batches():
     assert [batch["input_ids"].tolist() for batch in batches] == [[[1, 2], [3, 4]], [[5, 6]]]
     assert torch.equal(torch.get_rng_state(), state)
     assert make_batches(batches, 7) == batches
+    loaded = make_batches(DataLoader(data.with_format("torch"), 2), 7)
+    assert [batch["input_ids"].tolist() for batch in loaded] == [[[1, 2], [3, 4]], [[5, 6]]]
     rows = [{"input_ids": torch.tensor([1, 2])}, {"input_ids": torch.tensor([3, 4])}]
     assert make_batches(rows, 2)[0]["input_ids"].tolist() == [[1, 2], [3, 4]]
     with pytest.raises(LayerPruneError, match="data is empty"):

@@ -44,6 +44,6 @@ def test_a_module_imports_only_what_stands_above_it():
 
 def test_the_top_level_is_as_agreed():
     known = {"pyproject.toml", "hf_layerprune", "tests", "examples", "model_cards", "README.md"}
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
-    top = {line.split("/")[0] for line in tracked.splitlines()}
-    assert {name for name in top if not name.startswith(".")} <= known
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    top = {line.split("/")[0] for line in done.stdout.splitlines()}
+    assert {name for name in top if not name.startswith(".")} == known

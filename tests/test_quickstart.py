@@ -46,6 +46,11 @@ def test_a_failed_download_says_why(tmp_path, monkeypatch):
         quickstart._fetch(tmp_path)
 
 
+def test_settings_are_positive():
+    with pytest.raises(LayerPruneError, match="steps_per_phase is 0"):
+        quickstart.QuickstartArguments(steps_per_phase=0)
+
+
 def test_the_cache_can_be_moved(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_LAYERPRUNE_CACHE", str(tmp_path / "mine"))
     assert quickstart.cache_folder() == tmp_path / "mine"

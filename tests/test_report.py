@@ -57,6 +57,7 @@ def test_push_to_hub_sends_a_plain_model_with_its_card(llama, tokenizer, tmp_pat
     assert (logits(again, tokens()) == logits(llama, tokens())).all()
 
     card = ModelCard.load(received / "README.md")
+    assert 'AutoModelForCausalLM.from_pretrained("someone/tiny-llama-4-layers")' in card.content
     data = card.data
     assert data.base_model == "someone/tiny-llama"
     assert data.license == "apache-2.0"
@@ -88,7 +89,7 @@ def test_a_local_base_model_is_not_called_a_hub_id(llama, tmp_path):
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model is None
     assert "\nmine with 5 of its 6" in card.content
-    assert str(tmp_path) not in card.content
+    assert str(tmp_path) not in card.content + json.dumps(record)
     assert "not healed" in card.content
     assert "distillation" not in card.content
 

@@ -194,6 +194,17 @@ def test_scoring_leaves_no_trace(model, how):
         assert "forward" not in vars(module)
 
 
+def test_a_task_that_leaves_the_model_in_training_mode_does_no_harm(llama):
+    score_layers(llama, criterion="task", task=lambda model: float(model.train().training), progress=False)
+    assert not any(module.training for module in llama.modules())
+
+
+def test_what_cannot_be_cut_is_not_scored():
+    model = make_model("gpt2", scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(LayerPruneError, match="Cannot remove layers"):
+        score_layers(model, batches(), progress=False)
+
+
 def test_padding_changes_no_score(llama):
     plain = [{"input_ids": tokens(2, 9)}]
     padded = [
@@ -216,9 +227,14 @@ def test_padding_changes_no_score(llama):
         ({"task": len}, "go together"),
         ({"batches": []}, "No calibration batches"),
         ({"batches": [{"input_ids": tokens(2, 1)}]}, "nothing to predict"),
+        (
+            {"batches": [{"input_ids": tokens(2, 5), "labels": torch.full((2, 5), -100)}]},
+            "No token of the calibration counts",
+        ),
         ({"protected": [9]}, "No layers \\[9\\]"),
         ({"protected": [0, 1, 2, 3, 4]}, None),
         ({"criterion": "task", "task": lambda model: float("nan")}, "not a finite number"),
+        ({"criterion": "task", "task": lambda model: None}, "score is None: it must be a number"),
     ],
 )
 def test_bad_calls_are_refused(llama, arguments, message):

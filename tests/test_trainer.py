@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.nn import functional as F
-from transformers import default_data_collator
+from transformers import TrainingArguments, default_data_collator
 
 from hf_layerprune import (
     DistillationTrainer,
@@ -215,6 +215,18 @@ def test_evaluation_reports_the_labels_loss_and_every_term(llama):
     assert found["eval_hidden_mse"] > 0
 
 
+def test_each_evaluation_has_its_own_terms(llama):
+    remove_layers(llama, 2)
+    trainer = make_trainer(llama, teacher_model=make_model())
+    alone = trainer.evaluate(examples(4))
+    trainer.predict(examples(8))  # leaves nothing behind
+    both = trainer.evaluate({"a": examples(4), "b": examples(8)})
+    assert both["eval_a_kl"] == pytest.approx(alone["eval_kl"])
+    assert both["eval_b_kl"] == pytest.approx(trainer.evaluate(examples(8))["eval_kl"])
+    assert both["eval_a_kl"] != pytest.approx(both["eval_b_kl"])
+    assert trainer.predict(examples(4)).metrics["test_kl"] == pytest.approx(alone["eval_kl"])
+
+
 def test_the_loss_of_the_student_falls():
     student, _ = students()
     trainer = make_trainer(student, teacher_model=students()[1], max_steps=30, learning_rate=3e-3)
@@ -286,8 +298,8 @@ def test_what_has_no_meaning_here_is_refused(llama):
     args = DistillationTrainingArguments(output_dir="out", use_cpu=True)
     with pytest.raises(LayerPruneError, match="no use for `compute_loss_func`"):
         DistillationTrainer(llama, args, compute_loss_func=len)
-    from transformers import TrainingArguments
-
+    with pytest.raises(LayerPruneError, match="torch_compile"):
+        make_trainer(llama, torch_compile=True, torch_compile_backend="eager")
     with pytest.raises(LayerPruneError, match="make it a DistillationTrainingArguments"):
         DistillationTrainer(llama, TrainingArguments(output_dir="out", use_cpu=True))
 
