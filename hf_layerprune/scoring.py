@@ -16,7 +16,7 @@ from .criteria import CRITERIA, next_token_metric
 from .data import Batch
 from .errors import LayerPruneError
 from .lineage import get_lineage
-from .surgery import check_layers
+from .surgery import check_exact, check_layers
 
 
 UNITS = {
