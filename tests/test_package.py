@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 
 import hf_layerprune
+from hf_layerprune.record import read_record
+from hf_layerprune.report import markdown_table, table_rows
 
 
 ROOT = Path(__file__).parent.parent
@@ -47,3 +49,10 @@ def test_the_top_level_is_as_agreed():
     done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     top = {line.split("/")[0] for line in done.stdout.splitlines()}
     assert {name for name in top if not name.startswith(".")} == known
+
+
+def test_the_table_in_the_readme_is_that_of_the_recorded_run():
+    folder = ROOT / "model_cards" / "smollm2-27-layers"
+    table = markdown_table(table_rows(read_record(folder)))
+    assert table in (ROOT / "README.md").read_text()
+    assert table in (folder / "README.md").read_text()
