@@ -4,7 +4,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.nn import functional as F
-from transformers import TrainingArguments, default_data_collator
+from transformers import TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_layerprune import (
     DistillationTrainer,
@@ -225,6 +225,20 @@ def test_each_evaluation_has_its_own_terms(llama):
     assert both["eval_b_kl"] == pytest.approx(trainer.evaluate(examples(8))["eval_kl"])
     assert both["eval_a_kl"] != pytest.approx(both["eval_b_kl"])
     assert trainer.predict(examples(4)).metrics["test_kl"] == pytest.approx(alone["eval_kl"])
+
+
+def test_an_evaluation_that_broke_off_leaves_nothing_behind(llama):
+    class Broken(TrainerCallback):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    trainer = make_trainer(llama, teacher_model=make_model(seed=1))
+    expected = trainer.evaluate(examples(4))["eval_kl"]
+    trainer.add_callback(Broken)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.evaluate(examples(8))
+    trainer.remove_callback(Broken)
+    assert trainer.evaluate(examples(4))["eval_kl"] == pytest.approx(expected)
 
 
 def test_the_loss_of_the_student_falls():
