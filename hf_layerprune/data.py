@@ -89,7 +89,7 @@ def token_blocks(
     size = length - len(start)
     tokens: list[int] = []
     for text in texts:
-        # A block is longer than no model allows, a document may be: so no warning about its length.
+        # verbose=False: a document may be longer than the model reads, the blocks cut from it are not.
         tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end
         if limit is not None and len(tokens) >= limit * size:
             break
