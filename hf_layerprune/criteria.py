@@ -57,13 +57,14 @@ def loss(model: PreTrainedModel, batches: Sequence[Batch], candidates: Sequence[
     """
     dense, tokens = 0.0, 0
     sums = dict.fromkeys(candidates, 0.0)
+    cuts = {layer: without_layers(model, layer) for layer in candidates}
     for batch in batches:
         with captured(model, range(max(candidates) + 1)) as states:
             total, count = batch_loss(model, batch)
         outputs = [states[layer][1] for layer in sorted(states)]
         dense, tokens = dense + total, tokens + count
         for layer in candidates:
-            with without_layers(model, layer), _replayed(model, outputs[:layer]):
+            with cuts[layer], _replayed(model, outputs[:layer]):
                 sums[layer] += batch_loss(model, batch)[0]
             tick()
     tokens = _some(tokens)

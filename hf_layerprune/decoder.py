@@ -1,13 +1,16 @@
-"""Where a causal language model keeps its decoder layers, and what else speaks of them."""
+"""Where a causal language model keeps its decoder layers, and where its config counts them."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from .errors import LayerPruneError
 
+
+# Fields that count decoder layers, the most telling first: Bart's num_hidden_layers are its encoder's, and
+# LongCat's are twice its num_layers.
+COUNT_FIELDS = ("decoder_layers", "num_decoder_layers", "num_layers", "num_hidden_layers", "num_blocks")
 
 # Module attributes that hold a layer's own position (key/value cache slot, attention kind).
 INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number")
@@ -23,7 +26,7 @@ class Decoder:
         attribute (`str`): the list's name in `parent`, for example `"layers"` or `"h"`.
     """
 
-    config: Any
+    config: PreTrainedConfig
     parent: nn.Module
     attribute: str
 
@@ -41,34 +44,54 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
     """
     if not isinstance(model, PreTrainedModel):
         raise LayerPruneError(
-            f"Expected a transformers PreTrainedModel, got {type(model).__name__}. Merge adapters "
-            "first (`model = model.merge_and_unload()`); for a compiled or wrapped model give the "
-            "model inside."
+            f"Expected a transformers PreTrainedModel, got {type(model).__name__}. For a compiled or "
+            "wrapped model give the model inside."
         )
-    config = model.config.get_text_config(decoder=True)
-    count = getattr(config, "num_hidden_layers", None)
-    if not isinstance(count, int):
-        raise LayerPruneError(f"The config of {config.model_type} has no num_hidden_layers.")
-    stacks = [
-        path
-        for path, module in model.get_decoder().named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
+    config = text_config(model.config)
+    count = layer_count(config)
+    # ModernBERT's `decoder`, which get_decoder finds, is its output head.
+    for root in (model.get_decoder(), model):
+        stacks = [
+            path
+            for path, module in root.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == count
+        ]
+        if stacks:
+            break
     depth = min((path.count(".") for path in stacks), default=0)
     outermost = [path for path in stacks if path.count(".") == depth]
     if len(outermost) != 1:
         raise LayerPruneError(
             f"Cannot tell the decoder layers of {config.model_type} ({type(model).__name__}): "
-            f"{len(outermost)} module lists of num_hidden_layers = {count} entries."
+            f"one module list of {count} entries is expected, as its config counts, but there are "
+            f"{len(outermost)}."
         )
     parent, _, attribute = outermost[0].rpartition(".")
-    return Decoder(config, model.get_decoder().get_submodule(parent), attribute)
+    return Decoder(config, root.get_submodule(parent), attribute)
 
 
-def per_layer_fields(config: Any, count: int) -> list[str]:
-    """Names of the config fields that hold one entry for each of `count` layers, as `layer_types`."""
-    return [
-        name
-        for name, value in vars(config).items()
-        if "layer" in name and isinstance(value, (list, tuple)) and len(value) == count
-    ]
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The part of `config` that counts decoder layers: itself, or the text part of a multimodal one."""
+    text = config.get_text_config(decoder=True)
+    # Of a flat encoder-decoder config that is a changed copy, which nobody would read again.
+    return text if any(text is value for value in vars(config).values()) else config
+
+
+def layer_count(config: PreTrainedConfig) -> int:
+    """How many decoder layers `config` says there are.
+
+    Raises:
+        LayerPruneError: it does not say.
+    """
+    for name in COUNT_FIELDS:
+        count = getattr(config, name, None)
+        if type(count) is int:
+            return count
+    raise LayerPruneError(f"The config of {config.model_type} does not say how many layers there are.")
+
+
+def count_fields(config: PreTrainedConfig) -> list[str]:
+    """The fields in which `config` stores how many decoder layers there are; none where it counts a list."""
+    first = next(name for name in COUNT_FIELDS if type(getattr(config, name, None)) is int)
+    names = {config.attribute_map.get(first, first), *COUNT_FIELDS}
+    return [name for name in sorted(names) if vars(config).get(name) == layer_count(config)]

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from .decoder import layer_count, text_config
 from .errors import LayerPruneError
 
 
@@ -57,8 +58,8 @@ def get_lineage(model: PreTrainedModel | PreTrainedConfig) -> Lineage:
         LayerPruneError: the record in the config is damaged or speaks of another number of layers.
     """
     config = model if isinstance(model, PreTrainedConfig) else model.config
-    config = config.get_text_config(decoder=True)
-    count = config.num_hidden_layers
+    config = text_config(config)
+    count = layer_count(config)
     entry: Any = getattr(config, CONFIG_KEY, None)
     if entry is None:
         return Lineage(count, list(range(count)))
@@ -75,7 +76,6 @@ def get_lineage(model: PreTrainedModel | PreTrainedConfig) -> Lineage:
     return lineage
 
 
-def write_lineage(config: PreTrainedConfig, lineage: Lineage) -> None:
-    """Write `lineage` into the (text) config, in place."""
-    entry = {"original_num_hidden_layers": lineage.original, "kept_layers": lineage.kept}
-    setattr(config, CONFIG_KEY, entry)
+def lineage_entry(lineage: Lineage) -> dict[str, Any]:
+    """What a (text) config says of `lineage`, under [`CONFIG_KEY`]."""
+    return {"original_num_hidden_layers": lineage.original, "kept_layers": lineage.kept}

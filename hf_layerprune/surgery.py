@@ -1,26 +1,32 @@
 """Taking decoder layers out of a live model, with config and indices kept in step."""
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from .decoder import INDEX_ATTRIBUTES, find_decoder, per_layer_fields
+from .blueprint import Difference, build_blueprint, differences, quiet
+from .decoder import INDEX_ATTRIBUTES, count_fields, find_decoder, layer_count
 from .errors import LayerPruneError
-from .lineage import Lineage, get_lineage, write_lineage
+from .fields import cut_fields
+from .lineage import CONFIG_KEY, Lineage, get_lineage, lineage_entry
+
+
+_ABSENT: Any = object()
 
 
 def remove_layers(model: PreTrainedModel, layers: int | Iterable[int]) -> Lineage:
     """Remove decoder layers from `model`, in place, and return what is left.
 
-    The config follows (`num_hidden_layers`, lists with one entry a layer, the lineage), and so do the
-    layers' own indices, so that the model saves, reloads and generates as a plain transformers model.
-    The result must be what the new config builds; where it would not be, nothing is
-    changed. An optimizer made before keeps the removed parameters: see `LayerPruningCallback`.
+    The config follows (the number of layers, every field that speaks of single layers, the lineage), and so
+    do the modules' own indices, so that the model saves, reloads and generates as a plain transformers
+    model. The result must be what the new config builds; where it would not be, nothing is changed. An
+    optimizer made before keeps the removed parameters: see `LayerPruningCallback`.
 
     Args:
         model (`PreTrainedModel`): a causal language model.
@@ -31,12 +37,9 @@ def remove_layers(model: PreTrainedModel, layers: int | Iterable[int]) -> Lineag
 
     Raises:
         LayerPruneError: an index is not one of the model's layers or named twice, no layer would be
-            left, or this type of model cannot be cut exactly (with the reason).
+            left, or these layers cannot be removed exactly (with the reason).
     """
-    removed = check_layers(model, layers)
-    if removed:
-        check_exact(model, removed)
-        _cut(model, removed)
+    _cut(model, check_layers(model, layers))
     return get_lineage(model)
 
 
@@ -46,14 +49,7 @@ def check_exact(model: PreTrainedModel, layers: int | Iterable[int]) -> None:
     Raises:
         LayerPruneError: it is not, naming what would differ.
     """
-    known = _differences(model)
-    with without_layers(model, layers):
-        new = [text for key, text in _differences(model).items() if key not in known]
-    if new:
-        raise LayerPruneError(
-            f"Cannot remove layers {layers} of this {model.config.model_type} model exactly. A model "
-            "built from the new config would differ: " + "; ".join(new[:3])
-        )
+    without_layers(model, layers)
 
 
 def keep_lineage(model: PreTrainedModel, lineage: Lineage) -> None:
@@ -68,14 +64,23 @@ def keep_lineage(model: PreTrainedModel, lineage: Lineage) -> None:
     remove_layers(model, [i for i, o in enumerate(present.kept) if o not in lineage.kept])
 
 
-@contextmanager
-def without_layers(model: PreTrainedModel, layers: int | Iterable[int]) -> Iterator[None]:
-    """Within this context `model` has these layers removed; afterwards it is as it was."""
-    undo = _cut(model, check_layers(model, layers))
-    try:
-        yield
-    finally:
-        undo()
+class without_layers:
+    """A context in which `model` has these layers removed; afterwards it is as it was. It can be entered
+    again and again, which takes no time, as long as nothing else changes the model.
+
+    Raises:
+        LayerPruneError: as [`remove_layers`], before the context is entered.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: int | Iterable[int]) -> None:
+        self._edits = _cut(model, check_layers(model, layers))
+        self._edits.undo()
+
+    def __enter__(self) -> None:
+        self._edits.redo()
+
+    def __exit__(self, *exception: object) -> None:
+        self._edits.undo()
 
 
 def check_layers(model: PreTrainedModel, layers: int | Iterable[int]) -> set[int]:
@@ -96,85 +101,208 @@ def check_layers(model: PreTrainedModel, layers: int | Iterable[int]) -> set[int
     return set(named)
 
 
-def _cut(model: PreTrainedModel, removed: set[int]) -> Callable[[], None]:
-    """Remove layers in place, unchecked; return the function that puts everything back."""
+@dataclass(frozen=True)
+class _Part:
+    """The part of a parameter that packs all layers side by side which is left to the kept ones."""
+
+    packed: nn.Parameter
+    dimension: int
+    width: int
+    kept: list[int]
+
+    def make(self) -> nn.Parameter:
+        entries = [layer * self.width + i for layer in self.kept for i in range(self.width)]
+        index = torch.tensor(entries, device=self.packed.device)
+        part = self.packed.detach().index_select(self.dimension, index)
+        return nn.Parameter(part, self.packed.requires_grad)
+
+
+class _Edits:
+    """Changes to the dicts in which Python keeps attributes; they can be taken back and made again."""
+
+    def __init__(self) -> None:
+        self._log: list[tuple[dict[str, Any], str, Any, Any]] = []
+
+    def set(self, place: dict[str, Any], name: str, value: Any) -> None:
+        self._log.append((place, name, place.get(name, _ABSENT), value))
+        _put(place, name, value)
+
+    def undo(self) -> None:
+        for place, name, old, _ in reversed(self._log):
+            _put(place, name, old)
+
+    def redo(self) -> None:
+        for place, name, _, new in self._log:
+            _put(place, name, new)
+
+
+def _put(place: dict[str, Any], name: str, value: Any) -> None:
+    if value is _ABSENT:
+        place.pop(name, None)
+    else:  # a part is made only now, and let go with the undoing: it may be gigabytes
+        place[name] = value.make() if isinstance(value, _Part) else value
+
+
+@dataclass(frozen=True)
+class _Removal:
+    """What a removal means for what speaks of layers.
+
+    Args:
+        count (`int`): how many layers there were.
+        kept (`list[int]`): the old indices of those that stay.
+        changed (`dict`): the config's fields that changed, each as it was and as it is.
+        places (`dict`): for each module inside a kept layer, the layer's old index.
+    """
+
+    count: int
+    kept: list[int]
+    changed: dict[str, tuple[Any, Any]]
+    places: dict[nn.Module, int]
+
+    def explains(self, difference: Difference) -> bool:
+        """Whether an attribute only follows the removal: a layer's place, the number of layers, a list of the
+        config's, or a table by layer."""
+        name, here, there = difference.name, difference.here, difference.there
+        if isinstance(here, list) and isinstance(there, list):
+            moved = any(here == old and there == new for old, new in self.changed.values())
+            kinds = len(set(here)) == len(here) and set(there) <= set(here)  # a set of those in use
+            return moved or kinds
+        if isinstance(here, dict) and isinstance(there, dict):
+            return {self.kept.index(k): v for k, v in here.items() if k in self.kept} == there
+        if type(here) is float and type(there) is float:
+            return math.isclose(here, there, rel_tol=1e-12)  # the same, computed from other numbers
+        if type(here) is not int or type(there) is not int:
+            return False
+        if (here, there) == (self.count, len(self.kept)):
+            return True
+        layer = self.places.get(difference.module) if difference.module else None
+        if layer is None:  # a threshold, or how many layers something has
+            return "layer" in name and there == sum(i < here for i in self.kept)
+        new = self.kept.index(layer)
+        if (here, there) == (layer, new):
+            return True
+        if name == "layer_idx" and here // 2 == layer:  # LongCat has two places in the cache for a layer
+            return (here % 2, there // 2) == (there % 2, new)
+        return "layer" in name and here in self.kept and there == self.kept.index(here)
+
+    def unpacked(self, difference: Difference) -> tuple[int, int] | None:
+        """If a tensor's shape, or a number of a module, packs all layers side by side as in Gemma's
+        embed_tokens_per_layer: the packed dimension and the width of one layer's part."""
+        if "per_layer" not in difference.path:
+            return None
+        here, there = difference.here, difference.there
+        here, there = ((here,), (there,)) if isinstance(here, int) else (here, there)
+        if not isinstance(here, tuple) or not isinstance(there, tuple) or len(here) != len(there):
+            return None
+        unequal = [i for i, (a, b) in enumerate(zip(here, there, strict=True)) if a != b]
+        width, rest = divmod(here[unequal[0]], self.count)
+        fits = len(unequal) == 1 and not rest and there[unequal[0]] == width * len(self.kept)
+        return (unequal[0], width) if fits else None
+
+
+def _cut(model: PreTrainedModel, removed: set[int]) -> _Edits:
+    """Remove layers in place and return what takes it back. If the result is not exact, nothing changes."""
+    edits = _Edits()
+    if not removed:
+        return edits
     decoder = find_decoder(model)
-    config, old_layers, old_fields = decoder.config, decoder.layers, dict(vars(decoder.config))
-    count = len(old_layers)
-    kept = [i for i in range(count) if i not in removed]
+    config, old_layers = decoder.config, decoder.layers
+    kept = [i for i in range(len(old_layers)) if i not in removed]
     lineage = get_lineage(model).without(removed)
-    old_indices = [
-        (module, name, getattr(module, name))
-        for layer in old_layers
-        for module in layer.modules()
-        for name in INDEX_ATTRIBUTES
-        if hasattr(module, name)
-    ]
-
-    def undo() -> None:
-        setattr(decoder.parent, decoder.attribute, old_layers)
-        vars(config).clear()
-        vars(config).update(old_fields)
-        for module, name, value in old_indices:
-            setattr(module, name, value)
-
-    fields = per_layer_fields(config, count)
+    had_cache = _has_cache(config)
     try:
-        config.num_hidden_layers = len(kept)
-        for name in fields:
-            setattr(config, name, [old_fields[name][i] for i in kept])
-        write_lineage(config, lineage)
+        changed = _cut_config(edits, model, config, kept, lineage)
         layers = nn.ModuleList([old_layers[i] for i in kept])
         layers.training = old_layers.training
-        setattr(decoder.parent, decoder.attribute, layers)
-        for new, old in enumerate(kept):
-            for module in old_layers[old].modules():
-                for name in INDEX_ATTRIBUTES:
-                    if getattr(module, name, None) == old:
-                        setattr(module, name, new)
+        edits.set(decoder.parent._modules, decoder.attribute, layers)
+        places = {module: i for i in kept for module in old_layers[i].modules()}
+        for module, old in places.items():
+            for name in INDEX_ATTRIBUTES:
+                if vars(module).get(name) == old:
+                    edits.set(vars(module), name, kept.index(old))
+        wrong = _reconcile(edits, model, _Removal(len(old_layers), kept, changed, places))
+        if wrong:
+            edits.undo()
+            known = {(d.module or d.path, d.name) for d in differences(model, build_blueprint(model))}
+            edits.redo()
+            wrong = [d for d in wrong if (d.module or d.path, d.name) not in known]
+        if wrong:
+            reasons = "; ".join(str(difference) for difference in wrong[:3])
+            raise LayerPruneError(f"a model built from the new config would differ: {reasons}.")
+        if had_cache and not _has_cache(config):
+            raise LayerPruneError("no attention layer would be left to count the tokens in the cache.")
+    except Exception as error:
+        edits.undo()
+        reason = str(error) if isinstance(error, LayerPruneError) else _reason(error)
+        raise LayerPruneError(
+            f"Cannot remove layers {sorted(removed)} of this {config.model_type} model exactly: {reason}"
+        ) from error
     except BaseException:
-        undo()
+        edits.undo()
         raise
-    return undo
+    return edits
 
 
-def _differences(model: PreTrainedModel) -> dict[Any, str]:
-    """How `model` differs from one freshly built from its config (on the meta device, no memory).
-
-    Keyed by the live module and the name of what differs, so that a difference which was there before
-    a removal (dropout switched off, say) is known again after it, when the layer's path has changed.
-    """
-    with torch.device("meta"):
-        # As a reload does it: through plain values, so that the config's own rules run again.
-        config = type(model.config).from_dict(copy.deepcopy(model.config.to_dict()))
-        fresh = dict(type(model)(config).named_modules())
-    live = dict(model.named_modules())
-    found: dict[Any, str] = {path: f"{path} is missing here" for path in fresh.keys() - live.keys()}
-    for path, module in live.items():
-        if path not in fresh:
-            found[module, ""] = f"{path} is not in it"
-            continue
-        here, there = _facts(module), _facts(fresh[path])
-        # What is not saved and not built anew is not needed: tables of an attention kind now gone.
-        stale = here.keys() - there.keys() - module._parameters.keys() - _saved_buffers(module)
-        for name in (here.keys() | there.keys()) - stale:
-            if here.get(name) != there.get(name):
-                where = f"{path}.{name}".lstrip(".")
-                found[module, name] = f"{where} is {here.get(name)} here, {there.get(name)} there"
-    return found
+def _reason(error: Exception) -> str:
+    return f"no model can be built without them ({' '.join(str(error).split())[:200]})."
 
 
-def _facts(module: nn.Module) -> dict[str, Any]:
-    """The class, tensor shapes and scalar attributes of one module."""
-    tensors = {**module._parameters, **module._buffers}
-    facts: dict[str, Any] = {k: tuple(v.shape) for k, v in tensors.items() if v is not None}
-    facts["class"] = type(module).__name__
-    for name, value in vars(module).items():
-        public = not name.startswith("_") and name != "training"
-        if public and (value is None or isinstance(value, (bool, int, float, str))):
-            facts[name] = value
-    return facts
+def _cut_config(
+    edits: _Edits, model: PreTrainedModel, config: PreTrainedConfig, kept: list[int], lineage: Lineage
+) -> dict[str, tuple[Any, Any]]:
+    """Let `config`, and the copies of it that modules hold, follow the removal; return what changed."""
+    before = config.to_dict()
+    fields = cut_fields(before, layer_count(config), kept)
+    fields |= dict.fromkeys(count_fields(config), len(kept)) | {CONFIG_KEY: lineage_entry(lineage)}
+    with quiet():
+        new = type(config).from_dict(copy.deepcopy(fields))
+    after = new.to_dict()
+    names = [
+        name
+        for name in vars(config).keys() | vars(new).keys()
+        if name == "_heterogeneity_spec"
+        or (not name.startswith("_") and name in after and before.get(name, _ABSENT) != after[name])
+    ]
+    changed = {name: (vars(config).get(name, _ABSENT), vars(new).get(name, _ABSENT)) for name in names}
+    for name, (_, value) in changed.items():
+        edits.set(vars(config), name, value)
+    copies = {id(c): c for c in (getattr(m, "config", None) for m in model.modules())}
+    for other in copies.values():
+        if type(other) is type(config) and other is not config:
+            for name, (old, value) in changed.items():
+                if name in vars(other) and vars(other)[name] == old:
+                    edits.set(vars(other), name, value)
+    return changed
 
 
-def _saved_buffers(module: nn.Module) -> set[str]:
-    return module._buffers.keys() - module._non_persistent_buffers_set
+def _reconcile(edits: _Edits, model: PreTrainedModel, removal: _Removal) -> list[Difference]:
+    """Let modules follow the removal; return the differences to a fresh model that are left."""
+    blueprint = build_blueprint(model)
+    left = []
+    for difference in differences(model, blueprint):
+        module, name, packed = difference.module, difference.name, removal.unpacked(difference)
+        if module is not None and removal.explains(difference):
+            edits.set(vars(module), name, difference.there)
+        elif module is not None and packed:
+            if name in module._parameters:
+                parameter: Any = module._parameters[name]
+                edits.set(module._parameters, name, _Part(parameter, *packed, removal.kept))
+            else:
+                edits.set(vars(module), name, difference.there)
+        else:
+            left.append(difference)
+    edits.set(vars(model), "all_tied_weights_keys", blueprint.all_tied_weights_keys)
+    fresh = dict(blueprint.named_modules())
+    for path, module in model.named_modules():  # of Zamba they are made for each depth
+        if "_tied_weights_keys" in vars(module) and path in fresh:
+            edits.set(vars(module), "_tied_weights_keys", fresh[path]._tied_weights_keys)
+    return left
+
+
+def _has_cache(config: PreTrainedConfig) -> bool:
+    """Whether a key/value cache for this config can tell its length."""
+    try:
+        DynamicCache(config=config).get_seq_length()
+    except Exception:  # whatever it is, generation would meet it too
+        return False
+    return True

@@ -1,0 +1,110 @@
+"""A model as its config alone would build it, and how a live one differs from that."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+
+SCALARS = (bool, int, float, str, type(None))
+_ABSENT = "absent"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing in which a live model differs from its blueprint.
+
+    Args:
+        path (`str`): the module's path in the model.
+        module (`nn.Module` or `None`): the live module; None if there is none.
+        name (`str`): what of the module: an attribute, a parameter, a buffer; empty for itself.
+        here, there: the value in the live model and in the blueprint; of a tensor, its shape.
+    """
+
+    path: str
+    module: nn.Module | None
+    name: str
+    here: Any
+    there: Any
+
+    def __str__(self) -> str:
+        where = f"{self.path}.{self.name}".strip(".")
+        return f"{where} is {self.here} here, {self.there} there"
+
+
+def build_blueprint(model: PreTrainedModel) -> PreTrainedModel:
+    """A fresh model of the same class from `model`'s config, on the meta device: it takes no memory."""
+    with torch.device("meta"), quiet():
+        # As a reload does it: through plain values, so that the config's own rules run again.
+        config = type(model.config).from_dict(copy.deepcopy(model.config.to_dict()))
+        return type(model)(config)
+
+
+def differences(model: PreTrainedModel, blueprint: PreTrainedModel) -> list[Difference]:
+    """All in which `model` differs from `blueprint`: modules and their classes, shapes of tensors, attributes
+    that are plain values, lists of them or tables by layer, and tied weights."""
+    live, fresh = dict(model.named_modules()), dict(blueprint.named_modules())
+    found = [Difference(path, None, "", _ABSENT, "a module") for path in fresh if path not in live]
+    for path, module in live.items():
+        if path not in fresh:
+            found.append(Difference(path, module, "", "a module", _ABSENT))
+            continue
+        here, there = _facts(module), _facts(fresh[path])
+        # What is not saved and not built anew is not needed: tables of an attention kind now gone.
+        stale = here.keys() - there.keys() - module._parameters.keys() - _saved_buffers(module)
+        found += [
+            Difference(path, module, name, here.get(name, _ABSENT), there.get(name, _ABSENT))
+            for name in sorted((here.keys() | there.keys()) - stale)
+            if here.get(name, _ABSENT) != there.get(name, _ABSENT)
+        ]
+    for target, source in blueprint.all_tied_weights_keys.items():
+        if _parameter(model, target) is not _parameter(model, source):
+            found.append(Difference(target, None, "", "a parameter of its own", f"tied to {source}"))
+    return found
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within this context transformers says nothing below an error: a blueprint is nobody's model."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _facts(module: nn.Module) -> dict[str, Any]:
+    tensors = {**module._parameters, **module._buffers}
+    facts: dict[str, Any] = {k: tuple(v.shape) for k, v in tensors.items() if v is not None}
+    facts["class"] = type(module).__name__
+    for name, value in vars(module).items():
+        if not name.startswith("_") and name != "training" and _is_plain(value):
+            facts[name] = list(value) if isinstance(value, tuple) else value
+    return facts
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(isinstance(entry, SCALARS) for entry in value)
+    if isinstance(value, dict):  # keyed by layer
+        return bool(value) and all(type(key) is int for key in value)
+    return isinstance(value, SCALARS)
+
+
+def _saved_buffers(module: nn.Module) -> set[str]:
+    return module._buffers.keys() - module._non_persistent_buffers_set
+
+
+def _parameter(model: nn.Module, path: str) -> Any:
+    parent, _, name = path.rpartition(".")
+    try:
+        return getattr(model.get_submodule(parent), name, None)
+    except AttributeError:
+        return None
