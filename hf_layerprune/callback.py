@@ -36,6 +36,7 @@ from .removal import (
     run_evaluation,
     score_present,
 )
+from .surgery import possible_cuts
 
 
 logger = logging.getLogger(__name__)
@@ -130,6 +131,7 @@ class LayerPruningCallback(TrainerCallback):
         else:
             check_folder_is_free(str(args.output_dir))
             fixed = check_plan(model, self.target_layers, self.protected)
+            _check_parameters_stay(model)
             self.record = start_record(model, self._settings() | {"protected_originals": fixed}, args)
         excess = self.record["model"]["layers"] - self.target_layers
         self._phases = -(-excess // self.layers_per_phase)
@@ -344,6 +346,23 @@ def _check_backend(args: TrainingArguments, model: PreTrainedModel, optimizer: A
         raise LayerPruneError(
             f"The optimizer ({type(inner).__name__}, optim={args.optim}) does not hold exactly the "
             "model's trainable parameters, so removed layers could not be taken out of it. Use AdamW."
+        )
+
+
+def _check_parameters_stay(model: PreTrainedModel) -> None:
+    """Refuse a model in which a removal makes new parameters of old ones, as the optimizer holds the old.
+
+    Raises:
+        LayerPruneError: naming one, and the way round it.
+    """
+    before = {id(parameter) for parameter in model.parameters()}
+    cuts, _ = possible_cuts(model, range(len(get_lineage(model).kept)))
+    with next(iter(cuts.values())):
+        made = [name for name, parameter in model.named_parameters() if id(parameter) not in before]
+    if made:
+        raise LayerPruneError(
+            f"{made[0]} holds a part for every layer; cut in training, the optimizer would lose its state. "
+            "Remove layers first (`hf-layerprune prune`), then train with the original as teacher_model."
         )
 
 

@@ -1,7 +1,8 @@
 """How much a decoder layer matters: one function for each published criterion.
 
 Each takes a model (prepared by [`~hf_layerprune.score_layers`]: eval mode, no gradients), batches, the
-candidate layers and a function to call when one candidate was scored on one batch. Each returns the
+candidate layers, each with the context in which the model lacks it, and a function to call when one
+candidate was scored on one batch. Each returns the
 quality of the model as it is (higher is better; None if the criterion measures none) and a score for
 each candidate (higher matters more).
 """
@@ -22,14 +23,13 @@ from .losses import LAST, cross_entropy, token_mask
 from .surgery import without_layers
 
 
+Cuts = Mapping[int, without_layers]
 Scores = tuple[float | None, dict[int, float]]
 Tick = Callable[[], None]
 Task = Callable[[PreTrainedModel], float]
 
 
-def block_influence(
-    model: PreTrainedModel, batches: Sequence[Batch], candidates: Sequence[int], tick: Tick
-) -> Scores:
+def block_influence(model: PreTrainedModel, batches: Sequence[Batch], candidates: Cuts, tick: Tick) -> Scores:
     """Block Influence (ShortGPT, 2403.03853, equation 1): `1 - E[cos(x_i, x_{i+1})]` over tokens.
 
     x_i and x_{i+1} are the raw states before and after layer i. One forward pass scores all layers.
@@ -48,7 +48,7 @@ def block_influence(
     return None, {layer: total / _some(tokens) for layer, total in sums.items()}
 
 
-def loss(model: PreTrainedModel, batches: Sequence[Batch], candidates: Sequence[int], tick: Tick) -> Scores:
+def loss(model: PreTrainedModel, batches: Sequence[Batch], candidates: Cuts, tick: Tick) -> Scores:
     """Rise of the language-model loss (nats per token) without the layer (SLEB, 2402.09025; Shortened
     LLaMA, 2402.02834). The quality is minus the loss.
 
@@ -57,27 +57,26 @@ def loss(model: PreTrainedModel, batches: Sequence[Batch], candidates: Sequence[
     """
     dense, tokens = 0.0, 0
     sums = dict.fromkeys(candidates, 0.0)
-    cuts = {layer: without_layers(model, layer) for layer in candidates}
     for batch in batches:
         with captured(model, range(max(candidates) + 1)) as states:
             total, count = batch_loss(model, batch)
         outputs = [states[layer][1] for layer in sorted(states)]
         dense, tokens = dense + total, tokens + count
         for layer in candidates:
-            with cuts[layer], _replayed(model, outputs[:layer]):
+            with candidates[layer], _replayed(model, outputs[:layer]):
                 sums[layer] += batch_loss(model, batch)[0]
             tick()
     tokens = _some(tokens)
     return -dense / tokens, {layer: (total - dense) / tokens for layer, total in sums.items()}
 
 
-def task(model: PreTrainedModel, score: Task, candidates: Sequence[int], tick: Tick) -> Scores:
+def task(model: PreTrainedModel, score: Task, candidates: Cuts, tick: Tick) -> Scores:
     """Fall of a task's score without the layer (Iterative Layer-wise Distillation, 2511.05085,
     section 3). The quality is the score itself."""
     quality = _number(score(model))
     scores = {}
     for layer in candidates:
-        with without_layers(model, layer):
+        with candidates[layer]:
             scores[layer] = quality - _number(score(model))
         tick()
     return quality, scores

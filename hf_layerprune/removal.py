@@ -1,5 +1,6 @@
 """One removal after another: score, choose, remove, note it in the record."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,8 +12,10 @@ from .errors import LayerPruneError
 from .lineage import get_lineage
 from .record import Record, peak_memory_mb, start_record
 from .scoring import ScoreTable, score_layers, undisturbed
-from .surgery import check_exact, check_layers, remove_layers
+from .surgery import check_layers, possible_cuts, remove_layers
 
+
+logger = logging.getLogger(__name__)
 
 Evaluation = Callable[[PreTrainedModel], dict[str, float]]
 
@@ -84,12 +87,17 @@ def check_plan(
     ends = {0, len(kept) - 1}
     fixed = ends if protected is None else check_layers(model, protected)
     free = [layer for layer in range(len(kept)) if layer not in fixed]
-    if len(free) < len(kept) - target_layers:
-        raise LayerPruneError(
-            f"{len(kept) - target_layers} layers shall go, but only {len(free)} are not protected: "
-            "raise target_layers or protect fewer."
+    cuts, refused = possible_cuts(model, free)
+    if len(cuts) < len(kept) - target_layers:
+        why = (
+            f" Layers {sorted(refused)} cannot be removed: {next(iter(refused.values()))}" if refused else ""
         )
-    check_exact(model, free[0])
+        raise LayerPruneError(
+            f"{len(kept) - target_layers} layers shall go, but only {len(cuts)} are not protected: "
+            f"raise target_layers or protect fewer.{why}"
+        )
+    if refused:
+        logger.warning("Layers %s stay: %s", sorted(refused), next(iter(refused.values())))
     return None if protected is None else sorted(kept[layer] for layer in fixed)
 
 

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from .criteria import CRITERIA, next_token_metric
 from .data import Batch
 from .errors import LayerPruneError
 from .lineage import get_lineage
-from .surgery import check_exact, check_layers
+from .surgery import check_layers, possible_cuts
 
 
 UNITS = {
@@ -37,12 +37,15 @@ class ScoreTable:
         quality (`float` or `None`): of the model as it was scored, higher is better: minus the loss in
             nats per token (`loss`), the task's score (`task`), None (`block_influence`).
         kept (`list[int]`): for each present layer, its index in the original model.
+        refused (`dict[int, str]`): for each layer that is no candidate because it cannot be removed
+            exactly, by its present index, the reason.
     """
 
     criterion: str
     scores: dict[int, float]
     quality: float | None
     kept: list[int]
+    refused: dict[int, str] = field(default_factory=dict)
 
     def ranking(self) -> list[int]:
         """The candidates, least important first; of equals the deeper first."""
@@ -50,12 +53,16 @@ class ScoreTable:
 
     def to_dict(self) -> dict[str, Any]:
         """The table as plain values for JSON, the layer indices as strings."""
-        return asdict(self) | {"scores": {str(k): v for k, v in self.scores.items()}}
+        return asdict(self) | {
+            "scores": {str(layer): score for layer, score in self.scores.items()},
+            "refused": {str(layer): reason for layer, reason in self.refused.items()},
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ScoreTable":
         """The table that [`~ScoreTable.to_dict`] gave."""
-        return cls(**values | {"scores": {int(k): v for k, v in values["scores"].items()}})
+        by_layer = {name: values.get(name, {}) for name in ("scores", "refused")}
+        return cls(**values | {name: {int(k): v for k, v in d.items()} for name, d in by_layer.items()})
 
     def plot(self, path: str | Path) -> None:
         """Write a bar chart of the scores by original layer, the least important one marked."""
@@ -123,7 +130,9 @@ def score_layers(
     candidates = [layer for layer in range(len(kept)) if layer not in fixed]
     if not candidates or len(kept) == 1:
         raise LayerPruneError(f"No layer to score: {len(kept)} layers, protected {sorted(fixed)}.")
-    check_exact(model, candidates[0])  # scores of what cannot be cut would help nobody
+    cuts, refused = possible_cuts(model, candidates)  # a score of what cannot go would help nobody
+    if not cuts:
+        raise LayerPruneError(next(iter(refused.values())))
     on_device = [{k: v.to(model.device) for k, v in batch.items() if torch.is_tensor(v)} for batch in batches]
     if not on_device and not callable(task):
         raise LayerPruneError("No calibration batches to score with.")
@@ -134,19 +143,19 @@ def score_layers(
         source = next_token_metric(task, on_device) if hasattr(task, "compute") else task
 
     rounds = 1 if criterion == "task" else len(on_device)
-    total = rounds * len(candidates)
+    total = rounds * len(cuts)
     with (
         tqdm(total=total, desc=f"scoring ({criterion})", disable=not progress, leave=False) as bar,
         undisturbed(model),
     ):
-        quality, scores = CRITERIA[criterion](model, source, candidates, bar.update)
+        quality, scores = CRITERIA[criterion](model, source, cuts, bar.update)
     bad = [layer for layer, score in scores.items() if not np.isfinite(score)]
     if bad:
         raise LayerPruneError(
             f"The {criterion} score of layers {bad} is not a finite number: check the model and the "
             "calibration data."
         )
-    return ScoreTable(criterion, scores, quality, kept)
+    return ScoreTable(criterion, scores, quality, kept, refused)
 
 
 def check_plot_path(path: str | Path) -> None:

@@ -43,15 +43,6 @@ def remove_layers(model: PreTrainedModel, layers: int | Iterable[int]) -> Lineag
     return get_lineage(model)
 
 
-def check_exact(model: PreTrainedModel, layers: int | Iterable[int]) -> None:
-    """Check that `model` without these layers is what its new config builds. It is not changed.
-
-    Raises:
-        LayerPruneError: it is not, naming what would differ.
-    """
-    without_layers(model, layers)
-
-
 def keep_lineage(model: PreTrainedModel, lineage: Lineage) -> None:
     """Remove layers from `model`, in place, until it has exactly the layers that `lineage` keeps.
 
@@ -81,6 +72,20 @@ class without_layers:
 
     def __exit__(self, *exception: object) -> None:
         self._edits.undo()
+
+
+def possible_cuts(
+    model: PreTrainedModel, layers: Iterable[int]
+) -> tuple[dict[int, without_layers], dict[int, str]]:
+    """For each of `layers` that can be removed exactly, the context without it alone; for each other one, why
+    it cannot."""
+    cuts, reasons = {}, {}
+    for layer in layers:
+        try:
+            cuts[layer] = without_layers(model, layer)
+        except LayerPruneError as error:
+            reasons[layer] = str(error)
+    return cuts, reasons
 
 
 def check_layers(model: PreTrainedModel, layers: int | Iterable[int]) -> set[int]:
