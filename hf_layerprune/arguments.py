@@ -38,6 +38,11 @@ class DistillationTrainingArguments(TrainingArguments):
             after each cut and the last layer (after the final norm).
         loss_preset (`str`, *optional*):
             `"paper"` sets the four numbers above as in 2511.05085 at its batch of 2 x 2048 positions.
+        verify_save (`bool`, *optional*, defaults to `True`):
+            Load each saved model again, as one more model in memory, and stop if its logits differ. The
+            weights stay on disk.
+        legacy_rope (`bool`, *optional*, defaults to `False`):
+            Write rotary settings under their old names too, for transformers 4 and converters.
     """
 
     kl_weight: float = field(
@@ -63,6 +68,12 @@ class DistillationTrainingArguments(TrainingArguments):
             "help": "'paper' sets the weights and the temperature as in arXiv 2511.05085.",
             "choices": list(LOSS_PRESETS),
         },
+    )
+    verify_save: bool = field(
+        default=True, metadata={"help": "Load each saved model again and compare its logits."}
+    )
+    legacy_rope: bool = field(
+        default=False, metadata={"help": "Write rotary settings as transformers 4 reads them, too."}
     )
 
     def __post_init__(self) -> None:

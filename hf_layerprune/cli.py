@@ -13,6 +13,15 @@ from .errors import LayerPruneError
 
 
 @dataclass
+class ModelArguments:
+    """How a model is loaded."""
+
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the code that comes with the model. It can do anything."}
+    )
+
+
+@dataclass
 class TextArguments:
     """Where text comes from and how it is cut."""
 
@@ -60,6 +69,12 @@ class PruneOutput:
     """Output of `prune`."""
 
     output_dir: str = field(metadata={"help": "A new folder for the model."})
+    verify_save: bool = field(
+        default=True, metadata={"help": "Load the saved model again and compare its logits."}
+    )
+    legacy_rope: bool = field(
+        default=False, metadata={"help": "Write rotary settings as transformers 4 reads them, too."}
+    )
 
 
 @dataclass
@@ -91,15 +106,15 @@ class EvaluateArguments:
 
 def score(arguments: list[str]) -> None:
     """Score how much each layer of MODEL matters."""
-    types = [TextArguments, CriterionArguments, ScoreArguments]
-    name, text, how, output = _parse("score", arguments, types)
+    types = [ModelArguments, TextArguments, CriterionArguments, ScoreArguments]
+    name, source, text, how, output = _parse("score", arguments, types)
     from .data import make_batches
     from .scoring import check_plot_path, score_layers
 
     if output.plot:
         check_plot_path(output.plot)
     _check_folder_of(output.json)
-    model, tokenizer = _load(name)
+    model, tokenizer = _load(name, source)
     batches = make_batches(_blocks(text, model, tokenizer, how.calibration_blocks), 4)
     table = score_layers(model, batches, how.criterion, protected=how.protected)
     for layer in table.ranking():
@@ -112,8 +127,9 @@ def score(arguments: list[str]) -> None:
 
 def prune(arguments: list[str]) -> None:
     """Remove the least important layers of MODEL one by one, without training."""
-    types = [TextArguments, CriterionArguments, PruneArguments, PruneOutput]
-    name, text, how, what, output = _parse("prune", arguments, types)
+    types = [ModelArguments, TextArguments, CriterionArguments, PruneArguments, PruneOutput]
+    name, source, text, how, what, output = _parse("prune", arguments, types)
+    from .checkpoint import save_model
     from .data import make_batches, split_blocks
     from .evaluation import evaluate_text
     from .record import check_folder_is_free, write_record
@@ -121,7 +137,7 @@ def prune(arguments: list[str]) -> None:
     from .report import markdown_table, table_rows, write_card
 
     check_folder_is_free(output.output_dir)
-    model, tokenizer = _load(name)
+    model, tokenizer = _load(name, source)
     blocks = _blocks(text, model, tokenizer, how.calibration_blocks + what.heldout_blocks)
     calibration, heldout, _ = split_blocks(blocks, how.calibration_blocks, what.heldout_blocks)
     heldout_batches = make_batches(heldout, 4)
@@ -133,7 +149,7 @@ def prune(arguments: list[str]) -> None:
         protected=how.protected,
         evaluation=lambda model: evaluate_text(model, heldout_batches),
     )
-    model.save_pretrained(output.output_dir)
+    save_model(model, output.output_dir, verify=output.verify_save, legacy_rope=output.legacy_rope)
     tokenizer.save_pretrained(output.output_dir)
     write_record(record, output.output_dir)
     write_card(record, Path(output.output_dir))
@@ -152,16 +168,17 @@ def distill(arguments: list[str]) -> None:
     from .trainer import DistillationTrainer
 
     types = [
+        ModelArguments,
         TextArguments,
         CriterionArguments,
         PruneArguments,
         PhaseArguments,
         DistillationTrainingArguments,
     ]
-    name, text, how, what, phases, args = _parse("distill", arguments, types)
+    name, source, text, how, what, phases, args = _parse("distill", arguments, types)
     if not args.resume_from_checkpoint:
         check_folder_is_free(args.output_dir)
-    model, tokenizer = _load(name, dtype="float32")
+    model, tokenizer = _load(name, source, dtype="float32")
     blocks = _blocks(text, model, tokenizer)
     calibration, heldout, train = split_blocks(blocks, how.calibration_blocks, what.heldout_blocks)
     if not len(train):
@@ -202,8 +219,8 @@ def distill(arguments: list[str]) -> None:
 
 def evaluate(arguments: list[str]) -> None:
     """Perplexity and speed of one or more MODELs on a text, side by side."""
-    types = [TextArguments, EvaluateArguments]
-    names, text, output = _parse("evaluate", arguments, types, several=True)
+    types = [ModelArguments, TextArguments, EvaluateArguments]
+    names, source, text, output = _parse("evaluate", arguments, types, several=True)
     from .checkpoint import load_lineage
     from .data import make_batches
     from .evaluation import evaluate_text
@@ -214,9 +231,9 @@ def evaluate(arguments: list[str]) -> None:
     results: dict[str, dict[str, Any]] = {}
     rows = [["model", "layers", "parameters", "perplexity", "tokens/s"]]
     for name in names:
-        load_lineage(name)  # a wrong name is found before the long work
+        load_lineage(name, source.trust_remote_code)  # a wrong name is found before the long work
     for name in names:
-        model, tokenizer = _load(name)
+        model, tokenizer = _load(name, source)
         batches = make_batches(_blocks(text, model, tokenizer, output.max_blocks), 4)
         found = evaluate_text(model, batches)
         layers, parameters = len(get_lineage(model).kept), model.num_parameters()
@@ -293,13 +310,14 @@ def _parse(
     return [rest.model, *parsed] if model else [*parsed, rest][: len(types)]
 
 
-def _load(name: str, dtype: str = "auto") -> tuple[Any, Any]:
+def _load(name: str, source: ModelArguments, dtype: str = "auto") -> tuple[Any, Any]:
     import torch
 
     from .checkpoint import load_model, load_tokenizer
 
-    model: Any = load_model(name, dtype=dtype)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer(name)
+    trust = source.trust_remote_code
+    model: Any = load_model(name, dtype=dtype, trust_remote_code=trust)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer(name, trust)
 
 
 def _blocks(text: TextArguments, model: Any, tokenizer: Any, limit: int | None = None) -> Any:

@@ -11,6 +11,7 @@ from .errors import LayerPruneError
 
 
 CONFIG_KEY = "layer_pruning"
+MOST_LAYERS = 10_000  # no model has nearly as many, and a damaged config may claim any number
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,16 @@ def get_lineage(model: PreTrainedModel | PreTrainedConfig) -> Lineage:
     config = model if isinstance(model, PreTrainedConfig) else model.config
     config = text_config(config)
     count = layer_count(config)
+    if not 1 <= count <= MOST_LAYERS:
+        raise LayerPruneError(f"The config of {config.model_type} has {count} layers: it is damaged.")
     entry: Any = getattr(config, CONFIG_KEY, None)
     if entry is None:
         return Lineage(count, list(range(count)))
     try:
         original, kept = entry["original_num_hidden_layers"], entry["kept_layers"]
         lineage = Lineage(int(original), [int(layer) for layer in kept])
+        if lineage.original > MOST_LAYERS:
+            raise ValueError(f"{lineage.original} layers")
     except (KeyError, TypeError, ValueError) as error:
         raise LayerPruneError(f"Damaged `{CONFIG_KEY}` in the config: {error}") from error
     if len(lineage.kept) != count:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
 
 from .arguments import DistillationTrainingArguments
-from .checkpoint import load_lineage
+from .checkpoint import load_lineage, saving
 from .criteria import captured, hidden
 from .errors import LayerPruneError
 from .lineage import get_lineage
@@ -38,6 +38,8 @@ class DistillationTrainer(Trainer):
         teacher_model (`PreTrainedModel` or `str`, *optional*): a model, a folder or a hub id; left
             out, a frozen copy of `model` as it is given.
         others, kwargs: all other arguments of [`~transformers.Trainer`], in its order.
+
+    What is saved is loaded again and compared, see [`DistillationTrainingArguments`].
 
     Raises:
         LayerPruneError: the teacher does not fit the student, or an argument has no meaning here.
@@ -202,7 +204,15 @@ class DistillationTrainer(Trainer):
             )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        with self._plain_config():
+        with (
+            self._plain_config(),
+            saving(
+                self.accelerator.unwrap_model(self.model),
+                output_dir or str(self.args.output_dir),
+                verify=self.args.verify_save and self.args.should_save,
+                legacy_rope=self.args.legacy_rope and self.args.should_save,
+            ),
+        ):
             super()._save(output_dir, state_dict)
 
     @contextmanager
