@@ -10,10 +10,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .arguments import DistillationTrainingArguments as DistillationTrainingArguments
     from .callback import LayerPruningCallback as LayerPruningCallback
+    from .checkpoint import load_model as load_model
+    from .checkpoint import load_pruned_adapter as load_pruned_adapter
     from .errors import LayerPruneError as LayerPruneError
     from .evaluation import evaluate_text as evaluate_text
+    from .inspection import inspect_layers as inspect_layers
     from .lineage import Lineage as Lineage
     from .lineage import get_lineage as get_lineage
+    from .saving import save_adapter as save_adapter
+    from .saving import save_model as save_model
     from .scoring import ScoreTable as ScoreTable
     from .scoring import score_layers as score_layers
     from .surgery import remove_layers as remove_layers
@@ -28,7 +33,12 @@ _HOMES = {
     "ScoreTable": "scoring",
     "evaluate_text": "evaluation",
     "get_lineage": "lineage",
+    "inspect_layers": "inspection",
+    "load_model": "checkpoint",
+    "load_pruned_adapter": "checkpoint",
     "remove_layers": "surgery",
+    "save_adapter": "saving",
+    "save_model": "saving",
     "score_layers": "scoring",
 }
 

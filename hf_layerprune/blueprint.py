@@ -33,6 +33,11 @@ class Difference:
     here: Any
     there: Any
 
+    @property
+    def key(self) -> tuple[Any, str]:
+        """The same for the same difference before and after a removal, when the path has changed."""
+        return (self.path if self.module is None else self.module), self.name
+
     def __str__(self) -> str:
         where = f"{self.path}.{self.name}".strip(".")
         return f"{where} is {self.here} here, {self.there} there"

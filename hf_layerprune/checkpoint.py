@@ -1,13 +1,10 @@
-"""Models, tokenizers and lineages from a folder or the hub, and models into a folder, checked."""
+"""Models, tokenizers, lineages and adapters from a folder or the hub, with errors that say what to do."""
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from transformers import (
     AutoConfig,
@@ -16,11 +13,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 
 from .decoder import find_decoder
 from .errors import LayerPruneError
 from .lineage import Lineage, get_lineage
-from .scoring import undisturbed
+from .surgery import keep_lineage
+
+
+PRUNED_BASE = "pruned_base.json"
 
 
 def load_model(name: str, **options: Any) -> PreTrainedModel:
@@ -35,7 +36,7 @@ def load_model(name: str, **options: Any) -> PreTrainedModel:
         LayerPruneError: no model there, it cannot be reached, or its weights do not fit its config.
     """
     trust = {"trust_remote_code": options.get("trust_remote_code", False)}
-    get_lineage(_load(AutoConfig, name, "model config", **trust))  # nothing is built of a hostile count
+    get_lineage(_load(AutoConfig, name, "model", **trust))  # nothing is built of a hostile count
     # Tensors of another shape shall be reported, as missing ones are, and not end in a traceback.
     options |= trust | {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, report = _load(AutoModelForCausalLM, name, "model", **options)
@@ -58,6 +59,23 @@ def load_model(name: str, **options: Any) -> PreTrainedModel:
     return model
 
 
+def load_skeleton(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model without weights, on the meta device, from its config in a folder or on the hub.
+
+    Raises:
+        LayerPruneError: no config there, or none that a causal language model can be built of.
+    """
+    config = _load(AutoConfig, name, "model config", trust_remote_code=trust_remote_code)
+    get_lineage(config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise LayerPruneError(
+            f"No model can be built from the config of {name!r}: {one_line(error)}"
+        ) from error
+
+
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model from a folder or a hub id.
 
@@ -77,109 +95,40 @@ def load_lineage(folder: str | Path, trust_remote_code: bool = False) -> Lineage
     return get_lineage(config)
 
 
-def save_model(
-    model: PreTrainedModel, folder: str | Path, *, verify: bool = True, legacy_rope: bool = False
-) -> None:
-    """Save `model` as a plain transformers model and check that it is the same when loaded again.
+def load_pruned_adapter(name: str, base_model: PreTrainedModel | None = None, **options: Any) -> Any:
+    """Load adapters that [`save_adapter`] saved: the base, cut as it was, with the adapters on it.
 
     Args:
-        model (`PreTrainedModel`): the model.
-        folder (`str` or `Path`): where to.
-        verify (`bool`, *optional*, defaults to `True`): load it again, as a second model in memory, and
-            compare the logits of a few tokens.
-        legacy_rope (`bool`, *optional*, defaults to `False`): see [`saving`].
+        name (`str`): folder or hub id of the adapters.
+        base_model (`PreTrainedModel`, *optional*): the base, cut already; left out, it is loaded and cut.
+        options: arguments of [`load_model`], for the base.
+
+    Returns:
+        `PeftModel`
 
     Raises:
-        LayerPruneError: it cannot be saved, or is another model when loaded. It says where the weights are.
+        LayerPruneError: no such record there, or `base_model` has other layers than the record says.
     """
-    with saving(model, folder, verify=verify, legacy_rope=legacy_rope):
-        model.save_pretrained(folder)
+    from peft import PeftModel
 
-
-@contextmanager
-def saving(model: PreTrainedModel, folder: str | Path, *, verify: bool, legacy_rope: bool) -> Iterator[None]:
-    """The context in which something saves `model` in `folder`. If it fails, the weights are put there as
-    bare tensors; if it works, what lies there is checked.
-
-    Args:
-        verify (`bool`): load the model again and compare the logits of a few tokens.
-        legacy_rope (`bool`): write the rotary settings into config.json under their old names as well
-            (`rope_theta`, `rope_scaling`), which transformers 4 and converters read.
-
-    Raises:
-        LayerPruneError: it cannot be saved, or is another model when loaded. It says where the weights are.
-    """
-    folder = Path(folder)
     try:
-        yield
-    except OSError:  # the disk is full or gone, there is no place to put anything
-        raise
-    except Exception as error:
-        rescue = folder / "rescued.safetensors"
-        folder.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_model(model, str(rescue))
+        path = cached_file(name, PRUNED_BASE)
+        record = json.loads(Path(str(path)).read_text(encoding="utf-8"))
+        lineage = Lineage(record["original_num_hidden_layers"], record["kept_layers"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise LayerPruneError(
-            f"The model cannot be saved as a plain model: {_one_line(error)} All its weights are safe, as "
-            f"they are in memory, in {rescue}."
+            f"{name} has no readable {PRUNED_BASE}, which says what layers the adapters are for: "
+            f"{one_line(error)}"
         ) from error
-    if legacy_rope:
-        _add_legacy_rope(folder / "config.json")
-    if verify:
-        _check_reload(model, folder)
-
-
-def _check_reload(model: PreTrainedModel, folder: Path) -> None:
-    advice = (
-        f"The weights as they were in memory are safe in {folder}, but do not use them as they are. "
-        "Please report this with the model's config."
-    )
-    options = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
-    cls: Any = type(model)
-    try:
-        again, report = cls.from_pretrained(str(folder), output_loading_info=True, **options)
-    except Exception as error:
-        raise LayerPruneError(f"What was saved does not load: {_one_line(error)} {advice}") from error
-    wrong = {what: sorted(map(str, names))[:3] for what, names in report.items() if names}
-    if wrong:
-        raise LayerPruneError(f"What was saved does not fit its config: {wrong}. {advice}")
-    vocabulary: Any = model.get_input_embeddings().num_embeddings
-    tokens = torch.arange(32, device=model.device).view(2, 16) % vocabulary
-    with undisturbed(model):
-        # Not through the precision context in which accelerate wraps a model in training.
-        live = getattr(model, "_original_forward", model)(input_ids=tokens, use_cache=False).logits
-        saved = again.eval().to(model.device)(input_ids=tokens, use_cache=False).logits
-    scale = float(live.float().nan_to_num().std())
-    tolerance = scale * (1e-3 if model.dtype == torch.float32 else 0.05)
-    if not torch.allclose(live, saved, rtol=0, atol=tolerance, equal_nan=True):
-        far = float((live - saved).abs().max()) / scale
+    if base_model is None:
+        base_model = load_model(record["base_model"], **options)
+        keep_lineage(base_model, lineage)
+    if get_lineage(base_model) != lineage:
         raise LayerPruneError(
-            f"What was saved is another model when loaded: its logits are off by {far:.2g} of their standard "
-            f"deviation. {advice}"
+            f"The adapters are for {lineage} of {record['base_model']}, but base_model has "
+            f"{get_lineage(base_model)}: leave it out, or cut it first."
         )
-
-
-def _add_legacy_rope(path: Path) -> None:
-    config = json.loads(path.read_text(encoding="utf-8"))
-    text = config.get("text_config", config)
-    rope = text.get("rope_parameters") or {}
-    if "full_attention" in rope:
-        text |= _legacy_rope(rope["full_attention"], text["model_type"])
-        if "sliding_attention" in rope:
-            text["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-    elif "rope_theta" in rope:
-        text |= _legacy_rope(rope, text["model_type"])
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _legacy_rope(rope: dict[str, Any], model_type: str) -> dict[str, Any]:
-    rest = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
-    names = ("rope_theta", "partial_rotary_factor")
-    if model_type.startswith("gpt_neox"):
-        names = ("rotary_emb_base", "rotary_pct")
-    old = {names[0]: rope["rope_theta"]}
-    if "partial_rotary_factor" in rope:
-        old[names[1]] = rope["partial_rotary_factor"]
-    return old if rest.get("rope_type") == "default" else old | {"rope_scaling": rest}
+    return PeftModel.from_pretrained(base_model, name)
 
 
 def _load(auto_class: Any, name: str, what: str, **options: Any) -> Any:
@@ -190,9 +139,10 @@ def _load(auto_class: Any, name: str, what: str, **options: Any) -> Any:
         return auto_class.from_pretrained(name, **options)
     except Exception as error:  # a damaged file may end in anything
         raise LayerPruneError(
-            f"Cannot load a {what} from {name!r}, neither as a folder nor as a hub id: {_one_line(error)}"
+            f"Cannot load a {what} from {name!r}, neither as a folder nor as a hub id: {one_line(error)}"
         ) from error
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an error says, fit to stand in the middle of a sentence."""
     return " ".join(str(error).split())[:300]

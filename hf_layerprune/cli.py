@@ -97,11 +97,42 @@ class PhaseArguments:
 
 
 @dataclass
+class InspectArguments:
+    """Output of `inspect`."""
+
+    json: str | None = field(default=None, metadata={"help": "Write what was found to this file."})
+
+
+@dataclass
 class EvaluateArguments:
     """Output of `evaluate`."""
 
     max_blocks: int = field(default=64, metadata={"help": "Blocks of the text to use at most."})
     json: str | None = field(default=None, metadata={"help": "Write the numbers to this file."})
+
+
+def inspect(arguments: list[str]) -> None:
+    """List the layers of MODEL and which can be removed, from its config alone."""
+    name, source, output = _parse("inspect", arguments, [ModelArguments, InspectArguments])
+    from .checkpoint import load_skeleton
+    from .inspection import inspect_layers
+    from .report import markdown_table
+
+    _check_folder_of(output.json)
+    found = inspect_layers(load_skeleton(name, source.trust_remote_code))
+    rows = [["layer", "original", "kind", "parameters", "can go"]]
+    for layer in found.layers:
+        parameters = f"{layer.parameters / 1e6:.2f}M"
+        can_go = "no" if layer.refused else "yes"
+        rows.append([str(layer.layer), str(layer.original), layer.kind, parameters, can_go])
+    print(markdown_table(rows))
+    print(f"\n{found.model_type}: {len(found.layers)} of {found.original_layers} layers, ", end="")
+    print(f"{found.parameters / 1e6:.1f}M parameters. The ends are protected unless --protected says else.")
+    for layer in found.layers:
+        if layer.refused:
+            print(f"\n{layer.refused}")
+    if output.json:
+        _write_json(output.json, found.to_dict())
 
 
 def score(arguments: list[str]) -> None:
@@ -129,12 +160,12 @@ def prune(arguments: list[str]) -> None:
     """Remove the least important layers of MODEL one by one, without training."""
     types = [ModelArguments, TextArguments, CriterionArguments, PruneArguments, PruneOutput]
     name, source, text, how, what, output = _parse("prune", arguments, types)
-    from .checkpoint import save_model
     from .data import make_batches, split_blocks
     from .evaluation import evaluate_text
     from .record import check_folder_is_free, write_record
     from .removal import prune_layers
     from .report import markdown_table, table_rows, write_card
+    from .saving import save_model
 
     check_folder_is_free(output.output_dir)
     model, tokenizer = _load(name, source)
@@ -256,6 +287,7 @@ def quickstart(arguments: list[str]) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "quickstart": quickstart,
+    "inspect": inspect,
     "score": score,
     "prune": prune,
     "distill": distill,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from .adapters import adapter_configs, adapter_differences, base_of, cut_adapter
 from .blueprint import Difference, build_blueprint, differences, quiet
 from .decoder import INDEX_ATTRIBUTES, count_fields, find_decoder, layer_count
 from .errors import LayerPruneError
@@ -20,7 +21,7 @@ from .lineage import CONFIG_KEY, Lineage, get_lineage, lineage_entry
 _ABSENT: Any = object()
 
 
-def remove_layers(model: PreTrainedModel, layers: int | Iterable[int]) -> Lineage:
+def remove_layers(model: Any, layers: int | Iterable[int]) -> Lineage:
     """Remove decoder layers from `model`, in place, and return what is left.
 
     The config follows (the number of layers, every field that speaks of single layers, the lineage), and so
@@ -29,7 +30,8 @@ def remove_layers(model: PreTrainedModel, layers: int | Iterable[int]) -> Lineag
     optimizer made before keeps the removed parameters: see `LayerPruningCallback`.
 
     Args:
-        model (`PreTrainedModel`): a causal language model.
+        model (`PreTrainedModel` or `PeftModel`): a causal language model. Of adapters, every index in their
+            configs follows as well; see [`~hf_layerprune.save_adapter`].
         layers (`int` or iterable of `int`): indices in the present model, from 0.
 
     Returns:
@@ -43,7 +45,7 @@ def remove_layers(model: PreTrainedModel, layers: int | Iterable[int]) -> Lineag
     return get_lineage(model)
 
 
-def keep_lineage(model: PreTrainedModel, lineage: Lineage) -> None:
+def keep_lineage(model: Any, lineage: Lineage) -> None:
     """Remove layers from `model`, in place, until it has exactly the layers that `lineage` keeps.
 
     Raises:
@@ -63,7 +65,7 @@ class without_layers:
         LayerPruneError: as [`remove_layers`], before the context is entered.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: int | Iterable[int]) -> None:
+    def __init__(self, model: Any, layers: int | Iterable[int]) -> None:
         self._edits = _cut(model, check_layers(model, layers))
         self._edits.undo()
 
@@ -88,14 +90,14 @@ def possible_cuts(
     return cuts, reasons
 
 
-def check_layers(model: PreTrainedModel, layers: int | Iterable[int]) -> set[int]:
+def check_layers(model: Any, layers: int | Iterable[int]) -> set[int]:
     """The present layer indices in `layers`, as a set that leaves at least one layer.
 
     Raises:
         LayerPruneError: an index is not one of the model's layers or named twice, or all are named.
     """
     named = [layers] if isinstance(layers, int) else list(layers)
-    count = len(find_decoder(model).layers)
+    count = len(find_decoder(base_of(model)).layers)
     unknown = [layer for layer in named if type(layer) is not int or not 0 <= layer < count]
     if unknown:
         raise LayerPruneError(f"No layers {unknown}: this model has {count} layers (0 to {count - 1}).")
@@ -205,18 +207,20 @@ class _Removal:
         return (unequal[0], width) if fits else None
 
 
-def _cut(model: PreTrainedModel, removed: set[int]) -> _Edits:
+def _cut(model: Any, removed: set[int]) -> _Edits:
     """Remove layers in place and return what takes it back. If the result is not exact, nothing changes."""
     edits = _Edits()
     if not removed:
         return edits
-    decoder = find_decoder(model)
+    base, adapters = base_of(model), adapter_configs(model)
+    decoder = find_decoder(base)
     config, old_layers = decoder.config, decoder.layers
     kept = [i for i in range(len(old_layers)) if i not in removed]
-    lineage = get_lineage(model).without(removed)
+    lineage = get_lineage(base).without(removed)
+    known_to_adapters = set(adapter_differences(model)) if adapters else set()
     had_cache = _has_cache(config)
     try:
-        changed = _cut_config(edits, model, config, kept, lineage)
+        changed = _cut_config(edits, base, config, kept, lineage)
         layers = nn.ModuleList([old_layers[i] for i in kept])
         layers.training = old_layers.training
         edits.set(decoder.parent._modules, decoder.attribute, layers)
@@ -225,15 +229,21 @@ def _cut(model: PreTrainedModel, removed: set[int]) -> _Edits:
             for name in INDEX_ATTRIBUTES:
                 if vars(module).get(name) == old:
                     edits.set(vars(module), name, kept.index(old))
-        wrong = _reconcile(edits, model, _Removal(len(old_layers), kept, changed, places))
+        wrong = _reconcile(edits, base, _Removal(len(old_layers), kept, changed, places))
         if wrong:
             edits.undo()
-            known = {(d.module or d.path, d.name) for d in differences(model, build_blueprint(model))}
+            known = {d.key for d in differences(base, build_blueprint(base))}
             edits.redo()
-            wrong = [d for d in wrong if (d.module or d.path, d.name) not in known]
+            wrong = [d for d in wrong if d.key not in known]
         if wrong:
             reasons = "; ".join(str(difference) for difference in wrong[:3])
             raise LayerPruneError(f"a model built from the new config would differ: {reasons}.")
+        for adapter in adapters.values():
+            for name, value in cut_adapter(adapter, decoder.attribute, kept).items():
+                edits.set(vars(adapter), name, value)
+        if adapters and (moved := set(adapter_differences(model)) - known_to_adapters):
+            reasons = "; ".join(sorted(moved)[:3])
+            raise LayerPruneError(f"adapters built from their new configs would differ: {reasons}.")
         if had_cache and not _has_cache(config):
             raise LayerPruneError("no attention layer would be left to count the tokens in the cache.")
     except Exception as error:

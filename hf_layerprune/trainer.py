@@ -12,13 +12,14 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
 
 from .arguments import DistillationTrainingArguments
-from .checkpoint import load_lineage, saving
+from .checkpoint import load_lineage
 from .criteria import captured, hidden
 from .errors import LayerPruneError
 from .lineage import get_lineage
 from .losses import LAST, cross_entropy, hidden_mse, hidden_pairs, kl_divergence, token_mask
 from .record import Record, read_record
 from .report import write_card
+from .saving import saving
 from .surgery import keep_lineage
 from .teacher import make_teacher
 

@@ -1,0 +1,166 @@
+"""Models and adapters into a folder, checked by loading them again."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from transformers import PreTrainedModel
+
+from .adapters import adapter_configs, base_of
+from .checkpoint import PRUNED_BASE, load_pruned_adapter, one_line
+from .errors import LayerPruneError
+from .lineage import get_lineage, lineage_entry
+from .scoring import undisturbed
+
+
+_ADVICE = (
+    "The weights as they were in memory are safe in {folder}, but do not use them as they are. Please report "
+    "this with the model's config."
+)
+
+
+def save_model(
+    model: PreTrainedModel, folder: str | Path, *, verify: bool = True, legacy_rope: bool = False
+) -> None:
+    """Save `model` as a plain transformers model and check that it is the same when loaded again.
+
+    Args:
+        model (`PreTrainedModel`): the model.
+        folder (`str` or `Path`): where to.
+        verify (`bool`, *optional*, defaults to `True`): load it again, as a second model in memory, and
+            compare the logits of a few tokens.
+        legacy_rope (`bool`, *optional*, defaults to `False`): see [`saving`].
+
+    Raises:
+        LayerPruneError: it cannot be saved, or is another model when loaded. It says where the weights are.
+    """
+    with saving(model, folder, verify=verify, legacy_rope=legacy_rope):
+        model.save_pretrained(folder)
+
+
+def save_adapter(
+    model: Any, folder: str | Path, *, base_model: str | None = None, verify: bool = True
+) -> None:
+    """Save only the adapters of a `PeftModel` whose base has lost layers, with what rebuilds that base: the
+    base's name and its kept layers, in `pruned_base.json`. [`load_pruned_adapter`] reads it.
+
+    Plain PEFT does not: it would put the adapters on the uncut base, on the wrong layers, without a word.
+
+    Args:
+        model (`PeftModel`): the model.
+        folder (`str` or `Path`): where to.
+        base_model (`str`, *optional*): folder or hub id of the base; left out, the one it was loaded from.
+        verify (`bool`, *optional*, defaults to `True`): load all again, and compare the logits of a few
+            tokens.
+
+    Raises:
+        LayerPruneError: it is no `PeftModel`, its base has no name, or it is another model when loaded.
+    """
+    folder, configs = Path(folder), adapter_configs(model)
+    if not configs:
+        raise LayerPruneError(f"A {type(model).__name__} has no adapters to save: use save_model.")
+    base = base_of(model)
+    name = base_model or next(iter(configs.values())).base_model_name_or_path or base.config._name_or_path
+    if not name:
+        raise LayerPruneError("Nobody knows where the base model is from: name it with base_model=.")
+    model.save_pretrained(str(folder))
+    record = {"base_model": name, **lineage_entry(get_lineage(base))}
+    (folder / PRUNED_BASE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    if verify:
+        _check_same(model, load_pruned_adapter(str(folder), dtype=base.dtype), folder)
+
+
+@contextmanager
+def saving(model: PreTrainedModel, folder: str | Path, *, verify: bool, legacy_rope: bool) -> Iterator[None]:
+    """The context in which something saves `model` in `folder`. If it fails, the weights are put there as
+    bare tensors; if it works, what lies there is checked.
+
+    Args:
+        verify (`bool`): load the model again and compare the logits of a few tokens.
+        legacy_rope (`bool`): write the rotary settings into config.json under their old names as well
+            (`rope_theta`, `rope_scaling`), which transformers 4 and converters read.
+
+    Raises:
+        LayerPruneError: it cannot be saved, or is another model when loaded. It says where the weights are.
+    """
+    folder = Path(folder)
+    try:
+        yield
+    except OSError:  # the disk is full or gone, there is no place to put anything
+        raise
+    except Exception as error:
+        rescue = folder / "rescued.safetensors"
+        folder.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_model(model, str(rescue))
+        raise LayerPruneError(
+            f"The model cannot be saved as a plain model: {one_line(error)} All its weights are safe, as "
+            f"they are in memory, in {rescue}."
+        ) from error
+    if legacy_rope:
+        _add_legacy_rope(folder / "config.json")
+    if verify:
+        _check_reload(model, folder)
+
+
+def _check_reload(model: PreTrainedModel, folder: Path) -> None:
+    advice = _ADVICE.format(folder=folder)
+    options = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
+    cls: Any = type(model)
+    try:
+        again, report = cls.from_pretrained(str(folder), output_loading_info=True, **options)
+    except Exception as error:
+        raise LayerPruneError(f"What was saved does not load: {one_line(error)} {advice}") from error
+    wrong = {what: sorted(map(str, names))[:3] for what, names in report.items() if names}
+    if wrong:
+        raise LayerPruneError(f"What was saved does not fit its config: {wrong}. {advice}")
+    _check_same(model, again, folder)
+
+
+def _check_same(model: Any, again: Any, folder: Path) -> None:
+    base = base_of(model)
+    vocabulary: Any = base.get_input_embeddings().num_embeddings
+    tokens = torch.arange(32, device=base.device).view(2, 16) % vocabulary
+    for here, there in zip(base.buffers(), base_of(again).buffers(), strict=True):
+        there.data = there.to(
+            here.dtype
+        )  # `.to(torch.bfloat16)` rounds rotary tables, which loading does not
+    with undisturbed(model):
+        # Not through the precision context in which accelerate wraps a model in training.
+        live = getattr(model, "_original_forward", model)(input_ids=tokens, use_cache=False).logits
+        saved = again.eval().to(base.device)(input_ids=tokens, use_cache=False).logits
+    scale = float(live.float().nan_to_num().std())
+    tolerance = scale * (1e-3 if base.dtype == torch.float32 else 0.05)
+    if not torch.allclose(live, saved, rtol=0, atol=tolerance, equal_nan=True):
+        far = float((live - saved).abs().max()) / scale
+        raise LayerPruneError(
+            f"What was saved is another model when loaded: its logits are off by {far:.2g} of their standard "
+            f"deviation. {_ADVICE.format(folder=folder)}"
+        )
+
+
+def _add_legacy_rope(path: Path) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    text = config.get("text_config", config)
+    rope = text.get("rope_parameters") or {}
+    if "full_attention" in rope:
+        text |= _legacy_rope(rope["full_attention"], text["model_type"])
+        if "sliding_attention" in rope:
+            text["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    elif "rope_theta" in rope:
+        text |= _legacy_rope(rope, text["model_type"])
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _legacy_rope(rope: dict[str, Any], model_type: str) -> dict[str, Any]:
+    rest = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    names = ("rope_theta", "partial_rotary_factor")
+    if model_type.startswith("gpt_neox"):
+        names = ("rotary_emb_base", "rotary_pct")
+    old = {names[0]: rope["rope_theta"]}
+    if "partial_rotary_factor" in rope:
+        old[names[1]] = rope["partial_rotary_factor"]
+    return old if rest.get("rope_type") == "default" else old | {"rope_scaling": rest}
