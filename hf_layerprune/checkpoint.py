@@ -138,6 +138,11 @@ def _load(auto_class: Any, name: str, what: str, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(name, **options)
     except Exception as error:  # a damaged file may end in anything
+        if "trust_remote_code" in str(error):
+            raise LayerPruneError(
+                f"{name} comes with code of its own, which is only run if you say trust_remote_code=True "
+                "(--trust_remote_code): read it first."
+            ) from error
         raise LayerPruneError(
             f"Cannot load a {what} from {name!r}, neither as a folder nor as a hub id: {one_line(error)}"
         ) from error

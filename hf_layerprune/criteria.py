@@ -7,6 +7,7 @@ quality of the model as it is (higher is better; None if the criterion measures 
 each candidate (higher matters more).
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,6 +23,8 @@ from .errors import LayerPruneError
 from .losses import LAST, cross_entropy, token_mask
 from .surgery import without_layers
 
+
+logger = logging.getLogger(__name__)
 
 Cuts = Mapping[int, without_layers]
 Scores = tuple[float | None, dict[int, float]]
@@ -42,7 +45,7 @@ def block_influence(model: PreTrainedModel, batches: Sequence[Batch], candidates
         real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
         tokens += int(real.sum())
         for layer in candidates:
-            before, after = (hidden(state)[real].float() for state in states[layer])
+            before, after = (_tokens_of(hidden(state), real) for state in states[layer])
             sums[layer] += float((1 - F.cosine_similarity(before, after, dim=-1)).double().sum())
             tick()
     return None, {layer: total / _some(tokens) for layer, total in sums.items()}
@@ -53,8 +56,12 @@ def loss(model: PreTrainedModel, batches: Sequence[Batch], candidates: Cuts, tic
     LLaMA, 2402.02834). The quality is minus the loss.
 
     The states before the missing layer are those of the whole model, so each candidate only computes
-    what comes after it: the same numbers as one full pass each, to the bit, in about half the time.
+    what comes after it: the same numbers as one full pass each, to the bit, in about half the time. Where
+    layers hand on more than their outputs (Gemma's shared keys and values), each gets its full pass.
     """
+    replay = _can_replay(model, batches[0]["input_ids"][:1, :8], max(candidates))
+    if not replay:
+        logger.info("Layers of this model hand on more than their outputs: each score takes a full pass.")
     dense, tokens = 0.0, 0
     sums = dict.fromkeys(candidates, 0.0)
     for batch in batches:
@@ -63,7 +70,7 @@ def loss(model: PreTrainedModel, batches: Sequence[Batch], candidates: Cuts, tic
         outputs = [states[layer][1] for layer in sorted(states)]
         dense, tokens = dense + total, tokens + count
         for layer in candidates:
-            with candidates[layer], _replayed(model, outputs[:layer]):
+            with candidates[layer], _replayed(model, outputs[: layer if replay else 0]):
                 sums[layer] += batch_loss(model, batch)[0]
             tick()
     tokens = _some(tokens)
@@ -164,6 +171,30 @@ def _replayed(model: PreTrainedModel, outputs: Sequence[Any]) -> Iterator[None]:
         for module, output in zip(find_decoder(model).layers, outputs, strict=False):
             patches.callback(patch(module, output))
         yield
+
+
+def _tokens_of(state: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """The states of real tokens, where a layer may pass on several streams of them."""
+    if state.shape[:2] != real.shape:  # Gemma 3n has its streams in front
+        state = state.movedim(0, 2)
+    return state[real].float()
+
+
+def _can_replay(model: PreTrainedModel, input_ids: torch.Tensor, deepest: int) -> bool:
+    """Whether layers that only return what they returned before leave the logits as they are to the bit,
+    however many of the first `deepest` they are."""
+    with captured(model, range(deepest)) as states:
+        expected = model(input_ids=input_ids, use_cache=False).logits
+    outputs = [states[layer][1] for layer in range(deepest)]
+    for count in range(1, deepest + 1):
+        with _replayed(model, outputs[:count]):
+            try:
+                found = model(input_ids=input_ids, use_cache=False).logits
+            except Exception:  # a layer missed what an earlier one should have left for it
+                return False
+        if not torch.allclose(found, expected, rtol=0, atol=0, equal_nan=True):
+            return False
+    return True
 
 
 def _some(tokens: int) -> int:

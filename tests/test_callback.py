@@ -10,10 +10,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_layerprune import LayerPruneError, LayerPruningCallback, get_lineage, score_layers
 from hf_layerprune.decoder import find_decoder
 from hf_layerprune.losses import kl_divergence, token_mask
+from hf_layerprune.removal import prune_layers
 from hf_layerprune.surgery import remove_layers
 
 from .conftest import logits, make_model, tokens
 from .test_trainer import examples, make_trainer
+from .tiny_models import tiny_model
 
 
 def calibration():
@@ -404,3 +406,25 @@ def test_a_folder_of_another_run_is_refused(llama, taken):
     Path("out", taken).write_text('{"format": 1, "finished": true}')
     with pytest.raises(LayerPruneError, match="already holds another run or model"):
         plain_trainer(llama, pruning()).train()
+
+
+def test_a_layer_that_cannot_go_stays(caplog):
+    model = tiny_model("modernbert-decoder")  # layer 0 is built otherwise than the others
+    callback = pruning(target_layers=5, protected=[])
+    plain_trainer(model, callback).train()
+    assert 0 in get_lineage(model).kept
+    assert all("0" in phase["removals"][0]["table"]["refused"] for phase in callback.record["phases"])
+    assert "Layers [0] stay: " in caplog.text
+    model = tiny_model("modernbert-decoder")
+    again = plain_trainer(model, pruning(target_layers=5, protected=[2, 3, 4, 5, 6]), output_dir="other")
+    with pytest.raises(LayerPruneError, match=r"only 1 are not protected.* Layers \[0\] cannot be removed"):
+        again.train()
+
+
+def test_tables_packed_over_the_layers_are_not_cut_in_training():
+    model = tiny_model("gemma3n_text")
+    with pytest.raises(LayerPruneError, match=r"embed_tokens_per_layer.*holds a part for every layer"):
+        plain_trainer(model, pruning()).train()
+    assert len(find_decoder(model).layers) == 7
+    record = prune_layers(model, target_layers=5, calibration=calibration())  # without training they are
+    assert record["phases"][-1]["kept"] == get_lineage(model).kept

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_layerprune import LayerPruneError, remove_layers
-from hf_layerprune.checkpoint import load_lineage, load_model, load_tokenizer
+from hf_layerprune.checkpoint import load_lineage, load_model, load_skeleton, load_tokenizer
 
 from .conftest import logits, make_model, tokens
 
@@ -64,3 +64,55 @@ def test_a_truncated_file_is_refused(llama, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(LayerPruneError, match="Cannot load a model"):
         load_model(str(tmp_path))
+
+
+def test_weights_of_more_layers_than_the_config_has_are_refused(llama, tmp_path):
+    llama.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
+    with pytest.raises(LayerPruneError, match=r"has 5 layers: there is model\.layers\.5\."):
+        load_model(str(tmp_path))
+
+
+HOSTILE = [-1, 0, 10**12, 1.5, "x", [], {}, None, True, [1] * 100_000, {"a": 1}]
+
+
+@pytest.mark.parametrize("field", ["num_hidden_layers", "layer_types", "layer_pruning", "model_type"])
+def test_hostile_values_end_in_one_error(field, tmp_path):
+    model = make_model("qwen3")
+    remove_layers(model, 1)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for value in HOSTILE:
+        (tmp_path / "config.json").write_text(json.dumps(config | {field: value}))
+        if value is None and field in ("layer_types", "layer_pruning"):  # it is not there, which is right
+            load_model(str(tmp_path))
+            continue
+        with pytest.raises(LayerPruneError) as caught:
+            load_model(str(tmp_path))
+        assert len(str(caught.value)) < 600
+
+
+def test_code_that_comes_with_a_model_is_not_run_unasked(llama, tmp_path):
+    llama.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text("raise SystemExit('it was run')")
+    for load in (load_model, load_lineage, load_skeleton):
+        with pytest.raises(LayerPruneError, match="trust_remote_code"):
+            load(str(tmp_path))
+    with pytest.raises(SystemExit, match="it was run"):
+        load_model(str(tmp_path), trust_remote_code=True)
+
+
+def test_a_skeleton_has_no_weights(tmp_path):
+    make_model("gemma2").config.save_pretrained(tmp_path)
+    model = load_skeleton(str(tmp_path))
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(LayerPruneError, match=r"(?s)built from the config|does not say"):
+        load_skeleton(str(tmp_path))

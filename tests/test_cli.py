@@ -37,9 +37,10 @@ def test_score_prints_the_ranking_and_writes_table_and_plot(folder, capsys):
 
 
 def test_prune_writes_a_cut_model(folder, capsys):
-    flags = ["--target_layers", "4", "--output_dir", "cut", "--criterion", "block_influence"]
+    flags = ["--target_layers", "4", "--output_dir", "cut", "--criterion", "block_influence", "--legacy_rope"]
     assert main(["prune", folder, *DATA, *flags]) == 0
     assert AutoModelForCausalLM.from_pretrained("cut").config.num_hidden_layers == 4
+    assert "rope_theta" in json.loads(Path("cut/config.json").read_text())
     assert "perplexity cut" in capsys.readouterr().out
     assert {"README.md", "layer_pruning.json", "tokenizer.json"} <= {p.name for p in Path("cut").iterdir()}
 
@@ -58,7 +59,7 @@ def test_distill_removes_and_heals(folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["scroe"], "no command 'scroe': choose from quickstart, score"),
+        (["scroe"], "no command 'scroe': choose from quickstart, inspect, score"),
         (["score", "nowhere", "--data", "text.txt"], "Cannot load a model from 'nowhere'"),
         (["score", ".", "--data", "text.txt"], "not a folder with a model"),
         (["score", "model", *DATA, "--data", "none.txt"], "No such file: none.txt"),

@@ -1,3 +1,4 @@
+import json
 import random
 
 import datasets
@@ -14,6 +15,7 @@ from hf_layerprune.losses import LAST
 from hf_layerprune.surgery import without_layers
 
 from .conftest import logits, make_model, tokens
+from .tiny_models import tiny_model
 
 
 def batches():
@@ -259,3 +261,24 @@ def test_plot_writes_a_picture(llama, tmp_path):
 
 def test_ties_go_to_the_deeper_layer():
     assert ScoreTable("loss", {1: 0.5, 2: 0.1, 3: 0.1}, None, [0, 1, 2, 3, 4]).ranking() == [3, 2, 1]
+
+
+def test_layers_that_cannot_go_are_no_candidates(tmp_path):
+    model = tiny_model("gemma3n_text")
+    for criterion in ("loss", "block_influence"):
+        table = score_layers(model, batches(), criterion, protected=[], progress=False)
+        assert table.scores.keys() == {0, 1, 3, 5, 6}
+        assert table.refused.keys() == {2, 4}
+        assert "store_full_length_kv" in table.refused[2]
+        assert ScoreTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+        table.plot(tmp_path / "scores.png")
+        if criterion == "loss":  # although its last layers read what earlier ones have stored
+            for layer, score in table.scores.items():
+                with without_layers(model, layer), torch.no_grad():
+                    sums = [batch_loss(model, batch) for batch in batches()]
+                total, count = (sum(values) for values in zip(*sums, strict=True))
+                assert score == pytest.approx(total / count + table.quality, abs=1e-12)
+    with pytest.raises(LayerPruneError, match="Cannot remove layers"):
+        score_layers(model, batches(), protected=[0, 1, 3, 5, 6], progress=False)
+    old = {"criterion": "loss", "scores": {"1": 0.5}, "quality": None, "kept": [0, 1]}
+    assert ScoreTable.from_dict(old).refused == {}

@@ -11,9 +11,10 @@ from torch import nn
 from hf_layerprune import LayerPruneError, get_lineage, remove_layers
 from hf_layerprune.decoder import find_decoder
 from hf_layerprune.lineage import Lineage
-from hf_layerprune.surgery import keep_lineage, without_layers
+from hf_layerprune.surgery import keep_lineage, possible_cuts, without_layers
 
 from .conftest import CONFIGS, LAYERS, logits, make_model, tokens
+from .tiny_models import tiny_model
 
 
 def skipping(model, layers, input_ids):
@@ -207,3 +208,84 @@ def test_keep_lineage(llama):
     assert get_lineage(llama).kept == [0, 2, 5]
     with pytest.raises(LayerPruneError, match="cannot be cut to"):
         keep_lineage(llama, Lineage(6, [0, 1]))
+
+
+def test_differences_that_were_there_before_are_no_obstacle(llama):
+    for layer in llama.model.layers:
+        layer.self_attn.attention_dropout = 0.5  # switched on by hand, unlike the config
+    llama.model.layers[2].extra = nn.ModuleDict()  # put in by hand, and empty
+    remove_layers(llama, [1])
+    assert llama.model.layers[1].self_attn.attention_dropout == 0.5
+    assert llama.model.layers[1].extra is not None
+
+
+def test_a_context_can_be_entered_again(model):
+    whole = logits(model, tokens())
+    cut = without_layers(model, [2])
+    assert torch.equal(logits(model, tokens()), whole)
+    found = []
+    for _ in range(2):
+        with cut:
+            found.append(logits(model, tokens()))
+        assert torch.equal(logits(model, tokens()), whole)
+    assert torch.equal(found[0], found[1])
+    remove_layers(model, [2])
+    assert torch.equal(logits(model, tokens()), found[0])
+
+
+def test_tables_packed_over_the_layers_are_cut():
+    model = tiny_model("gemma3n_text")
+    table = model.model.embed_tokens_per_layer.weight
+    uncut, parts = table.clone(), table.shape[1] // 7
+    table.requires_grad_(False)
+    with without_layers(model, [0, 3]):
+        assert model.model.embed_tokens_per_layer.embedding_dim == 5 * parts
+    assert model.model.embed_tokens_per_layer.weight is table
+    remove_layers(model, [0, 3])
+    cut = model.model.embed_tokens_per_layer.weight
+    kept = [i for i in range(7 * parts) if i // parts not in (0, 3)]
+    assert torch.equal(cut, uncut[:, kept])
+    assert not cut.requires_grad
+    assert torch.equal(table, uncut)
+
+
+def test_refused_layers_say_why_and_the_others_go():
+    model = tiny_model("gemma3n_text")
+    cuts, refused = possible_cuts(model, range(7))
+    assert cuts.keys() == {0, 1, 3, 5, 6}
+    assert "Cannot remove layers [2]" in refused[2]
+    with pytest.raises(LayerPruneError, match="store_full_length_kv"):
+        remove_layers(model, [1, 2])
+
+
+@pytest.mark.parametrize("name", ["hy_v4", "qwen3_moe", "bart", "zamba2", "gemma3n_text", "bamba", "gemma3"])
+def test_one_after_another_is_all_at_once(name, tmp_path):
+    once, twice = tiny_model(name), tiny_model(name)
+    remove_layers(once, [1, 5])
+    remove_layers(twice, 5)
+    twice.save_pretrained(tmp_path)
+    twice = type(twice).from_pretrained(tmp_path, attn_implementation="eager")
+    remove_layers(twice, 1)
+    assert get_lineage(once) == get_lineage(twice) == Lineage(7, [0, 2, 3, 4, 6])
+    fields = [model.config.to_dict() for model in (once, twice)]
+    assert all(fields[0][name] == value for name, value in fields[1].items() if "layer" in name)
+    assert torch.equal(logits(once, tokens()), logits(twice.eval(), tokens()))
+
+
+def test_no_attention_layer_left_is_refused():
+    model = tiny_model("qwen3_next")  # attention in layers 1, 3 and 5
+    remove_layers(model, [1, 3])
+    with pytest.raises(LayerPruneError, match="no attention layer would be left"):
+        remove_layers(model, 3)
+    assert len(find_decoder(model).layers) == 5
+
+
+def test_a_damaged_count_is_refused(llama):
+    for count in (0, -1, 10**12):
+        llama.config.num_hidden_layers = count
+        with pytest.raises(LayerPruneError, match="layers: it is damaged"):
+            get_lineage(llama)
+    llama.config.num_hidden_layers = 6
+    llama.config.layer_pruning = {"original_num_hidden_layers": 10**12, "kept_layers": list(range(6))}
+    with pytest.raises(LayerPruneError, match="Damaged `layer_pruning`"):
+        get_lineage(llama)

@@ -1,8 +1,11 @@
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainingArguments, default_data_collator
 
@@ -334,3 +337,33 @@ def test_a_student_keeps_its_lineage(llama):
     trainer = make_trainer(llama)
     trainer.train()
     assert get_lineage(trainer.model).kept == [0, 1, 2, 3, 5]
+
+
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}])
+def test_checkpoints_are_checked(llama, settings):
+    trainer = make_trainer(llama, max_steps=2, save_strategy="steps", save_steps=1, **settings)
+    trainer.train()
+    assert Path("out/checkpoint-2/model.safetensors").exists()
+    llama.model.layers[2].self_attn.scaling *= 2  # nothing in the config says so
+    with pytest.raises(LayerPruneError, match=r"another model when loaded.*safe in other"):
+        trainer.save_model("other")
+    trained = llama.model.layers[0].mlp.up_proj.weight
+    assert torch.equal(load_file("other/model.safetensors")["model.layers.0.mlp.up_proj.weight"], trained)
+    trainer.args.verify_save = False
+    trainer.save_model("unchecked")
+
+
+def test_a_run_stops_when_a_checkpoint_is_not_the_model(llama):
+    llama.model.layers[2].self_attn.scaling *= 2
+    trainer = make_trainer(
+        llama, max_steps=4, save_strategy="steps", save_steps=2, teacher_model=make_model()
+    )
+    with pytest.raises(LayerPruneError, match=r"safe in out/checkpoint-2"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+
+
+def test_legacy_rotary_keys_are_written_when_asked(llama):
+    trainer = make_trainer(llama, legacy_rope=True)
+    trainer.save_model()
+    assert "rope_theta" in json.loads(Path("out/config.json").read_text())
