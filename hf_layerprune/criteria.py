@@ -8,7 +8,7 @@ each candidate (higher matters more).
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -42,6 +42,7 @@ def block_influence(model: PreTrainedModel, batches: Sequence[Batch], candidates
     for batch in batches:
         with captured(model, candidates) as states:
             _forward(model, batch)
+        _check_all_ran(states, candidates)
         real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
         tokens += int(real.sum())
         for layer in candidates:
@@ -67,6 +68,7 @@ def loss(model: PreTrainedModel, batches: Sequence[Batch], candidates: Cuts, tic
     for batch in batches:
         with captured(model, range(max(candidates) + 1)) as states:
             total, count = batch_loss(model, batch)
+        _check_all_ran(states, range(max(candidates) + 1))
         outputs = [states[layer][1] for layer in sorted(states)]
         dense, tokens = dense + total, tokens + count
         for layer in candidates:
@@ -141,8 +143,8 @@ def captured(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int
 
 
 def hidden(output: Any) -> torch.Tensor:
-    """The hidden state in what a decoder layer returned: itself, or the first of a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+    """The hidden state in what a decoder layer returned: itself, or the first of several things."""
+    return output[0] if isinstance(output, (tuple, list)) else output
 
 
 CRITERIA: dict[str, Callable[..., Scores]] = {
@@ -175,8 +177,13 @@ def _replayed(model: PreTrainedModel, outputs: Sequence[Any]) -> Iterator[None]:
 
 def _tokens_of(state: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """The states of real tokens, where a layer may pass on several streams of them."""
-    if state.shape[:2] != real.shape:  # Gemma 3n has its streams in front
+    if state.dim() == 4 and state.shape[1:3] == real.shape:  # Gemma 3n has its streams in front
         state = state.movedim(0, 2)
+    if state.shape[:2] != real.shape:
+        raise LayerPruneError(
+            f"Layers of this model pass on states of shape {tuple(state.shape)} for tokens of shape "
+            f"{tuple(real.shape)}, which block_influence cannot read: use criterion='loss'."
+        )
     return state[real].float()
 
 
@@ -185,6 +192,7 @@ def _can_replay(model: PreTrainedModel, input_ids: torch.Tensor, deepest: int) -
     however many of the first `deepest` they are."""
     with captured(model, range(deepest)) as states:
         expected = model(input_ids=input_ids, use_cache=False).logits
+    _check_all_ran(states, range(deepest))
     outputs = [states[layer][1] for layer in range(deepest)]
     for count in range(1, deepest + 1):
         with _replayed(model, outputs[:count]):
@@ -195,6 +203,15 @@ def _can_replay(model: PreTrainedModel, input_ids: torch.Tensor, deepest: int) -
         if not torch.allclose(found, expected, rtol=0, atol=0, equal_nan=True):
             return False
     return True
+
+
+def _check_all_ran(states: Collection[int], layers: Iterable[int]) -> None:
+    idle = [layer for layer in layers if layer not in states]
+    if idle:
+        raise LayerPruneError(
+            f"Layers {idle} did not run on the calibration data (they may look at pictures), so it says "
+            "nothing of them: this model cannot be scored with text."
+        )
 
 
 def _some(tokens: int) -> int:

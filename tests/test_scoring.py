@@ -282,3 +282,11 @@ def test_layers_that_cannot_go_are_no_candidates(tmp_path):
         score_layers(model, batches(), protected=[0, 1, 3, 5, 6], progress=False)
     old = {"criterion": "loss", "scores": {"1": 0.5}, "quality": None, "kept": [0, 1]}
     assert ScoreTable.from_dict(old).refused == {}
+
+
+def test_what_cannot_be_scored_says_so():
+    with pytest.raises(LayerPruneError, match=r"Layers \[2\] did not run"):
+        score_layers(tiny_model("mllama"), batches(), progress=False)
+    with pytest.raises(LayerPruneError, match=r"use criterion='loss'"):
+        score_layers(tiny_model("xlnet"), batches(), "block_influence", progress=False)
+    assert score_layers(tiny_model("openai-gpt"), batches(), "block_influence", progress=False).scores
