@@ -15,6 +15,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from .adapters import adapter_configs
+from .arguments import DistillationTrainingArguments
 from .checkpoint import load_lineage
 from .data import Batch, make_batches
 from .errors import LayerPruneError
@@ -36,6 +38,7 @@ from .removal import (
     run_evaluation,
     score_present,
 )
+from .saving import check_reload
 from .surgery import possible_cuts
 
 
@@ -74,6 +77,9 @@ class LayerPruningCallback(TrainerCallback):
         evaluation (`Callable`, *optional*):
             A function `evaluation(model) -> dict[str, float]` whose results go into the record: of the
             starting model, after each cut and after each healing.
+        verify_save (`bool`, *optional*, defaults to `True`):
+            Load each checkpoint again, as one more model in memory, and stop if its logits differ. The
+            weights stay on disk. [`DistillationTrainer`] has a setting of its own.
 
     Raises:
         LayerPruneError: a setting that cannot work, from `trainer.train()`, before any training.
@@ -91,6 +97,7 @@ class LayerPruningCallback(TrainerCallback):
         protected: Iterable[int] | None = None,
         quality_floor: float | None = None,
         evaluation: Evaluation | None = None,
+        verify_save: bool = True,
     ) -> None:
         for name, value in {
             "target_layers": target_layers,
@@ -110,6 +117,7 @@ class LayerPruningCallback(TrainerCallback):
         self.protected = None if protected is None else list(protected)
         self.quality_floor = quality_floor
         self.evaluation = evaluation
+        self.verify_save = verify_save
         self.record: Record = {}
 
     def on_train_begin(
@@ -227,10 +235,19 @@ class LayerPruningCallback(TrainerCallback):
         self._write(args)
 
     def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
     ) -> None:
+        assert model is not None
         if self.record and state.is_world_process_zero:
-            write_record(self.record, _checkpoint_folder(args, state))
+            folder = _checkpoint_folder(args, state)
+            write_record(self.record, folder)
+            if self.verify_save and not isinstance(args, DistillationTrainingArguments):
+                check_reload(model, folder)
 
     def on_train_end(
         self,
@@ -326,6 +343,11 @@ def _check_backend(args: TrainingArguments, model: PreTrainedModel, optimizer: A
     Raises:
         LayerPruneError: naming it, and the way round it.
     """
+    if adapter_configs(model):
+        raise LayerPruneError(
+            "Layers of a PeftModel cannot be removed in training yet: merge the adapters first "
+            "(`model = model.merge_and_unload()`), or cut with remove_layers and train then."
+        )
     if args.world_size > 1 or args.n_gpu > 1 or args.deepspeed or args.fsdp:
         raise LayerPruneError(
             "Layers can only be removed in training with one process and one device for now: start "

@@ -133,6 +133,8 @@ def load_pruned_adapter(name: str, base_model: PreTrainedModel | None = None, **
 
 def _load(auto_class: Any, name: str, what: str, **options: Any) -> Any:
     path = Path(name)
+    if (path / PRUNED_BASE).is_file():
+        raise LayerPruneError(f"{name} holds adapters for a cut model: use load_pruned_adapter({name!r}).")
     if path.exists() and not (path / "config.json").is_file():
         raise LayerPruneError(f"{name} is not a folder with a model: it has no config.json.")
     try:

@@ -103,10 +103,15 @@ def saving(model: PreTrainedModel, folder: str | Path, *, verify: bool, legacy_r
     if legacy_rope:
         _add_legacy_rope(folder / "config.json")
     if verify:
-        _check_reload(model, folder)
+        check_reload(model, folder)
 
 
-def _check_reload(model: PreTrainedModel, folder: Path) -> None:
+def check_reload(model: PreTrainedModel, folder: Path) -> None:
+    """Check that what lies in `folder` loads, and gives `model`'s logits for a few tokens.
+
+    Raises:
+        LayerPruneError: it does not.
+    """
     advice = _ADVICE.format(folder=folder)
     options = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
     cls: Any = type(model)

@@ -7,6 +7,7 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from hf_layerprune import (
     LayerPruneError,
     get_lineage,
+    load_model,
     load_pruned_adapter,
     remove_layers,
     save_adapter,
@@ -121,6 +122,8 @@ def test_an_adapter_knows_its_cut_base(tmp_path):
         save_adapter(model, tmp_path / "adapter")
     save_adapter(model, tmp_path / "adapter", base_model=str(tmp_path / "base"))
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    with pytest.raises(LayerPruneError, match="use load_pruned_adapter"):
+        load_model(str(tmp_path / "adapter"))
     again = load_pruned_adapter(str(tmp_path / "adapter"))
     assert torch.equal(logits(again.eval(), tokens()), expected)
     assert get_lineage(again).removed == [1, 4]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_layerprune import LayerPruneError, LayerPruningCallback, get_lineage, score_layers
@@ -428,3 +429,18 @@ def test_tables_packed_over_the_layers_are_not_cut_in_training():
     assert len(find_decoder(model).layers) == 7
     record = prune_layers(model, target_layers=5, calibration=calibration())  # without training they are
     assert record["phases"][-1]["kept"] == get_lineage(model).kept
+
+
+def test_checkpoints_of_a_plain_trainer_are_checked(llama):
+    llama.model.layers[0].self_attn.scaling *= 2  # nothing in the config says so
+    saves = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    with pytest.raises(LayerPruneError, match=r"another model when loaded.*safe in out/checkpoint-2"):
+        plain_trainer(llama, pruning(), **saves).train()
+    plain_trainer(make_model(), pruning(verify_save=False), output_dir="off", **saves).train()
+
+
+def test_adapters_are_refused_before_training():
+    model = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(LayerPruneError, match="merge_and_unload"):
+        plain_trainer(model, pruning()).train()
+    assert not Path("out/layer_pruning.json").exists()
