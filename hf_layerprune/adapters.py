@@ -58,7 +58,8 @@ def cut_adapter(config: Any, stack: str, kept: Sequence[int]) -> dict[str, Any]:
 
     def follow(name: str) -> str | None:
         """The name after the removal; None if its layer is gone."""
-        found = re.search(rf"(?:^|\.){re.escape(stack)}\.(\d+)(?=\.|$)", name)
+        # With "layers.3." in it, the dots perhaps escaped, or from "3." on, as PEFT shortens many names.
+        found = re.search(rf"(?:(?:^|\.){re.escape(stack)}\\?\.|^)(\d+)(?=\\?\.|$)", name)
         if found is None:
             return name
         layer = int(found[1])
@@ -75,9 +76,9 @@ def cut_adapter(config: Any, stack: str, kept: Sequence[int]) -> dict[str, Any]:
         value = getattr(config, name, None)
         if value and not isinstance(value, str):
             followed = [new for new in map(follow, value) if new is not None]
-            if not followed:
+            if not followed and name.startswith("target"):
                 raise LayerPruneError(f"nothing of the adapter's {name} would be left.")
-            changed[name] = type(value)(followed)
+            changed[name] = type(value)(followed) if followed else None
     for name in PATTERNS:
         value = getattr(config, name, None)
         if value:

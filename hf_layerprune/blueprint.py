@@ -21,14 +21,15 @@ class Difference:
     """One thing in which a live model differs from its blueprint.
 
     Args:
-        path (`str`): the module's path in the model.
-        module (`nn.Module` or `None`): the live module; None if there is none.
-        name (`str`): what of the module: an attribute, a parameter, a buffer; empty for itself.
+        path (`str`): the live module's path in the model.
+        module (`nn.Module`): the live module.
+        name (`str`): what of the module: an attribute, a parameter, a buffer, a module that should be inside;
+            empty for itself.
         here, there: the value in the live model and in the blueprint; of a tensor, its shape.
     """
 
     path: str
-    module: nn.Module | None
+    module: nn.Module
     name: str
     here: Any
     there: Any
@@ -36,7 +37,7 @@ class Difference:
     @property
     def key(self) -> tuple[Any, str]:
         """The same for the same difference before and after a removal, when the path has changed."""
-        return (self.path if self.module is None else self.module), self.name
+        return self.module, self.name
 
     def __str__(self) -> str:
         where = f"{self.path}.{self.name}".strip(".")
@@ -55,7 +56,13 @@ def differences(model: PreTrainedModel, blueprint: PreTrainedModel) -> list[Diff
     """All in which `model` differs from `blueprint`: modules and their classes, shapes of tensors, attributes
     that are plain values, lists of them or tables by layer, and tied weights."""
     live, fresh = dict(model.named_modules()), dict(blueprint.named_modules())
-    found = [Difference(path, None, "", _ABSENT, "a module") for path in fresh if path not in live]
+    found = []
+    for path in fresh.keys() - live.keys():
+        inside = path
+        while inside not in live:
+            inside = inside.rpartition(".")[0]
+        name = path[len(inside) :].lstrip(".")
+        found.append(Difference(inside, live[inside], name, _ABSENT, "a module"))
     for path, module in live.items():
         if path not in fresh:
             found.append(Difference(path, module, "", "a module", _ABSENT))
@@ -70,8 +77,8 @@ def differences(model: PreTrainedModel, blueprint: PreTrainedModel) -> list[Diff
         ]
     for target, source in blueprint.all_tied_weights_keys.items():
         if _parameter(model, target) is not _parameter(model, source):
-            found.append(Difference(target, None, "", "a parameter of its own", f"tied to {source}"))
-    return found
+            found.append(Difference("", model, target, "a parameter of its own", f"tied to {source}"))
+    return sorted(found, key=str)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from transformers.utils import cached_file
 
 from .decoder import find_decoder
 from .errors import LayerPruneError
-from .lineage import Lineage, get_lineage
+from .lineage import Lineage, get_lineage, read_lineage
 from .surgery import keep_lineage
 
 
@@ -48,9 +48,9 @@ def load_model(name: str, **options: Any) -> PreTrainedModel:
         )
     decoder = find_decoder(model)
     entry = re.compile(rf"(?:^|\.){decoder.attribute}\.(\d+)\.")
-    more = [
-        key for key in report["unexpected_keys"] for i in entry.findall(key) if int(i) >= len(decoder.layers)
-    ]
+    # Further layers may predict further tokens (DeepSeek's), which transformers does not load.
+    last = len(decoder.layers) + (getattr(decoder.config, "num_nextn_predict_layers", None) or 0)
+    more = [key for key in report["unexpected_keys"] for i in entry.findall(key) if int(i) >= last]
     if more:
         raise LayerPruneError(
             f"The weights of {name} do not fit its config, which has {len(decoder.layers)} layers: there is "
@@ -114,21 +114,24 @@ def load_pruned_adapter(name: str, base_model: PreTrainedModel | None = None, **
     try:
         path = cached_file(name, PRUNED_BASE)
         record = json.loads(Path(str(path)).read_text(encoding="utf-8"))
-        lineage = Lineage(record["original_num_hidden_layers"], record["kept_layers"])
+        lineage, base_name = read_lineage(record), record["base_model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LayerPruneError(
             f"{name} has no readable {PRUNED_BASE}, which says what layers the adapters are for: "
             f"{one_line(error)}"
         ) from error
     if base_model is None:
-        base_model = load_model(record["base_model"], **options)
+        base_model = load_model(str(base_name), **options)
         keep_lineage(base_model, lineage)
     if get_lineage(base_model) != lineage:
         raise LayerPruneError(
-            f"The adapters are for {lineage} of {record['base_model']}, but base_model has "
+            f"The adapters are for {lineage} of {base_name}, but base_model has "
             f"{get_lineage(base_model)}: leave it out, or cut it first."
         )
-    return PeftModel.from_pretrained(base_model, name)
+    try:
+        return PeftModel.from_pretrained(base_model, name)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise LayerPruneError(f"Cannot load the adapters in {name}: {one_line(error)}") from error
 
 
 def _load(auto_class: Any, name: str, what: str, **options: Any) -> Any:

@@ -111,9 +111,11 @@ def _depth_scale(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
 
 def _shared_indexers(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
     """HY-V4 and GLM-MoE-DSA: a layer with a "shared" indexer reads what the last "full" one has chosen."""
-    types = fields.get("indexer_types")
-    if types and types[kept[0]] == "shared":
-        raise LayerPruneError("the first layer left has a shared indexer, and no full one stands before it.")
+    types = fields.get("indexer_types") or []
+    for layer in kept:
+        source = max((i for i in range(layer + 1) if types[i : i + 1] == ["full"]), default=layer)
+        if source not in kept:
+            raise LayerPruneError(f"layer {layer} shares the indexer of layer {source}, which would be gone.")
     return {}
 
 
@@ -125,6 +127,13 @@ def _linear_first(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
     return {}
 
 
+def _rescaled_weights(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
+    """RWKV divides weights by powers of two that go by depth, in place, when it first runs in eval mode."""
+    if fields["model_type"] == "rwkv" and fields.get("rescale_every"):
+        raise LayerPruneError("its weights are rescaled by depth as it runs: load it with rescale_every=0.")
+    return {}
+
+
 SPECIAL: tuple[Callable[[Fields, int, Sequence[int]], Fields], ...] = (
     _sparse_steps,
     _repeated_block_types,
@@ -132,4 +141,5 @@ SPECIAL: tuple[Callable[[Fields, int, Sequence[int]], Fields], ...] = (
     _depth_scale,
     _shared_indexers,
     _linear_first,
+    _rescaled_weights,
 )

@@ -11,7 +11,7 @@ from .errors import LayerPruneError
 
 
 CONFIG_KEY = "layer_pruning"
-MOST_LAYERS = 10_000  # no model has nearly as many, and a damaged config may claim any number
+MOST_LAYERS = 1_000  # no model has nearly as many, and a damaged config may claim any number
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,7 @@ def get_lineage(model: PreTrainedModel | PreTrainedConfig) -> Lineage:
     if entry is None:
         return Lineage(count, list(range(count)))
     try:
-        original, kept = entry["original_num_hidden_layers"], entry["kept_layers"]
-        lineage = Lineage(int(original), [int(layer) for layer in kept])
-        if lineage.original > MOST_LAYERS:
-            raise ValueError(f"{lineage.original} layers")
+        lineage = read_lineage(entry)
     except (KeyError, TypeError, ValueError) as error:
         raise LayerPruneError(f"Damaged `{CONFIG_KEY}` in the config: {error}") from error
     if len(lineage.kept) != count:
@@ -84,3 +81,18 @@ def get_lineage(model: PreTrainedModel | PreTrainedConfig) -> Lineage:
 def lineage_entry(lineage: Lineage) -> dict[str, Any]:
     """What a (text) config says of `lineage`, under [`CONFIG_KEY`]."""
     return {"original_num_hidden_layers": lineage.original, "kept_layers": lineage.kept}
+
+
+def read_lineage(entry: Any) -> Lineage:
+    """The lineage that [`lineage_entry`] gave.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is damaged.
+    """
+    original, kept = entry["original_num_hidden_layers"], entry["kept_layers"]
+    numbers = [original, *kept]
+    if not isinstance(kept, list) or any(type(number) is not int for number in numbers):
+        raise TypeError(f"{str(numbers)[:80]} are not all whole numbers")
+    if original > MOST_LAYERS:
+        raise ValueError(f"{original} layers")
+    return Lineage(original, kept)

@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 
 from .adapters import adapter_configs, base_of
 from .checkpoint import PRUNED_BASE, load_pruned_adapter, one_line
+from .decoder import text_config
 from .errors import LayerPruneError
 from .lineage import get_lineage, lineage_entry
+from .rotary import legacy_rotary
 from .scoring import undisturbed
 
 
@@ -58,11 +60,14 @@ def save_adapter(
             tokens.
 
     Raises:
-        LayerPruneError: it is no `PeftModel`, its base has no name, or it is another model when loaded.
+        LayerPruneError: it is no `PeftModel` with one adapter, its base has no name, or it is another model
+            when loaded.
     """
     folder, configs = Path(folder), adapter_configs(model)
     if not configs:
         raise LayerPruneError(f"A {type(model).__name__} has no adapters to save: use save_model.")
+    if list(configs) != ["default"] or list(model.active_adapters) != ["default"]:
+        raise LayerPruneError(f"One active adapter named 'default' is expected, there are {list(configs)}.")
     base = base_of(model)
     name = base_model or next(iter(configs.values())).base_model_name_or_path or base.config._name_or_path
     if not name:
@@ -88,6 +93,9 @@ def saving(model: PreTrainedModel, folder: str | Path, *, verify: bool, legacy_r
         LayerPruneError: it cannot be saved, or is another model when loaded. It says where the weights are.
     """
     folder = Path(folder)
+    if adapter_configs(model):
+        raise LayerPruneError("A PeftModel is no plain model: merge it first, or use save_adapter.")
+    old_names = legacy_rotary(model.config) if legacy_rope else {}
     try:
         yield
     except OSError:  # the disk is full or gone, there is no place to put anything
@@ -100,8 +108,8 @@ def saving(model: PreTrainedModel, folder: str | Path, *, verify: bool, legacy_r
             f"The model cannot be saved as a plain model: {one_line(error)} All its weights are safe, as "
             f"they are in memory, in {rescue}."
         ) from error
-    if legacy_rope:
-        _add_legacy_rope(folder / "config.json")
+    if old_names:
+        _add_fields(folder / "config.json", old_names)
     if verify:
         check_reload(model, folder)
 
@@ -127,45 +135,36 @@ def check_reload(model: PreTrainedModel, folder: Path) -> None:
 
 def _check_same(model: Any, again: Any, folder: Path) -> None:
     base = base_of(model)
-    vocabulary: Any = base.get_input_embeddings().num_embeddings
-    tokens = torch.arange(32, device=base.device).view(2, 16) % vocabulary
-    for here, there in zip(base.buffers(), base_of(again).buffers(), strict=True):
-        there.data = there.to(
-            here.dtype
-        )  # `.to(torch.bfloat16)` rounds rotary tables, which loading does not
-    with undisturbed(model):
-        # Not through the precision context in which accelerate wraps a model in training.
-        live = getattr(model, "_original_forward", model)(input_ids=tokens, use_cache=False).logits
-        saved = again.eval().to(base.device)(input_ids=tokens, use_cache=False).logits
-    scale = float(live.float().nan_to_num().std())
+    text = text_config(base.config)
+    length = min(16, getattr(text, "max_position_embeddings", None) or 16)
+    tokens = torch.arange(2 * length, device=base.device).view(2, length) % text.vocab_size
+    there = dict(base_of(again).named_buffers())
+    for name, buffer in base.named_buffers():
+        if name in there:  # `.to(torch.bfloat16)` rounds rotary tables, which loading does not
+            there[name].data = there[name].to(buffer.dtype)
+    try:
+        with undisturbed(model):
+            # Not through the precision context in which accelerate wraps a model in training.
+            live = getattr(model, "_original_forward", model)(input_ids=tokens, use_cache=False).logits
+            saved = again.eval().to(base.device)(input_ids=tokens, use_cache=False).logits
+    except Exception as error:
+        raise LayerPruneError(
+            f"The model cannot be compared with what was saved, as it does not read tokens alone: "
+            f"{one_line(error)} If that is right, save it without verify. {_ADVICE.format(folder=folder)}"
+        ) from error
+    live, saved = live.float(), saved.float()
+    scale = float(live.nan_to_num().std())
     tolerance = scale * (1e-3 if base.dtype == torch.float32 else 0.05)
     if not torch.allclose(live, saved, rtol=0, atol=tolerance, equal_nan=True):
         far = float((live - saved).abs().max()) / scale
         raise LayerPruneError(
             f"What was saved is another model when loaded: its logits are off by {far:.2g} of their standard "
-            f"deviation. {_ADVICE.format(folder=folder)}"
+            "deviation. (A model cast by hand, as with .bfloat16(), may be: load it with dtype= instead.) "
+            f"{_ADVICE.format(folder=folder)}"
         )
 
 
-def _add_legacy_rope(path: Path) -> None:
+def _add_fields(path: Path, fields: dict[str, Any]) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
-    text = config.get("text_config", config)
-    rope = text.get("rope_parameters") or {}
-    if "full_attention" in rope:
-        text |= _legacy_rope(rope["full_attention"], text["model_type"])
-        if "sliding_attention" in rope:
-            text["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
-    elif "rope_theta" in rope:
-        text |= _legacy_rope(rope, text["model_type"])
+    config.get("text_config", config).update(fields)
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _legacy_rope(rope: dict[str, Any], model_type: str) -> dict[str, Any]:
-    rest = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
-    names = ("rope_theta", "partial_rotary_factor")
-    if model_type.startswith("gpt_neox"):
-        names = ("rotary_emb_base", "rotary_pct")
-    old = {names[0]: rope["rope_theta"]}
-    if "partial_rotary_factor" in rope:
-        old[names[1]] = rope["partial_rotary_factor"]
-    return old if rest.get("rope_type") == "default" else old | {"rope_scaling": rest}

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -66,10 +67,14 @@ class without_layers:
     """
 
     def __init__(self, model: Any, layers: int | Iterable[int]) -> None:
+        self._decoder = find_decoder(base_of(model))
+        self._stack = self._decoder.layers
         self._edits = _cut(model, check_layers(model, layers))
         self._edits.undo()
 
     def __enter__(self) -> None:
+        if self._decoder.layers is not self._stack:
+            raise LayerPruneError("The model has lost layers since this context was made.")
         self._edits.redo()
 
     def __exit__(self, *exception: object) -> None:
@@ -178,19 +183,20 @@ class _Removal:
             return {self.kept.index(k): v for k, v in here.items() if k in self.kept} == there
         if type(here) is float and type(there) is float:
             return math.isclose(here, there, rel_tol=1e-12)  # the same, computed from other numbers
+        layer = self.places.get(difference.module)
+        if (here, there) == (True, False):  # whether there is a layer of a kind
+            return layer is None and bool(re.fullmatch(r"has_\w+_layers", name))
         if type(here) is not int or type(there) is not int:
             return False
         if (here, there) == (self.count, len(self.kept)):
             return True
-        layer = self.places.get(difference.module) if difference.module else None
         if layer is None:  # a threshold, or how many layers something has
             return "layer" in name and there == sum(i < here for i in self.kept)
         new = self.kept.index(layer)
         if (here, there) == (layer, new):
             return True
-        if name == "layer_idx" and here // 2 == layer:  # LongCat has two places in the cache for a layer
-            return (here % 2, there // 2) == (there % 2, new)
-        return "layer" in name and here in self.kept and there == self.kept.index(here)
+        # LongCat has two places in the cache for a layer.
+        return name == "layer_idx" and (here // 2, here % 2) == (layer, there % 2) and there // 2 == new
 
     def unpacked(self, difference: Difference) -> tuple[int, int] | None:
         """If a tensor's shape, or a number of a module, packs all layers side by side as in Gemma's
@@ -217,9 +223,12 @@ def _cut(model: Any, removed: set[int]) -> _Edits:
     config, old_layers = decoder.config, decoder.layers
     kept = [i for i in range(len(old_layers)) if i not in removed]
     lineage = get_lineage(base).without(removed)
-    known_to_adapters = set(adapter_differences(model)) if adapters else set()
+    known_to_adapters: set[str] = set()
     had_cache = _has_cache(config)
     try:
+        if adapters:
+            known_to_adapters = set(adapter_differences(model))
+        _check_pictures(base)
         changed = _cut_config(edits, base, config, kept, lineage)
         layers = nn.ModuleList([old_layers[i] for i in kept])
         layers.training = old_layers.training
@@ -256,6 +265,20 @@ def _cut(model: Any, removed: set[int]) -> _Edits:
         edits.undo()
         raise
     return edits
+
+
+def _check_pictures(model: PreTrainedModel) -> None:
+    """Refuse a model that adds what it sees in pictures to the output of layers by their number.
+
+    Raises:
+        LayerPruneError: it does.
+    """
+    parts = [model.config.to_dict()]
+    for part in parts:
+        parts += [value for value in part.values() if isinstance(value, dict)]
+        found = [name for name, value in part.items() if "deepstack" in str(name) and value]
+        if found:
+            raise LayerPruneError(f"pictures enter it at layers by their number ({found[0]}).")
 
 
 def _reason(error: Exception) -> str:
@@ -296,9 +319,9 @@ def _reconcile(edits: _Edits, model: PreTrainedModel, removal: _Removal) -> list
     left = []
     for difference in differences(model, blueprint):
         module, name, packed = difference.module, difference.name, removal.unpacked(difference)
-        if module is not None and removal.explains(difference):
+        if removal.explains(difference):
             edits.set(vars(module), name, difference.there)
-        elif module is not None and packed:
+        elif packed:
             if name in module._parameters:
                 parameter: Any = module._parameters[name]
                 edits.set(module._parameters, name, _Part(parameter, *packed, removal.kept))

@@ -19,6 +19,7 @@ from .lineage import get_lineage
 from .losses import LAST, cross_entropy, hidden_mse, hidden_pairs, kl_divergence, token_mask
 from .record import Record, read_record
 from .report import write_card
+from .rotary import legacy_rotary
 from .saving import saving
 from .surgery import keep_lineage
 from .teacher import make_teacher
@@ -70,6 +71,8 @@ class DistillationTrainer(Trainer):
             )
         if args.torch_compile:
             raise LayerPruneError("torch_compile does not see layers go, nor hooks: leave it out.")
+        if args.legacy_rope:
+            legacy_rotary(model.config)  # whether it can be done is told before any work
         teacher = make_teacher(teacher_model, model, args.hidden_weight > 0)
         unknown = set(args.hidden_layers or []) - set(get_lineage(teacher).kept)
         if unknown:

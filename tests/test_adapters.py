@@ -29,6 +29,7 @@ def adapted(family="llama", **settings):
     return get_peft_model(make_model(family), config).eval()
 
 
+PROJECTIONS = [f"self_attn.{x}_proj" for x in "qkvo"] + ["mlp.up_proj", "mlp.gate_proj", "mlp.down_proj"]
 SETTINGS = {
     "all layers": {},
     "layers_to_transform": {"layers_to_transform": [1, 2, 5]},
@@ -40,6 +41,12 @@ SETTINGS = {
     },
     "excluded": {"exclude_modules": ["model.layers.4.self_attn.q_proj"], "modules_to_save": ["lm_head"]},
     "dora": {"use_dora": True, "layers_to_transform": [0, 4]},
+    "many names": {
+        "target_modules": [f"model.layers.{i}.{name}" for i in (0, 2, 3, 5) for name in PROJECTIONS]
+    },
+    "escaped": {"rank_pattern": {r"model\.layers\.2\.self_attn\.q_proj": 3}},
+    "excluded and gone": {"exclude_modules": ["model.layers.3.self_attn.q_proj"]},
+    "saved whole": {"modules_to_save": ["model.layers.4.mlp"], "target_modules": ["q_proj"]},
     "regex without layers": {"target_modules": r".*(q_proj|up_proj)"},
 }
 
@@ -144,7 +151,8 @@ def test_an_adapter_without_its_record_is_refused(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(LayerPruneError, match="no readable pruned_base"):
         load_pruned_adapter(str(tmp_path))
-    for damaged in ("{", json.dumps({"base_model": "x"}), json.dumps([1])):
+    lineage = {"original_num_hidden_layers": 6, "kept_layers": [0, 1]}
+    for damaged in ("{", json.dumps({"base_model": "x"}), json.dumps([1]), "5", "null", json.dumps(lineage)):
         (tmp_path / "pruned_base.json").write_text(damaged)
         with pytest.raises(LayerPruneError, match="no readable pruned_base"):
             load_pruned_adapter(str(tmp_path))
@@ -159,3 +167,20 @@ def test_a_wrong_base_is_found_when_saving(tmp_path):
     with pytest.raises(LayerPruneError, match="another model when loaded"):
         save_adapter(model, tmp_path / "adapter", base_model=str(tmp_path / "other"))
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_one_active_adapter_named_default_is_saved(tmp_path):
+    named = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"]), adapter_name="mine")
+    two = adapted()
+    two.add_adapter("second", LoraConfig(target_modules=["q_proj"]))
+    for model in (named, two):
+        with pytest.raises(LayerPruneError, match="One active adapter named 'default'"):
+            save_adapter(model, tmp_path / "adapter", base_model="x")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_trained_tokens_are_saved_with_the_adapter(tmp_path):
+    make_model().save_pretrained(tmp_path / "base")
+    model = adapted(trainable_token_indices=[1, 5])
+    remove_layers(model, 2)
+    save_adapter(model, tmp_path / "adapter", base_model=str(tmp_path / "base"))

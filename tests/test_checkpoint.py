@@ -8,6 +8,7 @@ from hf_layerprune import LayerPruneError, remove_layers
 from hf_layerprune.checkpoint import load_lineage, load_model, load_skeleton, load_tokenizer
 
 from .conftest import logits, make_model, tokens
+from .tiny_models import tiny_model
 
 
 def test_a_saved_model_and_its_lineage_load(llama, tokenizer, tmp_path):
@@ -116,3 +117,17 @@ def test_a_skeleton_has_no_weights(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(LayerPruneError, match=r"(?s)built from the config|does not say"):
         load_skeleton(str(tmp_path))
+
+
+def test_layers_that_only_predict_further_tokens_are_no_excess(tmp_path):
+    model = tiny_model("deepseek_v3")
+    model.config.num_nextn_predict_layers = 1
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["model.layers.7.eh_proj.weight"] = torch.zeros(2)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert load_model(str(tmp_path)).config.num_hidden_layers == 7
+    weights["model.layers.8.eh_proj.weight"] = torch.zeros(2)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LayerPruneError, match=r"model\.layers\.8"):
+        load_model(str(tmp_path))

@@ -64,7 +64,7 @@ def test_two_switches_are_no_indices():
 def test_what_could_not_run_is_refused():
     types = ["full", "shared", "shared"]
     assert cut_fields({"model_type": "x", "indexer_types": types}, 3, [0, 2])["indexer_types"] == types[:2]
-    with pytest.raises(LayerPruneError, match="shared indexer"):
+    with pytest.raises(LayerPruneError, match="layer 1 shares the indexer of layer 0"):
         cut_fields({"model_type": "x", "indexer_types": types}, 3, [1, 2])
     kinds = {"model_type": "minimax", "layer_types": ["full_attention", "linear_attention", "full_attention"]}
     assert cut_fields(kinds, 3, [2])["layer_types"] == ["full_attention"]

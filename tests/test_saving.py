@@ -2,12 +2,14 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune import LayerPruneError, remove_layers, save_model
 
 from .conftest import logits, make_model, tokens
+from .tiny_models import tiny_model
 
 
 def tensors(model):
@@ -78,6 +80,7 @@ SCALED = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+OLD_SCALED = {k: v for k, v in SCALED.items() if k != "rope_theta"} | {"type": "llama3"}
 SPLIT = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
@@ -91,7 +94,7 @@ SPLIT = {
         (
             "llama",
             SCALED,
-            {"rope_theta": 5e5, "rope_scaling": {k: v for k, v in SCALED.items() if k != "rope_theta"}},
+            {"rope_theta": 5e5, "rope_scaling": OLD_SCALED},
         ),
         (
             "gemma3_text",
@@ -99,7 +102,7 @@ SPLIT = {
             {
                 "rope_theta": 1e6,
                 "rope_local_base_freq": 1e4,
-                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+                "rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 8.0},
             },
         ),
         (
@@ -117,3 +120,49 @@ def test_legacy_rotary_keys(family, rope, old, tmp_path):
     new, both = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("new", "old"))
     assert both == new | old
     assert not old.keys() & new.keys()
+
+
+@pytest.mark.parametrize(
+    ("family", "rope", "message"),
+    [
+        (
+            "llama",
+            {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "short_factor": [1.0] * 4,
+                "long_factor": [2.0] * 4,
+                "original_max_position_embeddings": 16,
+            },
+            "scale by 'longrope'",
+        ),
+        ("modernbert-decoder", None, "others for each kind of attention"),
+        ("gemma4_text", None, "no older form"),
+    ],
+)
+def test_settings_without_an_older_form_are_refused_before_saving(family, rope, message, tmp_path):
+    model = tiny_model(family) if rope is None else make_model(family, rope_parameters=rope)
+    with pytest.raises(LayerPruneError, match=message):
+        save_model(model, tmp_path / "folder", legacy_rope=True)
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_model_that_lost_a_kind_of_attention_is_saved(tmp_path):
+    model = tiny_model("olmo3")
+    full = [i for i, kind in enumerate(model.config.layer_types) if kind == "full_attention"]
+    remove_layers(model, full)
+    save_model(model, tmp_path)
+
+
+def test_short_and_mixed_models_are_saved(tmp_path):
+    save_model(make_model("gpt2", n_positions=8), tmp_path / "short")
+    model = make_model("llama").to(torch.bfloat16)
+    model.lm_head.float()
+    model.model.norm.float()
+    save_model(model, tmp_path / "mixed")
+
+
+def test_adapters_are_not_saved_as_a_model(tmp_path):
+    with pytest.raises(LayerPruneError, match="use save_adapter"):
+        save_model(get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"])), tmp_path)

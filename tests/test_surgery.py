@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers import BartConfig
 
 from hf_layerprune import LayerPruneError, get_lineage, remove_layers
-from hf_layerprune.decoder import find_decoder
+from hf_layerprune.decoder import find_decoder, layer_count, text_config
 from hf_layerprune.lineage import Lineage
 from hf_layerprune.surgery import keep_lineage, possible_cuts, without_layers
 
@@ -258,7 +259,7 @@ def test_refused_layers_say_why_and_the_others_go():
         remove_layers(model, [1, 2])
 
 
-@pytest.mark.parametrize("name", ["hy_v4", "qwen3_moe", "bart", "zamba2", "gemma3n_text", "bamba", "gemma3"])
+@pytest.mark.parametrize("name", ["zaya", "qwen3_moe", "bart", "zamba2", "gemma3n_text", "bamba", "gemma3"])
 def test_one_after_another_is_all_at_once(name, tmp_path):
     once, twice = tiny_model(name), tiny_model(name)
     remove_layers(once, [1, 5])
@@ -286,6 +287,59 @@ def test_a_damaged_count_is_refused(llama):
         with pytest.raises(LayerPruneError, match="layers: it is damaged"):
             get_lineage(llama)
     llama.config.num_hidden_layers = 6
-    llama.config.layer_pruning = {"original_num_hidden_layers": 10**12, "kept_layers": list(range(6))}
-    with pytest.raises(LayerPruneError, match="Damaged `layer_pruning`"):
-        get_lineage(llama)
+    for original, kept in [(10**12, [0, 1]), (6, "012345"), (6, [0.0, 1.5]), (float("inf"), [0]), ("6", [0])]:
+        llama.config.layer_pruning = {"original_num_hidden_layers": original, "kept_layers": kept}
+        with pytest.raises(LayerPruneError, match="Damaged `layer_pruning`"):
+            get_lineage(llama)
+
+
+def test_a_context_of_another_depth_is_not_entered(llama):
+    whole = logits(llama, tokens())
+    first, second = without_layers(llama, [1]), without_layers(llama, [2])
+    with first:
+        inside = logits(llama, tokens())
+        for other in (second, first):
+            with pytest.raises(LayerPruneError, match="has lost layers since"):
+                other.__enter__()
+        assert torch.equal(logits(llama, tokens()), inside)
+    assert torch.equal(logits(llama, tokens()), whole)
+    remove_layers(llama, [5])
+    with pytest.raises(LayerPruneError, match="has lost layers since"):
+        first.__enter__()
+    assert get_lineage(llama).kept == [0, 1, 2, 3, 4]
+
+
+def test_every_copy_of_the_config_follows():
+    model = tiny_model("dots3_note_text")
+    remove_layers(model, [1, 3])
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    assert len(configs) > 1  # its rotary embeddings have their own
+    assert {config.num_hidden_layers for config in configs.values()} == {5}
+    assert {len(config.layer_types) for config in configs.values()} == {5}
+
+
+def test_tied_weights_are_tied_again():
+    model = tiny_model("zamba2")
+    remove_layers(model, [1, 3])
+    before = logits(model, tokens())
+    model.tie_weights()
+    assert torch.equal(logits(model, tokens()), before)
+
+
+def test_pictures_that_enter_at_layers_by_number_are_refused(llama):
+    llama.config.vision = {"deepstack_visual_indexes": [1, 3]}
+    with pytest.raises(LayerPruneError, match="pictures enter it at layers by their number"):
+        remove_layers(llama, 4)
+
+
+def test_a_kind_of_layer_may_be_used_up():
+    model = tiny_model("dots1")
+    sliding = [i for i, kind in enumerate(model.config.layer_types) if kind == "sliding_attention"]
+    remove_layers(model, sliding)
+    assert model.model.has_sliding_layers is False
+
+
+def test_the_layers_of_an_encoder_are_not_counted():
+    config = BartConfig(encoder_layers=4, decoder_layers=3)
+    assert config.is_encoder_decoder
+    assert layer_count(text_config(config)) == 3

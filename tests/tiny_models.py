@@ -168,7 +168,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "hunyuan_v1_moe",
         {"moe_topk": [1, 2, 1, 2, 1, 1, 2], "head_dim": 8},
     ),
+    "glm_moe_dsa, shared indexers": (
+        "glm_moe_dsa",
+        LATENT | {"indexer_types": ["full", "shared", "full", "shared", "shared", "full", "shared"]},
+    ),
     "hy_v4, one full indexer": ("hy_v4", {"indexer_types": ["full"] + ["shared"] * 6}),
+    "rwkv, weights rescaled by depth": ("rwkv", {"rescale_every": 2}),
     "qwen4_exp_text, layers with n-gram tables": (
         "qwen4_exp_text",
         INDEXER
