@@ -184,7 +184,7 @@ class _Removal:
         if type(here) is float and type(there) is float:
             return math.isclose(here, there, rel_tol=1e-12)  # the same, computed from other numbers
         layer = self.places.get(difference.module)
-        if (here, there) == (True, False):  # whether there is a layer of a kind
+        if here is True and there is False:  # whether there is a layer of a kind
             return layer is None and bool(re.fullmatch(r"has_\w+_layers", name))
         if type(here) is not int or type(there) is not int:
             return False
