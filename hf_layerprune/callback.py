@@ -58,12 +58,15 @@ class LayerPruningCallback(TrainerCallback):
         target_layers (`int`):
             How many layers the model shall have in the end.
         criterion (`str`, *optional*, defaults to `"loss"`):
-            What makes a layer important: `"loss"`, `"block_influence"` or `"task"`, see
+            What makes a layer important: `"loss"`, `"kl"`, `"block_influence"`, `"task"` or another one of
             [`score_layers`].
         calibration (`Dataset` or list of batches, *optional*):
             Text to score with: a data set like the training one, or ready batches.
         task (`Callable` or `evaluate.EvaluationModule`, *optional*):
             For `criterion="task"`: a function `score(model) -> float`, higher is better, or a metric.
+        racing (`float`, *optional*):
+            A confidence such as 0.99 with which layers that are surely not the least important are no
+            longer scored, see [`score_layers`].
         layers_per_phase (`int`, *optional*, defaults to 1):
             Layers to remove before training goes on; all are scored again after each.
         steps_per_phase (`int`, *optional*):
@@ -92,6 +95,7 @@ class LayerPruningCallback(TrainerCallback):
         criterion: str = "loss",
         calibration: Any = None,
         task: Any = None,
+        racing: float | None = None,
         layers_per_phase: int = 1,
         steps_per_phase: int | None = None,
         protected: Iterable[int] | None = None,
@@ -106,12 +110,13 @@ class LayerPruningCallback(TrainerCallback):
         }.items():
             if type(value) is not int or value < 1:
                 raise LayerPruneError(f"{name} is {value!r}: it must be a whole number of at least 1.")
-        if quality_floor is not None and criterion == "block_influence":
-            raise LayerPruneError("block_influence measures no quality: leave quality_floor out.")
+        if quality_floor is not None and criterion not in ("loss", "task"):
+            raise LayerPruneError(f"{criterion} measures no quality: leave quality_floor out.")
         self.target_layers = target_layers
         self.criterion = criterion
         self.calibration = calibration
         self.task = task
+        self.racing = racing
         self.layers_per_phase = layers_per_phase
         self.steps_per_phase = steps_per_phase
         self.protected = None if protected is None else list(protected)
@@ -181,6 +186,7 @@ class LayerPruningCallback(TrainerCallback):
                 self._batches,
                 self.criterion,
                 self.task,
+                self.racing,
                 self.record["pruning"]["protected_originals"],
                 progress=not args.disable_tqdm,
             )
@@ -274,6 +280,7 @@ class LayerPruningCallback(TrainerCallback):
         return {
             "target_layers": self.target_layers,
             "criterion": self.criterion,
+            "racing": self.racing,
             "layers_per_phase": self.layers_per_phase,
             "steps_per_phase": self.steps_per_phase,
             "protected": self.protected,
@@ -402,7 +409,7 @@ def _resumed_record(
             f"Cannot resume at step {state.global_step}: no {RECORD_NAME} in {folder}. Resume in the "
             "output folder of the run, from one of its own checkpoints."
         )
-    changed = {name: value for name, value in settings.items() if record["pruning"][name] != value}
+    changed = {name: value for name, value in settings.items() if record["pruning"].get(name) != value}
     if changed:
         raise LayerPruneError(
             f"The run in {folder} was started with other settings than {changed}: resume with the same."

@@ -1,94 +1,267 @@
-"""How much a decoder layer matters: one function for each published criterion.
+"""How much a decoder layer matters, or a run of layers: one function for each published criterion.
 
-Each takes a model (prepared by [`~hf_layerprune.score_layers`]: eval mode, no gradients), batches, the
-candidate layers, each with the context in which the model lacks it, and a function to call when one
-candidate was scored on one batch. Each returns the
-quality of the model as it is (higher is better; None if the criterion measures none) and a score for
-each candidate (higher matters more).
+Each takes a [`Request`] and returns what it [`Found`]: higher matters more.
 """
 
-import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import PreTrainedModel
 
 from .data import Batch
 from .decoder import find_decoder
 from .errors import LayerPruneError
-from .losses import LAST, cross_entropy, token_mask
-from .surgery import without_layers
+from .leave_one_out import Cuts, Refer, Tick, Values, captured, check_all_ran, hidden, leave_out
+from .losses import cross_entropy
+from .reading import Reader, targets_of
 
 
-logger = logging.getLogger(__name__)
+UNIT = 32  # tokens of a sequence whose sum is one observation, for standard errors and racing
+ROWS = 16  # positions whose probabilities are computed at once: so few stay in the processor's cache
 
-Cuts = Mapping[int, without_layers]
-Scores = tuple[float | None, dict[int, float]]
-Tick = Callable[[], None]
 Task = Callable[[PreTrainedModel], float]
 
+# Orders in which layers go by their place alone (LayerChop, 2305.14864, section 3, and 2411.15558).
+PATTERNS: dict[str, Callable[[float, int], float]] = {
+    "output": lambda layer, count: count - layer,  # the deepest first
+    "input": lambda layer, count: layer,
+    "middle": lambda layer, count: abs(layer - (count - 1) / 2),
+    "both": lambda layer, count: min(layer, count - 1 - layer),  # from both ends inwards
+}
 
-def block_influence(model: PreTrainedModel, batches: Sequence[Batch], candidates: Cuts, tick: Tick) -> Scores:
-    """Block Influence (ShortGPT, 2403.03853, equation 1): `1 - E[cos(x_i, x_{i+1})]` over tokens.
 
-    x_i and x_{i+1} are the raw states before and after layer i. One forward pass scores all layers.
+@dataclass(frozen=True)
+class Request:
+    """What a criterion is to look at.
+
+    Args:
+        model (`PreTrainedModel`): in eval mode, without gradients.
+        batches (sequence of dict): calibration, each `input_ids` `(batch, length)` and so on.
+        cuts (`Mapping`): for each candidate, by its first layer, the context in which the model lacks it.
+        run (`int`): how many layers a candidate is.
+        tick (`Callable`): called with 1 after each candidate and batch.
+        racing (`float` or `None`): the confidence with which candidates may be dropped early.
+        task (`Callable` or `None`): for `task`.
+        teacher (`PreTrainedModel` or `None`): for `kl`, the model to compare with; None for the model itself.
+        pattern (`str`): for `positional`.
+        seed (`int`): for `positional` at random.
     """
-    sums = dict.fromkeys(candidates, 0.0)
+
+    model: PreTrainedModel
+    batches: Sequence[Batch]
+    cuts: Cuts
+    run: int
+    tick: Tick
+    racing: float | None = None
+    task: Task | None = None
+    teacher: PreTrainedModel | None = None
+    pattern: str = "output"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a criterion found.
+
+    Args:
+        scores (`dict[int, float]`): for each candidate, by its first layer; higher matters more.
+        quality (`float` or `None`): of the model as it is, higher is better; None if none is measured.
+        errors (`dict[int, float]`): standard errors of the scores over units, where there are any.
+        seen (`dict[int, int]`): how many units of text each candidate was scored with.
+    """
+
+    scores: dict[int, float]
+    quality: float | None = None
+    errors: dict[int, float] | None = None
+    seen: dict[int, int] | None = None
+
+    @classmethod
+    def of(cls, values: Values, quality: bool = False) -> "Found":
+        """The scores of what was measured unit by unit."""
+        errors = {layer: values.error(layer) for layer in values.without}
+        return cls(
+            scores={layer: values.score(layer) for layer in values.without},
+            quality=values.quality() if quality else None,
+            errors={layer: error for layer, error in errors.items() if error is not None},
+            seen={layer: len(sums) for layer, sums in values.without.items()},
+        )
+
+
+def block_influence(request: Request) -> Found:
+    """Block Influence (ShortGPT, 2403.03853, equation 1): `1 - E[cos(x_i, x_{i+n})]` over tokens, for a run
+    of n layers as in LLM-Streamline (2403.19135, section 3.1).
+
+    The states are the raw ones before and after the layers, also at the end of the stack. One forward pass
+    scores all candidates.
+    """
+
+    def distance(before: torch.Tensor, after: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        cosine = F.cosine_similarity(before.float(), after.float(), dim=-1)
+        cosine = cosine.flatten(2).mean(-1) if cosine.dim() > 2 else cosine
+        return torch.where(real, 1 - cosine, 0.0).sum(1)
+
+    return _between(request, distance, lambda real: real.sum(1))
+
+
+def angular(request: Request) -> Found:
+    """Angular distance of the last token (Gromov et al., 2403.17887, equation 8): `arccos(cos(x_l, x_{l+n}))
+    / pi`, mean over sequences. One forward pass scores all candidates."""
+
+    def distance(before: torch.Tensor, after: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(real.shape[1], device=real.device)
+        last = torch.where(real, places, -1).amax(1)
+        rows = torch.arange(len(real), device=real.device)
+        cosine = F.cosine_similarity(before[rows, last].float(), after[rows, last].float(), dim=-1)
+        cosine = cosine.flatten(1).mean(-1) if cosine.dim() > 1 else cosine
+        angles = cosine.clamp(-1, 1).arccos() / torch.pi
+        return torch.where(last >= 0, angles, 0.0)
+
+    return _between(request, distance, lambda real: real.any(1))
+
+
+def loss(request: Request) -> Found:
+    """Rise of the language-model loss (nats per token) without the layers (SLEB, 2402.09025; Shortened
+    LLaMA, 2402.02834). The quality is minus the loss."""
+
+    def refer(reader: Reader, batch: Batch) -> tuple[Any, torch.Tensor]:
+        return None, unit_losses(reader, batch)
+
+    def compare(reader: Reader, batch: Batch, reference: Any) -> torch.Tensor:
+        return unit_losses(reader, batch)
+
+    return Found.of(_leave_out(request, refer, compare), quality=True)
+
+
+def kl(request: Request) -> Found:
+    """KL divergence (nats per token) of the output without the layers from that of the teacher, or of the
+    model as it is. With a teacher, its rise; the quality is then minus the divergence of the model."""
+    teacher = Reader(request.teacher, request.batches[0]["input_ids"]) if request.teacher else None
+
+    def refer(reader: Reader, batch: Batch) -> tuple[Any, torch.Tensor]:
+        reference = (teacher or reader).states(batch)
+        if teacher is None:
+            return reference, torch.zeros_like(_tokens(batch), dtype=torch.float64)
+        return reference, compare(reader, batch, reference)
+
+    def compare(reader: Reader, batch: Batch, reference: Any) -> torch.Tensor:
+        mask, _ = targets_of(batch)
+        own = reader.logits(reader.states(batch)[:, :-1][mask])
+        theirs = (teacher or reader).logits(reference[:, :-1][mask])
+        found = [
+            F.kl_div(a.float().log_softmax(-1), b.float().log_softmax(-1), reduction="none", log_target=True)
+            .sum(-1)
+            .double()
+            for (_, ours), (_, expected) in zip(own, theirs, strict=True)
+            for a, b in zip(ours.split(ROWS), expected.split(ROWS), strict=True)
+        ]
+        return _by_unit(mask, _joined(found, mask))
+
+    return Found.of(_leave_out(request, refer, compare), quality=teacher is not None)
+
+
+def hidden_mse(request: Request) -> Found:
+    """Squared error of the last hidden state without the layers, relative to its own square (so that models
+    compare), mean over tokens."""
+
+    def refer(reader: Reader, batch: Batch) -> tuple[Any, torch.Tensor]:
+        return reader.states(batch), torch.zeros_like(_tokens(batch), dtype=torch.float64)
+
+    def compare(reader: Reader, batch: Batch, reference: Any) -> torch.Tensor:
+        mask, _ = targets_of(batch)
+        own = reference[:, :-1][mask].float()
+        error = (reader.states(batch)[:, :-1][mask].float() - own).square().sum(-1)
+        return _by_unit(mask, (error / own.square().sum(-1)).double())
+
+    return Found.of(_leave_out(request, refer, compare))
+
+
+def taylor(request: Request) -> Found:
+    """First-order estimate of the change of the loss without the layers' weights: the sum of `|gradient x
+    weight|` over them, the gradient that of the mean loss (Shortened LLaMA, 2402.02834, section 3.1)."""
+    model, stack = request.model, find_decoder(request.model).layers
+    wanted = {i for layer in request.cuts for i in range(layer, layer + request.run)}
+    parameters = {i: list(stack[i].parameters()) for i in sorted(wanted)}
+    flat = [parameter for layer in parameters.values() for parameter in layer]
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    gradients = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in flat]
     tokens = 0
-    for batch in batches:
-        with captured(model, candidates) as states:
-            _forward(model, batch)
-        _check_all_ran(states, candidates)
-        real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-        tokens += int(real.sum())
-        for layer in candidates:
-            before, after = (_tokens_of(hidden(state), real) for state in states[layer])
-            sums[layer] += float((1 - F.cosine_similarity(before, after, dim=-1)).double().sum())
-            tick()
-    return None, {layer: total / _some(tokens) for layer, total in sums.items()}
+    try:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in flat:
+            parameter.requires_grad_(True)
+        for batch in request.batches:
+            with torch.enable_grad():
+                mask, targets = targets_of(batch)
+                inputs = {name: value for name, value in batch.items() if name != "labels"}
+                total = cross_entropy(model(**inputs, use_cache=False).logits, targets, mask)
+            tokens += int(mask.sum())
+            found = torch.autograd.grad(total, flat, allow_unused=True)
+            for gradient, more in zip(gradients, found, strict=True):
+                if more is not None:
+                    gradient += more
+            for _ in request.cuts:
+                request.tick(1)
+    finally:
+        for parameter, flag in zip(model.parameters(), flags, strict=True):
+            parameter.requires_grad_(flag)
+    if not tokens:
+        raise LayerPruneError("No token of the calibration counts: all are masked or labelled -100.")
+    importance = iter(
+        (g / tokens * p.detach()).abs().double().sum().item() for g, p in zip(gradients, flat, strict=True)
+    )
+    by_layer = {i: sum(next(importance) for _ in layer) for i, layer in parameters.items()}
+    return Found({layer: sum(by_layer[layer + i] for i in range(request.run)) for layer in request.cuts})
 
 
-def loss(model: PreTrainedModel, batches: Sequence[Batch], candidates: Cuts, tick: Tick) -> Scores:
-    """Rise of the language-model loss (nats per token) without the layer (SLEB, 2402.09025; Shortened
-    LLaMA, 2402.02834). The quality is minus the loss.
-
-    The states before the missing layer are those of the whole model, so each candidate only computes
-    what comes after it: the same numbers as one full pass each, to the bit, in about half the time. Where
-    layers hand on more than their outputs (Gemma's shared keys and values), each gets its full pass.
-    """
-    replay = _can_replay(model, batches[0]["input_ids"][:1, :8], max(candidates))
-    if not replay:
-        logger.info("Layers of this model hand on more than their outputs: each score takes a full pass.")
-    dense, tokens = 0.0, 0
-    sums = dict.fromkeys(candidates, 0.0)
-    for batch in batches:
-        with captured(model, range(max(candidates) + 1)) as states:
-            total, count = batch_loss(model, batch)
-        _check_all_ran(states, range(max(candidates) + 1))
-        outputs = [states[layer][1] for layer in sorted(states)]
-        dense, tokens = dense + total, tokens + count
-        for layer in candidates:
-            with candidates[layer], _replayed(model, outputs[: layer if replay else 0]):
-                sums[layer] += batch_loss(model, batch)[0]
-            tick()
-    tokens = _some(tokens)
-    return -dense / tokens, {layer: (total - dense) / tokens for layer, total in sums.items()}
-
-
-def task(model: PreTrainedModel, score: Task, candidates: Cuts, tick: Tick) -> Scores:
-    """Fall of a task's score without the layer (Iterative Layer-wise Distillation, 2511.05085,
-    section 3). The quality is the score itself."""
-    quality = _number(score(model))
+def task(request: Request) -> Found:
+    """Fall of a task's score without the layers (Iterative Layer-wise Distillation, 2511.05085, section 3).
+    The quality is the score itself."""
+    assert request.task is not None
+    quality = _number(request.task(request.model))
     scores = {}
-    for layer in candidates:
-        with candidates[layer]:
-            scores[layer] = quality - _number(score(model))
-        tick()
-    return quality, scores
+    for layer, cut in request.cuts.items():
+        with cut:
+            scores[layer] = quality - _number(request.task(request.model))
+        request.tick(1)
+    return Found(scores, quality)
+
+
+def positional(request: Request) -> Found:
+    """A layer's place alone: by one of LayerChop's patterns (2305.14864, section 3), the deepest first
+    (2411.15558), or at random."""
+    count = len(find_decoder(request.model).layers)
+    if request.pattern == "random":
+        generator = torch.Generator().manual_seed(request.seed)
+        order = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
+        return Found({layer: order[layer] for layer in request.cuts})
+    middle = (request.run - 1) / 2
+    place = PATTERNS[request.pattern]
+    return Found({layer: float(place(layer + middle, count)) for layer in request.cuts})
+
+
+CRITERIA: dict[str, Callable[[Request], Found]] = {
+    "block_influence": block_influence,
+    "angular": angular,
+    "loss": loss,
+    "kl": kl,
+    "hidden_mse": hidden_mse,
+    "taylor": taylor,
+    "task": task,
+    "positional": positional,
+}
+
+
+def mean_task(tasks: Sequence[Task]) -> Task:
+    """The mean of several tasks' scores as one task, as in 2511.05085."""
+
+    def score(model: PreTrainedModel) -> float:
+        return sum(_number(one(model)) for one in tasks) / len(tasks)
+
+    return score
 
 
 def next_token_metric(metric: Any, batches: Sequence[Batch]) -> Task:
@@ -104,8 +277,9 @@ def next_token_metric(metric: Any, batches: Sequence[Batch]) -> Task:
         predictions: list[int] = []
         references: list[int] = []
         for batch in batches:
-            mask, tokens = _targets(batch)
-            best = _forward(model, batch).logits[:, :-1].argmax(-1)
+            mask, tokens = targets_of(batch)
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            best = model(**inputs, use_cache=False).logits[:, :-1].argmax(-1)
             predictions += best[mask].tolist()
             references += tokens[:, 1:][mask].tolist()
         result: Mapping[str, float] = metric.compute(predictions=predictions, references=references)
@@ -114,110 +288,76 @@ def next_token_metric(metric: Any, batches: Sequence[Batch]) -> Task:
     return score
 
 
-def batch_loss(model: PreTrainedModel, batch: Batch) -> tuple[float, int]:
-    """The summed next-token loss of one batch, in nats, and over how many tokens."""
-    mask, tokens = _targets(batch)
-    return float(cross_entropy(_forward(model, batch).logits, tokens, mask)), int(mask.sum())
+def unit_losses(reader: Reader, batch: Batch) -> torch.Tensor:
+    """The next-token loss of each [`UNIT`] of the batch, in nats, `(units,)`, float64."""
+    mask, tokens = targets_of(batch)
+    targets = tokens[:, 1:][mask]
+    found = [
+        F.cross_entropy(few.float(), said, reduction="none").double()
+        for part, logits in reader.logits(reader.states(batch)[:, :-1][mask])
+        for few, said in zip(logits.split(ROWS), targets[part].split(ROWS), strict=True)
+    ]
+    return _by_unit(mask, _joined(found, mask))
 
 
-@contextmanager
-def captured(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, tuple[Any, Any]]]:
-    """Within this context a forward pass of `model` fills the dict with each layer's first input, the
-    state `(batch, length, hidden)` before it, and its output as it came (see [`hidden`]).
-    [`~hf_layerprune.losses.LAST`] stands for the output head, whose input is the last hidden state."""
-    states: dict[int, tuple[Any, Any]] = {}
-    stack = find_decoder(model).layers
-
-    def keep(layer: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            states[layer] = (args[0] if args else kwargs["hidden_states"]), output
-
-        return hook
-
-    with ExitStack() as hooks:
-        for layer in layers:
-            module = model.get_output_embeddings() if layer == LAST else stack[layer]
-            handle = module.register_forward_hook(keep(layer), with_kwargs=True)
-            hooks.callback(handle.remove)
-        yield states
+def _joined(parts: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=mask.device)
 
 
-def hidden(output: Any) -> torch.Tensor:
-    """The hidden state in what a decoder layer returned: itself, or the first of several things."""
-    return output[0] if isinstance(output, (tuple, list)) else output
+def _tokens(batch: Batch) -> torch.Tensor:
+    """How many tokens of each unit count, `(units,)`."""
+    mask, _ = targets_of(batch)
+    return _by_unit(mask, torch.ones(int(mask.sum()), dtype=torch.float64, device=mask.device))
 
 
-CRITERIA: dict[str, Callable[..., Scores]] = {
-    "block_influence": block_influence,
-    "loss": loss,
-    "task": task,
-}
+def _by_unit(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The sum over each unit of the values at the positions in `mask` `(batch, length - 1)`."""
+    units = -(-mask.shape[1] // UNIT)
+    row, place = mask.nonzero(as_tuple=True)
+    sums = torch.zeros(len(mask) * units, dtype=torch.float64, device=mask.device)
+    return sums.index_add_(0, row * units + place // UNIT, values)
 
 
-@contextmanager
-def _replayed(model: PreTrainedModel, outputs: Sequence[Any]) -> Iterator[None]:
-    """Within this context the first layers compute nothing: they return these outputs again."""
-
-    def patch(module: nn.Module, output: Any) -> Callable[[], None]:
-        had = vars(module).get("forward")
-        vars(module)["forward"] = lambda *args, **kwargs: output
-
-        def unpatch() -> None:
-            del vars(module)["forward"]
-            if had is not None:
-                vars(module)["forward"] = had
-
-        return unpatch
-
-    with ExitStack() as patches:
-        for module, output in zip(find_decoder(model).layers, outputs, strict=False):
-            patches.callback(patch(module, output))
-        yield
+def _leave_out(request: Request, refer: Refer, compare: Any) -> Values:
+    model, batches, cuts = request.model, request.batches, request.cuts
+    return leave_out(model, batches, _tokens, cuts, refer, compare, request.racing, request.tick)
 
 
-def _tokens_of(state: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """The states of real tokens, where a layer may pass on several streams of them."""
+def _between(
+    request: Request,
+    distance: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    tokens: Callable[[torch.Tensor], torch.Tensor],
+) -> Found:
+    """Compare the raw states before and after each candidate, in one forward pass for all."""
+    values = Values(without={layer: [] for layer in request.cuts})
+    ends = {end for layer in request.cuts for end in (layer, layer + request.run - 1)}
+    for batch in request.batches:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        with captured(request.model, ends) as states:
+            request.model(**inputs, use_cache=False)
+        check_all_ran(states, ends)
+        real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        counts = tokens(real).double().tolist()
+        values.tokens += counts
+        values.whole += [0.0] * len(counts)
+        for layer, sums in values.without.items():
+            before = _states(states[layer][0], real)
+            after = _states(hidden(states[layer + request.run - 1][1]), real)
+            sums += distance(before, after, real).double().tolist()
+            request.tick(1)
+    return Found.of(values)
+
+
+def _states(state: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """States as `(batch, length, ...)`, where a layer may pass on several streams of them."""
     if state.dim() == 4 and state.shape[1:3] == real.shape:  # Gemma 3n has its streams in front
         state = state.movedim(0, 2)
     if state.shape[:2] != real.shape:
         raise LayerPruneError(
             f"Layers of this model pass on states of shape {tuple(state.shape)} for tokens of shape "
-            f"{tuple(real.shape)}, which block_influence cannot read: use criterion='loss'."
+            f"{tuple(real.shape)}, which this criterion cannot read: use criterion='loss'."
         )
-    return state[real].float()
-
-
-def _can_replay(model: PreTrainedModel, input_ids: torch.Tensor, deepest: int) -> bool:
-    """Whether layers that only return what they returned before leave the logits as they are to the bit,
-    however many of the first `deepest` they are."""
-    with captured(model, range(deepest)) as states:
-        expected = model(input_ids=input_ids, use_cache=False).logits
-    _check_all_ran(states, range(deepest))
-    outputs = [states[layer][1] for layer in range(deepest)]
-    for count in range(1, deepest + 1):
-        with _replayed(model, outputs[:count]):
-            try:
-                found = model(input_ids=input_ids, use_cache=False).logits
-            except Exception:  # a layer missed what an earlier one should have left for it
-                return False
-        if not torch.allclose(found, expected, rtol=0, atol=0, equal_nan=True):
-            return False
-    return True
-
-
-def _check_all_ran(states: Collection[int], layers: Iterable[int]) -> None:
-    idle = [layer for layer in layers if layer not in states]
-    if idle:
-        raise LayerPruneError(
-            f"Layers {idle} did not run on the calibration data (they may look at pictures), so it says "
-            "nothing of them: this model cannot be scored with text."
-        )
-
-
-def _some(tokens: int) -> int:
-    if not tokens:
-        raise LayerPruneError("No token of the calibration counts: all are masked or labelled -100.")
-    return tokens
+    return state
 
 
 def _number(score: Any) -> float:
@@ -225,14 +365,3 @@ def _number(score: Any) -> float:
         return float(score)
     except (TypeError, ValueError) as error:
         raise LayerPruneError(f"The task's score is {score!r}: it must be a number.") from error
-
-
-def _forward(model: PreTrainedModel, batch: Batch) -> Any:
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
-    return model(**inputs, use_cache=False)
-
-
-def _targets(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    labels = batch.get("labels")
-    mask = token_mask(batch["input_ids"], labels, batch.get("attention_mask"))
-    return mask, batch["input_ids"] if labels is None else labels

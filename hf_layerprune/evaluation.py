@@ -7,9 +7,10 @@ from collections.abc import Iterable
 
 from transformers import PreTrainedModel
 
-from .criteria import batch_loss
+from .criteria import unit_losses
 from .data import Batch
 from .errors import LayerPruneError
+from .reading import Reader, targets_of
 from .scoring import undisturbed
 
 
@@ -29,11 +30,13 @@ def evaluate_text(model: PreTrainedModel, batches: Iterable[Batch]) -> dict[str,
         LayerPruneError: there is no token to predict.
     """
     total, tokens, speeds = 0.0, 0, []
+    reader: Reader | None = None
     with undisturbed(model):
         for batch in batches:
             on_device = {name: value.to(model.device) for name, value in batch.items()}
             began = time.perf_counter()
-            loss, count = batch_loss(model, on_device)
+            reader = reader or Reader(model, on_device["input_ids"])
+            loss, count = float(unit_losses(reader, on_device).sum()), int(targets_of(on_device)[0].sum())
             speeds.append(batch["input_ids"].numel() / (time.perf_counter() - began))
             total, tokens = total + loss, tokens + count
     if not tokens:

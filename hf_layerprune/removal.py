@@ -27,6 +27,7 @@ def prune_layers(
     criterion: str = "loss",
     calibration: Any = (),
     task: Any = None,
+    racing: float | None = None,
     protected: Sequence[int] | None = None,
     evaluation: Evaluation | None = None,
 ) -> Record:
@@ -35,7 +36,7 @@ def prune_layers(
 
     Args:
         model (`PreTrainedModel`): a causal language model.
-        target_layers, criterion, calibration, task, protected, evaluation: see
+        target_layers, criterion, calibration, task, racing, protected, evaluation: see
             [`LayerPruningCallback`].
 
     Returns:
@@ -47,12 +48,13 @@ def prune_layers(
     began = time.monotonic()
     fixed = check_plan(model, target_layers, protected)
     batches = make_batches(calibration, 4) if calibration or not callable(task) else []
-    settings = {"target_layers": target_layers, "criterion": criterion, "protected_originals": fixed}
+    settings = {"target_layers": target_layers, "criterion": criterion, "racing": racing}
+    settings["protected_originals"] = fixed
     record = start_record(model, settings)
     record["dense"] = run_evaluation(evaluation, model)
     while len(get_lineage(model).kept) > target_layers:
         phase_began = time.monotonic()
-        table = score_present(model, batches, criterion, task, fixed)
+        table = score_present(model, batches, criterion, task, racing, fixed)
         removal = remove_least(model, table)
         record["phases"].append(
             phase_entry(model, 0, [removal], evaluation)
@@ -106,13 +108,14 @@ def score_present(
     batches: Sequence[Batch],
     criterion: str,
     task: Any,
+    racing: float | None,
     protected: Sequence[int] | None,
     progress: bool = True,
 ) -> ScoreTable:
     """Score the layers of `model` that are not protected (by original index)."""
     kept = get_lineage(model).kept
     now = None if protected is None else [kept.index(layer) for layer in protected]
-    return score_layers(model, batches, criterion, task=task, protected=now, progress=progress)
+    return score_layers(model, batches, criterion, task=task, racing=racing, protected=now, progress=progress)
 
 
 def remove_least(model: PreTrainedModel, table: ScoreTable) -> dict[str, Any]:

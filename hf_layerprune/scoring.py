@@ -1,5 +1,6 @@
 """Scoring all candidate layers of a model: one call, one table."""
 
+import json
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .criteria import CRITERIA, next_token_metric
+from .criteria import CRITERIA, PATTERNS, Request, mean_task, next_token_metric
 from .data import Batch
 from .errors import LayerPruneError
 from .lineage import get_lineage
@@ -21,9 +22,16 @@ from .surgery import check_layers, possible_cuts
 
 UNITS = {
     "block_influence": "Block Influence",
+    "angular": "angular distance of the last token\n(parts of pi)",
     "loss": "rise of the loss without it\n(nats per token)",
+    "kl": "KL divergence without it\n(nats per token)",
+    "hidden_mse": "relative error of the last state\nwithout it",
+    "taylor": "sum of |gradient x weight|",
     "task": "fall of the task's score without it",
+    "positional": "place",
 }
+LEAVE_ONE_OUT = ("loss", "kl", "hidden_mse")
+BY_LAYER = ("scores", "refused", "errors", "seen")
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,10 @@ class ScoreTable:
         kept (`list[int]`): for each present layer, its index in the original model.
         refused (`dict[int, str]`): for each layer that is no candidate because it cannot be removed
             exactly, by its present index, the reason.
+        run (`int`): how many layers a candidate is; it is named by the first.
+        errors (`dict[int, float]`): standard errors of the scores, where they have any: over sequences, or
+            for leave-one-out over parts of 32 tokens.
+        seen (`dict[int, int]`): with how many of these each candidate was scored.
     """
 
     criterion: str
@@ -46,23 +58,25 @@ class ScoreTable:
     quality: float | None
     kept: list[int]
     refused: dict[int, str] = field(default_factory=dict)
+    run: int = 1
+    errors: dict[int, float] = field(default_factory=dict)
+    seen: dict[int, int] = field(default_factory=dict)
 
     def ranking(self) -> list[int]:
-        """The candidates, least important first; of equals the deeper first."""
-        return sorted(self.scores, key=lambda layer: (self.scores[layer], -layer))
+        """The candidates, least important first; of equals the deeper first. Those that racing dropped early
+        come after all that it did not."""
+        return sorted(self.scores, key=lambda i: (-self.seen.get(i, 0), self.scores[i], -i))
 
     def to_dict(self) -> dict[str, Any]:
         """The table as plain values for JSON, the layer indices as strings."""
-        return asdict(self) | {
-            "scores": {str(layer): score for layer, score in self.scores.items()},
-            "refused": {str(layer): reason for layer, reason in self.refused.items()},
-        }
+        values = asdict(self)
+        return values | {name: {str(i): v for i, v in values[name].items()} for name in BY_LAYER}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ScoreTable":
         """The table that [`~ScoreTable.to_dict`] gave."""
-        by_layer = {name: values.get(name, {}) for name in ("scores", "refused")}
-        return cls(**values | {name: {int(k): v for k, v in d.items()} for name, d in by_layer.items()})
+        by_layer = {name: values.get(name, {}) for name in BY_LAYER}
+        return cls(**values | {name: {int(i): v for i, v in d.items()} for name, d in by_layer.items()})
 
     def plot(self, path: str | Path) -> None:
         """Write a bar chart of the scores by original layer, the least important one marked."""
@@ -73,9 +87,11 @@ class ScoreTable:
         least = self.ranking()[0]
         layers = sorted(self.scores)
         colours = ["tab:red" if layer == least else "tab:blue" for layer in layers]
-        axes.bar([self.kept[i] for i in layers], [self.scores[i] for i in layers], color=colours)
-        for layer in set(range(len(self.kept))) - set(layers):
-            axes.text(self.kept[layer], 0, " protected", rotation=90, ha="center", color="gray", size=8)
+        errors = [self.errors.get(i, 0.0) for i in layers]
+        places = [self.kept[i] for i in layers]
+        axes.bar(places, [self.scores[i] for i in layers], yerr=errors, ecolor="gray", color=colours)
+        for layer in set(range(len(self.kept))) - {i + j for i in layers for j in range(self.run)}:
+            axes.text(self.kept[layer], 0, " stays", rotation=90, ha="center", color="gray", size=8)
         values = sorted(abs(v) for v in self.scores.values())
         if values[0] > 0 and values[-1] > 20 * values[len(values) // 2]:
             axes.set_yscale("symlog", linthresh=values[len(values) // 2])
@@ -95,7 +111,13 @@ def score_layers(
     batches: Iterable[Batch] = (),
     criterion: str = "loss",
     *,
+    run: int = 1,
     task: Any = None,
+    teacher: PreTrainedModel | None = None,
+    pattern: str = "output",
+    seed: int = 0,
+    racing: float | None = None,
+    cache_mb: int = 1024,
     protected: Iterable[int] | None = None,
     progress: bool = True,
 ) -> ScoreTable:
@@ -105,10 +127,22 @@ def score_layers(
         model (`PreTrainedModel`): a causal language model.
         batches (iterable of dict): calibration: `input_ids` `(batch, length)`, and where needed
             `attention_mask` and `labels` (-100 is not counted) of the same shape.
-        criterion (`str`, *optional*, defaults to `"loss"`): `"loss"`, `"block_influence"` or `"task"`.
+        criterion (`str`, *optional*, defaults to `"loss"`): one of `CRITERIA`: `"loss"`, `"kl"`,
+            `"hidden_mse"`, `"block_influence"`, `"angular"`, `"taylor"`, `"task"`, `"positional"`.
+        run (`int`, *optional*, defaults to 1): score runs of so many consecutive layers, each by its first.
         task (`Callable` or `evaluate.EvaluationModule`, *optional*): for `criterion="task"`, a function
-            `score(model) -> float`, higher is better, or a metric that is computed from predicted and
-            true next tokens of `batches`.
+            `score(model) -> float`, higher is better, a list of such, whose mean counts, or a metric that is
+            computed from predicted and true next tokens of `batches`.
+        teacher (`PreTrainedModel`, *optional*): for `"kl"`, the model to compare with; left out, the model
+            itself as it is.
+        pattern (`str`, *optional*, defaults to `"output"`): for `"positional"`: `"output"` (the deepest go
+            first), `"input"`, `"middle"`, `"both"` or `"random"`.
+        seed (`int`, *optional*, defaults to 0): for `pattern="random"`.
+        racing (`float`, *optional*): a confidence such as 0.99, with which `"loss"`, `"kl"` and
+            `"hidden_mse"` stop scoring candidates that are surely not the least important. Their scores are
+            of the text that they have seen.
+        cache_mb (`int`, *optional*, defaults to 1024): states of a batch, in MiB, that these three may keep;
+            larger batches are read in parts.
         protected (iterable of `int`, *optional*): present indices that are no candidates; left out,
             the first and the last layer.
         progress (`bool`, *optional*, defaults to `True`): show a bar with the time left.
@@ -120,42 +154,116 @@ def score_layers(
         LayerPruneError: an unknown criterion or layer, no candidate, a model that cannot be cut exactly,
             no calibration, or a score that is not a number.
     """
-    if criterion not in CRITERIA:
-        raise LayerPruneError(f"Unknown criterion {criterion!r}: choose from {', '.join(CRITERIA)}.")
-    if (task is None) == (criterion == "task"):
-        raise LayerPruneError("`task` (a function or a metric) and criterion='task' go together.")
+    _check_choices(criterion, task, teacher, pattern, racing, cache_mb)
     kept = get_lineage(model).kept
-    ends = {0, len(kept) - 1}
-    fixed = ends if protected is None else check_layers(model, protected)
-    candidates = [layer for layer in range(len(kept)) if layer not in fixed]
-    if not candidates or len(kept) == 1:
+    if type(run) is not int or not 1 <= run < len(kept):
+        raise LayerPruneError(f"run is {run!r}: it must be at least 1 and below the {len(kept)} layers.")
+    fixed = {0, len(kept) - 1} if protected is None else check_layers(model, protected)
+    starts = [i for i in range(len(kept) - run + 1) if fixed.isdisjoint(range(i, i + run))]
+    if not starts:
         raise LayerPruneError(f"No layer to score: {len(kept)} layers, protected {sorted(fixed)}.")
-    cuts, refused = possible_cuts(model, candidates)  # a score of what cannot go would help nobody
+    cuts, refused = possible_cuts(model, starts, run)  # a score of what cannot go would help nobody
     if not cuts:
         raise LayerPruneError(next(iter(refused.values())))
     on_device = [{k: v.to(model.device) for k, v in batch.items() if torch.is_tensor(v)} for batch in batches]
-    if not on_device and not callable(task):
+    if not on_device and not callable(task) and criterion != "positional" and not isinstance(task, list):
         raise LayerPruneError("No calibration batches to score with.")
     if any(batch["input_ids"].shape[1] < 2 for batch in on_device):
         raise LayerPruneError("Calibration batches of one token have nothing to predict.")
-    source: Any = on_device
-    if task is not None:
-        source = next_token_metric(task, on_device) if hasattr(task, "compute") else task
-
-    rounds = 1 if criterion == "task" else len(on_device)
-    total = rounds * len(cuts)
+    if isinstance(task, list):
+        task = mean_task(task)
+    elif hasattr(task, "compute"):
+        task = next_token_metric(task, on_device)
+    if criterion in LEAVE_ONE_OUT:
+        on_device = _small_enough(model, on_device, cache_mb)
+    rounds = {"task": 1, "positional": 0}.get(criterion, len(on_device))
     with (
-        tqdm(total=total, desc=f"scoring ({criterion})", disable=not progress, leave=False) as bar,
+        tqdm(
+            total=rounds * len(cuts), desc=f"scoring ({criterion})", disable=not progress, leave=False
+        ) as bar,
         undisturbed(model),
     ):
-        quality, scores = CRITERIA[criterion](model, source, cuts, bar.update)
-    bad = [layer for layer, score in scores.items() if not np.isfinite(score)]
+        found = CRITERIA[criterion](
+            Request(model, on_device, cuts, run, bar.update, racing, task, teacher, pattern, seed)
+        )
+    bad = [layer for layer, score in found.scores.items() if not np.isfinite(score)]
     if bad:
         raise LayerPruneError(
             f"The {criterion} score of layers {bad} is not a finite number: check the model and the "
             "calibration data."
         )
-    return ScoreTable(criterion, scores, quality, kept, refused)
+    return ScoreTable(
+        criterion, found.scores, found.quality, kept, refused, run, found.errors or {}, found.seen or {}
+    )
+
+
+def read_table(path: str | Path) -> ScoreTable:
+    """The table that `hf-layerprune score --json` wrote.
+
+    Raises:
+        LayerPruneError: there is none.
+    """
+    try:
+        return ScoreTable.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LayerPruneError(f"No score table can be read from {path}: {error}") from error
+
+
+def rank_correlation(one: ScoreTable, other: ScoreTable) -> float:
+    """Spearman's rank correlation of two tables over the candidates of both, by original layer: 1 if they
+    rank alike, 0 if by chance.
+
+    Raises:
+        LayerPruneError: they have less than two candidates in common.
+    """
+    mine = {one.kept[layer]: score for layer, score in one.scores.items()}
+    theirs = {other.kept[layer]: score for layer, score in other.scores.items()}
+    common = sorted(mine.keys() & theirs.keys())
+    if len(common) < 2:
+        raise LayerPruneError(f"The tables have {len(common)} candidates in common: nothing to correlate.")
+    ranks = [_ranks([scores[layer] for layer in common]) for scores in (mine, theirs)]
+    if min(np.std(rank) for rank in ranks) == 0:
+        raise LayerPruneError("All candidates of a table score the same: there is no ranking.")
+    return float(np.corrcoef(np.stack(ranks))[0, 1])
+
+
+def _ranks(scores: list[float]) -> np.ndarray:
+    _, place, number = np.unique(scores, return_inverse=True, return_counts=True)
+    return (np.cumsum(number) - (number - 1) / 2)[place]  # of equals, the mean
+
+
+def _check_choices(
+    criterion: str, task: Any, teacher: Any, pattern: str, racing: float | None, cache_mb: int
+) -> None:
+    if criterion not in CRITERIA:
+        raise LayerPruneError(f"Unknown criterion {criterion!r}: choose from {', '.join(CRITERIA)}.")
+    if (task is None) == (criterion == "task"):
+        raise LayerPruneError("`task` (a function or a metric) and criterion='task' go together.")
+    if teacher is not None and criterion != "kl":
+        raise LayerPruneError(
+            f"{criterion} has no use for a teacher: leave it out, or choose criterion='kl'."
+        )
+    if pattern not in (*PATTERNS, "random"):
+        raise LayerPruneError(f"Unknown pattern {pattern!r}: choose from {', '.join(PATTERNS)}, random.")
+    if racing is not None and (criterion not in LEAVE_ONE_OUT or not 0.5 < racing < 1):
+        raise LayerPruneError(
+            f"racing is {racing!r} with {criterion}: it is a confidence above 0.5 and below 1, as 0.99, for "
+            f"{', '.join(LEAVE_ONE_OUT)}."
+        )
+    if type(cache_mb) is not int or cache_mb < 1:
+        raise LayerPruneError(f"cache_mb is {cache_mb!r}: it must be a whole number of at least 1.")
+
+
+def _small_enough(model: PreTrainedModel, batches: list[Any], cache_mb: int) -> list[Any]:
+    """The batches in parts of which the states after all layers fit into so many MiB, or of one row."""
+    embeddings: Any = model.get_input_embeddings().weight
+    state = embeddings.shape[-1] * embeddings.element_size()
+    parts = []
+    for batch in batches:
+        rows = cache_mb * 2**20 // (len(get_lineage(model).kept) * batch["input_ids"].shape[1] * state)
+        split = {name: value.split(max(1, rows)) for name, value in batch.items()}
+        parts += [dict(zip(split, values, strict=True)) for values in zip(*split.values(), strict=True)]
+    return parts
 
 
 def check_plot_path(path: str | Path) -> None:

@@ -82,14 +82,14 @@ class without_layers:
 
 
 def possible_cuts(
-    model: PreTrainedModel, layers: Iterable[int]
+    model: PreTrainedModel, layers: Iterable[int], run: int = 1
 ) -> tuple[dict[int, without_layers], dict[int, str]]:
-    """For each of `layers` that can be removed exactly, the context without it alone; for each other one, why
-    it cannot."""
+    """For each of `layers` that can be removed exactly, with the next ones up to a run of `run`, the context
+    without them; for each other one, why it cannot."""
     cuts, reasons = {}, {}
     for layer in layers:
         try:
-            cuts[layer] = without_layers(model, layer)
+            cuts[layer] = without_layers(model, range(layer, layer + run))
         except LayerPruneError as error:
             reasons[layer] = str(error)
     return cuts, reasons

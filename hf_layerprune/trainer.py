@@ -13,8 +13,8 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_che
 
 from .arguments import DistillationTrainingArguments
 from .checkpoint import load_lineage
-from .criteria import captured, hidden
 from .errors import LayerPruneError
+from .leave_one_out import captured, hidden
 from .lineage import get_lineage
 from .losses import LAST, cross_entropy, hidden_mse, hidden_pairs, kl_divergence, token_mask
 from .record import Record, read_record

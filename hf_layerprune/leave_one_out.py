@@ -1,0 +1,247 @@
+"""What a model loses without each of some layers: exact, by computing only what comes after the missing one,
+and fast, by dropping candidates that are surely not the least important."""
+
+import logging
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .data import Batch
+from .decoder import find_decoder
+from .errors import LayerPruneError
+from .losses import LAST
+from .reading import Reader
+from .surgery import without_layers
+
+
+logger = logging.getLogger(__name__)
+
+Cuts = Mapping[int, without_layers]
+Tick = Callable[[int], object]
+# Of a batch read by the whole model: what cut ones are compared with, and the sum of each unit, `(units,)`.
+Refer = Callable[[Reader, Batch], tuple[Any, torch.Tensor]]
+# Of a batch read by a cut model, compared with that: the sum of each unit, `(units,)`.
+Compare = Callable[[Reader, Batch, Any], torch.Tensor]
+
+FIRST_LOOK = 16  # units that are seen before a candidate is dropped
+
+
+@dataclass
+class Values:
+    """A number for each unit of text (a sequence, or a part of it) and candidate: the sum over its tokens.
+
+    Args:
+        tokens (`list[float]`): of each unit, how many tokens count.
+        whole (`list[float]`): of each unit, the whole model's value.
+        without (`dict[int, list[float]]`): of each candidate, the value of each unit it has seen, which are
+            the first ones.
+    """
+
+    tokens: list[float] = field(default_factory=list)
+    whole: list[float] = field(default_factory=list)
+    without: dict[int, list[float]] = field(default_factory=dict)
+
+    def score(self, layer: int) -> float:
+        """The mean per token of what the model loses without this candidate, on what it has seen."""
+        return self._rises(layer).sum().item() / self._count(len(self.without[layer]))
+
+    def error(self, layer: int) -> float | None:
+        """The standard error of the score over units; None of less than two."""
+        return self._error(self._rises(layer))
+
+    def quality(self) -> float:
+        """Minus the whole model's mean per token."""
+        return -sum(self.whole) / self._count(len(self.whole))
+
+    def possible(self, layers: Collection[int], confidence: float, looks: int) -> list[int]:
+        """The candidates of which it is not sure that another one matters less.
+
+        Sure is a difference to the least important so far, paired by unit, beyond the quantile of
+        Student's distribution at `confidence`, shared out over candidates and looks (Bonferroni).
+        """
+        least = min(layers, key=self.score)
+        seen = len(self.without[least])
+        tail = (1 - confidence) / max(1, (len(layers) - 1) * looks)
+        limit = _student(1 - tail, seen - 1)
+        left = []
+        for layer in layers:
+            difference = self._rises(layer) - self._rises(least)
+            error = self._error(difference)
+            gap = difference.sum().item() / self._count(seen)
+            if layer == least or error is None or gap <= limit * error:
+                left.append(layer)
+        return left
+
+    def _rises(self, layer: int) -> torch.Tensor:
+        values = torch.tensor(self.without[layer], dtype=torch.float64)
+        return values - torch.tensor(self.whole[: len(values)], dtype=torch.float64)
+
+    def _count(self, sequences: int) -> float:
+        count = sum(self.tokens[:sequences])
+        if not count:
+            raise LayerPruneError("No token of the calibration counts: all are masked or labelled -100.")
+        return count
+
+    def _error(self, sums: torch.Tensor) -> float | None:
+        """The standard error of a ratio of sums over units (of values, of tokens)."""
+        number = len(sums)
+        if number < 2:
+            return None
+        tokens = torch.tensor(self.tokens[:number], dtype=torch.float64)
+        residuals = sums - sums.sum() / self._count(number) * tokens
+        variance = residuals.square().sum().item() * number / (number - 1)
+        return math.sqrt(variance) / self._count(number)
+
+
+def leave_out(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    tokens: Callable[[Batch], torch.Tensor],
+    cuts: Cuts,
+    refer: Refer,
+    compare: Compare,
+    confidence: float | None,
+    tick: Tick,
+) -> Values:
+    """Read all batches with the whole model and without each candidate.
+
+    The layers before the missing one return what they returned in the whole model: the same numbers as one
+    full pass for each candidate, to the bit, in about half the time. Where layers hand on more than their
+    outputs (Gemma's shared keys and values), each candidate gets its full pass.
+
+    Args:
+        model (`PreTrainedModel`): in eval mode, without gradients.
+        batches (iterable of dict): with `input_ids` `(batch, length)`.
+        tokens (`Callable`): of a batch, how many tokens of each unit count, `(units,)`.
+        cuts (`Mapping`): for each candidate, by its first layer, the context in which the model lacks it.
+        refer, compare (`Callable`): the measure.
+        confidence (`float` or `None`): drop candidates that are surely not the least important (racing);
+            None keeps all.
+        tick (`Callable`): called with 1 after each candidate and batch, with more when some are dropped.
+    """
+    batches = list(batches)
+    values = Values(without={layer: [] for layer in cuts})
+    reader = Reader(model, batches[0]["input_ids"])
+    alive, deepest = sorted(cuts), max(cuts)
+    replay = _can_replay(model, batches[0]["input_ids"][:1, :8], deepest)
+    if not replay:
+        logger.info("Layers of this model hand on more than their outputs: each score takes a full pass.")
+    total = sum(len(tokens(batch)) for batch in batches)
+    looks = max(1, int(math.log2(max(2, total / FIRST_LOOK))))
+    next_look = FIRST_LOOK
+    for number, batch in enumerate(batches, 1):
+        with captured(model, range(max(alive))) as states:
+            reference, sums = refer(reader, batch)
+        check_all_ran(states, range(max(alive)))
+        outputs = [states[layer][1] for layer in range(max(alive))]
+        values.tokens += tokens(batch).double().tolist()
+        values.whole += sums.double().tolist()
+        for layer in alive:
+            with cuts[layer], _replayed(model, outputs[: layer if replay else 0]):
+                values.without[layer] += compare(reader, batch, reference).double().tolist()
+            tick(1)
+        del outputs, states, reference
+        if confidence is not None and len(values.tokens) >= next_look and number < len(batches):
+            left = values.possible(alive, confidence, looks)
+            tick((len(alive) - len(left)) * (len(batches) - number))
+            alive = left
+            while next_look <= len(values.tokens):
+                next_look *= 2
+            if len(alive) == 1:
+                tick(len(batches) - number)
+                break
+    return values
+
+
+@contextmanager
+def captured(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, tuple[Any, Any]]]:
+    """Within this context a forward pass of `model` fills the dict with each layer's first input, the
+    state `(batch, length, hidden)` before it, and its output as it came (see [`hidden`]).
+    [`~hf_layerprune.losses.LAST`] stands for the output head, whose input is the last hidden state."""
+    states: dict[int, tuple[Any, Any]] = {}
+    stack = find_decoder(model).layers
+
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            states[layer] = (args[0] if args else kwargs["hidden_states"]), output
+
+        return hook
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            module = model.get_output_embeddings() if layer == LAST else stack[layer]
+            handle = module.register_forward_hook(keep(layer), with_kwargs=True)
+            hooks.callback(handle.remove)
+        yield states
+
+
+def hidden(output: Any) -> torch.Tensor:
+    """The hidden state in what a decoder layer returned: itself, or the first of several things."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def check_all_ran(states: Collection[int], layers: Iterable[int]) -> None:
+    """Check that each of `layers` is in what [`captured`] filled.
+
+    Raises:
+        LayerPruneError: one is not.
+    """
+    idle = [layer for layer in layers if layer not in states]
+    if idle:
+        raise LayerPruneError(
+            f"Layers {idle} did not run on the calibration data (they may look at pictures), so it says "
+            "nothing of them: this model cannot be scored with text."
+        )
+
+
+@contextmanager
+def _replayed(model: PreTrainedModel, outputs: Sequence[Any]) -> Iterator[None]:
+    """Within this context the first layers compute nothing: they return these outputs again."""
+
+    def patch(module: nn.Module, output: Any) -> Callable[[], None]:
+        had = vars(module).get("forward")
+        vars(module)["forward"] = lambda *args, **kwargs: output
+
+        def unpatch() -> None:
+            del vars(module)["forward"]
+            if had is not None:
+                vars(module)["forward"] = had
+
+        return unpatch
+
+    with ExitStack() as patches:
+        for module, output in zip(find_decoder(model).layers, outputs, strict=False):
+            patches.callback(patch(module, output))
+        yield
+
+
+def _can_replay(model: PreTrainedModel, input_ids: torch.Tensor, deepest: int) -> bool:
+    """Whether layers that only return what they returned before leave the logits as they are to the bit,
+    however many of the first `deepest` they are."""
+    with captured(model, range(deepest)) as states:
+        expected = model(input_ids=input_ids, use_cache=False).logits
+    check_all_ran(states, range(deepest))
+    outputs = [states[layer][1] for layer in range(deepest)]
+    for count in range(1, deepest + 1):
+        with _replayed(model, outputs[:count]):
+            try:
+                found = model(input_ids=input_ids, use_cache=False).logits
+            except Exception:  # a layer missed what an earlier one should have left for it
+                return False
+        if not torch.allclose(found, expected, rtol=0, atol=0, equal_nan=True):
+            return False
+    return True
+
+
+def _student(probability: float, degrees: int) -> float:
+    """The quantile of Student's distribution (Cornish-Fisher, to the second order in 1 / degrees)."""
+    z = NormalDist().inv_cdf(probability)
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    return z + (z**3 + z) / (4 * degrees) + second / degrees**2

@@ -1,0 +1,181 @@
+import math
+
+import pytest
+import torch
+
+from hf_layerprune import LayerPruneError, score_layers
+from hf_layerprune.criteria import _tokens, unit_losses
+from hf_layerprune.leave_one_out import Values, _student, leave_out
+from hf_layerprune.reading import Reader
+from hf_layerprune.surgery import possible_cuts, without_layers
+
+from .conftest import LAYERS, logits, make_model, tokens
+from .tiny_models import tiny_model
+
+
+def batches():
+    padded = {"input_ids": tokens(2, 9, seed=3), "attention_mask": torch.ones(2, 9, dtype=torch.long)}
+    padded["attention_mask"][1, 6:] = 0
+    return [{"input_ids": tokens(2, 12)}, padded]
+
+
+def losses(model, given, cuts=None, confidence=None, ticks=None):
+    """The leave-one-out losses of every layer."""
+    with torch.no_grad():
+        return leave_out(
+            model,
+            given,
+            _tokens,
+            cuts or possible_cuts(model, range(LAYERS))[0],
+            lambda reader, batch: (None, unit_losses(reader, batch)),
+            lambda reader, batch, reference: unit_losses(reader, batch),
+            confidence,
+            (lambda done: None) if ticks is None else ticks.append,
+        )
+
+
+@pytest.mark.parametrize("run", [1, 2])
+def test_computing_only_what_comes_after_is_exact_to_the_bit(model, run):
+    cuts, _ = possible_cuts(model, range(LAYERS - run + 1), run)
+    found = losses(model, batches(), cuts)
+    with torch.no_grad():
+        reader = Reader(model, tokens())
+        assert found.whole == [x for b in batches() for x in unit_losses(reader, b).tolist()]
+        for layer in cuts:
+            with without_layers(model, range(layer, layer + run)):
+                naive = [x for batch in batches() for x in unit_losses(reader, batch).tolist()]
+            assert found.without[layer] == naive
+
+
+def test_layers_that_hand_on_more_get_full_passes():
+    model = tiny_model("gemma3n_text")
+    cuts, _ = possible_cuts(model, range(7))
+    found = losses(model, batches(), cuts)
+    with torch.no_grad():
+        reader = Reader(model, tokens())
+    for layer in cuts:
+        with without_layers(model, layer), torch.no_grad():
+            naive = [x for batch in batches() for x in unit_losses(reader, batch).tolist()]
+        assert found.without[layer] == naive
+
+
+def test_only_what_comes_after_is_computed(llama):
+    calls = []
+    for layer in llama.model.layers:
+        layer.mlp.register_forward_hook(lambda *_: calls.append(1))
+    batch = {"input_ids": tokens(1, 12)}
+    losses(llama, [batch])
+    first = len(calls)
+    losses(llama, [batch, batch])
+    # A batch more: the six layers once, and for each candidate those after it.
+    assert len(calls) - 2 * first == LAYERS + sum(range(LAYERS))
+
+
+def example():
+    tokens_of = [10.0, 12.0, 8.0, 10.0]
+    whole = [30.0, 40.0, 20.0, 33.0]
+    return Values(tokens_of, whole, {1: [31.0, 41.5, 21.0, 34.0], 2: [36.0, 46.0, 24.0, 39.0]})
+
+
+def test_scores_and_errors_of_a_ratio():
+    values = example()
+    assert values.quality() == -123 / 40
+    assert values.score(1) == pytest.approx(4.5 / 40)
+    rises = [1.0, 1.5, 1.0, 1.0]
+    residuals = [r - 4.5 / 40 * t for r, t in zip(rises, values.tokens, strict=True)]
+    expected = math.sqrt(sum(r * r for r in residuals) * 4 / 3) / 40
+    assert values.error(1) == pytest.approx(expected)
+    assert Values([3.0], [1.0], {0: [2.0]}).error(0) is None
+
+
+def test_the_error_is_that_of_repeated_samples():
+    """A score's standard error is the spread of scores over many calibrations."""
+    generator = torch.Generator().manual_seed(0)
+    scores, errors = [], []
+    for _ in range(400):
+        count = torch.randint(5, 50, (30,), generator=generator).double()
+        rise = count * (0.3 + 0.2 * torch.randn(30, generator=generator, dtype=torch.float64))
+        values = Values(count.tolist(), [0.0] * 30, {0: rise.tolist()})
+        scores.append(values.score(0))
+        errors.append(values.error(0))
+    assert torch.tensor(scores).std().item() == pytest.approx(sum(errors) / len(errors), rel=0.1)
+
+
+def test_surely_worse_candidates_are_dropped():
+    values = example()
+    assert values.possible([1, 2], 0.99, 1) == [1]
+    assert values.possible([1, 2], 0.9999999, 1) == [1, 2]
+    equal = Values(values.tokens, values.whole, {1: values.without[1], 2: values.without[1]})
+    assert equal.possible([1, 2], 0.99, 1) == [1, 2]
+
+
+def test_the_least_important_is_seldom_dropped():
+    """Of candidates that differ by chance alone, the truly least one survives as often as stated."""
+    generator = torch.Generator().manual_seed(1)
+    lost = 0
+    for _ in range(500):
+        noise = torch.randn(8, 5, generator=generator, dtype=torch.float64)
+        means = torch.tensor([0.0, 0.05, 0.05, 0.1, 0.2], dtype=torch.float64)
+        values = Values([1.0] * 8, [0.0] * 8, {i: (noise[:, i] + means[i]).tolist() for i in range(5)})
+        lost += 0 not in values.possible(range(5), 0.9, 1)
+    assert lost / 500 < 0.1
+
+
+@pytest.mark.parametrize(
+    ("probability", "degrees", "expected"),
+    [(0.975, 5, 2.571), (0.975, 10, 2.228), (0.995, 7, 3.499), (0.999, 15, 3.733), (0.95, 30, 1.697)],
+)
+def test_students_quantiles(probability, degrees, expected):
+    assert _student(probability, degrees) == pytest.approx(expected, rel=0.03)
+
+
+def many(model):
+    """Batches in which each layer is of use: what the model itself finds most likely is to be said."""
+    found = [tokens(2, 16, seed=i) for i in range(12)]
+    said = [logits(model, ids).argmax(-1)[:, :-1] for ids in found]
+    return [
+        {"input_ids": ids, "labels": torch.cat([ids[:, :1], labels], 1)}
+        for ids, labels in zip(found, said, strict=True)
+    ]
+
+
+def test_racing_finds_the_same_layer_with_less(llama):
+    full = score_layers(llama, many(llama), progress=False)
+    raced = score_layers(llama, many(llama), progress=False, racing=0.95)
+    assert raced.ranking()[0] == full.ranking()[0]
+    assert full.seen == dict.fromkeys(full.scores, 24)
+    assert sum(raced.seen.values()) < sum(full.seen.values())
+    for layer, seen in raced.seen.items():  # what was seen was seen right
+        part = score_layers(llama, many(llama)[: seen // 2], progress=False)
+        assert raced.scores[layer] == pytest.approx(part.scores[layer], abs=1e-12)
+        assert raced.errors[layer] == pytest.approx(part.errors[layer], abs=1e-12)
+    best = raced.ranking()[0]
+    assert raced.seen[best] == max(raced.seen.values())
+
+
+def test_the_bar_is_full_in_the_end(llama):
+    for confidence in (None, 0.9):
+        ticks = []
+        losses(llama, many(llama), confidence=confidence, ticks=ticks)
+        assert sum(ticks) == LAYERS * len(many(llama))
+
+
+def test_a_bound_on_memory_changes_nothing(llama):
+    whole = score_layers(llama, many(llama), progress=False)
+    torch.testing.assert_close(
+        whole.scores, score_layers(llama, many(llama), progress=False, cache_mb=1).scores, rtol=0, atol=1e-6
+    )
+
+
+def test_no_token_that_counts_is_an_error(llama):
+    batch = {"input_ids": tokens(2, 5), "labels": torch.full((2, 5), -100)}
+    with pytest.raises(LayerPruneError, match="No token of the calibration counts"):
+        score_layers(llama, [batch], progress=False)
+
+
+def test_autocast_and_another_seed():
+    model = make_model("qwen3", seed=3)
+    plain = score_layers(model, batches(), progress=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = score_layers(model, batches(), progress=False)
+    assert all(rough.scores[i] == pytest.approx(score, abs=0.2) for i, score in plain.scores.items())
