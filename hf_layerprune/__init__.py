@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from .saving import save_adapter as save_adapter
     from .saving import save_model as save_model
     from .scoring import ScoreTable as ScoreTable
+    from .scoring import rank_correlation as rank_correlation
     from .scoring import score_layers as score_layers
+    from .search import select_layers as select_layers
     from .surgery import remove_layers as remove_layers
     from .trainer import DistillationTrainer as DistillationTrainer
 
@@ -36,10 +38,12 @@ _HOMES = {
     "inspect_layers": "inspection",
     "load_model": "checkpoint",
     "load_pruned_adapter": "checkpoint",
+    "rank_correlation": "scoring",
     "remove_layers": "surgery",
     "save_adapter": "saving",
     "save_model": "saving",
     "score_layers": "scoring",
+    "select_layers": "search",
 }
 
 __all__ = [*_HOMES]
