@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,14 @@ class CriterionArguments:
 
     criterion: str = field(
         default="loss",
-        metadata={"help": "What makes a layer important.", "choices": ["loss", "block_influence"]},
+        metadata={
+            "help": "What makes a layer important.",
+            "choices": ["loss", "kl", "hidden_mse", "block_influence", "angular", "taylor", "positional"],
+        },
+    )
+    racing: float | None = field(
+        default=None,
+        metadata={"help": "Confidence, as 0.99, to stop scoring layers that surely matter more."},
     )
     calibration_blocks: int = field(default=16, metadata={"help": "Blocks of the text to score with."})
     protected: list[int] | None = field(
@@ -54,6 +61,11 @@ class ScoreArguments:
 
     plot: str | None = field(default=None, metadata={"help": "Write a bar chart to this file."})
     json: str | None = field(default=None, metadata={"help": "Write the table to this file."})
+    run: int = field(default=1, metadata={"help": "Score runs of so many layers, each by its first."})
+    compare: str | None = field(
+        default=None,
+        metadata={"help": "Other text, or a table of --json: how alike do they rank the layers?"},
+    )
 
 
 @dataclass
@@ -140,16 +152,31 @@ def score(arguments: list[str]) -> None:
     types = [ModelArguments, TextArguments, CriterionArguments, ScoreArguments]
     name, source, text, how, output = _parse("score", arguments, types)
     from .data import make_batches
-    from .scoring import check_plot_path, score_layers
+    from .scoring import check_plot_path, rank_correlation, read_table, score_layers
 
     if output.plot:
         check_plot_path(output.plot)
     _check_folder_of(output.json)
+    is_table = output.compare is not None and output.compare.endswith(".json")
+    other = read_table(output.compare) if is_table else None
     model, tokenizer = _load(name, source)
-    batches = make_batches(_blocks(text, model, tokenizer, how.calibration_blocks), 4)
-    table = score_layers(model, batches, how.criterion, protected=how.protected)
+
+    def table_of(text: Any) -> Any:
+        batches = make_batches(_blocks(text, model, tokenizer, how.calibration_blocks), 4)
+        settings = {"run": output.run, "racing": how.racing, "protected": how.protected}
+        return score_layers(model, batches, how.criterion, **settings)
+
+    table = table_of(text)
     for layer in table.ranking():
-        print(f"layer {layer:3d}   {how.criterion} {table.scores[layer]:9.5f}")
+        line = f"layer {layer:3d}   {how.criterion} {table.scores[layer]:9.5f}"
+        error = table.errors.get(layer)
+        print(line if error is None else f"{line} +- {error:.5f}")
+    if output.compare:
+        other = other or table_of(replace(text, data=output.compare))
+        few = max(1, len(table.scores) // 4)
+        least = [{one.kept[layer] for layer in one.ranking()[:few]} for one in (table, other)]
+        print(f"\nCompared with {output.compare}: rank correlation {rank_correlation(table, other):.3f};")
+        print(f"of the {few} least important layers of each, {len(least[0] & least[1])} are the same.")
     if output.plot:
         table.plot(output.plot)
     if output.json:
@@ -176,6 +203,7 @@ def prune(arguments: list[str]) -> None:
         model,
         target_layers=what.target_layers,
         criterion=how.criterion,
+        racing=how.racing,
         calibration=calibration,
         protected=how.protected,
         evaluation=lambda model: evaluate_text(model, heldout_batches),
@@ -221,6 +249,7 @@ def distill(arguments: list[str]) -> None:
     pruning = LayerPruningCallback(
         target_layers=what.target_layers,
         criterion=how.criterion,
+        racing=how.racing,
         calibration=calibration,
         layers_per_phase=phases.layers_per_phase,
         steps_per_phase=phases.steps_per_phase,

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .record import DISTILLED, Record
-from .scoring import ScoreTable
+from .scoring import UNITS, ScoreTable
 
 
 def table_rows(record: Record) -> list[list[str]]:
@@ -61,12 +61,44 @@ def markdown_table(rows: list[list[str]]) -> str:
 
 def plot_scores(record: Record, folder: Path) -> list[str]:
     """Draw the score tables of all removals into `folder`; return the file names."""
-    names = []
+    tables = [removal["table"] for phase in record["phases"] for removal in phase["removals"]]
+    names = ["scores_all_phases.png"] if len(tables) > 1 else []
+    if names:
+        plot_phases([ScoreTable.from_dict(table) for table in tables], folder / names[0])
     for number, phase in enumerate(record["phases"], 1):
         for removal in phase["removals"]:
             names.append(f"scores_phase_{number}_layer_{removal['original']}.png")
             ScoreTable.from_dict(removal["table"]).plot(folder / names[-1])
     return names
+
+
+def plot_phases(tables: list[ScoreTable], path: str | Path) -> None:
+    """Draw the scores of several removals, one after another, as a heat map: a row for each removal, a column
+    for each original layer. Layers that were gone or no candidates are left white, the one that went next
+    has a cross."""
+    import numpy as np
+    from matplotlib.colors import SymLogNorm
+    from matplotlib.figure import Figure
+
+    width = 1 + max(layer for table in tables for layer in table.kept)
+    grid = np.full((len(tables), width), np.nan)
+    for row, table in enumerate(tables):
+        for layer, score in table.scores.items():
+            grid[row, table.kept[layer]] = score
+    size = (max(6.0, 0.28 * width), max(2.2, 1.5 + 0.25 * len(tables)))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    threshold = float(np.nanmedian(np.abs(grid))) or 1.0  # most scores are alike, a few very large
+    picture = axes.imshow(grid, aspect="auto", cmap="viridis", norm=SymLogNorm(threshold))
+    figure.colorbar(picture, label=UNITS[tables[0].criterion])
+    chosen = [table.kept[table.ranking()[0]] for table in tables]
+    axes.scatter(chosen, range(len(tables)), marker="x", color="red")
+    axes.set_xticks(range(width))
+    axes.set_yticks(range(len(tables)), [str(row + 1) for row in range(len(tables))])
+    axes.tick_params("x", labelsize=7)
+    axes.set_xlabel("decoder layer (index in the original model)")
+    axes.set_ylabel("removal")
+    figure.savefig(path, dpi=120)
 
 
 def write_card(

@@ -36,6 +36,18 @@ def test_score_prints_the_ranking_and_writes_table_and_plot(folder, capsys):
     assert Path("p.png").stat().st_size > 1000
 
 
+def test_score_says_how_alike_two_texts_rank(folder, capsys):
+    Path("other.txt").write_text(TEXT[::-1])
+    flags = [*DATA, "--calibration_blocks", "4"]
+    assert main(["score", folder, *flags, "--json", "s.json", "--run", "2", "--racing", "0.9"]) == 0
+    assert " +- " in capsys.readouterr().out
+    for other, expected in (("s.json", "rank correlation 1.000"), ("other.txt", "rank correlation")):
+        assert main(["score", folder, *flags, "--run", "2", "--compare", other]) == 0
+        assert f"Compared with {other}: {expected}" in capsys.readouterr().out
+    assert main(["score", folder, *flags, "--compare", "none.json"]) == 2
+    assert "No score table can be read from none.json" in capsys.readouterr().err
+
+
 def test_prune_writes_a_cut_model(folder, capsys):
     flags = ["--target_layers", "4", "--output_dir", "cut", "--criterion", "block_influence", "--legacy_rope"]
     assert main(["prune", folder, *DATA, *flags]) == 0

@@ -6,10 +6,10 @@ import transformers.trainer
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
-from hf_layerprune import LayerPruneError
+from hf_layerprune import LayerPruneError, ScoreTable
 from hf_layerprune.record import read_record, write_record
 from hf_layerprune.removal import prune_layers
-from hf_layerprune.report import markdown_table, table_rows, write_card
+from hf_layerprune.report import markdown_table, plot_phases, table_rows, write_card
 
 from .conftest import logits, make_model, tokens
 from .test_callback import calibration, pruning
@@ -75,9 +75,8 @@ def test_push_to_hub_sends_a_plain_model_with_its_card(llama, tokenizer, tmp_pat
     for cell in ("20", "19", "18", "17", "16"):  # dense, cut, healed, cut, healed
         assert f" {cell} |" in card.content
     pictures = [name for name in hub.files if name.endswith(".png")]
-    assert sorted(pictures) == sorted(
-        f"scores_phase_{i}_layer_{layer}.png" for i, layer in enumerate(removed, 1)
-    )
+    phases = [f"scores_phase_{i}_layer_{layer}.png" for i, layer in enumerate(removed, 1)]
+    assert sorted(pictures) == sorted(["scores_all_phases.png", *phases])
     assert all(f"]({name})" in card.content for name in pictures)
     assert str(tmp_path) not in card.content + json.dumps(record)
 
@@ -136,3 +135,10 @@ def test_a_record_that_cannot_be_written_leaves_the_old_one(tmp_path):
     with pytest.raises(TypeError):
         write_record({"format": 1, "bad": object()}, tmp_path)
     assert read_record(tmp_path) == {"format": 1}
+
+
+def test_phases_are_drawn_as_a_heat_map(tmp_path):
+    first = ScoreTable("loss", {1: 0.2, 2: 0.1, 3: 5.0}, -2.0, [0, 1, 2, 3, 4])
+    second = ScoreTable("loss", {1: 0.3, 2: 5.5}, -2.1, [0, 1, 3, 4])
+    plot_phases([first, second], tmp_path / "phases.png")
+    assert (tmp_path / "phases.png").read_bytes()[:4] == b"\x89PNG"

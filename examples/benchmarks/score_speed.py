@@ -1,0 +1,108 @@
+"""How fast is each way to find the least important layer of SmolLM2-135M, and do they find the same one?
+
+    python examples/benchmarks/score_speed.py TEXT.jsonl [SEQUENCES] [LENGTH] [SAMPLES]
+
+All ways read the same sequences, side by side in one run: leave-one-out with a full pass for each layer,
+the same from cached states, racing, block influence. Then racing is compared with the full scores on as
+many other samples of the text as asked for.
+"""
+
+import resource
+import statistics
+import sys
+import time
+
+import torch
+
+from hf_layerprune import score_layers
+from hf_layerprune.criteria import unit_losses
+from hf_layerprune.data import load_texts, make_batches, token_blocks
+from hf_layerprune.quickstart import load_embedded_model
+from hf_layerprune.reading import Reader, targets_of
+from hf_layerprune.scoring import undisturbed
+from hf_layerprune.surgery import possible_cuts
+
+
+text = sys.argv[1]
+sequences, length, samples = (int(x) for x in [*sys.argv[2:], "64", "128", "20"][:3])
+
+model, tokenizer = load_embedded_model()
+model = model.to("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
+blocks = token_blocks(load_texts(text), tokenizer, length, limit=sequences * 40).shuffle(seed=0)
+
+
+def sample(seed):
+    chosen = blocks.shuffle(seed=seed).select(range(sequences))
+    return [{k: v.to(model.device) for k, v in b.items()} for b in make_batches(chosen, 4)]
+
+
+def full_passes(losses, batches):
+    """One pass over all batches for each layer; `losses` gives a batch's summed losses, part by part."""
+    with undisturbed(model):
+        count = sum(int(targets_of(batch)[0].sum()) for batch in batches)
+
+        def total():
+            return [x for batch in batches for x in losses(batch)]
+
+        dense, scores = total(), {}
+        for layer, cut in possible_cuts(model, range(1, 29))[0].items():
+            with cut:
+                scores[layer] = sum(a - b for a, b in zip(total(), dense, strict=True)) / count
+    return scores
+
+
+def plain(batch):
+    """The way of SLEB and of Shortened LLaMA: the model's own loss."""
+    output = model(input_ids=batch["input_ids"], labels=batch["input_ids"], use_cache=False)
+    return [float(output.loss) * int(targets_of(batch)[0].sum())]
+
+
+def exact(batch):
+    """As plain, but reading logits as hf_layerprune does."""
+    with torch.no_grad():
+        return unit_losses(reader, batch).tolist()
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+batches = sample(0)
+with undisturbed(model):
+    reader = Reader(model, batches[0]["input_ids"])
+ways = {
+    "block influence": lambda: score_layers(model, batches, "block_influence", progress=False).scores,
+    "racing 0.99": lambda: score_layers(model, batches, racing=0.99, progress=False),
+    "cached states": lambda: score_layers(model, batches, progress=False).scores,
+    "naive, our loss": lambda: full_passes(exact, batches),
+    "naive": lambda: full_passes(plain, batches),
+}
+print(f"{sequences} sequences of {length} tokens, {torch.get_num_threads()} threads", flush=True)
+found, seconds = {}, {}
+for name, way in ways.items():
+    began = time.perf_counter()
+    found[name] = way()
+    seconds[name] = time.perf_counter() - began
+    table = found[name]
+    best = table.ranking()[0] if name.startswith("racing") else min(table, key=table.get)
+    print(f"{name:16s} {seconds[name]:7.1f} s   layer {best:2d}   peak {peak():.0f} MiB", flush=True)
+for name in ways:
+    print(f"naive / {name}: {seconds['naive'] / seconds[name]:.2f}")
+largest = max(abs(found["naive, our loss"][i] - found["cached states"][i]) for i in found["naive"])
+print(f"largest difference between cached scores and those of full passes: {largest:.1g}", flush=True)
+
+same, within, ratios = 0, 0, []
+for seed in range(1, samples + 1):
+    batches = sample(seed)
+    began = time.perf_counter()
+    full = score_layers(model, batches, progress=False)
+    half = time.perf_counter()
+    raced = score_layers(model, batches, racing=0.99, progress=False)
+    ratios.append((half - began) / (time.perf_counter() - half))
+    best, chosen = full.ranking()[0], raced.ranking()[0]
+    same += best == chosen
+    within += full.scores[chosen] <= full.scores[best] + full.errors[best]
+    print(f"sample {seed}: full {best}, racing {chosen}, cached / racing {ratios[-1]:.2f}", flush=True)
+if samples:
+    print(f"racing chose the same layer in {same} of {samples}, one within a standard error in {within};")
+    print(f"cached / racing: median {statistics.median(ratios):.2f}")
