@@ -12,15 +12,14 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from .data import Batch
-from .decoder import find_decoder
+from .decoder import find_decoder, text_config
 from .errors import LayerPruneError
 from .leave_one_out import Cuts, Refer, Tick, Values, captured, check_all_ran, hidden, leave_out
 from .losses import cross_entropy
-from .reading import Reader, targets_of
+from .reading import ROWS, Reader, targets_of
 
 
 UNIT = 32  # tokens of a sequence whose sum is one observation, for standard errors and racing
-ROWS = 16  # positions whose probabilities are computed at once: so few stay in the processor's cache
 
 Task = Callable[[PreTrainedModel], float]
 
@@ -138,7 +137,12 @@ def loss(request: Request) -> Found:
 def kl(request: Request) -> Found:
     """KL divergence (nats per token) of the output without the layers from that of the teacher, or of the
     model as it is. With a teacher, its rise; the quality is then minus the divergence of the model."""
-    teacher = Reader(request.teacher, request.batches[0]["input_ids"]) if request.teacher else None
+    teacher = None
+    if request.teacher is not None:
+        sizes = [text_config(model.config).vocab_size for model in (request.model, request.teacher)]
+        if sizes[0] != sizes[1]:
+            raise LayerPruneError(f"Model and teacher have vocabularies of {sizes[0]} and {sizes[1]} tokens.")
+        teacher = Reader(request.teacher, request.batches[0]["input_ids"])
 
     def refer(reader: Reader, batch: Batch) -> tuple[Any, torch.Tensor]:
         reference = (teacher or reader).states(batch)
@@ -148,15 +152,9 @@ def kl(request: Request) -> Found:
 
     def compare(reader: Reader, batch: Batch, reference: Any) -> torch.Tensor:
         mask, _ = targets_of(batch)
-        own = reader.logits(reader.states(batch)[:, :-1][mask])
-        theirs = (teacher or reader).logits(reference[:, :-1][mask])
-        found = [
-            F.kl_div(a.float().log_softmax(-1), b.float().log_softmax(-1), reduction="none", log_target=True)
-            .sum(-1)
-            .double()
-            for (_, ours), (_, expected) in zip(own, theirs, strict=True)
-            for a, b in zip(ours.split(ROWS), expected.split(ROWS), strict=True)
-        ]
+        own = reader.rows(reader.states(batch)[:, :-1][mask])
+        theirs = (teacher or reader).rows(reference[:, :-1][mask])
+        found = [_divergence(a, b) for a, b in zip(own, theirs, strict=True)]
         return _by_unit(mask, _joined(found, mask))
 
     return Found.of(_leave_out(request, refer, compare), quality=teacher is not None)
@@ -291,13 +289,20 @@ def next_token_metric(metric: Any, batches: Sequence[Batch]) -> Task:
 def unit_losses(reader: Reader, batch: Batch) -> torch.Tensor:
     """The next-token loss of each [`UNIT`] of the batch, in nats, `(units,)`, float64."""
     mask, tokens = targets_of(batch)
-    targets = tokens[:, 1:][mask]
+    logits = reader.rows(reader.states(batch)[:, :-1][mask])
+    targets = tokens[:, 1:][mask].split(ROWS)
+    # Of no positions there is one empty part of targets, and none of logits.
     found = [
         F.cross_entropy(few.float(), said, reduction="none").double()
-        for part, logits in reader.logits(reader.states(batch)[:, :-1][mask])
-        for few, said in zip(logits.split(ROWS), targets[part].split(ROWS), strict=True)
+        for few, said in zip(logits, targets, strict=bool(len(targets[0])))
     ]
     return _by_unit(mask, _joined(found, mask))
+
+
+def _divergence(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """KL divergence at each position, `(positions,)`, float64."""
+    own, theirs = logits.float().log_softmax(-1), expected.float().log_softmax(-1)
+    return F.kl_div(own, theirs, reduction="none", log_target=True).sum(-1).double()
 
 
 def _joined(parts: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:

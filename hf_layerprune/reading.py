@@ -13,6 +13,7 @@ from .losses import token_mask
 
 
 PIECE = 2**25  # logits made at once
+ROWS = 16  # positions whose probabilities are computed at once: so few stay in the processor's cache
 
 
 class Reader:
@@ -54,7 +55,7 @@ class Reader:
             yield slice(0, len(states)), states
             return
         model, base = self.model, cast(Any, self.model.base_model)
-        step = max(1, PIECE // text_config(model.config).vocab_size)
+        step = ROWS * max(1, PIECE // text_config(model.config).vocab_size // ROWS)
         ids = torch.zeros((1, len(states)), dtype=torch.long, device=states.device)
         for start in range(0, len(states), step):
             part = slice(start, start + step)
@@ -68,6 +69,11 @@ class Reader:
                 if had is not None:
                     vars(base)["forward"] = had
             yield part, logits
+
+    def rows(self, states: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The logits of states `(positions, hidden)`, [`ROWS`] positions at a time."""
+        for _, logits in self.logits(states):
+            yield from logits.split(ROWS)
 
 
 class _StandingStill:

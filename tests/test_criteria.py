@@ -80,6 +80,22 @@ def test_kl_against_the_model_itself_and_against_a_teacher():
             assert taught.scores[layer] == pytest.approx(divergence(teacher, model) - whole, abs=1e-5)
 
 
+def test_kl_with_a_teacher_of_another_kind():
+    model, teacher = make_model("llama"), tiny_model("opt")  # whose logits are made at once
+    found = score(model, "kl", teacher=teacher)
+    assert found.quality == pytest.approx(-divergence(teacher, model), rel=1e-5)
+    model.resize_token_embeddings(300)
+    with pytest.raises(LayerPruneError, match="vocabularies of 300 and 260 tokens"):
+        score(model, "kl", teacher=teacher)
+
+
+def test_no_token_that_counts_is_an_error_everywhere(llama):
+    batch = {"input_ids": tokens(2, 5), "labels": torch.full((2, 5), -100)}
+    for criterion in ("loss", "kl", "hidden_mse", "taylor"):
+        with pytest.raises(LayerPruneError, match="No token of the calibration counts"):
+            score_layers(llama, [batch], criterion, progress=False)
+
+
 def test_hidden_mse_is_relative(model):
     def last(model, ids):
         with torch.no_grad():
@@ -199,12 +215,12 @@ def test_wrong_choices_are_refused(llama, settings, message):
 def test_logits_in_pieces_are_the_models_own(name, monkeypatch):
     model = tiny_model(name)
     whole = logits(model, tokens()).flatten(0, 1)
-    monkeypatch.setattr("hf_layerprune.reading.PIECE", 260 * 10)
+    monkeypatch.setattr("hf_layerprune.reading.PIECE", 260 * 20)
     with torch.no_grad():
         reader = Reader(model, tokens())
         pieces = list(reader.logits(reader.states({"input_ids": tokens()}).flatten(0, 1)))
         assert reader.in_pieces == (name != "opt")  # whose last hidden states are not those the head reads
-    assert [part.start for part, _ in pieces] == ([0, 10, 20] if reader.in_pieces else [0])
+    assert [part.start for part, _ in pieces] == ([0, 16] if reader.in_pieces else [0])
     torch.testing.assert_close(torch.cat([piece for _, piece in pieces]), whole, rtol=0, atol=1e-5)
     assert "forward" not in vars(model.base_model)
 
