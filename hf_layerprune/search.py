@@ -90,8 +90,7 @@ def select_layers(
         best = scores.ranking()[0]
         if not layers:
             whole = scores.quality or 0.0
-        so_far = whole - (scores.quality or 0.0) if measured else cost
-        cost = so_far + scores.scores[best]
+        cost += scores.scores[best]
         layers = sorted([*layers, place[best]])
         steps.append((layers, cost))
     helped = refine and measured

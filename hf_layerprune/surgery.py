@@ -195,6 +195,9 @@ class _Removal:
         new = self.kept.index(layer)
         if (here, there) == (layer, new):
             return True
+        # Which layer's keys and values it reads (Gemma 3n before transformers 5.23).
+        if "layer" in name and here in self.kept and there == self.kept.index(here):
+            return True
         # LongCat has two places in the cache for a layer.
         return name == "layer_idx" and (here // 2, here % 2) == (layer, there % 2) and there // 2 == new
 

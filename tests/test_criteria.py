@@ -225,6 +225,15 @@ def test_logits_in_pieces_are_the_models_own(name, monkeypatch):
     assert "forward" not in vars(model.base_model)
 
 
+def test_a_forward_that_was_patched_before_is_patched_after(llama):
+    own = llama.base_model.forward
+    llama.base_model.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    patched = llama.base_model.forward
+    expected = score(make_model(), "loss").scores
+    assert score(llama, "loss").scores == expected
+    assert llama.base_model.forward is patched
+
+
 def test_pieces_hold_few_logits():
     """The memory of a piece does not grow with the length of the text."""
     assert PIECE * 4 <= 128 * 2**20

@@ -7,6 +7,7 @@ from hf_layerprune import LayerPruneError, score_layers
 from hf_layerprune.criteria import _tokens, unit_losses
 from hf_layerprune.leave_one_out import Values, _student, leave_out
 from hf_layerprune.reading import Reader
+from hf_layerprune.scoring import _small_enough
 from hf_layerprune.surgery import possible_cuts, without_layers
 
 from .conftest import LAYERS, logits, make_model, tokens
@@ -158,6 +159,19 @@ def test_the_bar_is_full_in_the_end(llama):
         ticks = []
         losses(llama, many(llama), confidence=confidence, ticks=ticks)
         assert sum(ticks) == LAYERS * len(many(llama))
+
+
+def test_large_batches_are_read_in_parts(llama):
+    batch = {"input_ids": tokens(50, 64), "attention_mask": torch.ones(50, 64, dtype=torch.long)}
+    parts = _small_enough(llama, [batch], 1)
+    state = 6 * 64 * 32 * 4  # layers, length, hidden size, bytes
+    assert [len(part["input_ids"]) for part in parts] == [
+        2**20 // state,
+        2**20 // state,
+        50 - 2 * (2**20 // state),
+    ]
+    for name, value in batch.items():
+        assert torch.equal(torch.cat([part[name] for part in parts]), value)
 
 
 def test_a_bound_on_memory_changes_nothing(llama):

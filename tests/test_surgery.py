@@ -15,7 +15,7 @@ from hf_layerprune.lineage import Lineage
 from hf_layerprune.surgery import keep_lineage, possible_cuts, without_layers
 
 from .conftest import CONFIGS, LAYERS, logits, make_model, tokens
-from .tiny_models import tiny_model
+from .tiny_models import TYPES, tiny_model
 
 
 def skipping(model, layers, input_ids):
@@ -309,6 +309,7 @@ def test_a_context_of_another_depth_is_not_entered(llama):
     assert get_lineage(llama).kept == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.skipif("dots3_note_text" not in TYPES, reason="newer than this transformers")
 def test_every_copy_of_the_config_follows():
     model = tiny_model("dots3_note_text")
     remove_layers(model, [1, 3])
@@ -343,3 +344,16 @@ def test_the_layers_of_an_encoder_are_not_counted():
     config = BartConfig(encoder_layers=4, decoder_layers=3)
     assert config.is_encoder_decoder
     assert layer_count(text_config(config)) == 3
+
+
+def test_a_layer_that_reads_from_another_follows_it(llama):
+    class Reading(type(llama)):
+        def __init__(self, config):
+            super().__init__(config)
+            self.model.layers[-1].source_layer_index = len(self.model.layers) - 2
+
+    model = Reading(copy.deepcopy(CONFIGS["llama"]))
+    with pytest.raises(LayerPruneError, match="source_layer_index is 4 here, 3 there"):
+        remove_layers(model, 4)
+    remove_layers(model, [1, 2])
+    assert model.model.layers[-1].source_layer_index == 2
