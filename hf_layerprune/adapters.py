@@ -89,7 +89,12 @@ def cut_adapter(config: Any, stack: str, kept: Sequence[int]) -> dict[str, Any]:
 def adapter_differences(model: Any) -> list[str]:
     """How a live `PeftModel` differs from one built from its base's config and its adapters' configs."""
     fresh: Any = None
-    with torch.device("meta"), quiet(), warnings.catch_warnings():
+    with (
+        torch.device("meta"),
+        torch.random.fork_rng(devices=[]),
+        quiet(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         for name, config in model.peft_config.items():
             config = copy.deepcopy(config)

@@ -46,7 +46,8 @@ class Difference:
 
 def build_blueprint(model: PreTrainedModel) -> PreTrainedModel:
     """A fresh model of the same class from `model`'s config, on the meta device: it takes no memory."""
-    with torch.device("meta"), quiet():
+    # Some models draw random numbers although they hold none (DiffLlama).
+    with torch.device("meta"), torch.random.fork_rng(devices=[]), quiet():
         # As a reload does it: through plain values, so that the config's own rules run again.
         config = type(model.config).from_dict(copy.deepcopy(model.config.to_dict()))
         return type(model)(config)

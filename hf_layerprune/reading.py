@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from .data import Batch
@@ -45,9 +46,21 @@ class Reader:
     def states(self, batch: Batch) -> torch.Tensor:
         """The states `(batch, length, hidden)` that the output head reads, or all logits."""
         inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
-        if self.in_pieces:
-            return self.model.base_model(**inputs, use_cache=False).last_hidden_state
-        return self.model(**inputs, use_cache=False).logits
+        if not self.in_pieces:
+            return self.model(**inputs, use_cache=False).logits
+
+        def stop(module: nn.Module, args: Any, output: Any) -> None:
+            raise _HeadReached(output.last_hidden_state)
+
+        # Through the model's own forward, as accelerate puts the precision of training there.
+        handle = self.model.base_model.register_forward_hook(stop)
+        try:
+            self.model(**inputs, use_cache=False)
+        except _HeadReached as reached:
+            return reached.states
+        finally:
+            handle.remove()
+        raise RuntimeError("The model has made logits without the part before its head.")
 
     def logits(self, states: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """The logits `(part, vocabulary)` of states `(positions, hidden)`, with what part they are of."""
@@ -74,6 +87,14 @@ class Reader:
         """The logits of states `(positions, hidden)`, [`ROWS`] positions at a time."""
         for _, logits in self.logits(states):
             yield from logits.split(ROWS)
+
+
+class _HeadReached(Exception):
+    """Ends a forward pass before its head."""
+
+    def __init__(self, states: torch.Tensor) -> None:
+        super().__init__()
+        self.states = states
 
 
 class _StandingStill:

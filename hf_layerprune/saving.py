@@ -74,7 +74,7 @@ def save_adapter(
         raise LayerPruneError("Nobody knows where the base model is from: name it with base_model=.")
     model.save_pretrained(str(folder))
     record = {"base_model": name, **lineage_entry(get_lineage(base))}
-    (folder / PRUNED_BASE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    _write_whole(folder / PRUNED_BASE, json.dumps(record, indent=1) + "\n")
     if verify:
         _check_same(model, load_pruned_adapter(str(folder), dtype=base.dtype), folder)
 
@@ -124,7 +124,8 @@ def check_reload(model: PreTrainedModel, folder: Path) -> None:
     options = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
     cls: Any = type(model)
     try:
-        again, report = cls.from_pretrained(str(folder), output_loading_info=True, **options)
+        with undisturbed(model):  # building a model may draw random numbers
+            again, report = cls.from_pretrained(str(folder), output_loading_info=True, **options)
     except Exception as error:
         raise LayerPruneError(f"What was saved does not load: {one_line(error)} {advice}") from error
     wrong = {what: sorted(map(str, names))[:3] for what, names in report.items() if names}
@@ -167,4 +168,11 @@ def _check_same(model: Any, again: Any, folder: Path) -> None:
 def _add_fields(path: Path, fields: dict[str, Any]) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config.get("text_config", config).update(fields)
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    _write_whole(path, json.dumps(config, indent=2) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)

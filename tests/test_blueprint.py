@@ -1,11 +1,13 @@
 import copy
 
+import pytest
 import torch
 from torch import nn
 
 from hf_layerprune.blueprint import build_blueprint, differences
 
 from .conftest import make_model
+from .tiny_models import tiny_model
 
 
 def found(model):
@@ -20,6 +22,13 @@ def test_a_blueprint_takes_no_memory_and_changes_nothing(llama):
     config = llama.config.to_dict()
     assert {p.device.type for p in build_blueprint(llama).parameters()} == {"meta"}
     assert llama.config.to_dict() == config
+
+
+@pytest.mark.parametrize("name", ["llama", "diffllama"])
+def test_a_blueprint_draws_no_random_number(name):
+    model, state = tiny_model(name), torch.get_rng_state()
+    build_blueprint(model)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_every_kind_of_difference_is_named(llama):

@@ -6,9 +6,17 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
-from hf_layerprune import LayerPruneError, ScoreTable, rank_correlation, remove_layers, score_layers
+from hf_layerprune import (
+    LayerPruneError,
+    ScoreTable,
+    evaluate_text,
+    rank_correlation,
+    remove_layers,
+    score_layers,
+)
 from hf_layerprune.decoder import find_decoder
 from hf_layerprune.leave_one_out import captured, hidden
 from hf_layerprune.losses import LAST
@@ -313,3 +321,15 @@ def test_a_table_is_read_from_json(tmp_path):
         (tmp_path / "table.json").write_text(damaged)
         with pytest.raises(LayerPruneError, match="No score table"):
             read_table(tmp_path / "table.json")
+
+
+def test_layers_are_read_in_the_precision_of_training():
+    """accelerate puts autocast around the model's own forward, and nowhere else."""
+    prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(make_model(), evaluation_mode=True)
+    seen = []
+    prepared.model.layers[5].mlp.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    for criterion in ("loss", "kl", "hidden_mse", "block_influence"):
+        score_layers(prepared, batches(), criterion, progress=False)
+    evaluate_text(prepared, batches())
+    assert set(seen) == {torch.bfloat16}
+    assert not prepared.base_model._forward_hooks
