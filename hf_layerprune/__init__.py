@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .inspection import inspect_layers as inspect_layers
     from .lineage import Lineage as Lineage
     from .lineage import get_lineage as get_lineage
+    from .multiple_choice import MultipleChoice as MultipleChoice
+    from .multiple_choice import Question as Question
     from .saving import save_adapter as save_adapter
     from .saving import save_model as save_model
     from .scoring import ScoreTable as ScoreTable
@@ -32,6 +34,8 @@ _HOMES = {
     "LayerPruneError": "errors",
     "LayerPruningCallback": "callback",
     "Lineage": "lineage",
+    "MultipleChoice": "multiple_choice",
+    "Question": "multiple_choice",
     "ScoreTable": "scoring",
     "evaluate_text": "evaluation",
     "get_lineage": "lineage",

@@ -3,23 +3,28 @@
 Each takes a [`Request`] and returns what it [`Found`]: higher matters more.
 """
 
+import math
+import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .data import Batch
 from .decoder import find_decoder, text_config
 from .errors import LayerPruneError
-from .leave_one_out import Cuts, Refer, Tick, Values, captured, check_all_ran, hidden, leave_out
+from .journal import Journal
+from .leave_one_out import Cuts, Measure, Values, captured, check_all_ran, hidden, leave_out
 from .losses import cross_entropy
+from .multiple_choice import Choices, MultipleChoice, right_answers
 from .reading import ROWS, Reader, targets_of
 
 
-UNIT = 32  # tokens of a sequence whose sum is one observation, for standard errors and racing
+UNIT = 64  # tokens of a sequence whose sum is one observation, for standard errors and racing
 
 Task = Callable[[PreTrainedModel], float]
 
@@ -41,9 +46,10 @@ class Request:
         batches (sequence of dict): calibration, each `input_ids` `(batch, length)` and so on.
         cuts (`Mapping`): for each candidate, by its first layer, the context in which the model lacks it.
         run (`int`): how many layers a candidate is.
-        tick (`Callable`): called with 1 after each candidate and batch.
+        bar (`tqdm`): moves on by 1 after each candidate and batch.
+        journal ([`Journal`]): where results go that need not be computed again.
         racing (`float` or `None`): the confidence with which candidates may be dropped early.
-        task (`Callable` or `None`): for `task`.
+        tasks (sequence of `Callable`): for `task`.
         teacher (`PreTrainedModel` or `None`): for `kl`, the model to compare with; None for the model itself.
         pattern (`str`): for `positional`.
         seed (`int`): for `positional` at random.
@@ -53,9 +59,10 @@ class Request:
     batches: Sequence[Batch]
     cuts: Cuts
     run: int
-    tick: Tick
+    bar: tqdm
+    journal: Journal
     racing: float | None = None
-    task: Task | None = None
+    tasks: Sequence[Task] = ()
     teacher: PreTrainedModel | None = None
     pattern: str = "output"
     seed: int = 0
@@ -74,8 +81,8 @@ class Found:
 
     scores: dict[int, float]
     quality: float | None = None
-    errors: dict[int, float] | None = None
-    seen: dict[int, int] | None = None
+    errors: dict[int, float] = field(default_factory=dict)
+    seen: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, values: Values, quality: bool = False) -> "Found":
@@ -131,7 +138,7 @@ def loss(request: Request) -> Found:
     def compare(reader: Reader, batch: Batch, reference: Any) -> torch.Tensor:
         return unit_losses(reader, batch)
 
-    return Found.of(_leave_out(request, refer, compare), quality=True)
+    return Found.of(_read(request, refer, compare), quality=True)
 
 
 def kl(request: Request) -> Found:
@@ -157,7 +164,7 @@ def kl(request: Request) -> Found:
         found = [_divergence(a, b) for a, b in zip(own, theirs, strict=True)]
         return _by_unit(mask, _joined(found, mask))
 
-    return Found.of(_leave_out(request, refer, compare), quality=teacher is not None)
+    return Found.of(_read(request, refer, compare), quality=teacher is not None)
 
 
 def hidden_mse(request: Request) -> Found:
@@ -173,7 +180,7 @@ def hidden_mse(request: Request) -> Found:
         error = (reader.states(batch)[:, :-1][mask].float() - own).square().sum(-1)
         return _by_unit(mask, (error / own.square().sum(-1)).double())
 
-    return Found.of(_leave_out(request, refer, compare))
+    return Found.of(_read(request, refer, compare))
 
 
 def taylor(request: Request) -> Found:
@@ -202,7 +209,7 @@ def taylor(request: Request) -> Found:
                 if more is not None:
                     gradient += more
             for _ in request.cuts:
-                request.tick(1)
+                request.bar.update()
     finally:
         for parameter, flag in zip(model.parameters(), flags, strict=True):
             parameter.requires_grad_(flag)
@@ -216,16 +223,49 @@ def taylor(request: Request) -> Found:
 
 
 def task(request: Request) -> Found:
-    """Fall of a task's score without the layers (Iterative Layer-wise Distillation, 2511.05085, section 3).
-    The quality is the score itself."""
-    assert request.task is not None
-    quality = _number(request.task(request.model))
+    """Fall of a task's score, or of the mean over several, without the layers (Iterative Layer-wise
+    Distillation, 2511.05085, section 3). The quality is the score itself.
+
+    A layer without which the score is not a number is infinitely important.
+    """
+    choices = [one for one in request.tasks if isinstance(one, MultipleChoice)]
+    if len(choices) == len(request.tasks):
+        return _answers(request, choices)
+
+    def score() -> float:
+        return sum(_number(one(request.model)) for one in request.tasks) / len(request.tasks)
+
+    quality = request.journal.once(score)
+    if not math.isfinite(quality):
+        raise LayerPruneError(f"The task's score of the whole model is {quality}: not a finite number.")
     scores = {}
     for layer, cut in request.cuts.items():
         with cut:
-            scores[layer] = quality - _number(request.task(request.model))
-        request.tick(1)
-    return Found(scores, quality)
+            scores[layer] = quality - request.journal.once(score)
+        request.bar.update()
+    return Found({layer: fall for layer, fall in scores.items() if math.isfinite(fall)}, quality)
+
+
+def _answers(request: Request, tasks: Sequence[MultipleChoice]) -> Found:
+    """The fall of the mean share of right answers: with standard errors over questions, and with racing."""
+    batches = []
+    for one in tasks:
+        reader = Reader(request.model, one.example(request.model))
+        batches += [(batch, 1 / len(one)) for batch in one.batches(reader)]
+    random.Random(0).shuffle(batches)
+    request.bar.reset(len(batches) * len(request.cuts))
+
+    def tokens(batch: tuple[Choices, float]) -> torch.Tensor:
+        return torch.full((len(batch[0].answers),), batch[1], dtype=torch.float64)
+
+    def refer(reader: Reader, batch: tuple[Choices, float]) -> tuple[Any, torch.Tensor]:
+        return None, -right_answers(reader, batch[0]) * batch[1]
+
+    def compare(reader: Reader, batch: tuple[Choices, float], reference: Any) -> torch.Tensor:
+        return -right_answers(reader, batch[0]) * batch[1]
+
+    example = tasks[0].example(request.model)
+    return Found.of(_leave_out(request, batches, Measure(tokens, refer, compare), example), quality=True)
 
 
 def positional(request: Request) -> Found:
@@ -251,15 +291,6 @@ CRITERIA: dict[str, Callable[[Request], Found]] = {
     "task": task,
     "positional": positional,
 }
-
-
-def mean_task(tasks: Sequence[Task]) -> Task:
-    """The mean of several tasks' scores as one task, as in 2511.05085."""
-
-    def score(model: PreTrainedModel) -> float:
-        return sum(_number(one(model)) for one in tasks) / len(tasks)
-
-    return score
 
 
 def next_token_metric(metric: Any, batches: Sequence[Batch]) -> Task:
@@ -323,9 +354,17 @@ def _by_unit(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return sums.index_add_(0, row * units + place // UNIT, values)
 
 
-def _leave_out(request: Request, refer: Refer, compare: Any) -> Values:
-    model, batches, cuts = request.model, request.batches, request.cuts
-    return leave_out(model, batches, _tokens, cuts, refer, compare, request.racing, request.tick)
+def _read(request: Request, refer: Any, compare: Any) -> Values:
+    """Leave out each candidate in reading the calibration text."""
+    example = request.batches[0]["input_ids"][:1]
+    return _leave_out(request, request.batches, Measure(_tokens, refer, compare), example)
+
+
+def _leave_out(request: Request, batches: Sequence[Any], measure: Measure, example: torch.Tensor) -> Values:
+    model, cuts = request.model, request.cuts
+    return leave_out(
+        model, batches, measure, example, cuts, request.racing, request.bar.update, request.journal
+    )
 
 
 def _between(
@@ -349,7 +388,7 @@ def _between(
             before = _states(states[layer][0], real)
             after = _states(hidden(states[layer + request.run - 1][1]), real)
             sums += distance(before, after, real).double().tolist()
-            request.tick(1)
+            request.bar.update()
     return Found.of(values)
 
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import NormalDist
 from typing import Any
 
@@ -13,9 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .data import Batch
 from .decoder import find_decoder
 from .errors import LayerPruneError
+from .journal import Journal
 from .losses import LAST
 from .reading import Reader
 from .surgery import without_layers
@@ -25,12 +26,24 @@ logger = logging.getLogger(__name__)
 
 Cuts = Mapping[int, without_layers]
 Tick = Callable[[int], object]
-# Of a batch read by the whole model: what cut ones are compared with, and the sum of each unit, `(units,)`.
-Refer = Callable[[Reader, Batch], tuple[Any, torch.Tensor]]
-# Of a batch read by a cut model, compared with that: the sum of each unit, `(units,)`.
-Compare = Callable[[Reader, Batch, Any], torch.Tensor]
 
-FIRST_LOOK = 16  # units that are seen before a candidate is dropped
+FIRST_LOOK = 12  # units that are seen before a candidate is dropped
+NEXT_LOOK = 2**0.5  # times as many before the next look
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is measured of a batch, of whatever kind.
+
+    Args:
+        tokens (`Callable`): how many tokens of each unit count, `(units,)`.
+        refer (`Callable`): read by the whole model: what cut ones are compared with, and each unit's sum.
+        compare (`Callable`): read by a cut model, and compared with that: each unit's sum.
+    """
+
+    tokens: Callable[[Any], torch.Tensor]
+    refer: Callable[[Reader, Any], tuple[Any, torch.Tensor]]
+    compare: Callable[[Reader, Any, Any], torch.Tensor]
 
 
 @dataclass
@@ -60,22 +73,26 @@ class Values:
         """Minus the whole model's mean per token."""
         return -sum(self.whole) / self._count(len(self.whole))
 
-    def possible(self, layers: Collection[int], confidence: float, looks: int) -> list[int]:
-        """The candidates of which it is not sure that another one matters less.
+    def possible(self, layers: Collection[int], confidence: float, looks: int, units: int) -> list[int]:
+        """The candidates that may still matter less than the least important so far, by more than a standard
+        error of what it scores on all `units`.
 
-        Sure is a difference to the least important so far, paired by unit, beyond the quantile of
-        Student's distribution at `confidence`, shared out over candidates and looks (Bonferroni).
+        Candidates are compared unit by unit. What bounds their difference on all units is the quantile of
+        Student's distribution at `confidence`, shared out over candidates and looks (Bonferroni), times its
+        standard error, which falls to nothing when all units are seen.
         """
         least = min(layers, key=self.score)
         seen = len(self.without[least])
+        if seen < 2:
+            return list(layers)
         tail = (1 - confidence) / max(1, (len(layers) - 1) * looks)
-        limit = _student(1 - tail, seen - 1)
+        limit = _student(1 - tail, seen - 1) * math.sqrt(1 - seen / units)
+        alike = (self.error(least) or 0.0) * math.sqrt(seen / units)
         left = []
         for layer in layers:
             difference = self._rises(layer) - self._rises(least)
-            error = self._error(difference)
             gap = difference.sum().item() / self._count(seen)
-            if layer == least or error is None or gap <= limit * error:
+            if layer == least or gap + alike <= limit * (self._error(difference) or 0.0):
                 left.append(layer)
         return left
 
@@ -102,61 +119,83 @@ class Values:
 
 def leave_out(
     model: PreTrainedModel,
-    batches: Iterable[Batch],
-    tokens: Callable[[Batch], torch.Tensor],
+    batches: Sequence[Any],
+    measure: Measure,
+    example: torch.Tensor,
     cuts: Cuts,
-    refer: Refer,
-    compare: Compare,
     confidence: float | None,
     tick: Tick,
+    journal: Journal,
 ) -> Values:
     """Read all batches with the whole model and without each candidate.
 
     The layers before the missing one return what they returned in the whole model: the same numbers as one
     full pass for each candidate, to the bit, in about half the time. Where layers hand on more than their
-    outputs (Gemma's shared keys and values), each candidate gets its full pass.
+    outputs (Gemma's shared keys and values), each candidate gets its full pass. A candidate without which a
+    sum is not finite has no values.
 
     Args:
         model (`PreTrainedModel`): in eval mode, without gradients.
-        batches (iterable of dict): with `input_ids` `(batch, length)`.
-        tokens (`Callable`): of a batch, how many tokens of each unit count, `(units,)`.
+        batches (sequence): as `measure` reads them.
+        measure ([`Measure`]): what is measured.
+        example (`torch.Tensor`): `(1, length)`, some tokens of them.
         cuts (`Mapping`): for each candidate, by its first layer, the context in which the model lacks it.
-        refer, compare (`Callable`): the measure.
         confidence (`float` or `None`): drop candidates that are surely not the least important (racing);
             None keeps all.
         tick (`Callable`): called with 1 after each candidate and batch, with more when some are dropped.
+        journal ([`Journal`]): of the sums of each batch.
+
+    Raises:
+        LayerPruneError: the whole model's own sums are not finite.
     """
-    batches = list(batches)
     values = Values(without={layer: [] for layer in cuts})
-    reader = Reader(model, batches[0]["input_ids"])
-    alive, deepest = sorted(cuts), max(cuts)
-    replay = _can_replay(model, batches[0]["input_ids"][:1, :8], deepest)
+    reader = Reader(model, example)
+    alive = sorted(cuts)
+    replay = _can_replay(model, example[:, :8], max(cuts))
     if not replay:
         logger.info("Layers of this model hand on more than their outputs: each score takes a full pass.")
-    total = sum(len(tokens(batch)) for batch in batches)
-    looks = max(1, int(math.log2(max(2, total / FIRST_LOOK))))
-    next_look = FIRST_LOOK
-    for number, batch in enumerate(batches, 1):
+
+    def read(batch: Any) -> list[list[float]]:
+        """The sums of the whole model, and of it without each candidate that is left."""
         with captured(model, range(max(alive))) as states:
-            reference, sums = refer(reader, batch)
+            reference, sums = measure.refer(reader, batch)
         check_all_ran(states, range(max(alive)))
         outputs = [states[layer][1] for layer in range(max(alive))]
-        values.tokens += tokens(batch).double().tolist()
-        values.whole += sums.double().tolist()
+        found = [sums.double().tolist()]
         for layer in alive:
             with cuts[layer], _replayed(model, outputs[: layer if replay else 0]):
-                values.without[layer] += compare(reader, batch, reference).double().tolist()
+                found.append(measure.compare(reader, batch, reference).double().tolist())
             tick(1)
-        del outputs, states, reference
-        if confidence is not None and len(values.tokens) >= next_look and number < len(batches):
-            left = values.possible(alive, confidence, looks)
-            tick((len(alive) - len(left)) * (len(batches) - number))
-            alive = left
+        return found
+
+    units = sum(len(measure.tokens(batch)) for batch in batches)
+    looks = max(1, math.ceil(math.log(max(2, units / FIRST_LOOK), NEXT_LOOK)))
+    next_look: float = FIRST_LOOK
+    for left, batch in zip(reversed(range(len(batches))), batches, strict=True):
+        if journal.is_ahead:
+            tick(len(alive))
+        whole, *without = journal.once(partial(read, batch))
+        if not all(map(math.isfinite, whole)):
+            raise LayerPruneError(
+                f"The model's own score on calibration batch {len(batches) - left} is not a finite number: "
+                "check the model and the calibration data."
+            )
+        values.tokens += measure.tokens(batch).double().tolist()
+        values.whole += whole
+        for layer, sums in zip(alive, without, strict=True):
+            values.without[layer] += sums
+        possible = [layer for layer in alive if all(map(math.isfinite, values.without[layer]))]
+        for layer in set(alive) - set(possible):
+            del values.without[layer]
+        if confidence is not None and possible and len(values.tokens) >= next_look and left:
+            possible = values.possible(possible, confidence, looks, units)
             while next_look <= len(values.tokens):
-                next_look *= 2
-            if len(alive) == 1:
-                tick(len(batches) - number)
-                break
+                next_look *= NEXT_LOOK
+        tick((len(alive) - len(possible)) * left)
+        alive = possible
+        if not alive or (confidence is not None and len(alive) == 1):
+            tick(len(alive) * left)
+            break
     return values
 
 

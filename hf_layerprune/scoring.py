@@ -1,5 +1,6 @@
 """Scoring all candidate layers of a model: one call, one table."""
 
+import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator
@@ -13,10 +14,12 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .criteria import CRITERIA, PATTERNS, Request, mean_task, next_token_metric
+from .criteria import CRITERIA, PATTERNS, Request, next_token_metric
 from .data import Batch
 from .errors import LayerPruneError
+from .journal import Journal
 from .lineage import get_lineage
+from .multiple_choice import MultipleChoice
 from .surgery import check_layers, possible_cuts
 
 
@@ -46,10 +49,10 @@ class ScoreTable:
             nats per token (`loss`), the task's score (`task`), None (`block_influence`).
         kept (`list[int]`): for each present layer, its index in the original model.
         refused (`dict[int, str]`): for each layer that is no candidate because it cannot be removed
-            exactly, by its present index, the reason.
+            exactly, or because the model without it gives no finite score, by its present index, the reason.
         run (`int`): how many layers a candidate is; it is named by the first.
-        errors (`dict[int, float]`): standard errors of the scores, where they have any: over sequences, or
-            for leave-one-out over parts of 32 tokens.
+        errors (`dict[int, float]`): standard errors of the scores, where they have any: over sequences or
+            questions, and for leave-one-out over parts of 64 tokens of a sequence.
         seen (`dict[int, int]`): with how many of these each candidate was scored.
     """
 
@@ -119,6 +122,7 @@ def score_layers(
     racing: float | None = None,
     cache_mb: int = 1024,
     protected: Iterable[int] | None = None,
+    journal: str | Path | None = None,
     progress: bool = True,
 ) -> ScoreTable:
     """Score how much each decoder layer of `model` matters. The model is not changed.
@@ -131,20 +135,23 @@ def score_layers(
             `"hidden_mse"`, `"block_influence"`, `"angular"`, `"taylor"`, `"task"`, `"positional"`.
         run (`int`, *optional*, defaults to 1): score runs of so many consecutive layers, each by its first.
         task (`Callable` or `evaluate.EvaluationModule`, *optional*): for `criterion="task"`, a function
-            `score(model) -> float`, higher is better, a list of such, whose mean counts, or a metric that is
-            computed from predicted and true next tokens of `batches`.
+            `score(model) -> float`, higher is better, such as [`MultipleChoice`], a list of such, whose mean
+            counts, or a metric that is computed from predicted and true next tokens of `batches`.
         teacher (`PreTrainedModel`, *optional*): for `"kl"`, the model to compare with; left out, the model
             itself as it is.
         pattern (`str`, *optional*, defaults to `"output"`): for `"positional"`: `"output"` (the deepest go
             first), `"input"`, `"middle"`, `"both"` or `"random"`.
         seed (`int`, *optional*, defaults to 0): for `pattern="random"`.
-        racing (`float`, *optional*): a confidence such as 0.99, with which `"loss"`, `"kl"` and
-            `"hidden_mse"` stop scoring candidates that are surely not the least important. Their scores are
-            of the text that they have seen.
-        cache_mb (`int`, *optional*, defaults to 1024): states of a batch, in MiB, that these three may keep;
-            larger batches are read in parts.
+        racing (`float`, *optional*): a confidence such as 0.99, with which `"loss"`, `"kl"`,
+            `"hidden_mse"` and [`MultipleChoice`] stop scoring candidates that are surely not less important
+            than the least so far, by more than a standard error of its score. Their scores are of the text
+            that they have seen. The text is read in the order of `batches`, which should be random.
+        cache_mb (`int`, *optional*, defaults to 1024): states of a batch, in MiB, that the first three may
+            keep; larger batches are read in parts.
         protected (iterable of `int`, *optional*): present indices that are no candidates; left out,
             the first and the last layer.
+        journal (`str` or `Path`, *optional*): a file for what is scored so far, removed in the end. Called
+            again after a stop, with the same model and text, scoring goes on there.
         progress (`bool`, *optional*, defaults to `True`): show a bar with the time left.
 
     Returns:
@@ -154,7 +161,8 @@ def score_layers(
         LayerPruneError: an unknown criterion or layer, no candidate, a model that cannot be cut exactly,
             no calibration, or a score that is not a number.
     """
-    _check_choices(criterion, task, teacher, pattern, racing, cache_mb)
+    tasks = [] if task is None else list(task) if isinstance(task, (list, tuple)) else [task]
+    _check_choices(criterion, tasks, teacher, pattern, racing, cache_mb)
     kept = get_lineage(model).kept
     if type(run) is not int or not 1 <= run < len(kept):
         raise LayerPruneError(f"run is {run!r}: it must be at least 1 and below the {len(kept)} layers.")
@@ -166,17 +174,18 @@ def score_layers(
     if not cuts:
         raise LayerPruneError(next(iter(refused.values())))
     on_device = [{k: v.to(model.device) for k, v in batch.items() if torch.is_tensor(v)} for batch in batches]
-    if not on_device and not callable(task) and criterion != "positional" and not isinstance(task, list):
+    reads = criterion != "positional" and (not tasks or any(hasattr(one, "compute") for one in tasks))
+    if reads and not on_device:
         raise LayerPruneError("No calibration batches to score with.")
     if any(batch["input_ids"].shape[1] < 2 for batch in on_device):
         raise LayerPruneError("Calibration batches of one token have nothing to predict.")
-    if isinstance(task, list):
-        task = mean_task(task)
-    elif hasattr(task, "compute"):
-        task = next_token_metric(task, on_device)
+    tasks = [next_token_metric(one, on_device) if hasattr(one, "compute") else one for one in tasks]
     if criterion in LEAVE_ONE_OUT:
         on_device = _small_enough(model, on_device, cache_mb)
     rounds = {"task": 1, "positional": 0}.get(criterion, len(on_device))
+    settings = [criterion, run, racing, sorted(cuts), pattern, seed, list(map(_task_name, tasks))]
+    work = "" if journal is None else _fingerprint([model, teacher], on_device, settings)
+    notes = Journal(journal, work)
     with (
         tqdm(
             total=rounds * len(cuts), desc=f"scoring ({criterion})", disable=not progress, leave=False
@@ -184,17 +193,19 @@ def score_layers(
         undisturbed(model),
     ):
         found = CRITERIA[criterion](
-            Request(model, on_device, cuts, run, bar.update, racing, task, teacher, pattern, seed)
+            Request(model, on_device, cuts, run, bar, notes, racing, tasks, teacher, pattern, seed)
         )
-    bad = [layer for layer, score in found.scores.items() if not np.isfinite(score)]
-    if bad:
+    for layer in cuts:
+        if not np.isfinite(found.scores.get(layer, np.nan)):
+            refused[layer] = f"Without layer {layer} the {criterion} score is not a finite number."
+    scores = {layer: score for layer, score in found.scores.items() if layer not in refused}
+    if not scores:
         raise LayerPruneError(
-            f"The {criterion} score of layers {bad} is not a finite number: check the model and the "
-            "calibration data."
+            f"No layer has a {criterion} score that is a finite number: check the model and the calibration "
+            "data."
         )
-    return ScoreTable(
-        criterion, found.scores, found.quality, kept, refused, run, found.errors or {}, found.seen or {}
-    )
+    notes.finish()
+    return ScoreTable(criterion, scores, found.quality, kept, refused, run, found.errors, found.seen)
 
 
 def read_table(path: str | Path) -> ScoreTable:
@@ -233,22 +244,26 @@ def _ranks(scores: list[float]) -> np.ndarray:
 
 
 def _check_choices(
-    criterion: str, task: Any, teacher: Any, pattern: str, racing: float | None, cache_mb: int
+    criterion: str, tasks: list[Any], teacher: Any, pattern: str, racing: float | None, cache_mb: int
 ) -> None:
     if criterion not in CRITERIA:
         raise LayerPruneError(f"Unknown criterion {criterion!r}: choose from {', '.join(CRITERIA)}.")
-    if (task is None) == (criterion == "task"):
+    if bool(tasks) != (criterion == "task"):
         raise LayerPruneError("`task` (a function or a metric) and criterion='task' go together.")
+    strange = [one for one in tasks if not callable(one) and not hasattr(one, "compute")]
+    if strange:
+        raise LayerPruneError(f"{strange[0]!r} is no task: give a function of the model, or a metric.")
     if teacher is not None and criterion != "kl":
         raise LayerPruneError(
             f"{criterion} has no use for a teacher: leave it out, or choose criterion='kl'."
         )
     if pattern not in (*PATTERNS, "random"):
         raise LayerPruneError(f"Unknown pattern {pattern!r}: choose from {', '.join(PATTERNS)}, random.")
-    if racing is not None and (criterion not in LEAVE_ONE_OUT or not 0.5 < racing < 1):
+    by_question = bool(tasks) and all(isinstance(one, MultipleChoice) for one in tasks)
+    if racing is not None and not ((by_question or criterion in LEAVE_ONE_OUT) and 0.5 < racing < 1):
         raise LayerPruneError(
             f"racing is {racing!r} with {criterion}: it is a confidence above 0.5 and below 1, as 0.99, for "
-            f"{', '.join(LEAVE_ONE_OUT)}."
+            f"{', '.join(LEAVE_ONE_OUT)}, and for tasks of MultipleChoice."
         )
     if type(cache_mb) is not int or cache_mb < 1:
         raise LayerPruneError(f"cache_mb is {cache_mb!r}: it must be a whole number of at least 1.")
@@ -264,6 +279,22 @@ def _small_enough(model: PreTrainedModel, batches: list[Any], cache_mb: int) -> 
         split = {name: value.split(max(1, rows)) for name, value in batch.items()}
         parts += [dict(zip(split, values, strict=True)) for values in zip(*split.values(), strict=True)]
     return parts
+
+
+def _task_name(task: Any) -> str:
+    if isinstance(task, MultipleChoice):
+        return repr(task.encoded)
+    return getattr(task, "__qualname__", type(task).__qualname__)
+
+
+def _fingerprint(models: list[Any], batches: list[Any], settings: list[Any]) -> str:
+    """What a table is of: some weights of each tensor, the calibration, and settings."""
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    tensors = [tensor for model in models if model is not None for tensor in model.state_dict().values()]
+    few = [tensor.flatten()[:: max(1, tensor.numel() // 1000)] for tensor in tensors]
+    for tensor in [*few, *(value for batch in batches for value in batch.values())]:
+        digest.update(tensor.detach().double().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_plot_path(path: str | Path) -> None:

@@ -20,6 +20,7 @@ from .lineage import CONFIG_KEY, Lineage, get_lineage, lineage_entry
 
 
 _ABSENT: Any = object()
+_Key = tuple[nn.Module, str]
 
 
 def remove_layers(model: Any, layers: int | Iterable[int]) -> Lineage:
@@ -66,10 +67,10 @@ class without_layers:
         LayerPruneError: as [`remove_layers`], before the context is entered.
     """
 
-    def __init__(self, model: Any, layers: int | Iterable[int]) -> None:
+    def __init__(self, model: Any, layers: int | Iterable[int], known: set[_Key] | None = None) -> None:
         self._decoder = find_decoder(base_of(model))
         self._stack = self._decoder.layers
-        self._edits = _cut(model, check_layers(model, layers))
+        self._edits = _cut(model, check_layers(model, layers), known)
         self._edits.undo()
 
     def __enter__(self) -> None:
@@ -86,10 +87,10 @@ def possible_cuts(
 ) -> tuple[dict[int, without_layers], dict[int, str]]:
     """For each of `layers` that can be removed exactly, with the next ones up to a run of `run`, the context
     without them; for each other one, why it cannot."""
-    cuts, reasons = {}, {}
+    cuts, reasons, known = {}, {}, _known_differences(base_of(model))
     for layer in layers:
         try:
-            cuts[layer] = without_layers(model, range(layer, layer + run))
+            cuts[layer] = without_layers(model, range(layer, layer + run), known)
         except LayerPruneError as error:
             reasons[layer] = str(error)
     return cuts, reasons
@@ -216,7 +217,15 @@ class _Removal:
         return (unequal[0], width) if fits else None
 
 
-def _cut(model: Any, removed: set[int]) -> _Edits:
+def _known_differences(model: PreTrainedModel) -> set[_Key]:
+    """What differs from a fresh model before any removal."""
+    try:
+        return {difference.key for difference in differences(model, build_blueprint(model))}
+    except Exception:  # no model can be built from this config; each removal will say so
+        return set()
+
+
+def _cut(model: Any, removed: set[int], known: set[_Key] | None = None) -> _Edits:
     """Remove layers in place and return what takes it back. If the result is not exact, nothing changes."""
     edits = _Edits()
     if not removed:
@@ -242,11 +251,11 @@ def _cut(model: Any, removed: set[int]) -> _Edits:
                 if vars(module).get(name) == old:
                     edits.set(vars(module), name, kept.index(old))
         wrong = _reconcile(edits, base, _Removal(len(old_layers), kept, changed, places))
-        if wrong:
+        if wrong and known is None:
             edits.undo()
-            known = {d.key for d in differences(base, build_blueprint(base))}
+            known = _known_differences(base)
             edits.redo()
-            wrong = [d for d in wrong if d.key not in known]
+        wrong = [difference for difference in wrong if difference.key not in (known or ())]
         if wrong:
             reasons = "; ".join(str(difference) for difference in wrong[:3])
             raise LayerPruneError(f"a model built from the new config would differ: {reasons}.")

@@ -5,7 +5,8 @@ import torch
 
 from hf_layerprune import LayerPruneError, score_layers
 from hf_layerprune.criteria import _tokens, unit_losses
-from hf_layerprune.leave_one_out import Values, _student, leave_out
+from hf_layerprune.journal import Journal
+from hf_layerprune.leave_one_out import Measure, Values, _student, leave_out
 from hf_layerprune.reading import Reader
 from hf_layerprune.scoring import _small_enough
 from hf_layerprune.surgery import possible_cuts, without_layers
@@ -22,16 +23,21 @@ def batches():
 
 def losses(model, given, cuts=None, confidence=None, ticks=None):
     """The leave-one-out losses of every layer."""
+    measure = Measure(
+        _tokens,
+        lambda reader, batch: (None, unit_losses(reader, batch)),
+        lambda reader, batch, reference: unit_losses(reader, batch),
+    )
     with torch.no_grad():
         return leave_out(
             model,
             given,
-            _tokens,
+            measure,
+            given[0]["input_ids"][:1],
             cuts or possible_cuts(model, range(LAYERS))[0],
-            lambda reader, batch: (None, unit_losses(reader, batch)),
-            lambda reader, batch, reference: unit_losses(reader, batch),
             confidence,
             (lambda done: None) if ticks is None else ticks.append,
+            Journal(None, ""),
         )
 
 
@@ -103,22 +109,33 @@ def test_the_error_is_that_of_repeated_samples():
 
 
 def test_surely_worse_candidates_are_dropped():
-    values = example()
-    assert values.possible([1, 2], 0.99, 1) == [1]
-    assert values.possible([1, 2], 0.9999999, 1) == [1, 2]
-    equal = Values(values.tokens, values.whole, {1: values.without[1], 2: values.without[1]})
-    assert equal.possible([1, 2], 0.99, 1) == [1, 2]
+    values, many = example(), 10_000
+    assert values.possible([1, 2], 0.99, 1, many) == [1]
+    assert values.possible([1, 2], 0.9999, 1, many) == [1, 2]
+    # The fewer are still to be seen, the less can change.
+    assert values.possible([1, 2], 0.9999, 1, 5) == [1]
+    # Nor need those be told apart that differ by less than their scores are known.
+    nearly = [x + 0.001 for x in values.without[1]]
+    equal = Values(values.tokens, values.whole, {1: values.without[1], 2: nearly})
+    assert equal.possible([1, 2], 0.99, 1, many) == [1]
+    unlike = Values(values.tokens, values.whole, {1: values.without[1], 2: values.without[1][::-1]})
+    assert unlike.possible([1, 2], 0.99, 1, many) == [1, 2]
+    assert Values([1.0], [1.0], {1: [1.0], 2: [9.0]}).possible([1, 2], 0.99, 1, many) == [1, 2]
 
 
 def test_the_least_important_is_seldom_dropped():
-    """Of candidates that differ by chance alone, the truly least one survives as often as stated."""
+    """Of candidates that differ by chance alone: what is left after a look holds one that on all units lies
+    within a standard error of the least, as often as stated."""
     generator = torch.Generator().manual_seed(1)
+    means = torch.tensor([0.0, 0.05, 0.05, 0.1, 0.2], dtype=torch.float64)
     lost = 0
     for _ in range(500):
-        noise = torch.randn(8, 5, generator=generator, dtype=torch.float64)
-        means = torch.tensor([0.0, 0.05, 0.05, 0.1, 0.2], dtype=torch.float64)
-        values = Values([1.0] * 8, [0.0] * 8, {i: (noise[:, i] + means[i]).tolist() for i in range(5)})
-        lost += 0 not in values.possible(range(5), 0.9, 1)
+        rises = torch.randn(40, 5, generator=generator, dtype=torch.float64) + means
+        full = Values([1.0] * 40, [0.0] * 40, dict(enumerate(rises.T.tolist())))
+        part = Values([1.0] * 12, [0.0] * 12, dict(enumerate(rises[:12].T.tolist())))
+        least = min(range(5), key=full.score)
+        near = [i for i in range(5) if full.score(i) <= full.score(least) + full.error(least)]
+        lost += not set(near) & set(part.possible(range(5), 0.9, 1, 40))
     assert lost / 500 < 0.1
 
 
@@ -179,6 +196,37 @@ def test_a_bound_on_memory_changes_nothing(llama):
     torch.testing.assert_close(
         whole.scores, score_layers(llama, many(llama), progress=False, cache_mb=1).scores, rtol=0, atol=1e-6
     )
+
+
+def test_a_layer_without_which_nothing_is_finite_stays(llama):
+    """As in float16, where some layer keeps the numbers in range."""
+    scores = score_layers(llama, batches(), progress=False).scores
+
+    def overflow(module, args, output):
+        return output if len(llama.model.layers) == LAYERS else output * math.inf
+
+    llama.model.layers[5].register_forward_hook(overflow)
+    with pytest.raises(LayerPruneError, match="No layer has a loss score that is a finite number"):
+        score_layers(llama, batches(), progress=False)
+    first = llama.model.layers[1]
+    llama.model.layers[5]._forward_hooks.clear()
+
+    def needs_first(module, args, output):
+        return output if first in llama.model.layers else output * math.nan
+
+    llama.model.layers[5].register_forward_hook(needs_first)
+    for racing in (None, 0.9):
+        table = score_layers(llama, batches(), racing=racing, progress=False)
+        assert table.scores == {i: score for i, score in scores.items() if i != 1}
+        assert "Without layer 1 the loss score is not a finite number" in table.refused[1]
+
+
+def test_a_model_without_finite_losses_is_refused_at_once(llama):
+    llama.model.norm.weight.data[3] = math.nan
+    ticks = []
+    with pytest.raises(LayerPruneError, match="own score on calibration batch 1 is not a finite number"):
+        losses(llama, batches(), ticks=ticks)
+    assert sum(ticks) <= LAYERS
 
 
 def test_no_token_that_counts_is_an_error(llama):

@@ -1,0 +1,275 @@
+"""Questions with choices: how often a model finds the right one likeliest, each context read once."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .data import Batch
+from .errors import LayerPruneError
+from .reading import ROWS, Reader
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with choices.
+
+    Args:
+        context (`str`): what comes before.
+        choices (`list[str]`): what may follow it, with the space that goes before.
+        answer (`int`): which of them is right, from 0.
+    """
+
+    context: str
+    choices: list[str]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Some questions as a model reads them.
+
+    Args:
+        inputs (`dict`): of the model, `input_ids` `(rows, length)` and what goes with them.
+        places (`torch.Tensor`): `(2, tokens)`, the row and position that predict each token of a choice.
+        targets (`torch.Tensor`): `(tokens,)`, these tokens.
+        owners (`torch.Tensor`): `(tokens,)`, which choice each is of, counted through all questions.
+        lengths (`list[torch.Tensor]`): for each question `(choices,)`, what their log-likelihoods are
+            divided by.
+        answers (`list[int]`): for each question.
+    """
+
+    inputs: Batch
+    places: torch.Tensor
+    targets: torch.Tensor
+    owners: torch.Tensor
+    lengths: list[torch.Tensor]
+    answers: list[int]
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A question in tokens: what all its choices begin with, the rest of each, and how many tokens at the
+    end of that are the choice itself."""
+
+    shared: list[int]
+    rests: list[list[int]]
+    scored: list[int]
+    lengths: list[int]
+    answer: int
+
+    @property
+    def packed_length(self) -> int:
+        return len(self.shared) + sum(map(len, self.rests))
+
+    @property
+    def length_in_rows(self) -> int:
+        return len(self.rests) * (len(self.shared) + max(map(len, self.rests)))
+
+
+class MultipleChoice:
+    """A task for `criterion="task"`: of how many questions a model finds the right choice likeliest.
+
+    The choices of a question stand in one row behind their common context and do not see each other, so
+    that the context is read once. Where a model cannot read them so, each choice gets a row. Questions of
+    like length share a batch; batches come in random order.
+
+    Args:
+        questions (sequence of [`Question`]): at least one.
+        tokenizer (`PreTrainedTokenizerBase`): the model's.
+        normalize (`bool`, *optional*, defaults to `True`): compare log-likelihoods per character of the
+            choice (lm-eval's `acc_norm`); False compares those of the whole choice (`acc`).
+        batch_tokens (`int`, *optional*, defaults to 1024): tokens that are read at once.
+
+    Raises:
+        LayerPruneError: no question, one without a right answer, or one with an empty choice.
+    """
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        normalize: bool = True,
+        batch_tokens: int = 1024,
+    ) -> None:
+        if not questions:
+            raise LayerPruneError("A task needs at least one question.")
+        for question in questions:
+            known = type(question.answer) is int and 0 <= question.answer < len(question.choices)
+            if not known or len(question.choices) < 2 or not all(one.strip() for one in question.choices):
+                raise LayerPruneError(
+                    f"{question}: a question needs two or more choices, none of them empty, and the index of "
+                    "the right one."
+                )
+        self.batch_tokens = batch_tokens
+        encoded = [_encode(question, tokenizer, normalize) for question in questions]
+        self.encoded = sorted(encoded, key=lambda question: question.packed_length)
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    def __call__(self, model: PreTrainedModel) -> float:
+        """The share of right answers."""
+        with torch.no_grad():
+            reader = Reader(model, self.example(model))
+            return torch.cat([right_answers(reader, batch) for batch in self.batches(reader)]).mean().item()
+
+    def example(self, model: PreTrainedModel) -> torch.Tensor:
+        """The tokens `(1, length)` of a question and a choice."""
+        longest = self.encoded[-1]
+        return torch.tensor([longest.shared + longest.rests[0]], device=model.device)
+
+    def batches(self, reader: Reader) -> list[Choices]:
+        """All questions as the reader's model reads them."""
+        packed = _can_pack(reader, self.encoded[-1])
+        build = _packed if packed else _in_rows
+        batches = [build(questions, reader.model) for questions in self._groups(packed)]
+        random.Random(0).shuffle(batches)
+        return batches
+
+    def _groups(self, packed: bool) -> Iterator[list[_Encoded]]:
+        """Questions of like length, as many as may be read at once."""
+        group: list[_Encoded] = []
+        for question in self.encoded:
+            size = question.packed_length if packed else question.length_in_rows
+            if group and (len(group) + 1) * size > self.batch_tokens:
+                yield group
+                group = []
+            group.append(question)
+        yield group
+
+
+def right_answers(reader: Reader, batch: Choices) -> torch.Tensor:
+    """For each question 1 if the right choice is the likeliest, else 0: `(questions,)`, float64."""
+    likelihoods = log_likelihoods(reader, batch).split([len(lengths) for lengths in batch.lengths])
+    found = [
+        int((likelihood / lengths).argmax()) == answer
+        for likelihood, lengths, answer in zip(likelihoods, batch.lengths, batch.answers, strict=True)
+    ]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def log_likelihoods(reader: Reader, batch: Choices) -> torch.Tensor:
+    """Of each choice of each question, in nats: `(choices,)`, float64."""
+    row, place = batch.places
+    logits = reader.rows(reader.states(batch.inputs)[row, place])
+    found = [
+        few.float().log_softmax(-1).gather(-1, said[:, None])[:, 0].double()
+        for few, said in zip(logits, batch.targets.split(ROWS), strict=True)
+    ]
+    sums = torch.zeros(sum(map(len, batch.lengths)), dtype=torch.float64, device=row.device)
+    return sums.index_add_(0, batch.owners, torch.cat(found))
+
+
+def _encode(question: Question, tokenizer: PreTrainedTokenizerBase, normalize: bool) -> _Encoded:
+    """Tokens as lm-eval makes them: of context and choice together; what is more than the context's own
+    number of tokens is the choice."""
+    start = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id][:1]
+
+    def tokens(text: str) -> list[int]:
+        return start + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+    context = question.context.rstrip()
+    space = question.context[len(context) :]  # goes with the choice, as tokens hold the space before a word
+    if not start and not context:
+        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if first is None:
+            raise LayerPruneError(f"{question}: without a context, the tokenizer needs a first token (bos).")
+        start = [first]
+    rows = [tokens(context + space + choice) for choice in question.choices]
+    before = len(tokens(context))
+    if any(len(row) <= before for row in rows):
+        raise LayerPruneError(f"{question}: a choice has no token of its own.")
+    shared = next(
+        (i for i, same in enumerate(zip(*rows, strict=False)) if len(set(same)) > 1), min(map(len, rows))
+    )
+    shared = min(shared, before)
+    lengths = [len(choice.strip()) if normalize else 1 for choice in question.choices]
+    return _Encoded(
+        rows[0][:shared],
+        [row[shared:] for row in rows],
+        [len(row) - before for row in rows],
+        lengths,
+        question.answer,
+    )
+
+
+def _packed(questions: Sequence[_Encoded], model: PreTrainedModel) -> Choices:
+    """One row for each question: the context, then its choices, each of which sees the context and itself."""
+    length = max(question.packed_length for question in questions)
+    ids = torch.zeros((len(questions), length), dtype=torch.long)
+    positions = torch.zeros_like(ids)
+    seen = torch.eye(length, dtype=torch.bool).repeat(len(questions), 1, 1)  # what fills a row sees itself
+    places, targets, owners = [], [], []
+    choice = 0
+    for row, question in enumerate(questions):
+        common = len(question.shared)
+        ids[row, :common] = torch.tensor(question.shared)
+        positions[row, :common] = torch.arange(common)
+        start = common
+        seen[row, :common, :common] = torch.ones(common, common).tril().bool()
+        for rest, scored in zip(question.rests, question.scored, strict=True):
+            part = slice(start, start + len(rest))
+            ids[row, part] = torch.tensor(rest)
+            positions[row, part] = torch.arange(common, common + len(rest))
+            seen[row, part, :common] = True
+            seen[row, part, part] = torch.ones(len(rest), len(rest)).tril().bool()
+            for index in range(len(rest) - scored, len(rest)):
+                places.append((row, start + index - 1 if index else common - 1))
+                targets.append(rest[index])
+                owners.append(choice)
+            start, choice = part.stop, choice + 1
+    hidden = torch.zeros(seen.shape, dtype=model.dtype).masked_fill(~seen, torch.finfo(model.dtype).min)
+    inputs = {"input_ids": ids, "position_ids": positions, "attention_mask": hidden[:, None]}
+    return _choices(questions, inputs, places, targets, owners, model)
+
+
+def _in_rows(questions: Sequence[_Encoded], model: PreTrainedModel) -> Choices:
+    """One row for each choice, with its context. What fills the end of a row, no token before it sees."""
+    rows = [question.shared + rest for question in questions for rest in question.rests]
+    ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
+    places, targets, owners = [], [], []
+    scored = [number for question in questions for number in question.scored]
+    for row, (tokens, number) in enumerate(zip(rows, scored, strict=True)):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        for index in range(len(tokens) - number, len(tokens)):
+            places.append((row, index - 1))
+            targets.append(tokens[index])
+            owners.append(row)
+    return _choices(questions, {"input_ids": ids}, places, targets, owners, model)
+
+
+def _choices(
+    questions: Sequence[_Encoded],
+    inputs: dict[str, torch.Tensor],
+    places: list[tuple[int, int]],
+    targets: list[int],
+    owners: list[int],
+    model: PreTrainedModel,
+) -> Choices:
+    device = model.device
+    return Choices(
+        {name: value.to(device) for name, value in inputs.items()},
+        torch.tensor(places, device=device).T,
+        torch.tensor(targets, device=device),
+        torch.tensor(owners, device=device),
+        [torch.tensor(q.lengths, dtype=torch.float64, device=device) for q in questions],
+        [q.answer for q in questions],
+    )
+
+
+def _can_pack(reader: Reader, question: _Encoded) -> bool:
+    """Whether the model reads a question in one row as it reads each choice alone."""
+    found = []
+    for build in (_packed, _in_rows):
+        batch = build([question], reader.model)
+        try:
+            found.append(reader.states(batch.inputs)[tuple(batch.places)].float())
+        except Exception:  # a model that takes no such mask, or no positions
+            return False
+    packed, alone = found
+    error = float((packed - alone).norm() / alone.norm())
+    return error < min(0.05, 1000 * torch.finfo(reader.model.dtype).eps)

@@ -1,0 +1,117 @@
+import json
+import logging
+
+import pytest
+import torch
+
+from hf_layerprune import LayerPruneError, MultipleChoice, score_layers
+from hf_layerprune.journal import Journal
+
+from .conftest import make_model, tokens
+from .test_multiple_choice import QUESTIONS
+
+
+BATCHES = [{"input_ids": tokens(2, 64, seed=i)} for i in range(8)]
+
+
+def test_what_is_there_is_not_computed_again(tmp_path):
+    path, computed = tmp_path / "journal", []
+
+    def work(path, until):
+        journal = Journal(path, "squares")
+        return [journal.once(lambda i=i: (computed.append(i), i * i / 3)[1]) for i in range(until)]
+
+    assert work(path, 3) == [0, 1 / 3, 4 / 3]
+    with path.open("a") as file:
+        file.write("1.2")  # killed while it wrote
+    assert work(path, 5) == work(None, 5)
+    assert computed == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
+    assert work(path, 5) == work(path, 5)
+    assert len(computed) == 10
+    Journal(path, "squares").finish()
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_work_starts_afresh(tmp_path, caplog):
+    Journal(tmp_path / "journal", "squares").once(lambda: 1)
+    with caplog.at_level(logging.WARNING):
+        assert Journal(tmp_path / "journal", "cubes").once(lambda: 2) == 2
+    assert "of another model or text" in caplog.text
+    assert Journal(tmp_path / "journal", "cubes").once(lambda: 3) == 2
+
+
+@pytest.mark.parametrize("text", ["my notes\n", "[1, 2]\n", '"text"\n', '{"a": 1}\n'])
+def test_a_file_that_is_no_journal_is_left_alone(text, tmp_path):
+    (tmp_path / "file").write_text(text)
+    with pytest.raises(LayerPruneError, match="holds no scores"):
+        Journal(tmp_path / "file", "squares")
+    assert (tmp_path / "file").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("criterion", "settings"),
+    [("loss", {}), ("loss", {"racing": 0.6}), ("kl", {}), ("task", {}), ("task", {"task": "questions"})],
+)
+def test_scoring_goes_on_where_it_was_stopped(criterion, settings, tokenizer, tmp_path):
+    """Whenever it was stopped, the table is that of a run which was not, to the bit."""
+    model, calls, limit = make_model(), [], [10**9]
+    if settings.get("task"):
+        settings = {"task": MultipleChoice(QUESTIONS, tokenizer, batch_tokens=60)}
+    elif criterion == "task":
+        settings = {"task": lambda model: model(tokens()).logits.sum().item()}
+
+    def score(journal=None):
+        calls.clear()
+        return score_layers(model, BATCHES, criterion, journal=journal, progress=False, **settings)
+
+    def stop(*_):
+        calls.append(1)
+        if len(calls) > limit[0]:
+            raise KeyboardInterrupt
+
+    model.model.layers[5].register_forward_hook(stop)
+    expected = score()
+    whole, path = len(calls), tmp_path / "scores"
+    limit[0] = whole // 2
+    with pytest.raises(KeyboardInterrupt):
+        score(path)
+    assert len(path.read_text().splitlines()) > 1
+    limit[0] = whole
+    assert score(path) == expected
+    assert len(calls) < whole
+    assert not path.exists()
+
+
+def test_another_model_or_text_is_not_taken_for_the_same(llama, tmp_path, caplog):
+    path = tmp_path / "scores"
+
+    def lines_kept(model, batches, **settings):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            score_layers(model, batches, journal=path, progress=False, **settings)
+        return "starts afresh" not in caplog.text
+
+    def leave_journal():
+        failing = [*BATCHES[:-1], {"input_ids": BATCHES[-1]["input_ids"], "labels": torch.full((2, 64), 999)}]
+        with pytest.raises(IndexError):
+            score_layers(llama, failing, journal=path, progress=False)
+        text = path.read_text().splitlines(keepends=True)
+        assert len(text) == len(BATCHES)
+        return failing, text
+
+    failing, text = leave_journal()
+    same = json.loads(text[0])
+    for changed in (
+        lambda: lines_kept(make_model(seed=1), BATCHES),
+        lambda: lines_kept(llama, BATCHES),
+        lambda: lines_kept(llama, BATCHES[:-1]),
+        lambda: lines_kept(llama, BATCHES, racing=0.9),
+        lambda: lines_kept(llama, BATCHES, protected=[1]),
+        lambda: lines_kept(llama, BATCHES, criterion="kl"),
+    ):
+        path.write_text("".join(text))
+        assert not changed()
+    path.write_text("".join(text))
+    with pytest.raises(IndexError):
+        score_layers(llama, failing, journal=path, progress=False)
+    assert json.loads(path.read_text().splitlines()[0]) == same
