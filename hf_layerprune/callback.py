@@ -20,6 +20,7 @@ from .arguments import DistillationTrainingArguments
 from .checkpoint import load_lineage
 from .data import Batch, make_batches
 from .errors import LayerPruneError
+from .leave_one_out import Prefixes
 from .lineage import get_lineage
 from .record import (
     RECORD_NAME,
@@ -34,15 +35,19 @@ from .removal import (
     Evaluation,
     check_plan,
     phase_entry,
+    plain_settings,
     remove_least,
     run_evaluation,
     score_present,
 )
 from .saving import check_reload
+from .scoring import check_choices
 from .surgery import possible_cuts
 
 
 logger = logging.getLogger(__name__)
+
+SCORING_NAME = "scoring.jsonl"  # scores so far, while a phase begins
 
 
 class LayerPruningCallback(TrainerCallback):
@@ -64,9 +69,8 @@ class LayerPruningCallback(TrainerCallback):
             Text to score with: a data set like the training one, or ready batches.
         task (`Callable` or `evaluate.EvaluationModule`, *optional*):
             For `criterion="task"`: a function `score(model) -> float`, higher is better, or a metric.
-        racing (`float`, *optional*):
-            A confidence such as 0.99 with which layers that are surely not the least important are no
-            longer scored, see [`score_layers`].
+        racing, teacher, pattern, seed (*optional*):
+            As for [`score_layers`].
         layers_per_phase (`int`, *optional*, defaults to 1):
             Layers to remove before training goes on; all are scored again after each.
         steps_per_phase (`int`, *optional*):
@@ -96,6 +100,9 @@ class LayerPruningCallback(TrainerCallback):
         calibration: Any = None,
         task: Any = None,
         racing: float | None = None,
+        teacher: PreTrainedModel | None = None,
+        pattern: str = "output",
+        seed: int = 0,
         layers_per_phase: int = 1,
         steps_per_phase: int | None = None,
         protected: Iterable[int] | None = None,
@@ -116,7 +123,8 @@ class LayerPruningCallback(TrainerCallback):
         self.criterion = criterion
         self.calibration = calibration
         self.task = task
-        self.racing = racing
+        self.scoring = {"racing": racing, "teacher": teacher, "pattern": pattern, "seed": seed}
+        check_choices(criterion, task, teacher, pattern, racing)
         self.layers_per_phase = layers_per_phase
         self.steps_per_phase = steps_per_phase
         self.protected = None if protected is None else list(protected)
@@ -180,15 +188,18 @@ class LayerPruningCallback(TrainerCallback):
             return
         began = time.monotonic()
         removals: list[dict[str, Any]] = []
+        prefixes = Prefixes()
         for _ in range(min(self.layers_per_phase, self._excess(model))):
             table = score_present(
                 model,
                 self._batches,
                 self.criterion,
-                self.task,
-                self.racing,
                 self.record["pruning"]["protected_originals"],
+                task=self.task,
+                journal=Path(str(args.output_dir)) / SCORING_NAME if state.is_world_process_zero else None,
+                prefixes=prefixes,
                 progress=not args.disable_tqdm,
+                **self.scoring,
             )
             if self._below_floor(table.quality, state):
                 break
@@ -280,7 +291,7 @@ class LayerPruningCallback(TrainerCallback):
         return {
             "target_layers": self.target_layers,
             "criterion": self.criterion,
-            "racing": self.racing,
+            **plain_settings(self.scoring),
             "layers_per_phase": self.layers_per_phase,
             "steps_per_phase": self.steps_per_phase,
             "protected": self.protected,
@@ -289,7 +300,7 @@ class LayerPruningCallback(TrainerCallback):
 
     def _calibration_batches(self, args: TrainingArguments, train_dataloader: Any) -> list[Batch]:
         if self.calibration is None:
-            if callable(self.task):
+            if callable(self.task) or self.criterion == "positional":
                 return []
             raise LayerPruneError(
                 f"The criterion {self.criterion!r} scores on text: give `calibration`, a data set like "

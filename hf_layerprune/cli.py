@@ -60,7 +60,10 @@ class ScoreArguments:
     """Output of `score`."""
 
     plot: str | None = field(default=None, metadata={"help": "Write a bar chart to this file."})
-    json: str | None = field(default=None, metadata={"help": "Write the table to this file."})
+    json: str | None = field(
+        default=None,
+        metadata={"help": "Write the table to this file; stopped and called again, scoring goes on."},
+    )
     run: int = field(default=1, metadata={"help": "Score runs of so many layers, each by its first."})
     compare: str | None = field(
         default=None,
@@ -161,12 +164,12 @@ def score(arguments: list[str]) -> None:
     other = read_table(output.compare) if is_table else None
     model, tokenizer = _load(name, source)
 
-    def table_of(text: Any) -> Any:
+    def table_of(text: Any, journal: str | None = None) -> Any:
         batches = make_batches(_blocks(text, model, tokenizer, how.calibration_blocks), 4)
         settings = {"run": output.run, "racing": how.racing, "protected": how.protected}
-        return score_layers(model, batches, how.criterion, **settings)
+        return score_layers(model, batches, how.criterion, journal=journal, **settings)
 
-    table = table_of(text)
+    table = table_of(text, output.json and output.json + ".part")
     for layer in table.ranking():
         line = f"layer {layer:3d}   {how.criterion} {table.scores[layer]:9.5f}"
         error = table.errors.get(layer)

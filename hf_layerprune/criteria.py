@@ -18,7 +18,7 @@ from .data import Batch
 from .decoder import find_decoder, text_config
 from .errors import LayerPruneError
 from .journal import Journal
-from .leave_one_out import Cuts, Measure, Values, captured, check_all_ran, hidden, leave_out
+from .leave_one_out import Cuts, Measure, Prefixes, Values, captured, check_all_ran, hidden, leave_out
 from .losses import cross_entropy
 from .multiple_choice import Choices, MultipleChoice, right_answers
 from .reading import ROWS, Reader, targets_of
@@ -53,6 +53,7 @@ class Request:
         teacher (`PreTrainedModel` or `None`): for `kl`, the model to compare with; None for the model itself.
         pattern (`str`): for `positional`.
         seed (`int`): for `positional` at random.
+        prefixes ([`Prefixes`] or `None`): of an earlier round, for leave-one-out.
     """
 
     model: PreTrainedModel
@@ -66,6 +67,7 @@ class Request:
     teacher: PreTrainedModel | None = None
     pattern: str = "output"
     seed: int = 0
+    prefixes: Prefixes | None = None
 
 
 @dataclass(frozen=True)
@@ -361,9 +363,16 @@ def _read(request: Request, refer: Any, compare: Any) -> Values:
 
 
 def _leave_out(request: Request, batches: Sequence[Any], measure: Measure, example: torch.Tensor) -> Values:
-    model, cuts = request.model, request.cuts
     return leave_out(
-        model, batches, measure, example, cuts, request.racing, request.bar.update, request.journal
+        request.model,
+        batches,
+        measure,
+        example,
+        request.cuts,
+        request.racing,
+        request.bar.update,
+        request.journal,
+        request.prefixes,
     )
 
 
@@ -375,10 +384,10 @@ def _between(
     """Compare the raw states before and after each candidate, in one forward pass for all."""
     values = Values(without={layer: [] for layer in request.cuts})
     ends = {end for layer in request.cuts for end in (layer, layer + request.run - 1)}
+    reader = Reader(request.model, request.batches[0]["input_ids"])
     for batch in request.batches:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
         with captured(request.model, ends) as states:
-            request.model(**inputs, use_cache=False)
+            reader.states(batch)
         check_all_ran(states, ends)
         real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
         counts = tokens(real).double().tolist()

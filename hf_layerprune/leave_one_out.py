@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from statistics import NormalDist
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from .decoder import find_decoder
 from .errors import LayerPruneError
 from .journal import Journal
+from .lineage import get_lineage
 from .losses import LAST
 from .reading import Reader
 from .surgery import without_layers
@@ -27,8 +29,8 @@ logger = logging.getLogger(__name__)
 Cuts = Mapping[int, without_layers]
 Tick = Callable[[int], object]
 
-FIRST_LOOK = 12  # units that are seen before a candidate is dropped
-NEXT_LOOK = 2**0.5  # times as many before the next look
+FIRST_LOOK = 16  # units that are seen before a candidate is dropped
+NEXT_LOOK = 1.2  # times as many before the next look
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,40 @@ class Values:
         return math.sqrt(variance) / self._count(number)
 
 
+class Prefixes:
+    """What layers returned for each calibration batch, kept for the next round of scoring.
+
+    The layers before the first one that has gone since return the same again, as long as there was no
+    training in between and the batches are the same.
+
+    Args:
+        limit_mb (`int`, *optional*, defaults to 1024): MiB that may be kept; of further batches nothing is.
+    """
+
+    def __init__(self, limit_mb: int = 1024) -> None:
+        self._left = limit_mb * 2**20
+        self._found: dict[int, tuple[list[int], list[Any]]] = {}
+
+    def known(self, batch: int, kept: Sequence[int]) -> list[Any]:
+        """What the first layers of those in `kept` (by original index) return for this batch."""
+        layers, outputs = self._found.get(batch, ([], []))
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(layers, kept, strict=False))
+        return outputs[: len(list(same))]
+
+    def keep(self, batch: int, kept: Sequence[int], outputs: list[Any]) -> None:
+        """Keep what the first layers of those in `kept` returned, if there is room."""
+        self._left += sum(map(_size, self._found.pop(batch, ([], []))[1]))
+        size = sum(map(_size, outputs))
+        if size <= self._left:
+            self._left -= size
+            self._found[batch] = list(kept), outputs
+
+
+def _size(output: Any) -> int:
+    parts = output if isinstance(output, (tuple, list)) else [output]
+    return sum(part.nbytes for part in parts if torch.is_tensor(part))
+
+
 def leave_out(
     model: PreTrainedModel,
     batches: Sequence[Any],
@@ -126,6 +162,7 @@ def leave_out(
     confidence: float | None,
     tick: Tick,
     journal: Journal,
+    prefixes: Prefixes | None = None,
 ) -> Values:
     """Read all batches with the whole model and without each candidate.
 
@@ -144,23 +181,27 @@ def leave_out(
             None keeps all.
         tick (`Callable`): called with 1 after each candidate and batch, with more when some are dropped.
         journal ([`Journal`]): of the sums of each batch.
+        prefixes ([`Prefixes`], *optional*): of an earlier round.
 
     Raises:
         LayerPruneError: the whole model's own sums are not finite.
     """
     values = Values(without={layer: [] for layer in cuts})
     reader = Reader(model, example)
-    alive = sorted(cuts)
+    alive, kept = sorted(cuts), get_lineage(model).kept
     replay = _can_replay(model, example[:, :8], max(cuts))
     if not replay:
         logger.info("Layers of this model hand on more than their outputs: each score takes a full pass.")
 
-    def read(batch: Any) -> list[list[float]]:
+    def read(number: int, batch: Any) -> list[list[float]]:
         """The sums of the whole model, and of it without each candidate that is left."""
-        with captured(model, range(max(alive))) as states:
+        known = prefixes.known(number, kept) if prefixes and replay else []
+        with _replayed(model, known), captured(model, range(max(alive))) as states:
             reference, sums = measure.refer(reader, batch)
         check_all_ran(states, range(max(alive)))
         outputs = [states[layer][1] for layer in range(max(alive))]
+        if prefixes:
+            prefixes.keep(number, kept, outputs)
         found = [sums.double().tolist()]
         for layer in alive:
             with cuts[layer], _replayed(model, outputs[: layer if replay else 0]):
@@ -171,13 +212,14 @@ def leave_out(
     units = sum(len(measure.tokens(batch)) for batch in batches)
     looks = max(1, math.ceil(math.log(max(2, units / FIRST_LOOK), NEXT_LOOK)))
     next_look: float = FIRST_LOOK
-    for left, batch in zip(reversed(range(len(batches))), batches, strict=True):
+    for number, batch in enumerate(batches):
+        left = len(batches) - number - 1
         if journal.is_ahead:
             tick(len(alive))
-        whole, *without = journal.once(partial(read, batch))
+        whole, *without = journal.once(partial(read, number, batch))
         if not all(map(math.isfinite, whole)):
             raise LayerPruneError(
-                f"The model's own score on calibration batch {len(batches) - left} is not a finite number: "
+                f"The model's own score on calibration batch {number + 1} is not a finite number: "
                 "check the model and the calibration data."
             )
         values.tokens += measure.tokens(batch).double().tolist()

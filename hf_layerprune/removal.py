@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 
 from .data import Batch, make_batches
 from .errors import LayerPruneError
+from .leave_one_out import Prefixes
 from .lineage import get_lineage
 from .record import Record, peak_memory_mb, start_record
-from .scoring import ScoreTable, score_layers, undisturbed
+from .scoring import ScoreTable, check_choices, score_layers, undisturbed
 from .surgery import check_layers, possible_cuts, remove_layers
 
 
@@ -27,17 +28,17 @@ def prune_layers(
     criterion: str = "loss",
     calibration: Any = (),
     task: Any = None,
-    racing: float | None = None,
     protected: Sequence[int] | None = None,
     evaluation: Evaluation | None = None,
+    **scoring: Any,
 ) -> Record:
     """Remove the least important layers of `model`, in place, without training; score after each again
     (SLEB, 2402.09025, with `criterion="loss"`).
 
     Args:
         model (`PreTrainedModel`): a causal language model.
-        target_layers, criterion, calibration, task, racing, protected, evaluation: see
-            [`LayerPruningCallback`].
+        target_layers, criterion, calibration, task, protected, evaluation: see [`LayerPruningCallback`].
+        scoring: other arguments of [`score_layers`], such as `racing`.
 
     Returns:
         `dict`: the run record.
@@ -46,15 +47,16 @@ def prune_layers(
         LayerPruneError: the target cannot be reached, or a layer cannot be removed exactly.
     """
     began = time.monotonic()
+    check_choices(criterion, task, **scoring)
     fixed = check_plan(model, target_layers, protected)
     batches = make_batches(calibration, 4) if calibration or not callable(task) else []
-    settings = {"target_layers": target_layers, "criterion": criterion, "racing": racing}
-    settings["protected_originals"] = fixed
-    record = start_record(model, settings)
+    settings = {"target_layers": target_layers, "criterion": criterion, "protected_originals": fixed}
+    record = start_record(model, settings | plain_settings(scoring))
+    scoring |= {"prefixes": Prefixes(), "task": task}
     record["dense"] = run_evaluation(evaluation, model)
     while len(get_lineage(model).kept) > target_layers:
         phase_began = time.monotonic()
-        table = score_present(model, batches, criterion, task, racing, fixed)
+        table = score_present(model, batches, criterion, fixed, **scoring)
         removal = remove_least(model, table)
         record["phases"].append(
             phase_entry(model, 0, [removal], evaluation)
@@ -107,15 +109,22 @@ def score_present(
     model: PreTrainedModel,
     batches: Sequence[Batch],
     criterion: str,
-    task: Any,
-    racing: float | None,
     protected: Sequence[int] | None,
-    progress: bool = True,
+    **scoring: Any,
 ) -> ScoreTable:
     """Score the layers of `model` that are not protected (by original index)."""
     kept = get_lineage(model).kept
     now = None if protected is None else [kept.index(layer) for layer in protected]
-    return score_layers(model, batches, criterion, task=task, racing=racing, protected=now, progress=progress)
+    return score_layers(model, batches, criterion, protected=now, **scoring)
+
+
+def plain_settings(scoring: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of [`score_layers`] as a record holds them."""
+    return {
+        name: value if isinstance(value, (str, int, float)) else type(value).__name__
+        for name, value in scoring.items()
+        if value is not None
+    }
 
 
 def remove_least(model: PreTrainedModel, table: ScoreTable) -> dict[str, Any]:

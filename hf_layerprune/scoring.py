@@ -18,6 +18,7 @@ from .criteria import CRITERIA, PATTERNS, Request, next_token_metric
 from .data import Batch
 from .errors import LayerPruneError
 from .journal import Journal
+from .leave_one_out import Prefixes
 from .lineage import get_lineage
 from .multiple_choice import MultipleChoice
 from .surgery import check_layers, possible_cuts
@@ -123,6 +124,7 @@ def score_layers(
     cache_mb: int = 1024,
     protected: Iterable[int] | None = None,
     journal: str | Path | None = None,
+    prefixes: Prefixes | None = None,
     progress: bool = True,
 ) -> ScoreTable:
     """Score how much each decoder layer of `model` matters. The model is not changed.
@@ -145,13 +147,15 @@ def score_layers(
         racing (`float`, *optional*): a confidence such as 0.99, with which `"loss"`, `"kl"`,
             `"hidden_mse"` and [`MultipleChoice`] stop scoring candidates that are surely not less important
             than the least so far, by more than a standard error of its score. Their scores are of the text
-            that they have seen. The text is read in the order of `batches`, which should be random.
+            that they have seen; batches are read in random order.
         cache_mb (`int`, *optional*, defaults to 1024): states of a batch, in MiB, that the first three may
             keep; larger batches are read in parts.
         protected (iterable of `int`, *optional*): present indices that are no candidates; left out,
             the first and the last layer.
         journal (`str` or `Path`, *optional*): a file for what is scored so far, removed in the end. Called
             again after a stop, with the same model and text, scoring goes on there.
+        prefixes ([`~hf_layerprune.leave_one_out.Prefixes`], *optional*): for round after round without
+            training: the layers before the first one removed are not computed again.
         progress (`bool`, *optional*, defaults to `True`): show a bar with the time left.
 
     Returns:
@@ -161,8 +165,9 @@ def score_layers(
         LayerPruneError: an unknown criterion or layer, no candidate, a model that cannot be cut exactly,
             no calibration, or a score that is not a number.
     """
-    tasks = [] if task is None else list(task) if isinstance(task, (list, tuple)) else [task]
-    _check_choices(criterion, tasks, teacher, pattern, racing, cache_mb)
+    tasks = check_choices(criterion, task, teacher, pattern, racing)
+    if type(cache_mb) is not int or cache_mb < 1:
+        raise LayerPruneError(f"cache_mb is {cache_mb!r}: it must be a whole number of at least 1.")
     kept = get_lineage(model).kept
     if type(run) is not int or not 1 <= run < len(kept):
         raise LayerPruneError(f"run is {run!r}: it must be at least 1 and below the {len(kept)} layers.")
@@ -182,6 +187,8 @@ def score_layers(
     tasks = [next_token_metric(one, on_device) if hasattr(one, "compute") else one for one in tasks]
     if criterion in LEAVE_ONE_OUT:
         on_device = _small_enough(model, on_device, cache_mb)
+        if racing is not None:  # what is seen first is to be like the rest
+            random.Random(0).shuffle(on_device)
     rounds = {"task": 1, "positional": 0}.get(criterion, len(on_device))
     settings = [criterion, run, racing, sorted(cuts), pattern, seed, list(map(_task_name, tasks))]
     work = "" if journal is None else _fingerprint([model, teacher], on_device, settings)
@@ -193,7 +200,7 @@ def score_layers(
         undisturbed(model),
     ):
         found = CRITERIA[criterion](
-            Request(model, on_device, cuts, run, bar, notes, racing, tasks, teacher, pattern, seed)
+            Request(model, on_device, cuts, run, bar, notes, racing, tasks, teacher, pattern, seed, prefixes)
         )
     for layer in cuts:
         if not np.isfinite(found.scores.get(layer, np.nan)):
@@ -243,9 +250,20 @@ def _ranks(scores: list[float]) -> np.ndarray:
     return (np.cumsum(number) - (number - 1) / 2)[place]  # of equals, the mean
 
 
-def _check_choices(
-    criterion: str, tasks: list[Any], teacher: Any, pattern: str, racing: float | None, cache_mb: int
-) -> None:
+def check_choices(
+    criterion: str,
+    task: Any = None,
+    teacher: PreTrainedModel | None = None,
+    pattern: str = "output",
+    racing: float | None = None,
+    **others: Any,
+) -> list[Any]:
+    """Check what of the arguments of [`score_layers`] can be checked without a model; the list of tasks.
+
+    Raises:
+        LayerPruneError: a choice is unknown, or two do not go together.
+    """
+    tasks = [] if task is None else list(task) if isinstance(task, (list, tuple)) else [task]
     if criterion not in CRITERIA:
         raise LayerPruneError(f"Unknown criterion {criterion!r}: choose from {', '.join(CRITERIA)}.")
     if bool(tasks) != (criterion == "task"):
@@ -265,8 +283,7 @@ def _check_choices(
             f"racing is {racing!r} with {criterion}: it is a confidence above 0.5 and below 1, as 0.99, for "
             f"{', '.join(LEAVE_ONE_OUT)}, and for tasks of MultipleChoice."
         )
-    if type(cache_mb) is not int or cache_mb < 1:
-        raise LayerPruneError(f"cache_mb is {cache_mb!r}: it must be a whole number of at least 1.")
+    return tasks
 
 
 def _small_enough(model: PreTrainedModel, batches: list[Any], cache_mb: int) -> list[Any]:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from .data import Batch
 from .errors import LayerPruneError
+from .leave_one_out import Prefixes
 from .lineage import get_lineage
 from .scoring import ScoreTable, score_layers
 from .surgery import check_layers, without_layers
@@ -73,10 +74,18 @@ def select_layers(
         stay = [left.index(layer) for layer in fixed]
         with without_layers(model, gone):
             found = score_layers(
-                model, given, criterion, run=run, protected=stay, progress=progress, **settings
+                model,
+                given,
+                criterion,
+                run=run,
+                protected=stay,
+                prefixes=prefixes,
+                progress=progress,
+                **settings,
             )
         return found, dict(enumerate(left))
 
+    prefixes = Prefixes()
     steps: list[tuple[list[int], float]] = []
     whole, cost, layers = 0.0, 0.0, list[int]()
     if contiguous:

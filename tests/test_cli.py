@@ -1,6 +1,8 @@
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -133,3 +135,20 @@ def test_the_module_runs_as_a_program(tmp_path):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_scoring_that_was_killed_goes_on(folder):
+    flags = ["score", folder, *DATA, "--calibration_blocks", "180", "--json"]
+    assert main([*flags, "expected.json"]) == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hf_layerprune", *flags, "s.json"], stderr=subprocess.DEVNULL
+    )
+    part = Path("s.json.part")
+    while process.poll() is None and not (part.exists() and part.read_text().count("\n") > 3):
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert part.read_text().count("\n") < 46  # a line for each batch, and the head
+    assert main([*flags, "s.json"]) == 0
+    assert Path("s.json").read_text() == Path("expected.json").read_text()
+    assert not part.exists()

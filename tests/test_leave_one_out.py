@@ -1,12 +1,13 @@
 import math
+import random
 
 import pytest
 import torch
 
-from hf_layerprune import LayerPruneError, score_layers
+from hf_layerprune import LayerPruneError, remove_layers, score_layers
 from hf_layerprune.criteria import _tokens, unit_losses
 from hf_layerprune.journal import Journal
-from hf_layerprune.leave_one_out import Measure, Values, _student, leave_out
+from hf_layerprune.leave_one_out import Measure, Prefixes, Values, _student, leave_out
 from hf_layerprune.reading import Reader
 from hf_layerprune.scoring import _small_enough
 from hf_layerprune.surgery import possible_cuts, without_layers
@@ -158,13 +159,15 @@ def many(model):
 
 
 def test_racing_finds_the_same_layer_with_less(llama):
-    full = score_layers(llama, many(llama), progress=False)
-    raced = score_layers(llama, many(llama), progress=False, racing=0.95)
+    given = many(llama)
+    full = score_layers(llama, given, progress=False)
+    raced = score_layers(llama, given, progress=False, racing=0.95)
+    random.Random(0).shuffle(given)
     assert raced.ranking()[0] == full.ranking()[0]
     assert full.seen == dict.fromkeys(full.scores, 24)
     assert sum(raced.seen.values()) < sum(full.seen.values())
     for layer, seen in raced.seen.items():  # what was seen was seen right
-        part = score_layers(llama, many(llama)[: seen // 2], progress=False)
+        part = score_layers(llama, given[: seen // 2], progress=False)
         assert raced.scores[layer] == pytest.approx(part.scores[layer], abs=1e-12)
         assert raced.errors[layer] == pytest.approx(part.errors[layer], abs=1e-12)
     best = raced.ranking()[0]
@@ -227,6 +230,42 @@ def test_a_model_without_finite_losses_is_refused_at_once(llama):
     with pytest.raises(LayerPruneError, match="own score on calibration batch 1 is not a finite number"):
         losses(llama, batches(), ticks=ticks)
     assert sum(ticks) <= LAYERS
+
+
+@pytest.mark.parametrize("criterion", ["loss", "kl", "hidden_mse"])
+def test_layers_before_a_cut_are_not_computed_again(criterion, llama):
+    calls = []
+
+    def count(module, args, output):
+        calls.append(1) if args[0].shape[:2] == (2, 12) else None  # not a look at whether this works
+
+    llama.model.layers[2].mlp.register_forward_hook(count)
+    given = [{"input_ids": tokens(2, 12, seed=i)} for i in range(4)]
+
+    def score(prefixes):
+        calls.clear()
+        table = score_layers(llama, given, criterion, prefixes=prefixes, progress=False)
+        return table, len(calls)
+
+    prefixes, small = Prefixes(), Prefixes(0)
+    first, computed = score(prefixes)
+    assert score(small) == (first, computed)
+    remove_layers(llama, 3)
+    expected, computed = score(small)
+    assert score(prefixes) == (expected, computed - len(given))
+    assert len(prefixes.known(0, [0, 1, 2, 4, 5])) == 3  # up to the deepest candidate
+    assert len(prefixes.known(0, [0, 2, 4, 5])) == 1
+    assert prefixes.known(0, [1, 2, 4, 5]) == prefixes.known(9, [0]) == small.known(0, [0]) == []
+
+
+def test_prefixes_keep_to_their_bound():
+    prefixes, output = Prefixes(1), torch.zeros(2**17)  # half a MiB
+    prefixes.keep(0, [0], [(output, None)])
+    prefixes.keep(1, [0, 1], [output, output])
+    assert len(prefixes.known(0, [0])) == 1
+    assert prefixes.known(1, [0, 1]) == []
+    prefixes.keep(0, [0, 1], [output, output])  # in the place of what was there
+    assert len(prefixes.known(0, [0, 1])) == 2
 
 
 def test_no_token_that_counts_is_an_error(llama):

@@ -1,3 +1,4 @@
+import copy
 import json
 import random
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_layerprune import (
@@ -17,6 +19,7 @@ from hf_layerprune import (
     remove_layers,
     score_layers,
 )
+from hf_layerprune.criteria import CRITERIA
 from hf_layerprune.decoder import find_decoder
 from hf_layerprune.leave_one_out import captured, hidden
 from hf_layerprune.losses import LAST
@@ -333,3 +336,19 @@ def test_layers_are_read_in_the_precision_of_training():
     evaluate_text(prepared, batches())
     assert set(seen) == {torch.bfloat16}
     assert not prepared.base_model._forward_hooks
+
+
+@pytest.mark.parametrize("criterion", sorted(set(CRITERIA) - {"task"}))
+def test_a_model_with_adapters_scores_as_the_merged_one(criterion):
+    adapted = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj", "down_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    merged = copy.deepcopy(adapted).merge_and_unload()
+    expected = score_layers(merged, batches(), criterion, progress=False)
+    found = score_layers(adapted, batches(), criterion, progress=False)
+    plain = score_layers(make_model(), batches(), criterion, progress=False)
+    assert found.ranking() == expected.ranking()
+    if criterion != "taylor":  # which looks at the single weights
+        assert found.scores == pytest.approx(expected.scores, rel=1e-3, abs=1e-5)
+    assert criterion == "positional" or found.scores != pytest.approx(plain.scores, rel=1e-3)

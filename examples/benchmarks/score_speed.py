@@ -3,8 +3,8 @@
     python examples/benchmarks/score_speed.py TEXT.jsonl [SEQUENCES] [LENGTH] [SAMPLES]
 
 All ways read the same sequences, side by side in one run: leave-one-out with a full pass for each layer,
-the same from cached states, racing, block influence. Then racing is compared with the full scores on as
-many other samples of the text as asked for.
+the same from cached states, racing, block influence, and where it is installed optipfair's importance. Then
+racing is compared with the full scores on as many other samples of the text as asked for.
 """
 
 import resource
@@ -24,7 +24,7 @@ from hf_layerprune.surgery import possible_cuts
 
 
 text = sys.argv[1]
-sequences, length, samples = (int(x) for x in [*sys.argv[2:], "64", "128", "20"][:3])
+sequences, length, samples = (int(x) for x in [*sys.argv[2:], "128", "128", "20"][:3])
 
 model, tokenizer = load_embedded_model()
 model = model.to("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
@@ -67,16 +67,30 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def optipfair():
+    """Cosine distance of each layer's input and output, as optipfair 0.4 has it."""
+    scores = analyze_layer_importance(model, batches, "model.layers", show_progress=False)
+    return {layer: score for layer, score in scores.items() if 0 < layer < 29}
+
+
 batches = sample(0)
+score_layers(model, batches[:1], progress=False)  # the first passes are slow
 with undisturbed(model):
     reader = Reader(model, batches[0]["input_ids"])
 ways = {
     "block influence": lambda: score_layers(model, batches, "block_influence", progress=False).scores,
+    "racing 0.95": lambda: score_layers(model, batches, racing=0.95, progress=False),
     "racing 0.99": lambda: score_layers(model, batches, racing=0.99, progress=False),
     "cached states": lambda: score_layers(model, batches, progress=False).scores,
     "naive, our loss": lambda: full_passes(exact, batches),
     "naive": lambda: full_passes(plain, batches),
 }
+try:
+    from optipfair import analyze_layer_importance
+except ImportError:
+    print("optipfair is not installed: left out")
+else:
+    ways = {"optipfair": optipfair, **ways}
 print(f"{sequences} sequences of {length} tokens, {torch.get_num_threads()} threads", flush=True)
 found, seconds = {}, {}
 for name, way in ways.items():
@@ -97,7 +111,7 @@ for seed in range(1, samples + 1):
     began = time.perf_counter()
     full = score_layers(model, batches, progress=False)
     half = time.perf_counter()
-    raced = score_layers(model, batches, racing=0.99, progress=False)
+    raced = score_layers(model, batches, racing=0.95, progress=False)
     ratios.append((half - began) / (time.perf_counter() - half))
     best, chosen = full.ranking()[0], raced.ranking()[0]
     same += best == chosen
