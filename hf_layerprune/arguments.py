@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from .errors import LayerPruneError
+from .losses import DIVERGENCES, HIDDEN_ERRORS
 
 
 # Iterative Layer-wise Distillation (2511.05085) adds sum(KL) / 100, over the positions of a batch of
@@ -25,14 +26,21 @@ class DistillationTrainingArguments(TrainingArguments):
 
     Args:
         kl_weight (`float`, *optional*, defaults to 1.0):
-            Weight of KL(teacher || student) over the vocabulary, mean per token.
+            Weight of the divergence from the teacher's distribution over the vocabulary, mean per token.
+        divergence (`str`, *optional*, defaults to `"kl"`):
+            `"kl"`, KL(teacher || student); `"reverse_kl"`, KL(student || teacher); or `"jsd"`, the
+            Jensen-Shannon divergence between the two.
+        jsd_beta (`float`, *optional*, defaults to 0.5):
+            For `"jsd"`: near 0 as the forward, near 1 as the reverse KL (2306.13649, section 2).
         hidden_weight (`float`, *optional*, defaults to 0.0):
-            Weight of the squared error of hidden states, mean per token, feature and compared layer. Its
-            scale differs by orders of magnitude between models, so no other default fits all.
+            Weight of the error of hidden states, mean per token and compared layer.
+        hidden_loss (`str`, *optional*, defaults to `"mse"`):
+            `"mse"`, the mean squared error, whose scale differs by orders of magnitude between models;
+            `"normalized_mse"`, relative to the teacher's mean square; or `"cosine"`, one minus the cosine.
         ce_weight (`float`, *optional*, defaults to 0.0):
             Weight of the cross-entropy on the labels, mean per token.
         temperature (`float`, *optional*, defaults to 1.0):
-            Divides both logits in the KL term.
+            Divides both logits in the divergence.
         hidden_layers (`list[int]`, *optional*):
             Layers whose outputs are compared, by index in the original model. Left out, the layer
             after each cut and the last layer (after the final norm).
@@ -46,14 +54,29 @@ class DistillationTrainingArguments(TrainingArguments):
     """
 
     kl_weight: float = field(
-        default=1.0, metadata={"help": "Weight of KL(teacher || student), mean per token."}
+        default=1.0, metadata={"help": "Weight of the divergence from the teacher, mean per token."}
     )
-    hidden_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the mean squared error of hidden states."}
+    divergence: str = field(
+        default="kl",
+        metadata={
+            "help": "KL(teacher || student), KL(student || teacher), or Jensen-Shannon between them.",
+            "choices": list(DIVERGENCES),
+        },
+    )
+    jsd_beta: float = field(
+        default=0.5, metadata={"help": "For jsd: near 0 as the forward, near 1 as the reverse KL."}
+    )
+    hidden_weight: float = field(default=0.0, metadata={"help": "Weight of the error of hidden states."})
+    hidden_loss: str = field(
+        default="mse",
+        metadata={
+            "help": "Squared error, the same relative to the teacher's size, or one minus the cosine.",
+            "choices": list(HIDDEN_ERRORS),
+        },
     )
     ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy on the labels."})
     temperature: float = field(
-        default=1.0, metadata={"help": "Divides teacher and student logits in the KL term."}
+        default=1.0, metadata={"help": "Divides teacher and student logits in the divergence."}
     )
     hidden_layers: list[int] | None = field(
         default=None,
@@ -91,6 +114,11 @@ class DistillationTrainingArguments(TrainingArguments):
                 raise LayerPruneError(f"{name} is {value}: it must be a number of at least 0.")
         if not any(weights.values()):
             raise LayerPruneError("All loss weights are 0: nothing would be trained.")
+        for name, choices in {"divergence": DIVERGENCES, "hidden_loss": HIDDEN_ERRORS}.items():
+            if getattr(self, name) not in choices:
+                raise LayerPruneError(f"{name} is {getattr(self, name)!r}: choose from {', '.join(choices)}.")
+        if not 0 < self.jsd_beta < 1:
+            raise LayerPruneError(f"jsd_beta is {self.jsd_beta}: it must be above 0 and below 1.")
         if not 0 < self.temperature < float("inf"):
             raise LayerPruneError(f"temperature is {self.temperature}: it must be above 0.")
         if self.label_smoothing_factor:

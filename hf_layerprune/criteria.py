@@ -204,7 +204,8 @@ def taylor(request: Request) -> Found:
             with torch.enable_grad():
                 mask, targets = targets_of(batch)
                 inputs = {name: value for name, value in batch.items() if name != "labels"}
-                total = cross_entropy(model(**inputs, use_cache=False).logits, targets, mask)
+                logits = model(**inputs, use_cache=False).logits
+                total = cross_entropy(logits[:, :-1][mask], targets[:, 1:][mask])
             tokens += int(mask.sum())
             found = torch.autograd.grad(total, flat, allow_unused=True)
             for gradient, more in zip(gradients, found, strict=True):

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .adapters import base_of
 from .decoder import find_decoder
 from .errors import LayerPruneError
 from .journal import Journal
@@ -245,9 +246,9 @@ def leave_out(
 def captured(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, tuple[Any, Any]]]:
     """Within this context a forward pass of `model` fills the dict with each layer's first input, the
     state `(batch, length, hidden)` before it, and its output as it came (see [`hidden`]).
-    [`~hf_layerprune.losses.LAST`] stands for the output head, whose input is the last hidden state."""
+    For [`~hf_layerprune.losses.LAST`] both are the last hidden state."""
     states: dict[int, tuple[Any, Any]] = {}
-    stack = find_decoder(model).layers
+    stack = find_decoder(base_of(model)).layers
 
     def keep(layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -255,10 +256,15 @@ def captured(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int
 
         return hook
 
+    def keep_last(module: nn.Module, args: tuple, output: Any) -> None:
+        states[LAST] = (output.last_hidden_state,) * 2
+
     with ExitStack() as hooks:
         for layer in layers:
-            module = model.get_output_embeddings() if layer == LAST else stack[layer]
-            handle = module.register_forward_hook(keep(layer), with_kwargs=True)
+            if layer == LAST:
+                handle = base_of(model).base_model.register_forward_hook(keep_last)
+            else:
+                handle = stack[layer].register_forward_hook(keep(layer), with_kwargs=True)
             hooks.callback(handle.remove)
         yield states
 

@@ -4,6 +4,8 @@ Sums, because the right divisor is the number of tokens in the whole accumulated
 which no single micro-batch knows.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -12,6 +14,9 @@ from .lineage import Lineage
 
 # The key of "the last hidden state": what the output head reads, after the final norm.
 LAST = -1
+
+DIVERGENCES = ("kl", "reverse_kl", "jsd")
+HIDDEN_ERRORS = ("mse", "normalized_mse", "cosine")
 
 
 def token_mask(
@@ -41,49 +46,70 @@ def token_mask(
     return mask
 
 
-def cross_entropy(logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Next-token cross-entropy in nats, summed over the positions in `mask`.
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats, summed over positions.
 
     Args:
-        logits (`torch.Tensor`): `(batch, length, vocabulary)`.
-        tokens (`torch.Tensor`): `(batch, length)`, the labels or the input itself.
-        mask (`torch.Tensor`): `(batch, length - 1)`, from [`token_mask`].
+        logits (`torch.Tensor`): `(positions, vocabulary)`.
+        targets (`torch.Tensor`): `(positions,)`, the tokens that follow.
     """
-    return F.cross_entropy(logits[:, :-1][mask].float(), tokens[:, 1:][mask], reduction="sum")
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def kl_divergence(
+def divergence(
     student_logits: torch.Tensor,
     teacher_logits: torch.Tensor,
-    mask: torch.Tensor,
+    kind: str = "kl",
     temperature: float = 1.0,
+    beta: float = 0.5,
 ) -> torch.Tensor:
-    """Forward divergence KL(teacher || student) in nats, summed over the positions in `mask`.
+    """Distance of two distributions in nats, summed over positions.
 
     Times the squared temperature, so that the gradient keeps its scale (Hinton et al., 1503.02531,
     section 2).
 
     Args:
-        student_logits (`torch.Tensor`): `(batch, length, vocabulary)`.
-        teacher_logits (`torch.Tensor`): `(batch, length, vocabulary)`.
-        mask (`torch.Tensor`): `(batch, length - 1)`, from [`token_mask`].
+        student_logits, teacher_logits (`torch.Tensor`): `(positions, vocabulary)`.
+        kind (`str`, *optional*, defaults to `"kl"`): `"kl"`, forward, KL(teacher || student);
+            `"reverse_kl"`, KL(student || teacher); or `"jsd"`, the generalised Jensen-Shannon divergence
+            `beta KL(teacher || m) + (1 - beta) KL(student || m)` with `m = beta teacher + (1 - beta) student`
+            (Agarwal et al., 2306.13649, section 2).
         temperature (`float`, *optional*, defaults to 1.0): divides both logits.
+        beta (`float`, *optional*, defaults to 0.5): of `"jsd"`, above 0 and below 1.
     """
-    student = student_logits[:, :-1][mask].float().div_(temperature).log_softmax(-1)
-    teacher = teacher_logits[:, :-1][mask].float().div_(temperature).log_softmax(-1)
-    return F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
+    student = (student_logits.float() / temperature).log_softmax(-1)
+    teacher = (teacher_logits.float() / temperature).log_softmax(-1)
+    if kind == "kl":
+        total = _kl(teacher, student)
+    elif kind == "reverse_kl":
+        total = _kl(student, teacher)
+    else:
+        mixed = torch.logaddexp(teacher + math.log(beta), student + math.log(1 - beta))
+        total = beta * _kl(teacher, mixed) + (1 - beta) * _kl(student, mixed)
+    return total * temperature**2
 
 
-def hidden_mse(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Squared difference of hidden states, mean over features, summed over the positions in `mask`.
+def _kl(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """KL(expected || found) of log-probabilities, summed."""
+    return F.kl_div(found, expected, reduction="sum", log_target=True)
+
+
+def hidden_error(student: torch.Tensor, teacher: torch.Tensor, kind: str = "mse") -> torch.Tensor:
+    """Difference of hidden states, summed over positions.
 
     Args:
-        student (`torch.Tensor`): `(batch, length, hidden)`.
-        teacher (`torch.Tensor`): `(batch, length, hidden)`.
-        mask (`torch.Tensor`): `(batch, length - 1)`, from [`token_mask`].
+        student, teacher (`torch.Tensor`): `(positions, hidden)`.
+        kind (`str`, *optional*, defaults to `"mse"`): `"mse"`, the squared error, mean over features;
+            `"normalized_mse"`, the same relative to the teacher's mean square, so that models and layers
+            compare; `"cosine"`, one minus the cosine.
     """
-    difference = student[:, :-1][mask].float() - teacher[:, :-1][mask].float()
-    return difference.square().mean(-1).sum()
+    student, teacher = student.float(), teacher.float()
+    if kind == "cosine":
+        return (1 - F.cosine_similarity(student, teacher, dim=-1)).sum()
+    error = (student - teacher).square().mean(-1)
+    if kind == "normalized_mse":
+        error = error / teacher.square().mean(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return error.sum()
 
 
 def hidden_pairs(

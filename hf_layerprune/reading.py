@@ -1,13 +1,14 @@
 """Reading text with a model: its last hidden states, and the logits of them piece by piece, so that memory
 does not grow with length times vocabulary."""
 
+import inspect
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
+from .adapters import base_of
 from .data import Batch
 from .decoder import text_config
 from .losses import token_mask
@@ -25,76 +26,77 @@ class Reader:
     give the model's logits, they are made at once, and the states are the logits themselves.
 
     Args:
-        model (`PreTrainedModel`): a causal language model.
+        model (`PreTrainedModel` or `PeftModel`): a causal language model, in eval mode while this is made.
         input_ids (`torch.Tensor`): `(batch, length)`, some tokens to try this with.
     """
 
-    def __init__(self, model: PreTrainedModel, input_ids: torch.Tensor) -> None:
-        self.model, self.in_pieces = model, True
+    def __init__(self, model: Any, input_ids: torch.Tensor) -> None:
+        self.model, self._inner = model, base_of(model)
+        self.in_pieces = "logits_to_keep" in inspect.signature(type(self._inner).forward).parameters
+        self._body: Any = self._inner.base_model
+        self.vocabulary: int = text_config(self._inner.config).vocab_size
         input_ids = input_ids[:1, :8]
         whole = model(input_ids=input_ids, use_cache=False).logits
         try:
-            states = self.states({"input_ids": input_ids})[0]
-            pieces = torch.cat([piece for _, piece in self.logits(states)])[None]
+            pieces = self.head(self.states({"input_ids": input_ids})[0])[None]
         except Exception:  # a model that is put together in another way
             self.in_pieces = False
         else:
             scale = float(whole.float().nan_to_num().std())
-            same = pieces.shape == whole.shape
-            self.in_pieces = same and torch.allclose(pieces, whole, rtol=0, atol=0.05 * scale, equal_nan=True)
+            self.in_pieces &= pieces.shape == whole.shape and torch.allclose(
+                pieces, whole, rtol=0, atol=0.05 * scale, equal_nan=True
+            )
 
-    def states(self, batch: Batch) -> torch.Tensor:
-        """The states `(batch, length, hidden)` that the output head reads, or all logits."""
-        inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
+    def states(self, batch: Batch, model: nn.Module | None = None) -> torch.Tensor:
+        """The states `(batch, length, hidden)` that the output head reads, or all logits.
+
+        Args:
+            batch (`dict`): `input_ids` `(batch, length)` and what else the model reads.
+            model (`nn.Module`, *optional*): what wraps the reader's own, as for training on many devices.
+        """
+        inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"} | {"use_cache": False}
+        model = model or self.model
         if not self.in_pieces:
-            return self.model(**inputs, use_cache=False).logits
-
-        def stop(module: nn.Module, args: Any, output: Any) -> None:
-            raise _HeadReached(output.last_hidden_state)
-
-        # Through the model's own forward, as accelerate puts the precision of training there.
-        handle = self.model.base_model.register_forward_hook(stop)
+            return model(**inputs).logits
+        found = []
+        handle = self._body.register_forward_hook(lambda module, args, output: found.append(output))
         try:
-            self.model(**inputs, use_cache=False)
-        except _HeadReached as reached:
-            return reached.states
+            # Through the model's own forward, as accelerate puts the precision of training there.
+            model(**inputs, logits_to_keep=batch["input_ids"].new_empty(0))
         finally:
             handle.remove()
-        raise RuntimeError("The model has made logits without the part before its head.")
+        return found[0].last_hidden_state
 
-    def logits(self, states: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """The logits `(part, vocabulary)` of states `(positions, hidden)`, with what part they are of."""
+    def head(self, states: torch.Tensor) -> torch.Tensor:
+        """The logits `(positions, vocabulary)` of states `(positions, hidden)`."""
         if not self.in_pieces:
-            yield slice(0, len(states)), states
-            return
-        model, base = self.model, cast(Any, self.model.base_model)
-        step = ROWS * max(1, PIECE // text_config(model.config).vocab_size // ROWS)
+            return states
         ids = torch.zeros((1, len(states)), dtype=torch.long, device=states.device)
-        for start in range(0, len(states), step):
-            part = slice(start, start + step)
-            output = _StandingStill(states[None, part])
-            had = vars(base).get("forward")
-            vars(base)["forward"] = lambda *args, output=output, **kwargs: output
-            try:
-                logits = model(input_ids=ids[:, part], use_cache=False).logits[0]
-            finally:
-                del vars(base)["forward"]
-                if had is not None:
-                    vars(base)["forward"] = had
-            yield part, logits
+        output, body = _StandingStill(states[None]), vars(self._body)
+        had = body.get("forward")
+        body["forward"] = lambda *args, **kwargs: output
+        try:
+            return self._inner(input_ids=ids, use_cache=False).logits[0]
+        finally:
+            del body["forward"]
+            if had is not None:
+                body["forward"] = had
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The parameters that are trained and that [`Reader.head`] reads."""
+        if not self.in_pieces:
+            return []
+        others = {id(parameter) for parameter in self._body.parameters()}
+        others -= {id(parameter) for parameter in self._inner.get_output_embeddings().parameters()}
+        trained = [parameter for parameter in self._inner.parameters() if parameter.requires_grad]
+        return [parameter for parameter in trained if id(parameter) not in others]
 
     def rows(self, states: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The logits of states `(positions, hidden)`, [`ROWS`] positions at a time."""
-        for _, logits in self.logits(states):
-            yield from logits.split(ROWS)
-
-
-class _HeadReached(Exception):
-    """Ends a forward pass before its head."""
-
-    def __init__(self, states: torch.Tensor) -> None:
-        super().__init__()
-        self.states = states
+        """The logits of states `(positions, hidden)`, [`ROWS`] positions at a time, a piece of them made at
+        once."""
+        step = ROWS * max(1, PIECE // self.vocabulary // ROWS)
+        for piece in states.split(step) if self.in_pieces else [states]:
+            yield from self.head(piece).split(ROWS)
 
 
 class _StandingStill:

@@ -14,6 +14,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .adapters import base_of
 from .criteria import CRITERIA, PATTERNS, Request, next_token_metric
 from .data import Batch
 from .errors import LayerPruneError
@@ -111,7 +112,7 @@ class ScoreTable:
 
 
 def score_layers(
-    model: PreTrainedModel,
+    model: Any,
     batches: Iterable[Batch] = (),
     criterion: str = "loss",
     *,
@@ -130,7 +131,7 @@ def score_layers(
     """Score how much each decoder layer of `model` matters. The model is not changed.
 
     Args:
-        model (`PreTrainedModel`): a causal language model.
+        model (`PreTrainedModel` or `PeftModel`): a causal language model; with adapters as they are.
         batches (iterable of dict): calibration: `input_ids` `(batch, length)`, and where needed
             `attention_mask` and `labels` (-100 is not counted) of the same shape.
         criterion (`str`, *optional*, defaults to `"loss"`): one of `CRITERIA`: `"loss"`, `"kl"`,
@@ -176,6 +177,7 @@ def score_layers(
     if not starts:
         raise LayerPruneError(f"No layer to score: {len(kept)} layers, protected {sorted(fixed)}.")
     cuts, refused = possible_cuts(model, starts, run)  # a score of what cannot go would help nobody
+    model = base_of(model)
     if not cuts:
         raise LayerPruneError(next(iter(refused.values())))
     on_device = [{k: v.to(model.device) for k, v in batch.items() if torch.is_tensor(v)} for batch in batches]

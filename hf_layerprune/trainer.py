@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
 
 from .arguments import DistillationTrainingArguments
@@ -16,13 +17,16 @@ from .checkpoint import load_lineage
 from .errors import LayerPruneError
 from .leave_one_out import captured, hidden
 from .lineage import get_lineage
-from .losses import LAST, cross_entropy, hidden_mse, hidden_pairs, kl_divergence, token_mask
+from .losses import LAST, cross_entropy, divergence, hidden_error, hidden_pairs, token_mask
+from .reading import Reader
 from .record import Record, read_record
 from .report import write_card
 from .rotary import legacy_rotary
 from .saving import saving
+from .scoring import undisturbed
 from .surgery import keep_lineage
 from .teacher import make_teacher
+from .tiled_loss import tiled_loss
 
 
 class DistillationTrainer(Trainer):
@@ -83,6 +87,8 @@ class DistillationTrainer(Trainer):
         model.add_model_tags(list(self._tag_names))
         # Never inside self.model: it would be trained, saved and broadcast with it.
         self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        self._made_readers: tuple[Reader, Reader] | None = None
+        self._loss_only = False
         # Sums of each loss term since the last log, and the tokens they are to be divided by.
         self._terms: dict[str, dict[str, Any]] = {
             "train": defaultdict(float),
@@ -112,35 +118,78 @@ class DistillationTrainer(Trainer):
                     "state to compare: protect one of them, or leave hidden_layers out."
                 )
 
+        teacher, learner = self._readers(inputs["input_ids"])
         with torch.no_grad(), captured(self.teacher, [t for _, t in pairs]) as taught:
-            teacher_logits = self.teacher(**inputs, use_cache=False).logits
+            expected = teacher.states(inputs)
         with captured(student, [s for s, _ in pairs]) as learnt:
-            outputs = model(**inputs, use_cache=False)
+            states = learner.states(inputs, model)
 
         training = model.training
-        sums = {"kl": kl_divergence(outputs.logits, teacher_logits, mask, self.args.temperature)}
+        args = self.args
+        weights = {args.divergence: args.kl_weight, "ce": args.ce_weight if training else 1.0}
+
+        def losses(own: torch.Tensor, theirs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+            found = {
+                args.divergence: divergence(own, theirs, args.divergence, args.temperature, args.jsd_beta)
+            }
+            if weights["ce"]:
+                found["ce"] = cross_entropy(own, targets)
+            return found
+
+        total, sums = tiled_loss(
+            learner,
+            states[:, :-1][mask],
+            teacher,
+            expected[:, :-1][mask],
+            tokens[:, 1:][mask],
+            losses,
+            weights,
+        )
         if pairs:
-            errors = [hidden_mse(_state(learnt, s), _state(taught, t), mask) for s, t in pairs]
-            sums["hidden_mse"] = torch.stack(errors).mean()
-        if self.args.ce_weight or not training:
-            sums["ce"] = cross_entropy(outputs.logits, tokens, mask)
+            name = f"hidden_{args.hidden_loss}"
+            errors = [
+                hidden_error(
+                    _state(learnt, s)[:, :-1][mask], _state(taught, t)[:, :-1][mask], args.hidden_loss
+                )
+                for s, t in pairs
+            ]
+            hidden_total = torch.stack(errors).mean()
+            total = total + args.hidden_weight * hidden_total
+            sums[name] = hidden_total.detach()
 
         count = mask.sum() if num_items_in_batch is None or not training else num_items_in_batch
         count = torch.as_tensor(count, device=mask.device).clamp(min=1)
         self._note("train" if training else "eval", sums, mask.sum(), count if training else 1)
-        if training:
-            weights = {
-                "kl": self.args.kl_weight,
-                "hidden_mse": self.args.hidden_weight,
-                "ce": self.args.ce_weight,
-            }
-            loss = sum(weights[name] * total for name, total in sums.items()) / count
-            if self.args.average_tokens_across_devices:
-                # The count is of all processes, and gradients are averaged over them.
-                loss = loss * self.accelerator.num_processes
-        else:
-            loss = sums["ce"] / count
-        return (loss, outputs) if return_outputs else loss
+        loss = (total if training else sums["ce"]) / count
+        if training and args.average_tokens_across_devices:
+            # The count is of all processes, and gradients are averaged over them.
+            loss = loss * self.accelerator.num_processes
+        if not return_outputs:
+            return loss
+        logits = (
+            None if self._loss_only else learner.head(states.flatten(0, 1)).unflatten(0, states.shape[:2])
+        )
+        return loss, CausalLMOutput(logits=logits)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        """See [`~transformers.Trainer.prediction_step`]. Logits are made whole only where asked for."""
+        self._loss_only = prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+        finally:
+            self._loss_only = False
+
+    def _readers(self, input_ids: torch.Tensor) -> tuple[Reader, Reader]:
+        """What reads with the teacher, and what reads with the student."""
+        if self._made_readers is None:
+            made = []
+            for model in (self.teacher, self.accelerator.unwrap_model(self.model)):
+                with undisturbed(model):
+                    made.append(Reader(model, input_ids))
+            self._made_readers = made[0], made[1]
+        return self._made_readers
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
         """The tokens that count in the accumulated batch, on all processes, by the losses' own mask."""

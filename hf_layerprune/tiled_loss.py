@@ -1,0 +1,96 @@
+"""Losses of logits, tile by tile: neither logits nor their gradients are held for all tokens at once."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .reading import ROWS, Reader
+
+
+TILE = 2**24  # logits that are made at once
+
+# Of the student's logits `(positions, vocabulary)` in float32, the teacher's, and the targets
+# `(positions,)`: the sum of each loss.
+Losses = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
+
+
+def tiled_loss(
+    student: Reader,
+    states: torch.Tensor,
+    teacher: Reader,
+    taught: torch.Tensor,
+    targets: torch.Tensor,
+    losses: Losses,
+    weights: dict[str, float],
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The weighted sum of losses of the student's logits, and the sum of each, without gradient.
+
+    The gradient is computed together with the loss (as in Liger's fused losses, 2410.10989, section 3.2), in
+    float32 down to the logits.
+
+    Args:
+        student, teacher ([`Reader`]): make logits of states.
+        states, taught (`torch.Tensor`): `(positions, hidden)`, the student's and the teacher's.
+        targets (`torch.Tensor`): `(positions,)`.
+        losses (`Callable`): the losses.
+        weights (`dict[str, float]`): what each of them counts.
+    """
+    parameters = student.head_parameters()
+    sums: dict[str, torch.Tensor] = {}
+
+    def compute(wanted: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """The weighted sum, and if wanted its gradients for the states and each parameter."""
+        step = max(1, TILE // teacher.vocabulary)
+        total = torch.zeros((), device=states.device)
+        slopes = [torch.empty_like(states)] if wanted else []
+        for start in range(0, len(states), step):
+            part = slice(start, start + step)
+            expected = teacher.head(taught[part])
+            with torch.set_grad_enabled(wanted):
+                leaf = states[part].detach().requires_grad_(wanted)
+                logits = student.head(leaf)
+            slope = torch.empty_like(logits, requires_grad=False) if wanted else None
+            few = ROWS if states.device.type == "cpu" else len(logits)
+            for row in range(0, len(logits), few):
+                rows = slice(row, row + few)
+                with torch.set_grad_enabled(wanted):
+                    own = logits[rows].detach().float().requires_grad_(wanted)
+                    found = losses(own, expected[rows], targets[part][rows])
+                    weighted = torch.stack([weights[name] * value for name, value in found.items()]).sum()
+                if slope is not None:
+                    (slope[rows],) = torch.autograd.grad(weighted, own)
+                total += weighted.detach()
+                for name, value in found.items():
+                    sums[name] = sums.get(name, 0.0) + value.detach()
+            if slope is not None:
+                one, *others = torch.autograd.grad(logits, [leaf, *parameters], slope, allow_unused=True)
+                slopes[0][part] = one
+                slopes[1:] = _added(slopes[1:], others)
+        return total, slopes
+
+    return _Ahead.apply(compute, states, *parameters), sums
+
+
+class _Ahead(torch.autograd.Function):
+    """A number whose gradients are computed together with it."""
+
+    @staticmethod
+    def forward(ctx: Any, compute: Callable[[bool], Any], *inputs: torch.Tensor) -> torch.Tensor:
+        total, slopes = compute(any(ctx.needs_input_grad))
+        ctx.save_for_backward(*slopes)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *slope: torch.Tensor) -> Any:
+        # In place, as a head's gradient is large: a second backward is refused, as after any other.
+        return None, *(None if one is None else one.mul_(slope[0]) for one in ctx.saved_tensors)
+
+
+def _added(sums: list[Any], more: list[Any]) -> list[Any]:
+    """Gradients of further tiles, added up in float32."""
+    if not sums:
+        return more
+    return [
+        b if a is None else a if b is None else a.float().add_(b) for a, b in zip(sums, more, strict=True)
+    ]
