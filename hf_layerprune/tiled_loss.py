@@ -44,7 +44,7 @@ def tiled_loss(
         step = max(1, TILE // teacher.vocabulary)
         total = torch.zeros((), device=states.device)
         slopes = [torch.empty_like(states)] if wanted else []
-        for start in range(0, len(states), step):
+        for start in range(0, max(1, len(states)), step):  # once also if there is no position
             part = slice(start, start + step)
             expected = teacher.head(taught[part])
             with torch.set_grad_enabled(wanted):
@@ -52,7 +52,7 @@ def tiled_loss(
                 logits = student.head(leaf)
             slope = torch.empty_like(logits, requires_grad=False) if wanted else None
             few = ROWS if states.device.type == "cpu" else len(logits)
-            for row in range(0, len(logits), few):
+            for row in range(0, max(1, len(logits)), max(1, few)):
                 rows = slice(row, row + few)
                 with torch.set_grad_enabled(wanted):
                     own = logits[rows].detach().float().requires_grad_(wanted)
@@ -69,22 +69,24 @@ def tiled_loss(
                 slopes[1:] = _added(slopes[1:], others)
         return total, slopes
 
-    return _Ahead.apply(compute, states, *parameters), sums
+    return _Ahead.apply(compute, torch.is_grad_enabled(), states, *parameters), sums
 
 
 class _Ahead(torch.autograd.Function):
     """A number whose gradients are computed together with it."""
 
     @staticmethod
-    def forward(ctx: Any, compute: Callable[[bool], Any], *inputs: torch.Tensor) -> torch.Tensor:
-        total, slopes = compute(any(ctx.needs_input_grad))
+    def forward(
+        ctx: Any, compute: Callable[[bool], Any], enabled: bool, *inputs: torch.Tensor
+    ) -> torch.Tensor:
+        total, slopes = compute(enabled and any(ctx.needs_input_grad))
         ctx.save_for_backward(*slopes)
         return total
 
     @staticmethod
     def backward(ctx: Any, *slope: torch.Tensor) -> Any:
         # In place, as a head's gradient is large: a second backward is refused, as after any other.
-        return None, *(None if one is None else one.mul_(slope[0]) for one in ctx.saved_tensors)
+        return None, None, *(None if one is None else one.mul_(slope[0]) for one in ctx.saved_tensors)
 
 
 def _added(sums: list[Any], more: list[Any]) -> list[Any]:
