@@ -6,6 +6,7 @@ from transformers import TrainingArguments
 
 from .errors import LayerPruneError
 from .losses import DIVERGENCES, HIDDEN_ERRORS
+from .trainable import CHOICES, check_trainable
 
 
 # Iterative Layer-wise Distillation (2511.05085) adds sum(KL) / 100, over the positions of a batch of
@@ -44,6 +45,10 @@ class DistillationTrainingArguments(TrainingArguments):
         hidden_layers (`list[int]`, *optional*):
             Layers whose outputs are compared, by index in the original model. Left out, the layer
             after each cut and the last layer (after the final norm).
+        trainable (`str`, *optional*, defaults to `"all"`):
+            What is trained, of what has `requires_grad`: `"all"`; `"around_cuts"`, the layers next to each
+            cut (2511.05085), again after each removal; or as `"4"` the output head and so many last
+            layers. The layers before the first trained one run once for teacher and student.
         loss_preset (`str`, *optional*):
             `"paper"` sets the four numbers above as in 2511.05085 at its batch of 2 x 2048 positions.
         verify_save (`bool`, *optional*, defaults to `True`):
@@ -85,6 +90,7 @@ class DistillationTrainingArguments(TrainingArguments):
             "and the last."
         },
     )
+    trainable: str = field(default="all", metadata={"help": f"What is trained: {CHOICES}."})
     loss_preset: str | None = field(
         default=None,
         metadata={
@@ -114,6 +120,7 @@ class DistillationTrainingArguments(TrainingArguments):
                 raise LayerPruneError(f"{name} is {value}: it must be a number of at least 0.")
         if not any(weights.values()):
             raise LayerPruneError("All loss weights are 0: nothing would be trained.")
+        check_trainable(self.trainable)
         for name, choices in {"divergence": DIVERGENCES, "hidden_loss": HIDDEN_ERRORS}.items():
             if getattr(self, name) not in choices:
                 raise LayerPruneError(f"{name} is {getattr(self, name)!r}: choose from {', '.join(choices)}.")

@@ -382,10 +382,11 @@ def _check_backend(args: TrainingArguments, model: PreTrainedModel, optimizer: A
         )
     inner = getattr(optimizer, "optimizer", optimizer)
     held = {id(p) for group in inner.param_groups for p in group["params"]}
-    if held != {id(p) for p in model.parameters() if p.requires_grad}:
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    if not trained <= held <= {id(p) for p in model.parameters()}:
         raise LayerPruneError(
             f"The optimizer ({type(inner).__name__}, optim={args.optim}) does not hold exactly the "
-            "model's trainable parameters, so removed layers could not be taken out of it. Use AdamW."
+            "model's parameters, so removed layers could not be taken out of it. Use AdamW."
         )
 
 

@@ -190,14 +190,14 @@ def leave_out(
     values = Values(without={layer: [] for layer in cuts})
     reader = Reader(model, example)
     alive, kept = sorted(cuts), get_lineage(model).kept
-    replay = _can_replay(model, example[:, :8], max(cuts))
+    replay = can_replay(model, example[:, :8], max(cuts))
     if not replay:
         logger.info("Layers of this model hand on more than their outputs: each score takes a full pass.")
 
     def read(number: int, batch: Any) -> list[list[float]]:
         """The sums of the whole model, and of it without each candidate that is left."""
         known = prefixes.known(number, kept) if prefixes and replay else []
-        with _replayed(model, known), captured(model, range(max(alive))) as states:
+        with replayed(model, known), captured(model, range(max(alive))) as states:
             reference, sums = measure.refer(reader, batch)
         check_all_ran(states, range(max(alive)))
         outputs = [states[layer][1] for layer in range(max(alive))]
@@ -205,7 +205,7 @@ def leave_out(
             prefixes.keep(number, kept, outputs)
         found = [sums.double().tolist()]
         for layer in alive:
-            with cuts[layer], _replayed(model, outputs[: layer if replay else 0]):
+            with cuts[layer], replayed(model, outputs[: layer if replay else 0]):
                 found.append(measure.compare(reader, batch, reference).double().tolist())
             tick(1)
         return found
@@ -289,7 +289,7 @@ def check_all_ran(states: Collection[int], layers: Iterable[int]) -> None:
 
 
 @contextmanager
-def _replayed(model: PreTrainedModel, outputs: Sequence[Any]) -> Iterator[None]:
+def replayed(model: PreTrainedModel, outputs: Sequence[Any]) -> Iterator[None]:
     """Within this context the first layers compute nothing: they return these outputs again."""
 
     def patch(module: nn.Module, output: Any) -> Callable[[], None]:
@@ -309,7 +309,7 @@ def _replayed(model: PreTrainedModel, outputs: Sequence[Any]) -> Iterator[None]:
         yield
 
 
-def _can_replay(model: PreTrainedModel, input_ids: torch.Tensor, deepest: int) -> bool:
+def can_replay(model: PreTrainedModel, input_ids: torch.Tensor, deepest: int) -> bool:
     """Whether layers that only return what they returned before leave the logits as they are to the bit,
     however many of the first `deepest` they are."""
     with captured(model, range(deepest)) as states:
@@ -317,7 +317,7 @@ def _can_replay(model: PreTrainedModel, input_ids: torch.Tensor, deepest: int) -
     check_all_ran(states, range(deepest))
     outputs = [states[layer][1] for layer in range(deepest)]
     for count in range(1, deepest + 1):
-        with _replayed(model, outputs[:count]):
+        with replayed(model, outputs[:count]):
             try:
                 found = model(input_ids=input_ids, use_cache=False).logits
             except Exception:  # a layer missed what an earlier one should have left for it

@@ -1,5 +1,6 @@
 """A Trainer whose loss is the distance to another model."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +13,11 @@ from transformers import PreTrainedModel, Trainer
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
 
+from .adapters import base_of
 from .arguments import DistillationTrainingArguments
 from .checkpoint import load_lineage
 from .errors import LayerPruneError
-from .leave_one_out import captured, hidden
+from .leave_one_out import captured, hidden, replayed
 from .lineage import get_lineage
 from .losses import LAST, cross_entropy, divergence, hidden_error, hidden_pairs, token_mask
 from .reading import Reader
@@ -25,8 +27,12 @@ from .rotary import legacy_rotary
 from .saving import saving
 from .scoring import undisturbed
 from .surgery import keep_lineage
-from .teacher import make_teacher
+from .teacher import make_teacher, shared_prefix
 from .tiled_loss import tiled_loss
+from .trainable import trained_parameters
+
+
+logger = logging.getLogger(__name__)
 
 
 class DistillationTrainer(Trainer):
@@ -89,6 +95,10 @@ class DistillationTrainer(Trainer):
         self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
         self._made_readers: tuple[Reader, Reader] | None = None
         self._loss_only = False
+        self._may_train: list[nn.Parameter] | None = None
+        self._kept: list[int] | None = None
+        self._present: list[tuple[bool, int]] | None = None
+        self._shared = 0  # so many first layers run once for teacher and student
         # Sums of each loss term since the last log, and the tokens they are to be divided by.
         self._terms: dict[str, dict[str, Any]] = {
             "train": defaultdict(float),
@@ -119,13 +129,18 @@ class DistillationTrainer(Trainer):
                 )
 
         teacher, learner = self._readers(inputs["input_ids"])
-        with torch.no_grad(), captured(self.teacher, [t for _, t in pairs]) as taught:
+        training, args = model.training, self.args
+        if training:
+            self._follow_cuts(student, inputs["input_ids"])
+        shared = self._shared if training else 0
+        wanted = [t for _, t in pairs] + [shared - 1] * bool(shared)
+        with torch.no_grad(), captured(self.teacher, wanted) as taught:
             expected = teacher.states(inputs)
-        with captured(student, [s for s, _ in pairs]) as learnt:
+        # Of these layers only the last one's output is read on, and what is compared.
+        known = [taught.get(layer, taught.get(shared - 1))[1] for layer in range(shared)]
+        with captured(student, [s for s, _ in pairs]) as learnt, replayed(base_of(student), known):
             states = learner.states(inputs, model)
 
-        training = model.training
-        args = self.args
         weights = {args.divergence: args.kl_weight, "ce": args.ce_weight if training else 1.0}
 
         def losses(own: torch.Tensor, theirs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -180,6 +195,33 @@ class DistillationTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         finally:
             self._loss_only = False
+
+    def _follow_cuts(self, student: Any, input_ids: torch.Tensor) -> None:
+        """When layers have gone, choose anew what is trained; when something else is trained than before, see
+        what teacher and student share."""
+        kept = get_lineage(student).kept
+        if kept != self._kept:
+            self._kept = kept
+            self._choose_trained(student)
+        present = [(p.requires_grad, 0 if p.requires_grad else p._version) for p in student.parameters()]
+        if present != self._present:
+            self._present = present
+            self._shared = shared_prefix(student, self.teacher, input_ids)
+            if self._shared:
+                logger.info("The first %d layers run once for teacher and student.", self._shared)
+
+    def _choose_trained(self, student: Any) -> None:
+        if self._may_train is None:
+            self._may_train = [p for p in student.parameters() if p.requires_grad]
+        chosen = {id(parameter) for parameter in trained_parameters(student, self.args.trainable)}
+        for parameter in self._may_train:
+            parameter.requires_grad_(id(parameter) in chosen)
+            if id(parameter) not in chosen:
+                parameter.grad = None
+                if self.optimizer is not None:
+                    self.optimizer.state.pop(parameter, None)
+        trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        logger.info("Training %.1fM of %.1fM parameters.", trained / 1e6, student.num_parameters() / 1e6)
 
     def _readers(self, input_ids: torch.Tensor) -> tuple[Reader, Reader]:
         """What reads with the teacher, and what reads with the student."""
