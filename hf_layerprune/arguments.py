@@ -21,6 +21,9 @@ LOSS_PRESETS = {
 }
 
 
+EXPORTS = ("merged", "adapter")
+
+
 @dataclass
 class DistillationTrainingArguments(TrainingArguments):
     """[`~transformers.TrainingArguments`] and how much each loss of distillation counts.
@@ -51,6 +54,9 @@ class DistillationTrainingArguments(TrainingArguments):
             layers. The layers before the first trained one run once for teacher and student.
         loss_preset (`str`, *optional*):
             `"paper"` sets the four numbers above as in 2511.05085 at its batch of 2 x 2048 positions.
+        export (`str`, *optional*, defaults to `"merged"`):
+            What is saved of a model with adapters, except in checkpoints: `"merged"`, a plain model; or
+            `"adapter"`, only these, with what rebuilds the cut base, see [`save_adapter`].
         verify_save (`bool`, *optional*, defaults to `True`):
             Load each saved model again, as one more model in memory, and stop if its logits differ. The
             weights stay on disk.
@@ -98,6 +104,10 @@ class DistillationTrainingArguments(TrainingArguments):
             "choices": list(LOSS_PRESETS),
         },
     )
+    export: str = field(
+        default="merged",
+        metadata={"help": "What is saved of a model with adapters.", "choices": list(EXPORTS)},
+    )
     verify_save: bool = field(
         default=True, metadata={"help": "Load each saved model again and compare its logits."}
     )
@@ -121,7 +131,8 @@ class DistillationTrainingArguments(TrainingArguments):
         if not any(weights.values()):
             raise LayerPruneError("All loss weights are 0: nothing would be trained.")
         check_trainable(self.trainable)
-        for name, choices in {"divergence": DIVERGENCES, "hidden_loss": HIDDEN_ERRORS}.items():
+        choices_of = {"divergence": DIVERGENCES, "hidden_loss": HIDDEN_ERRORS, "export": EXPORTS}
+        for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise LayerPruneError(f"{name} is {getattr(self, name)!r}: choose from {', '.join(choices)}.")
         if not 0 < self.jsd_beta < 1:

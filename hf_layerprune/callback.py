@@ -40,7 +40,7 @@ from .removal import (
     run_evaluation,
     score_present,
 )
-from .saving import check_reload
+from .saving import check_reload, write_pruned_base
 from .scoring import check_choices
 from .surgery import possible_cuts
 
@@ -263,7 +263,9 @@ class LayerPruningCallback(TrainerCallback):
         if self.record and state.is_world_process_zero:
             folder = _checkpoint_folder(args, state)
             write_record(self.record, folder)
-            if self.verify_save and not isinstance(args, DistillationTrainingArguments):
+            if adapter_configs(model):
+                write_pruned_base(model, folder)
+            elif self.verify_save and not isinstance(args, DistillationTrainingArguments):
                 check_reload(model, folder)
 
     def on_train_end(
@@ -361,11 +363,6 @@ def _check_backend(args: TrainingArguments, model: PreTrainedModel, optimizer: A
     Raises:
         LayerPruneError: naming it, and the way round it.
     """
-    if adapter_configs(model):
-        raise LayerPruneError(
-            "Layers of a PeftModel cannot be removed in training yet: merge the adapters first "
-            "(`model = model.merge_and_unload()`), or cut with remove_layers and train then."
-        )
     if args.world_size > 1 or args.n_gpu > 1 or args.deepspeed or args.fsdp:
         raise LayerPruneError(
             "Layers can only be removed in training with one process and one device for now: start "

@@ -86,11 +86,13 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
 
 
 def load_lineage(folder: str | Path, trust_remote_code: bool = False) -> Lineage:
-    """Read the lineage of the model saved in `folder`, from its config alone.
+    """Read the lineage of the model saved in `folder`, or of that which its adapters are for.
 
     Raises:
         LayerPruneError: no config there.
     """
+    if (Path(folder) / PRUNED_BASE).is_file():
+        return _read_pruned_base(str(folder))[0]
     config = _load(AutoConfig, str(folder), "model config", trust_remote_code=trust_remote_code)
     return get_lineage(config)
 
@@ -111,15 +113,7 @@ def load_pruned_adapter(name: str, base_model: PreTrainedModel | None = None, **
     """
     from peft import PeftModel
 
-    try:
-        path = cached_file(name, PRUNED_BASE)
-        record = json.loads(Path(str(path)).read_text(encoding="utf-8"))
-        lineage, base_name = read_lineage(record), record["base_model"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LayerPruneError(
-            f"{name} has no readable {PRUNED_BASE}, which says what layers the adapters are for: "
-            f"{one_line(error)}"
-        ) from error
+    lineage, base_name = _read_pruned_base(name)
     if base_model is None:
         base_model = load_model(str(base_name), **options)
         keep_lineage(base_model, lineage)
@@ -132,6 +126,19 @@ def load_pruned_adapter(name: str, base_model: PreTrainedModel | None = None, **
         return PeftModel.from_pretrained(base_model, name)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise LayerPruneError(f"Cannot load the adapters in {name}: {one_line(error)}") from error
+
+
+def _read_pruned_base(name: str) -> tuple[Lineage, str]:
+    """What layers the adapters in a folder or on the hub are for, and of which model."""
+    try:
+        path = cached_file(name, PRUNED_BASE)
+        record = json.loads(Path(str(path)).read_text(encoding="utf-8"))
+        return read_lineage(record), record["base_model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LayerPruneError(
+            f"{name} has no readable {PRUNED_BASE}, which says what layers the adapters are for: "
+            f"{one_line(error)}"
+        ) from error
 
 
 def _load(auto_class: Any, name: str, what: str, **options: Any) -> Any:

@@ -73,10 +73,16 @@ def save_adapter(
     if not name:
         raise LayerPruneError("Nobody knows where the base model is from: name it with base_model=.")
     model.save_pretrained(str(folder))
-    record = {"base_model": name, **lineage_entry(get_lineage(base))}
-    _write_whole(folder / PRUNED_BASE, json.dumps(record, indent=1) + "\n")
+    write_pruned_base(model, folder, name)
     if verify:
         _check_same(model, load_pruned_adapter(str(folder), dtype=base.dtype), folder)
+
+
+def write_pruned_base(model: Any, folder: Path, base_model: str | None = None) -> None:
+    """Note in `folder` which layers of which model the adapters of a `PeftModel` are for."""
+    base = base_of(model)
+    record = {"base_model": base_model or base.config._name_or_path, **lineage_entry(get_lineage(base))}
+    _write_whole(folder / PRUNED_BASE, json.dumps(record, indent=1) + "\n")
 
 
 @contextmanager

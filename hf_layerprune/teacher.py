@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .adapters import base_of
-from .checkpoint import load_model
+from .checkpoint import load_model, one_line
 from .decoder import find_decoder
 from .errors import LayerPruneError
 from .leave_one_out import can_replay, captured, hidden
@@ -17,7 +17,10 @@ from .scoring import undisturbed
 
 
 def make_teacher(
-    teacher: PreTrainedModel | str | None, student: PreTrainedModel, hidden_states: bool
+    teacher: PreTrainedModel | str | None,
+    student: PreTrainedModel,
+    hidden_states: bool,
+    adapters: bool = False,
 ) -> PreTrainedModel:
     """A frozen model in eval mode that can teach `student`.
 
@@ -26,17 +29,46 @@ def make_teacher(
             id; left out, a copy of `student` as it is now.
         student (`PreTrainedModel`): the model that will be trained.
         hidden_states (`bool`): whether hidden states will be compared.
+        adapters (`bool`, *optional*, defaults to `False`): only adapters will be trained, so that the copy
+            has modules of its own, but the student's weights.
 
     Raises:
         LayerPruneError: the teacher has another vocabulary, fewer layers than the student once had or
             not the layers it has now, shares weights with it, or cannot be loaded.
     """
     if teacher is None:
-        teacher = copy.deepcopy(student)
+        weights = [*student.parameters(), *student.buffers()] if adapters else []
+        teacher = copy.deepcopy(student, {id(tensor): tensor for tensor in weights})
+        return teacher.eval().requires_grad_(False)
     elif isinstance(teacher, str):
         teacher = load_model(teacher, dtype=student.dtype)
     _check(teacher, student, hidden_states)
     return teacher.eval().requires_grad_(False)
+
+
+def add_adapters(model: PreTrainedModel, peft_config: Any) -> Any:
+    """A `PeftModel` around `model`, in place, whose own weights stay as they are, as a teacher may read them.
+
+    Raises:
+        LayerPruneError: the adapters fit nowhere, or train or change the model's own weights.
+    """
+    from peft import get_peft_model
+
+    own = dict(model.named_parameters())
+    before = {name: (parameter.data_ptr(), parameter._version) for name, parameter in own.items()}
+    try:
+        adapted = get_peft_model(model, peft_config)
+    except (ValueError, TypeError) as error:
+        raise LayerPruneError(f"These adapters cannot be put on this model: {one_line(error)}") from error
+    changed = [name for name, p in own.items() if (p.data_ptr(), p._version) != before[name]]
+    trained = [name for name, p in own.items() if p.requires_grad]
+    if changed or trained:
+        raise LayerPruneError(
+            f"These adapters {'change' if changed else 'train'} the model's own weights "
+            f"({(changed or trained)[0]}), which the teacher reads: use another init_lora_weights or "
+            "bias='none', or merge them into a model and train that."
+        )
+    return adapted
 
 
 def shared_prefix(student: Any, teacher: Any, input_ids: torch.Tensor) -> int:

@@ -1,6 +1,8 @@
 """A Trainer whose loss is the distance to another model."""
 
+import copy
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,9 +13,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    EvalLoopOutput,
+    TrainOutput,
+    get_last_checkpoint,
+)
 
-from .adapters import base_of
+from .adapters import adapter_configs, base_of
 from .arguments import DistillationTrainingArguments
 from .checkpoint import load_lineage
 from .errors import LayerPruneError
@@ -24,10 +31,10 @@ from .reading import Reader
 from .record import Record, read_record
 from .report import write_card
 from .rotary import legacy_rotary
-from .saving import saving
+from .saving import save_adapter, save_model, saving, write_pruned_base
 from .scoring import undisturbed
 from .surgery import keep_lineage
-from .teacher import make_teacher, shared_prefix
+from .teacher import add_adapters, make_teacher, shared_prefix
 from .tiled_loss import tiled_loss
 from .trainable import trained_parameters
 
@@ -48,7 +55,8 @@ class DistillationTrainer(Trainer):
         model (`PreTrainedModel`): the student.
         args ([`DistillationTrainingArguments`], *optional*): settings.
         teacher_model (`PreTrainedModel` or `str`, *optional*): a model, a folder or a hub id; left
-            out, a frozen copy of `model` as it is given.
+            out, a frozen copy of `model` as it is given; with `peft_config` one that shares its weights.
+        peft_config (`PeftConfig`, *optional*): train these adapters of PEFT instead of the model's weights.
         others, kwargs: all other arguments of [`~transformers.Trainer`], in its order.
 
     What is saved is loaded again and compared, see [`DistillationTrainingArguments`].
@@ -68,6 +76,7 @@ class DistillationTrainer(Trainer):
         args: DistillationTrainingArguments | None = None,
         *others: Any,
         teacher_model: PreTrainedModel | str | None = None,
+        peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
         for name in ("compute_loss_func", "model_init"):
@@ -83,13 +92,16 @@ class DistillationTrainer(Trainer):
             raise LayerPruneError("torch_compile does not see layers go, nor hooks: leave it out.")
         if args.legacy_rope:
             legacy_rotary(model.config)  # whether it can be done is told before any work
-        teacher = make_teacher(teacher_model, model, args.hidden_weight > 0)
+        if adapter_configs(model):
+            raise LayerPruneError("Give the model without its adapters, and these as peft_config=.")
+        teacher = make_teacher(teacher_model, model, args.hidden_weight > 0, peft_config is not None)
         unknown = set(args.hidden_layers or []) - set(get_lineage(teacher).kept)
         if unknown:
             raise LayerPruneError(f"hidden_layers: the teacher has no layers {sorted(unknown)}.")
         # The Trainer switches it off in the config, but not for generation.
         self._use_cache = getattr(model.config, "use_cache", None) or model.generation_config.use_cache
-        super().__init__(model, args, *others, **kwargs)
+        adapted: Any = model if peft_config is None else add_adapters(model, peft_config)
+        super().__init__(adapted, args, *others, **kwargs)
         model.add_model_tags(list(self._tag_names))
         # Never inside self.model: it would be trained, saved and broadcast with it.
         self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
@@ -137,7 +149,7 @@ class DistillationTrainer(Trainer):
         with torch.no_grad(), captured(self.teacher, wanted) as taught:
             expected = teacher.states(inputs)
         # Of these layers only the last one's output is read on, and what is compared.
-        known = [taught.get(layer, taught.get(shared - 1))[1] for layer in range(shared)]
+        known = [taught[layer if layer in taught else shared - 1][1] for layer in range(shared)]
         with captured(student, [s for s, _ in pairs]) as learnt, replayed(base_of(student), known):
             states = learner.states(inputs, model)
 
@@ -299,21 +311,29 @@ class DistillationTrainer(Trainer):
             )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        with (
-            self._plain_config(),
-            saving(
-                self.accelerator.unwrap_model(self.model),
-                output_dir or str(self.args.output_dir),
-                verify=self.args.verify_save and self.args.should_save,
-                legacy_rope=self.args.legacy_rope and self.args.should_save,
-            ),
-        ):
-            super()._save(output_dir, state_dict)
+        folder, model = output_dir or str(self.args.output_dir), self.accelerator.unwrap_model(self.model)
+        verify = self.args.verify_save and self.args.should_save
+        with self._plain_config():
+            if not adapter_configs(model):
+                legacy = self.args.legacy_rope and self.args.should_save
+                with saving(model, folder, verify=verify, legacy_rope=legacy):
+                    super()._save(output_dir, state_dict)
+            elif re.fullmatch(PREFIX_CHECKPOINT_DIR + r"-\d+", Path(folder).name):
+                super()._save(output_dir, state_dict)
+                write_pruned_base(model, Path(folder))
+            else:
+                if self.args.export == "adapter":
+                    save_adapter(model, folder, verify=verify)
+                else:  # a copy, as the teacher reads the same weights
+                    merged = copy.deepcopy(model).merge_and_unload()
+                    save_model(merged, folder, verify=verify, legacy_rope=self.args.legacy_rope)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(folder)
 
     @contextmanager
     def _plain_config(self) -> Iterator[None]:
         """Within this context the config is as the user gave it, caching switched on again."""
-        config = self.accelerator.unwrap_model(self.model).config
+        config = base_of(self.accelerator.unwrap_model(self.model)).config
         training, config.use_cache = config.use_cache, self._use_cache
         try:
             yield

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_layerprune import LayerPruneError, LayerPruningCallback, get_lineage, score_layers
@@ -435,10 +434,3 @@ def test_checkpoints_of_a_plain_trainer_are_checked(llama):
     with pytest.raises(LayerPruneError, match=r"another model when loaded.*safe in out/checkpoint-2"):
         plain_trainer(llama, pruning(), **saves).train()
     plain_trainer(make_model(), pruning(verify_save=False), output_dir="off", **saves).train()
-
-
-def test_adapters_are_refused_before_training():
-    model = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(LayerPruneError, match="merge_and_unload"):
-        plain_trainer(model, pruning()).train()
-    assert not Path("out/layer_pruning.json").exists()

@@ -41,7 +41,7 @@ def make_trainer(student, dataset=None, collator=default_data_collator, eval_dat
         "logging_steps": 1,
     } | settings
     teacher = settings.pop("teacher_model", None)
-    callbacks = settings.pop("callbacks", None)
+    others = {name: settings.pop(name, None) for name in ("callbacks", "peft_config", "processing_class")}
     return DistillationTrainer(
         student,
         DistillationTrainingArguments(**settings),
@@ -49,7 +49,7 @@ def make_trainer(student, dataset=None, collator=default_data_collator, eval_dat
         train_dataset=examples() if dataset is None else dataset,
         eval_dataset=eval_dataset,
         data_collator=collator,
-        callbacks=callbacks,
+        **others,
     )
 
 
