@@ -21,6 +21,7 @@ def make_teacher(
     student: PreTrainedModel,
     hidden_states: bool,
     adapters: bool = False,
+    tokens: int | None = None,
 ) -> PreTrainedModel:
     """A frozen model in eval mode that can teach `student`.
 
@@ -31,6 +32,8 @@ def make_teacher(
         hidden_states (`bool`): whether hidden states will be compared.
         adapters (`bool`, *optional*, defaults to `False`): only adapters will be trained, so that the copy
             has modules of its own, but the student's weights.
+        tokens (`int`, *optional*): how many the tokenizer knows. Vocabularies that are larger and of
+            different size are filled up.
 
     Raises:
         LayerPruneError: the teacher has another vocabulary, fewer layers than the student once had or
@@ -42,7 +45,7 @@ def make_teacher(
         return teacher.eval().requires_grad_(False)
     elif isinstance(teacher, str):
         teacher = load_model(teacher, dtype=student.dtype)
-    _check(teacher, student, hidden_states)
+    _check(teacher, student, hidden_states, tokens)
     return teacher.eval().requires_grad_(False)
 
 
@@ -121,7 +124,9 @@ def _same_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
     return all(name in theirs and torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-def _check(teacher: PreTrainedModel, student: PreTrainedModel, hidden_states: bool) -> None:
+def _check(
+    teacher: PreTrainedModel, student: PreTrainedModel, hidden_states: bool, tokens: int | None
+) -> None:
     shared = {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}
     if shared:
         raise LayerPruneError(
@@ -129,10 +134,15 @@ def _check(teacher: PreTrainedModel, student: PreTrainedModel, hidden_states: bo
             "teacher. Leave `teacher_model` out to get a frozen copy."
         )
     theirs, ours = find_decoder(teacher).config, find_decoder(student).config
-    if theirs.vocab_size != ours.vocab_size:
+    smaller = min(theirs.vocab_size, ours.vocab_size)
+    if theirs.vocab_size != ours.vocab_size and (tokens is None or smaller < tokens):
+        known = "" if tokens is None else f", and the tokenizer knows {tokens}"
+        advice = (
+            " If one is only filled up, give the tokenizer as processing_class." if tokens is None else ""
+        )
         raise LayerPruneError(
             f"The teacher's vocabulary has {theirs.vocab_size} tokens, the student's "
-            f"{ours.vocab_size}: logits can only be compared over the same vocabulary."
+            f"{ours.vocab_size}{known}: logits can only be compared over the same vocabulary.{advice}"
         )
     lineage, needed = get_lineage(teacher), get_lineage(student)
     gone = sorted(set(needed.kept) - set(lineage.kept))

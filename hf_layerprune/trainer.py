@@ -23,6 +23,7 @@ from transformers.trainer_utils import (
 from .adapters import adapter_configs, base_of
 from .arguments import DistillationTrainingArguments
 from .checkpoint import load_lineage
+from .decoder import text_config
 from .errors import LayerPruneError
 from .leave_one_out import captured, hidden, replayed
 from .lineage import get_lineage
@@ -94,7 +95,16 @@ class DistillationTrainer(Trainer):
             legacy_rotary(model.config)  # whether it can be done is told before any work
         if adapter_configs(model):
             raise LayerPruneError("Give the model without its adapters, and these as peft_config=.")
-        teacher = make_teacher(teacher_model, model, args.hidden_weight > 0, peft_config is not None)
+        tokenizer = kwargs.get("processing_class")
+        teacher = make_teacher(
+            teacher_model,
+            model,
+            args.hidden_weight > 0,
+            peft_config is not None,
+            len(tokenizer) if hasattr(tokenizer, "__len__") else None,
+        )
+        sizes = [text_config(one.config).vocab_size for one in (teacher, model)]
+        self._vocabulary = min(sizes)  # what is more in one of them only fills it up
         unknown = set(args.hidden_layers or []) - set(get_lineage(teacher).kept)
         if unknown:
             raise LayerPruneError(f"hidden_layers: the teacher has no layers {sorted(unknown)}.")
@@ -157,7 +167,13 @@ class DistillationTrainer(Trainer):
 
         def losses(own: torch.Tensor, theirs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
             found = {
-                args.divergence: divergence(own, theirs, args.divergence, args.temperature, args.jsd_beta)
+                args.divergence: divergence(
+                    own[:, : self._vocabulary],
+                    theirs[:, : self._vocabulary],
+                    args.divergence,
+                    args.temperature,
+                    args.jsd_beta,
+                )
             }
             if weights["ce"]:
                 found["ce"] = cross_entropy(own, targets)
@@ -207,6 +223,23 @@ class DistillationTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         finally:
             self._loss_only = False
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """See [`~transformers.Trainer.training_step`].
+
+        Raises:
+            LayerPruneError: the loss is not finite; the weights are still as they were before the step.
+        """
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss):
+            ids, folder = inputs["input_ids"], Path(str(self.args.output_dir))
+            saved = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+            raise LayerPruneError(
+                f"The loss of step {self.state.global_step + 1} is {float(loss)}, on a batch of "
+                f"{tuple(ids.shape)} tokens that begins with {ids[0, :8].tolist()}. Look at the data, or "
+                f"lower learning_rate, hidden_weight or max_grad_norm. The last checkpoint: {saved or 'none'}."
+            )
+        return loss
 
     def _follow_cuts(self, student: Any, input_ids: torch.Tensor) -> None:
         """When layers have gone, choose anew what is trained; when something else is trained than before, see

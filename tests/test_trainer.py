@@ -367,3 +367,117 @@ def test_legacy_rotary_keys_are_written_when_asked(llama):
     trainer = make_trainer(llama, legacy_rope=True)
     trainer.save_model()
     assert "rope_theta" in json.loads(Path("out/config.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["mse", "normalized_mse", "cosine"])
+def test_errors_of_hidden_states_are_of_the_layers_after_each_cut(kind):
+    student, teacher = students()
+    trainer = make_trainer(
+        student, teacher_model=teacher, hidden_weight=0.5, hidden_loss=kind, divergence="jsd"
+    )
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(log["jsd"] + 0.5 * log[f"hidden_{kind}"], rel=1e-4)
+    student, teacher = students()
+    batch, kept = tokens(8, 12), {"output_hidden_states": True, "use_cache": False}
+    with torch.no_grad():
+        learnt, taught = (m(input_ids=batch, **kept).hidden_states for m in (student, teacher))
+    pairs = [(learnt[2][:, :-1], taught[4][:, :-1]), (learnt[-1][:, :-1], taught[-1][:, :-1])]
+    errors = {
+        "mse": lambda s, t: (s - t).square().mean(),
+        "normalized_mse": lambda s, t: ((s - t).square().mean(-1) / t.square().mean(-1)).mean(),
+        "cosine": lambda s, t: 1 - F.cosine_similarity(s, t, dim=-1).mean(),
+    }
+    expected = sum(errors[kind](s, t).item() for s, t in pairs) / 2
+    assert log[f"hidden_{kind}"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_metrics_see_whole_logits_and_a_plain_evaluation_makes_none(llama):
+    shapes = []
+
+    def metric(prediction):
+        shapes.append(prediction.predictions.shape)
+        return {"mean": float(prediction.predictions.mean())}
+
+    teacher = copy.deepcopy(llama)
+    remove_layers(llama, 2)
+    trainer = make_trainer(llama, teacher_model=teacher, eval_dataset=examples(4))
+    trainer.compute_metrics = metric
+    found = trainer.evaluate()
+    assert shapes == [(4, 12, 260)]
+    assert found["eval_mean"] == pytest.approx(logits(llama, tokens(4, 12)).mean().item(), rel=1e-4)
+    trainer.compute_metrics = None
+    whole = []
+    llama.lm_head.register_forward_hook(lambda module, args, output: whole.append(output.shape[-2]))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(found["eval_loss"])
+    assert 4 * 12 not in whole
+
+
+@pytest.mark.parametrize("what", ["all", "around_cuts"])
+def test_activation_checkpointing_changes_nothing(what):
+    results = []
+    for checkpointing in (False, True):
+        student, teacher = students()
+        settings = {"activation_checkpointing": True} if checkpointing else {}
+        trainer = make_trainer(student, teacher_model=teacher, trainable=what, hidden_weight=0.1, **settings)
+        results.append(gradients(trainer)[0])
+    assert results[0].keys() == results[1].keys()
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-7)
+
+
+def test_packed_sequences_are_trained_as_apart():
+    """Two texts in one row, with positions that begin anew, against one row each."""
+    ids = tokens(2, 12)
+    student, teacher = students()
+    apart = make_trainer(copy.deepcopy(student), teacher_model=copy.deepcopy(teacher), **ALL_TERMS)
+    expected = apart.compute_loss(apart.model.train(), {"input_ids": ids, "labels": ids.clone()})
+    labels = ids.clone()
+    labels[:, 0] = -100  # nothing predicts the beginning of a text
+    batch = {
+        "input_ids": ids.reshape(1, -1),
+        "labels": labels.reshape(1, -1),
+        "position_ids": torch.arange(12).repeat(2)[None],
+    }
+    packed = make_trainer(student, teacher_model=teacher, **ALL_TERMS)
+    found = packed.compute_loss(packed.model.train(), batch)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(llama):
+    teacher = copy.deepcopy(llama)
+    remove_layers(llama, 2)
+    before = copy.deepcopy(llama.state_dict())
+    trainer = make_trainer(llama, teacher_model=teacher, max_steps=3, save_strategy="steps", save_steps=1)
+
+    class Spoil(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                trainer.teacher.lm_head.weight.data[5] = float("nan")
+                before.update(copy.deepcopy(llama.state_dict()))
+
+    trainer.add_callback(Spoil())
+    with pytest.raises(
+        LayerPruneError, match=r"loss of step 2 is nan, on a batch of \(8, 12\) .*checkpoint-1"
+    ):
+        trainer.train()
+    torch.testing.assert_close(llama.state_dict(), before, rtol=0, atol=0)
+    assert load_file("out/checkpoint-1/model.safetensors")
+
+
+def test_vocabularies_that_are_only_filled_up(tokenizer):
+    """As of Qwen2.5, whose sizes pad the same tokens to different lengths."""
+    teacher = make_model()
+    student = copy.deepcopy(teacher)
+    remove_layers(student, 2)
+    plain = make_trainer(copy.deepcopy(student), teacher_model=copy.deepcopy(teacher))
+    plain.train()
+    teacher.resize_token_embeddings(272)
+    torch.nn.init.normal_(teacher.lm_head.weight.data[260:], std=3.0)
+    with pytest.raises(LayerPruneError, match="give the tokenizer as processing_class"):
+        make_trainer(copy.deepcopy(student), teacher_model=teacher)
+    padded = make_trainer(student, teacher_model=teacher, processing_class=tokenizer)
+    padded.train()
+    assert padded.state.log_history[0]["kl"] == pytest.approx(plain.state.log_history[0]["kl"], rel=1e-4)
+    small = make_model(vocab_size=250, pad_token_id=None, bos_token_id=0, eos_token_id=0)
+    with pytest.raises(LayerPruneError, match="the tokenizer knows 258: logits can only be compared"):
+        make_trainer(small, teacher_model=make_model(), processing_class=tokenizer)

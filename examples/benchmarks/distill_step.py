@@ -1,0 +1,158 @@
+"""How fast is a step of distillation, and what memory does it need above the weights?
+
+    python examples/benchmarks/distill_step.py TEXT.jsonl [BATCH] [LENGTH] [STEPS] [NAME=PYTHON ...]
+
+Each way runs in a process of its own, one after the other: SmolLM2-135M with layers 14 and 17 removed learns
+from the whole one, in bfloat16 autocast, with plain SGD, so that no optimizer's memory counts. A NAME=PYTHON
+runs a peer with that interpreter, in which it is installed: trl, modelopt, silverspoon.
+"""
+
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+
+
+OURS = ("plain Trainer, no teacher", "all", "around_cuts", "last 4", "lora")
+
+
+def memory():
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class Clock(TrainerCallback):
+    def __init__(self):
+        self.steps = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append(time.perf_counter() - self.began)
+
+
+def make_trainer(name, folder, dataset, settings, callbacks):
+    student, teacher = (AutoModelForCausalLM.from_pretrained(folder / which) for which in ("cut", "whole"))
+    given = {"train_dataset": dataset, "callbacks": callbacks}
+    if name == OURS[0]:
+        return Trainer(student, TrainingArguments(**settings), **given)
+    if name == "trl":
+        from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+        off_policy = {"lmbda": 0.0, "beta": 0.0, "temperature": 1.0, "gradient_checkpointing": False}
+        args = GKDConfig(**settings, **off_policy, dataset_kwargs={"skip_prepare_dataset": True})
+        given |= {"processing_class": AutoTokenizer.from_pretrained(folder / "whole")}
+        return GKDTrainer(student, teacher, args=args, data_collator=collate, **given)
+    if name == "modelopt":
+        from modelopt.torch.distill.plugins.huggingface import KDTrainer
+
+        args = TrainingArguments(**settings)
+        return KDTrainer(student, args=args, distill_args={"teacher_model": teacher}, **given)
+    if name == "silverspoon":
+        import silverspoon_kd
+
+        args = silverspoon_kd.TrainingArguments(**settings)
+        return silverspoon_kd.ResponseBasedDistiller(student, teacher, args=args, **given)
+    from hf_layerprune import DistillationTrainer, DistillationTrainingArguments, remove_layers
+
+    if name == "lora":  # the model's own weights teach
+        from peft import LoraConfig
+
+        del student
+        args, config = DistillationTrainingArguments(**settings), LoraConfig(target_modules="all-linear", r=8)
+        trainer = DistillationTrainer(teacher, args, peft_config=config, **given)
+        remove_layers(trainer.model, [14, 17])
+        return trainer
+    args = DistillationTrainingArguments(**settings, trainable=name.removeprefix("last "))
+    return DistillationTrainer(student, args, teacher_model=teacher, **given)
+
+
+def collate(rows):
+    batch = {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}
+    return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+
+
+def run_one(name, folder, batch, length, steps):
+    from datasets import Dataset
+
+    blocks = json.loads((folder / "blocks.json").read_text())
+    clock = Clock()
+    settings = {
+        "output_dir": str(folder / "out"),
+        "per_device_train_batch_size": batch,
+        "max_steps": steps,
+        "optim": "sgd",
+        "bf16": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+    }
+    dataset = Dataset.from_dict({"input_ids": blocks, "labels": blocks})
+    trainer = make_trainer(name, folder, dataset, settings, [clock])
+    models = [trainer.model] + [
+        m for m in (getattr(trainer, n, None) for n in ("teacher", "teacher_model", "_teacher_model")) if m
+    ]
+    held = {p.data_ptr(): p.nbytes for model in models for p in model.parameters()}
+    before = memory()
+    trainer.train()
+    found = {
+        "seconds": statistics.median(clock.steps[1:]),
+        "weights_mb": sum(held.values()) / 2**20,
+        "peak_mb": memory() - before,
+    }
+    print(json.dumps(found))
+
+
+def prepare(folder, text, batch, length, steps):
+    from hf_layerprune import remove_layers, save_model
+    from hf_layerprune.data import load_texts, token_blocks
+    from hf_layerprune.quickstart import load_embedded_model
+
+    model, tokenizer = load_embedded_model()
+    tokenizer.save_pretrained(folder / "whole")
+    save_model(model, folder / "whole", verify=False)
+    remove_layers(model, [14, 17])
+    save_model(model, folder / "cut", verify=False)
+    blocks = token_blocks(load_texts(text), tokenizer, length, limit=batch * steps)
+    (folder / "blocks.json").write_text(json.dumps(list(blocks["input_ids"])))
+
+
+def main():
+    text, *rest = sys.argv[1:]
+    peers = dict(one.split("=", 1) for one in rest if "=" in one)
+    sizes = [int(one) for one in rest if "=" not in one]
+    batch, length, steps = [*sizes, *(4, 256, 6)[len(sizes) :]]
+    ways = dict.fromkeys(OURS, sys.executable) | peers
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prepare(folder, text, batch, length, steps)
+        print(f"{batch} x {length} tokens, {torch.get_num_threads()} threads, {steps} steps")
+        print(f"{'':26s} {'tokens/s':>9s} {'weights MB':>11s} {'peak above MB':>14s}", flush=True)
+        for way, python in ways.items():
+            command = [python, __file__, "--one", way, name, str(batch), str(length), str(steps)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                print(f"{way:26s} failed: {done.stderr.strip().splitlines()[-1][:200]}", flush=True)
+                continue
+            found = json.loads(done.stdout.strip().splitlines()[-1])
+            speed = batch * length / found["seconds"]
+            print(f"{way:26s} {speed:9.0f} {found['weights_mb']:11.0f} {found['peak_mb']:14.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--one":
+        way, name, *sizes = sys.argv[2:]
+        run_one(way, Path(name), *map(int, sizes))
+    else:
+        main()
