@@ -95,7 +95,7 @@ class DistillationTrainer(Trainer):
             legacy_rotary(model.config)  # whether it can be done is told before any work
         if adapter_configs(model):
             raise LayerPruneError("Give the model without its adapters, and these as peft_config=.")
-        tokenizer = kwargs.get("processing_class")
+        tokenizer: Any = kwargs.get("processing_class")
         teacher = make_teacher(
             teacher_model,
             model,
@@ -121,6 +121,9 @@ class DistillationTrainer(Trainer):
         self._kept: list[int] | None = None
         self._present: list[tuple[bool, int]] | None = None
         self._shared = 0  # so many first layers run once for teacher and student
+        if args.world_size > 1:  # before anything waits for the gradients of all
+            self._kept = get_lineage(model).kept
+            self._choose_trained(adapted)
         # Sums of each loss term since the last log, and the tokens they are to be divided by.
         self._terms: dict[str, dict[str, Any]] = {
             "train": defaultdict(float),
@@ -237,7 +240,8 @@ class DistillationTrainer(Trainer):
             raise LayerPruneError(
                 f"The loss of step {self.state.global_step + 1} is {float(loss)}, on a batch of "
                 f"{tuple(ids.shape)} tokens that begins with {ids[0, :8].tolist()}. Look at the data, or "
-                f"lower learning_rate, hidden_weight or max_grad_norm. The last checkpoint: {saved or 'none'}."
+                "lower learning_rate, hidden_weight or max_grad_norm. The last checkpoint: "
+                f"{saved or 'none'}."
             )
         return loss
 
