@@ -100,6 +100,10 @@ class PhaseArguments:
         default=None,
         metadata={"help": "Folder or hub id of the teacher. Default: the model itself."},
     )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={"help": "Train LoRA adapters of this rank; the teacher then shares the model's weights."},
+    )
     layers_per_phase: int = field(default=1, metadata={"help": "Layers to remove in each phase."})
     steps_per_phase: int | None = field(
         default=None,
@@ -260,6 +264,11 @@ def distill(arguments: list[str]) -> None:
         quality_floor=phases.quality_floor,
         evaluation=lambda model: evaluate_text(model, heldout_batches),
     )
+    lora = None
+    if phases.lora_rank is not None:
+        from peft import LoraConfig
+
+        lora = LoraConfig(r=phases.lora_rank, target_modules="all-linear")
     try:
         trainer = DistillationTrainer(
             model=model,
@@ -268,6 +277,7 @@ def distill(arguments: list[str]) -> None:
             train_dataset=train,
             eval_dataset=heldout,
             processing_class=tokenizer,
+            peft_config=lora,
             callbacks=[pruning],
         )
     except ValueError as error:  # the Trainer refused an argument

@@ -265,10 +265,6 @@ class DistillationTrainer(Trainer):
         chosen = {id(parameter) for parameter in trained_parameters(student, self.args.trainable)}
         for parameter in self._may_train:
             parameter.requires_grad_(id(parameter) in chosen)
-            if id(parameter) not in chosen:
-                parameter.grad = None
-                if self.optimizer is not None:
-                    self.optimizer.state.pop(parameter, None)
         trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
         logger.info("Training %.1fM of %.1fM parameters.", trained / 1e6, student.num_parameters() / 1e6)
 

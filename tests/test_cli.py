@@ -59,11 +59,14 @@ def test_prune_writes_a_cut_model(folder, capsys):
     assert {"README.md", "layer_pruning.json", "tokenizer.json"} <= {p.name for p in Path("cut").iterdir()}
 
 
-def test_distill_removes_and_heals(folder, capsys):
-    flags = ["--target_layers", "4", "--output_dir", "healed", "--max_steps", "4", "--hidden_weight", "0.1"]
+@pytest.mark.parametrize("how", [["--hidden_weight", "0.1"], ["--lora_rank", "2"], ["--trainable", "1"]])
+def test_distill_removes_and_heals(how, folder, capsys):
+    flags = ["--target_layers", "4", "--output_dir", "healed", "--max_steps", "4", *how]
     more = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--calibration_blocks", "4"]
     assert main(["distill", folder, *DATA, *flags, *more]) == 0
-    assert AutoModelForCausalLM.from_pretrained("healed").config.num_hidden_layers == 4
+    saved = AutoModelForCausalLM.from_pretrained("healed")
+    assert saved.config.num_hidden_layers == 4
+    assert not any("lora" in name for name in saved.state_dict())
     assert "| parameters |" in capsys.readouterr().out
     assert main(["evaluate", folder, "healed", *DATA, "--json", "e.json"]) == 0
     found = json.loads(Path("e.json").read_text())

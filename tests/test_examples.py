@@ -11,7 +11,7 @@ from .conftest import make_model
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.mark.parametrize("script", ["drop_in.py", "plain_trainer.py"])
+@pytest.mark.parametrize("script", ["drop_in.py", "plain_trainer.py", "lora.py"])
 def test_an_example_runs_as_it_stands(script, tokenizer):
     make_model().save_pretrained("model")
     tokenizer.save_pretrained("model")
