@@ -263,9 +263,11 @@ class LayerPruningCallback(TrainerCallback):
         if self.record and state.is_world_process_zero:
             folder = _checkpoint_folder(args, state)
             write_record(self.record, folder)
+            if isinstance(args, DistillationTrainingArguments):
+                return  # its trainer has done the rest
             if adapter_configs(model):
                 write_pruned_base(model, folder)
-            elif self.verify_save and not isinstance(args, DistillationTrainingArguments):
+            elif self.verify_save:
                 check_reload(model, folder)
 
     def on_train_end(

@@ -96,15 +96,15 @@ def shared_prefix(student: Any, teacher: Any, input_ids: torch.Tensor) -> int:
 
     def is_shared(layer: int) -> bool:
         return (
-            get_lineage(student).kept[layer] == get_lineage(teacher).kept[layer]
-            and layer in own
+            layer in own
             and not hidden(own[layer][1]).requires_grad
             and torch.equal(hidden(own[layer][1]), hidden(taught[layer][1]))
             and _same_tensors(ours[layer].state_dict(), theirs[layer].state_dict())
         )
 
     count = len(list(takewhile(is_shared, layers)))
-    if not count or not _same_tensors(_outside(student), _outside(teacher)):
+    body: Any = base_of(teacher).base_model
+    if not count or not _same_tensors(_outside(student), body.state_dict()):
         return 0
     with undisturbed(student):
         return count if can_replay(student, input_ids, count) else 0

@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -143,79 +144,67 @@ class DistillationTrainer(Trainer):
         labels = inputs.pop("labels", None)
         mask = token_mask(inputs["input_ids"], labels, inputs.get("attention_mask"))
         tokens = inputs["input_ids"] if labels is None else labels
-        student = self.accelerator.unwrap_model(model)
-        pairs = []
-        if self.args.hidden_weight:
-            pairs = hidden_pairs(get_lineage(student), get_lineage(self.teacher), self.args.hidden_layers)
-            if not pairs:
-                raise LayerPruneError(
-                    f"All of hidden_layers {self.args.hidden_layers} were removed, so there is no hidden "
-                    "state to compare: protect one of them, or leave hidden_layers out."
-                )
-
-        teacher, learner = self._readers(inputs["input_ids"])
-        training, args = model.training, self.args
+        training, student = model.training, self.accelerator.unwrap_model(model)
+        pairs = self._hidden_pairs(student)
         if training:
             self._follow_cuts(student, inputs["input_ids"])
         shared = self._shared if training else 0
+        teacher, learner = self._readers(inputs["input_ids"])
         wanted = [t for _, t in pairs] + [shared - 1] * bool(shared)
         with torch.no_grad(), captured(self.teacher, wanted) as taught:
             expected = teacher.states(inputs)
-        # Of these layers only the last one's output is read on, and what is compared.
+        # Of the shared layers only the last one's output is read on, and what is compared.
         known = [taught[layer if layer in taught else shared - 1][1] for layer in range(shared)]
         with captured(student, [s for s, _ in pairs]) as learnt, replayed(base_of(student), known):
             states = learner.states(inputs, model)
 
-        weights = {args.divergence: args.kl_weight, "ce": args.ce_weight if training else 1.0}
-
-        def losses(own: torch.Tensor, theirs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
-            found = {
-                args.divergence: divergence(
-                    own[:, : self._vocabulary],
-                    theirs[:, : self._vocabulary],
-                    args.divergence,
-                    args.temperature,
-                    args.jsd_beta,
-                )
-            }
-            if weights["ce"]:
-                found["ce"] = cross_entropy(own, targets)
-            return found
-
-        total, sums = tiled_loss(
-            learner,
-            states[:, :-1][mask],
-            teacher,
-            expected[:, :-1][mask],
-            tokens[:, 1:][mask],
-            losses,
-            weights,
-        )
+        ours, theirs = states[:, :-1][mask], expected[:, :-1][mask]
+        weights = {self.args.divergence: self.args.kl_weight, "ce": self.args.ce_weight if training else 1.0}
+        losses = partial(self._logit_losses, with_labels=weights["ce"] > 0)
+        total, sums = tiled_loss(learner, ours, teacher, theirs, tokens[:, 1:][mask], losses, weights)
         if pairs:
-            name = f"hidden_{args.hidden_loss}"
-            errors = [
-                hidden_error(
-                    _state(learnt, s)[:, :-1][mask], _state(taught, t)[:, :-1][mask], args.hidden_loss
-                )
-                for s, t in pairs
-            ]
-            hidden_total = torch.stack(errors).mean()
-            total = total + args.hidden_weight * hidden_total
-            sums[name] = hidden_total.detach()
+            parts = [(_state(learnt, s)[:, :-1][mask], _state(taught, t)[:, :-1][mask]) for s, t in pairs]
+            error = torch.stack([hidden_error(s, t, self.args.hidden_loss) for s, t in parts]).mean()
+            total = total + self.args.hidden_weight * error
+            sums[f"hidden_{self.args.hidden_loss}"] = error.detach()
 
         count = mask.sum() if num_items_in_batch is None or not training else num_items_in_batch
         count = torch.as_tensor(count, device=mask.device).clamp(min=1)
         self._note("train" if training else "eval", sums, mask.sum(), count if training else 1)
         loss = (total if training else sums["ce"]) / count
-        if training and args.average_tokens_across_devices:
+        if training and self.args.average_tokens_across_devices:
             # The count is of all processes, and gradients are averaged over them.
             loss = loss * self.accelerator.num_processes
         if not return_outputs:
             return loss
-        logits = (
-            None if self._loss_only else learner.head(states.flatten(0, 1)).unflatten(0, states.shape[:2])
-        )
+        if self._loss_only:
+            return loss, CausalLMOutput()
+        logits = learner.head(states.flatten(0, 1)).unflatten(0, states.shape[:2])
         return loss, CausalLMOutput(logits=logits)
+
+    def _hidden_pairs(self, student: Any) -> list[tuple[int, int]]:
+        """Which student layers are compared with which teacher layers.
+
+        Raises:
+            LayerPruneError: none that was asked for is left.
+        """
+        if not self.args.hidden_weight:
+            return []
+        pairs = hidden_pairs(get_lineage(student), get_lineage(self.teacher), self.args.hidden_layers)
+        if not pairs:
+            raise LayerPruneError(
+                f"All of hidden_layers {self.args.hidden_layers} were removed, so there is no hidden "
+                "state to compare: protect one of them, or leave hidden_layers out."
+            )
+        return pairs
+
+    def _logit_losses(
+        self, ours: torch.Tensor, theirs: torch.Tensor, targets: torch.Tensor, with_labels: bool
+    ) -> dict[str, torch.Tensor]:
+        args, size = self.args, self._vocabulary
+        far = divergence(ours[:, :size], theirs[:, :size], args.divergence, args.temperature, args.jsd_beta)
+        found = {args.divergence: far}
+        return found | {"ce": cross_entropy(ours, targets)} if with_labels else found
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any

@@ -13,6 +13,7 @@ from hf_layerprune import (
     load_pruned_adapter,
     remove_layers,
 )
+from hf_layerprune.checkpoint import load_lineage
 
 from .conftest import logits, make_model, tokens
 from .test_callback import pruning
@@ -190,3 +191,14 @@ def test_adapters_around_the_cuts(llama):
         if not torch.equal(p, before[name])
     }
     assert changed == {"2", "3"}
+
+
+def test_checkpoints_know_what_their_adapters_are_for(llama):
+    remove_layers(llama, [3])
+    settings = {"teacher_model": make_model(), "save_strategy": "steps", "save_steps": 1}
+    adapted_trainer(copy.deepcopy(llama), **settings).train()
+    assert load_lineage("out/checkpoint-1") == get_lineage(llama)
+    short = copy.deepcopy(llama)
+    remove_layers(short, [0])
+    with pytest.raises(LayerPruneError, match="cannot be cut to"):
+        adapted_trainer(short, **settings, max_steps=2).train(resume_from_checkpoint=True)

@@ -6,11 +6,13 @@ import torch
 from hf_layerprune import DistillationTrainingArguments, LayerPruneError, remove_layers
 from hf_layerprune.decoder import find_decoder
 from hf_layerprune.lineage import Lineage
+from hf_layerprune.teacher import shared_prefix
 from hf_layerprune.trainable import trained_layers, trained_parameters
 
-from .conftest import make_model
+from .conftest import logits, make_model, tokens
 from .test_callback import pruning
 from .test_trainer import make_trainer, students
+from .tiny_models import tiny_model
 
 
 def layers_of(model):
@@ -209,3 +211,30 @@ def test_what_is_trained_or_changed_later_is_no_longer_shared():
     assert shared() == 1
     student.model.embed_tokens.requires_grad_(True)
     assert shared() == 0
+
+
+def test_an_expert_that_differs_is_seen_though_no_token_went_there():
+    teacher = tiny_model("mixtral")
+    student = copy.deepcopy(teacher)
+    remove_layers(student, 4)
+    for parameter in student.parameters():
+        parameter.requires_grad_(False)
+    student.lm_head.requires_grad_(True)
+    ids = tokens(1, 2) % 60
+    assert shared_prefix(student, teacher, ids) == 4
+    experts = layers_of(teacher)[2].mlp.experts
+    with torch.no_grad():
+        experts.down_proj[_idle(teacher, ids)] += 1
+    assert shared_prefix(student, teacher, ids) == 2
+
+
+def _idle(model, ids):
+    """An expert of layer 2 whose weights do not matter for these tokens."""
+    before = logits(model, ids)
+    for expert in range(len(layers_of(model)[2].mlp.experts.down_proj)):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            layers_of(other)[2].mlp.experts.down_proj[expert] += 1
+        if torch.equal(logits(other, ids), before):
+            return expert
+    raise AssertionError("all experts were used")

@@ -471,13 +471,16 @@ def test_vocabularies_that_are_only_filled_up(tokenizer):
     remove_layers(student, 2)
     plain = make_trainer(copy.deepcopy(student), teacher_model=copy.deepcopy(teacher))
     plain.train()
-    teacher.resize_token_embeddings(272)
-    torch.nn.init.normal_(teacher.lm_head.weight.data[260:], std=3.0)
-    with pytest.raises(LayerPruneError, match="give the tokenizer as processing_class"):
-        make_trainer(copy.deepcopy(student), teacher_model=teacher)
-    padded = make_trainer(student, teacher_model=teacher, processing_class=tokenizer)
-    padded.train()
-    assert padded.state.log_history[0]["kl"] == pytest.approx(plain.state.log_history[0]["kl"], rel=1e-4)
+    for padded in (0, 1):
+        models = [copy.deepcopy(student), copy.deepcopy(teacher)]
+        models[padded].resize_token_embeddings(272)
+        torch.nn.init.normal_(models[padded].lm_head.weight.data[260:], std=3.0)
+        with pytest.raises(LayerPruneError, match="give the tokenizer as processing_class"):
+            make_trainer(copy.deepcopy(models[0]), teacher_model=models[1])
+        trainer = make_trainer(models[0], teacher_model=models[1], processing_class=tokenizer)
+        trainer.train()
+        expected = plain.state.log_history[0]["kl"]
+        assert trainer.state.log_history[0]["kl"] == pytest.approx(expected, rel=1e-4)
     small = make_model(vocab_size=250, pad_token_id=None, bos_token_id=0, eos_token_id=0)
     with pytest.raises(LayerPruneError, match="the tokenizer knows 258: logits can only be compared"):
         make_trainer(small, teacher_model=make_model(), processing_class=tokenizer)
