@@ -180,7 +180,10 @@ def score_layers(
     model = base_of(model)
     if not cuts:
         raise LayerPruneError(next(iter(refused.values())))
-    on_device = [{k: v.to(model.device) for k, v in batch.items() if torch.is_tensor(v)} for batch in batches]
+    given = list(batches)
+    if any(not torch.is_tensor(batch.get("input_ids")) or batch["input_ids"].dim() != 2 for batch in given):
+        raise LayerPruneError("Each calibration batch needs input_ids, a tensor of shape (batch, length).")
+    on_device = [{k: v.to(model.device) for k, v in batch.items() if torch.is_tensor(v)} for batch in given]
     reads = criterion != "positional" and (not tasks or any(hasattr(one, "compute") for one in tasks))
     if reads and not on_device:
         raise LayerPruneError("No calibration batches to score with.")

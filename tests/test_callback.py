@@ -434,3 +434,41 @@ def test_checkpoints_of_a_plain_trainer_are_checked(llama):
     with pytest.raises(LayerPruneError, match=r"another model when loaded.*safe in out/checkpoint-2"):
         plain_trainer(llama, pruning(), **saves).train()
     plain_trainer(make_model(), pruning(verify_save=False), output_dir="off", **saves).train()
+
+
+def test_scoring_that_was_interrupted_goes_on_in_the_next_run(llama):
+    """In the same folder, from the same model: what was scored is not scored again."""
+    batches = [{"input_ids": tokens(2, 16, seed=i)} for i in range(8)]
+    calls, limit = [], [10**9]
+
+    def count(module, args, output):
+        calls.append(1)
+        if len(calls) > limit[0]:
+            raise KeyboardInterrupt
+
+    def run(folder):
+        model = copy.deepcopy(llama)
+        find_decoder(model).layers[5].mlp.register_forward_hook(count)
+        calls.clear()
+        callback = pruning(calibration=batches, target_layers=5)
+        make_trainer(model, output_dir=folder, max_steps=1, callbacks=[callback]).train()
+        return callback.record["phases"][0]["removals"]
+
+    expected, whole = run("whole"), len(calls)
+    limit[0] = whole // 2
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped")
+    assert Path("stopped/scoring.jsonl").read_text().count("\n") > 2
+    limit[0] = 10**9
+    assert run("stopped") == expected
+    assert len(calls) < whole
+    assert not Path("stopped/scoring.jsonl").exists()
+
+
+def test_layers_go_by_a_pattern(llama):
+    callback = pruning(criterion="positional", pattern="input", calibration=None, target_layers=4)
+    plain_trainer(llama, callback).train()
+    assert get_lineage(llama).kept == [0, 3, 4, 5]
+    assert callback.record["pruning"]["pattern"] == "input"
+    with pytest.raises(LayerPruneError, match="Unknown pattern 'sideways'"):
+        pruning(criterion="positional", pattern="sideways")

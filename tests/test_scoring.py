@@ -227,6 +227,9 @@ def test_padding_changes_no_score(llama):
         ({"criterion": "task"}, "go together"),
         ({"task": len}, "go together"),
         ({"batches": []}, "No calibration batches"),
+        ({"batches": [{"labels": tokens(2, 5)}]}, "needs input_ids"),
+        ({"batches": [{"input_ids": [[1, 2, 3]]}]}, "needs input_ids, a tensor of shape"),
+        ({"batches": [{"input_ids": tokens(2, 5)[0]}]}, "needs input_ids, a tensor of shape"),
         ({"batches": [{"input_ids": tokens(2, 1)}]}, "nothing to predict"),
         (
             {"batches": [{"input_ids": tokens(2, 5), "labels": torch.full((2, 5), -100)}]},
