@@ -170,7 +170,7 @@ def leave_out(
     The layers before the missing one return what they returned in the whole model: the same numbers as one
     full pass for each candidate, to the bit, in about half the time. Where layers hand on more than their
     outputs (Gemma's shared keys and values), each candidate gets its full pass. A candidate without which a
-    sum is not finite has no values.
+    sum is not finite is dropped.
 
     Args:
         model (`PreTrainedModel`): in eval mode, without gradients.
@@ -228,8 +228,6 @@ def leave_out(
         for layer, sums in zip(alive, without, strict=True):
             values.without[layer] += sums
         possible = [layer for layer in alive if all(map(math.isfinite, values.without[layer]))]
-        for layer in set(alive) - set(possible):
-            del values.without[layer]
         if confidence is not None and possible and len(values.tokens) >= next_look and left:
             possible = values.possible(possible, confidence, looks, units)
             while next_look <= len(values.tokens):

@@ -116,9 +116,9 @@ def test_surely_worse_candidates_are_dropped():
     # The fewer are still to be seen, the less can change.
     assert values.possible([1, 2], 0.9999, 1, 5) == [1]
     # Nor need those be told apart that differ by less than their scores are known.
-    nearly = [x + 0.001 for x in values.without[1]]
+    nearly = [x + y for x, y in zip(values.without[1], [0.001, -0.001, 0.001, -0.001], strict=True)]
     equal = Values(values.tokens, values.whole, {1: values.without[1], 2: nearly})
-    assert equal.possible([1, 2], 0.99, 1, many) == [1]
+    assert len(equal.possible([1, 2], 0.99, 1, 5)) == 1
     unlike = Values(values.tokens, values.whole, {1: values.without[1], 2: values.without[1][::-1]})
     assert unlike.possible([1, 2], 0.99, 1, many) == [1, 2]
     assert Values([1.0], [1.0], {1: [1.0], 2: [9.0]}).possible([1, 2], 0.99, 1, many) == [1, 2]
