@@ -92,6 +92,11 @@ class DistillationTrainer(Trainer):
             )
         if args.torch_compile:
             raise LayerPruneError("torch_compile does not see layers go, nor hooks: leave it out.")
+        if args.n_gpu > 1:
+            raise LayerPruneError(
+                f"{args.n_gpu} GPUs in one process: start with `accelerate launch` or `torchrun`, or with "
+                "CUDA_VISIBLE_DEVICES=0."
+            )
         if args.legacy_rope:
             legacy_rotary(model.config)  # whether it can be done is told before any work
         if adapter_configs(model):

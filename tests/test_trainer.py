@@ -311,12 +311,16 @@ def test_bad_teachers_are_refused(llama):
     refused(short, r"still has \[0, 1, 3, 4, 5\]")
 
 
-def test_what_has_no_meaning_here_is_refused(llama):
+def test_what_has_no_meaning_here_is_refused(llama, monkeypatch):
     args = DistillationTrainingArguments(output_dir="out", use_cpu=True)
     with pytest.raises(LayerPruneError, match="no use for `compute_loss_func`"):
         DistillationTrainer(llama, args, compute_loss_func=len)
     with pytest.raises(LayerPruneError, match="torch_compile"):
         make_trainer(llama, torch_compile=True, torch_compile_backend="eager")
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationTrainingArguments, "n_gpu", 2)
+        with pytest.raises(LayerPruneError, match="2 GPUs in one process: start with `accelerate launch`"):
+            make_trainer(llama)
     with pytest.raises(LayerPruneError, match="make it a DistillationTrainingArguments"):
         DistillationTrainer(llama, TrainingArguments(output_dir="out", use_cpu=True))
 
