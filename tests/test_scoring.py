@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -329,6 +330,15 @@ def test_a_table_is_read_from_json(tmp_path):
             read_table(tmp_path / "table.json")
 
 
+@pytest.fixture
+def _fresh_accelerate():
+    """Its state is one for the whole process, and of another precision after a Trainer."""
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.usefixtures("_fresh_accelerate")
 def test_layers_are_read_in_the_precision_of_training():
     """accelerate puts autocast around the model's own forward, and nowhere else."""
     prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(make_model(), evaluation_mode=True)
