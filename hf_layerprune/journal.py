@@ -33,12 +33,14 @@ class Journal:
         self._found: list[Any] = []
         if self._path is None:
             return
-        lines = self._path.read_bytes().split(b"\n")[:-1] if self._path.exists() else []
+        content = self._path.read_bytes() if self._path.exists() else b""
+        lines = content.split(b"\n")[:-1]
         try:
             values = [json.loads(line) for line in lines]
         except ValueError:
             values = [None]
-        if lines and (not isinstance(values[0], dict) or HEAD not in values[0]):
+        # The first line is written whole, so that of a journal there is one.
+        if content and (not values or not isinstance(values[0], dict) or HEAD not in values[0]):
             raise LayerPruneError(f"{self._path} is there already and holds no scores: name another file.")
         if values and values[0][HEAD] == work:
             self._found = values[1:]

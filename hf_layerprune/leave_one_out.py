@@ -196,12 +196,12 @@ def leave_out(
 
     def read(number: int, batch: Any) -> list[list[float]]:
         """The sums of the whole model, and of it without each candidate that is left."""
-        known = prefixes.known(number, kept) if prefixes and replay else []
+        known = prefixes.known(number, kept)[: max(cuts)] if prefixes and replay else []
         with replayed(model, known), captured(model, range(max(alive))) as states:
             reference, sums = measure.refer(reader, batch)
         check_all_ran(states, range(max(alive)))
         outputs = [states[layer][1] for layer in range(max(alive))]
-        if prefixes:
+        if prefixes and replay:
             prefixes.keep(number, kept, outputs)
         found = [sums.double().tolist()]
         for layer in alive:

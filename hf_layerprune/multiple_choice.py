@@ -1,5 +1,6 @@
 """Questions with choices: how often a model finds the right one likeliest, each context read once."""
 
+import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -143,10 +144,11 @@ class MultipleChoice:
 
 
 def right_answers(reader: Reader, batch: Choices) -> torch.Tensor:
-    """For each question 1 if the right choice is the likeliest, else 0: `(questions,)`, float64."""
+    """For each question 1 if the right choice is the likeliest, else 0, and NaN where the model says NaN:
+    `(questions,)`, float64."""
     likelihoods = log_likelihoods(reader, batch).split([len(lengths) for lengths in batch.lengths])
     found = [
-        int((likelihood / lengths).argmax()) == answer
+        math.nan if likelihood.isnan().any() else int((likelihood / lengths).argmax()) == answer
         for likelihood, lengths, answer in zip(likelihoods, batch.lengths, batch.answers, strict=True)
     ]
     return torch.tensor(found, dtype=torch.float64)

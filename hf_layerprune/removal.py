@@ -30,15 +30,17 @@ def prune_layers(
     task: Any = None,
     protected: Sequence[int] | None = None,
     evaluation: Evaluation | None = None,
-    **scoring: Any,
+    racing: float | None = None,
+    teacher: PreTrainedModel | None = None,
+    pattern: str = "output",
+    seed: int = 0,
 ) -> Record:
     """Remove the least important layers of `model`, in place, without training; score after each again
     (SLEB, 2402.09025, with `criterion="loss"`).
 
     Args:
         model (`PreTrainedModel`): a causal language model.
-        target_layers, criterion, calibration, task, protected, evaluation: see [`LayerPruningCallback`].
-        scoring: other arguments of [`score_layers`], such as `racing`.
+        others: see [`LayerPruningCallback`].
 
     Returns:
         `dict`: the run record.
@@ -47,7 +49,8 @@ def prune_layers(
         LayerPruneError: the target cannot be reached, or a layer cannot be removed exactly.
     """
     began = time.monotonic()
-    check_choices(criterion, task, **scoring)
+    check_choices(criterion, task, teacher, pattern, racing)
+    scoring: dict[str, Any] = {"racing": racing, "teacher": teacher, "pattern": pattern, "seed": seed}
     fixed = check_plan(model, target_layers, protected)
     batches = make_batches(calibration, 4) if calibration or not callable(task) else []
     settings = {"target_layers": target_layers, "criterion": criterion, "protected_originals": fixed}

@@ -261,7 +261,6 @@ def check_choices(
     teacher: PreTrainedModel | None = None,
     pattern: str = "output",
     racing: float | None = None,
-    **others: Any,
 ) -> list[Any]:
     """Check what of the arguments of [`score_layers`] can be checked without a model; the list of tasks.
 
@@ -305,16 +304,19 @@ def _small_enough(model: PreTrainedModel, batches: list[Any], cache_mb: int) -> 
 
 def _task_name(task: Any) -> str:
     if isinstance(task, MultipleChoice):
-        return repr(task.encoded)
+        return repr((task.batch_tokens, task.encoded))
     return getattr(task, "__qualname__", type(task).__qualname__)
 
 
 def _fingerprint(models: list[Any], batches: list[Any], settings: list[Any]) -> str:
-    """What a table is of: some weights of each tensor, the calibration, and settings."""
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    tensors = [tensor for model in models if model is not None for tensor in model.state_dict().values()]
+    """What a table is of: configs, some weights of each tensor, the calibration as it is batched, and
+    settings."""
+    present = [model for model in models if model is not None]
+    digest = hashlib.sha256(repr((settings, [model.config.to_dict() for model in present])).encode())
+    tensors = [tensor for model in present for tensor in model.state_dict().values()]
     few = [tensor.flatten()[:: max(1, tensor.numel() // 1000)] for tensor in tensors]
     for tensor in [*few, *(value for batch in batches for value in batch.values())]:
+        digest.update(repr((tensor.dtype, tensor.shape)).encode())
         digest.update(tensor.detach().double().cpu().numpy().tobytes())
     return digest.hexdigest()
 

@@ -43,7 +43,7 @@ def make_teacher(
         weights = [*student.parameters(), *student.buffers()] if adapters else []
         teacher = copy.deepcopy(student, {id(tensor): tensor for tensor in weights})
         return teacher.eval().requires_grad_(False)
-    elif isinstance(teacher, str):
+    if isinstance(teacher, str):
         teacher = load_model(teacher, dtype=student.dtype)
     _check(teacher, student, hidden_states, tokens)
     return teacher.eval().requires_grad_(False)

@@ -260,6 +260,11 @@ class DistillationTrainer(Trainer):
         for parameter in self._may_train:
             parameter.requires_grad_(id(parameter) in chosen)
         trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        if not trained:
+            raise LayerPruneError(
+                f"trainable={self.args.trainable!r} leaves nothing to train: all of it is frozen, or has no "
+                "adapter."
+            )
         logger.info("Training %.1fM of %.1fM parameters.", trained / 1e6, student.num_parameters() / 1e6)
 
     def _readers(self, input_ids: torch.Tensor) -> tuple[Reader, Reader]:

@@ -202,3 +202,15 @@ def test_checkpoints_know_what_their_adapters_are_for(llama):
     remove_layers(short, [0])
     with pytest.raises(LayerPruneError, match="cannot be cut to"):
         adapted_trainer(short, **settings, max_steps=2).train(resume_from_checkpoint=True)
+
+
+def test_layers_without_adapters_leave_nothing_to_train(llama):
+    remove_layers(llama, [3])
+    trainer = adapted_trainer(
+        llama,
+        lora(layers_to_transform=[0], target_modules=["q_proj"]),
+        teacher_model=make_model(),
+        trainable="around_cuts",
+    )
+    with pytest.raises(LayerPruneError, match="leaves nothing to train"):
+        trainer.train()

@@ -164,3 +164,12 @@ def test_racing_reads_fewer_questions(tokenizer):
 def test_bad_questions_are_refused(questions, message, tokenizer):
     with pytest.raises(LayerPruneError, match=message):
         MultipleChoice(questions, tokenizer)
+
+
+def test_a_model_that_says_nan_answers_nothing(llama, tokenizer):
+    task = MultipleChoice(QUESTIONS, tokenizer)
+    assert task(llama) >= 0
+    llama.model.norm.weight.data[3] = float("nan")
+    assert task(llama) != task(llama)
+    with pytest.raises(LayerPruneError, match="own score on calibration batch 1 is not a finite number"):
+        score_layers(llama, [], "task", task=task, progress=False)
