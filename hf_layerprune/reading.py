@@ -3,6 +3,7 @@ does not grow with length times vocabulary."""
 
 import inspect
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class Reader:
         self.model, self._inner = model, base_of(model)
         self.in_pieces = "logits_to_keep" in inspect.signature(type(self._inner).forward).parameters
         self._body: Any = self._inner.base_model
+        self._cast: tuple[nn.Parameter, Any] | None = None
         self.vocabulary: int = text_config(self._inner.config).vocab_size
         input_ids = input_ids[:1, :8]
         whole = model(input_ids=input_ids, use_cache=False).logits
@@ -90,6 +92,34 @@ class Reader:
         others -= {id(parameter) for parameter in self._inner.get_output_embeddings().parameters()}
         trained = [parameter for parameter in self._inner.parameters() if parameter.requires_grad]
         return [parameter for parameter in trained if id(parameter) not in others]
+
+    @contextmanager
+    def cast_once(self) -> Iterator[None]:
+        """Within this context autocast casts the weight of a plain output head once, not in each call of
+        [`Reader.head`]. Gradients are then those of its [`Reader.stand_in`]."""
+        module: Any = self._inner.get_output_embeddings()
+        if type(module) is not nn.Linear:
+            yield
+            return
+        weight, device = module.weight, module.weight.device.type
+
+        def swap(*args: Any) -> None:
+            if module.weight is weight and weight.is_floating_point() and torch.is_autocast_enabled(device):
+                cast = weight.detach().to(torch.get_autocast_dtype(device))
+                module._parameters["weight"] = nn.Parameter(cast, weight.requires_grad)
+
+        handle, self._cast = module.register_forward_pre_hook(swap), (weight, module)
+        try:
+            yield
+        finally:
+            handle.remove()
+            module._parameters["weight"], self._cast = weight, None
+
+    def stand_in(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What is used in place of a parameter within [`Reader.cast_once`]."""
+        if self._cast is not None and parameter is self._cast[0]:
+            return self._cast[1].weight
+        return parameter
 
     def rows(self, states: torch.Tensor) -> Iterator[torch.Tensor]:
         """The logits of states `(positions, hidden)`, [`ROWS`] positions at a time, a piece of them made at

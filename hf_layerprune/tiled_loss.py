@@ -8,7 +8,7 @@ import torch
 from .reading import ROWS, Reader
 
 
-TILE = 2**24  # logits that are made at once
+TILE = 2**23  # logits that are made at once
 
 # Of the student's logits `(positions, vocabulary)` in float32, the teacher's, and the targets
 # `(positions,)`: the sum of each loss.
@@ -39,34 +39,44 @@ def tiled_loss(
     parameters = student.head_parameters()
     sums: dict[str, torch.Tensor] = {}
 
-    def compute(wanted: bool) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The weighted sum, and if wanted its gradients for the states and each parameter."""
+    def read(part: slice, wanted: bool) -> tuple[torch.Tensor, list[Any]]:
+        """Of one tile the weighted sum, and if wanted its gradients for the states and each parameter."""
+        expected = teacher.head(taught[part])
+        with torch.set_grad_enabled(wanted):
+            leaf = states[part].detach().requires_grad_(wanted)
+            logits = student.head(leaf)
+        total = torch.zeros((), device=states.device)
+        slope = torch.empty_like(logits, requires_grad=False) if wanted else None
+        few = ROWS if states.device.type == "cpu" else len(logits)
+        for row in range(0, max(1, len(logits)), max(1, few)):
+            rows = slice(row, row + few)
+            with torch.set_grad_enabled(wanted):
+                own = logits[rows].detach().float().requires_grad_(wanted)
+                found = losses(own, expected[rows], targets[part][rows])
+                weighted = torch.stack([weights[name] * value for name, value in found.items()]).sum()
+            if slope is not None:
+                (slope[rows],) = torch.autograd.grad(weighted, own)
+            total += weighted.detach()
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0.0) + value.detach()
+        if slope is None:
+            return total, []
+        del expected  # the most is held while gradients are made
+        used = [student.stand_in(parameter) for parameter in parameters]
+        return total, list(torch.autograd.grad(logits, [leaf, *used], slope, allow_unused=True))
+
+    def compute(wanted: bool) -> tuple[torch.Tensor, list[Any]]:
         step = max(1, TILE // teacher.vocabulary)
         total = torch.zeros((), device=states.device)
-        slopes = [torch.empty_like(states)] if wanted else []
-        for start in range(0, max(1, len(states)), step):  # once also if there is no position
-            part = slice(start, start + step)
-            expected = teacher.head(taught[part])
-            with torch.set_grad_enabled(wanted):
-                leaf = states[part].detach().requires_grad_(wanted)
-                logits = student.head(leaf)
-            slope = torch.empty_like(logits, requires_grad=False) if wanted else None
-            few = ROWS if states.device.type == "cpu" else len(logits)
-            for row in range(0, max(1, len(logits)), max(1, few)):
-                rows = slice(row, row + few)
-                with torch.set_grad_enabled(wanted):
-                    own = logits[rows].detach().float().requires_grad_(wanted)
-                    found = losses(own, expected[rows], targets[part][rows])
-                    weighted = torch.stack([weights[name] * value for name, value in found.items()]).sum()
-                if slope is not None:
-                    (slope[rows],) = torch.autograd.grad(weighted, own)
-                total += weighted.detach()
-                for name, value in found.items():
-                    sums[name] = sums.get(name, 0.0) + value.detach()
-            if slope is not None:
-                one, *others = torch.autograd.grad(logits, [leaf, *parameters], slope, allow_unused=True)
-                slopes[0][part] = one
-                slopes[1:] = _added(slopes[1:], others)
+        slopes: list[Any] = [torch.empty_like(states), *[None] * len(parameters)] if wanted else []
+        with student.cast_once(), teacher.cast_once():
+            for start in range(0, max(1, len(states)), step):  # once also if there is no position
+                part = slice(start, start + step)
+                more, found = read(part, wanted)
+                total += more
+                if wanted:
+                    slopes[0][part] = found[0]
+                    slopes[1:] = [_added(a, b) for a, b in zip(slopes[1:], found[1:], strict=True)]
         return total, slopes
 
     return _Ahead.apply(compute, torch.is_grad_enabled(), states, *parameters), sums
@@ -89,10 +99,8 @@ class _Ahead(torch.autograd.Function):
         return None, None, *(None if one is None else one.mul_(slope[0]) for one in ctx.saved_tensors)
 
 
-def _added(sums: list[Any], more: list[Any]) -> list[Any]:
-    """Gradients of further tiles, added up in float32."""
-    if not sums:
-        return more
-    return [
-        b if a is None else a if b is None else a.float().add_(b) for a, b in zip(sums, more, strict=True)
-    ]
+def _added(total: torch.Tensor | None, more: torch.Tensor | None) -> torch.Tensor | None:
+    """Gradients of tiles, added up in float32."""
+    if total is None or more is None:
+        return total if more is None else more.float()
+    return total.add_(more)

@@ -1,4 +1,6 @@
+import contextlib
 import copy
+import functools
 
 import pytest
 import torch
@@ -142,6 +144,64 @@ def test_the_loss_is_float32_inside_and_the_gradient_in_the_weights_precision():
     assert set(seen) == {torch.float32}
     assert total.dtype == torch.float32
     assert states.grad.dtype == model.lm_head.weight.grad.dtype == torch.bfloat16
+
+
+def in_autocast(model, dtype):
+    """As accelerate puts the precision of training into a model's forward."""
+    forward = model.forward
+
+    def cast(*args, **kwargs):
+        with torch.autocast("cpu", dtype=dtype):
+            return forward(*args, **kwargs)
+
+    model.forward = functools.wraps(type(model).forward)(cast)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_the_head_once(dtype, small_tiles, monkeypatch):
+    model = in_autocast(make_model(), dtype)
+    one, states, targets = reader(model), torch.randn(37, 32), torch.arange(37)
+    weight, seen = model.lm_head.weight, []
+    model.lm_head.register_forward_hook(lambda module, *_: seen.append(module.weight))
+
+    def loss_and_gradients():
+        leaf = states.clone().requires_grad_()
+        total, _ = tiled_loss(one, leaf, one, states + 1, targets, losses, WEIGHTS | {"noted": 0.0})
+        scale = 2**16  # as a loss scaler multiplies
+        (total * scale / 37).backward()
+        return total, leaf.grad / scale, gradients(model)["lm_head.weight"] / scale
+
+    total, slope, head = loss_and_gradients()
+    assert len(seen) > 10
+    assert len({id(weight) for weight in seen}) == 1
+    assert seen[0].dtype == dtype
+    assert model.lm_head.weight is weight
+    monkeypatch.setattr(Reader, "cast_once", lambda self: contextlib.nullcontext())
+    plain_total, plain_slope, plain_head = loss_and_gradients()
+    assert torch.equal(total, plain_total)
+    assert torch.equal(slope, plain_slope)
+    torch.testing.assert_close(head, plain_head, rtol=0, atol=1e-2 * plain_head.abs().max().item())
+    exact = make_model()
+    leaf = states.clone().requires_grad_()
+    reference = losses(exact.lm_head(leaf), exact.lm_head(states + 1).detach(), targets)
+    (sum(WEIGHTS[name] * reference[name] for name in WEIGHTS) / 37).backward()
+    for found, expected in ((slope, leaf.grad), (head, exact.lm_head.weight.grad)):
+        assert (found - expected).norm() < 0.03 * expected.norm()
+
+
+def test_an_interrupted_loss_leaves_the_head_as_it_was():
+    model = in_autocast(make_model(), torch.bfloat16)
+    one, states, weight = reader(model), torch.randn(7, 32), model.lm_head.weight
+
+    def interrupt(*_):
+        assert model.lm_head.weight is not weight
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiled_loss(one, states, one, states, torch.arange(7), interrupt, {})
+    assert model.lm_head.weight is weight
+    assert len(model.lm_head._forward_pre_hooks) == 0
 
 
 def test_no_position_gives_no_loss():

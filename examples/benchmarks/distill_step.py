@@ -7,8 +7,8 @@ from the whole one, in bfloat16 autocast, with plain SGD, so that no optimizer's
 runs a peer with that interpreter, in which it is installed: trl, modelopt, silverspoon.
 """
 
+import itertools
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,21 +23,32 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 OURS = ("plain Trainer, no teacher", "all", "around_cuts", "last 4", "lora")
 
 
-def memory():
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 class Clock(TrainerCallback):
+    """Times each step but the last, in which it follows what is allocated: to the byte and the same in every
+    run, unlike the memory of the process, of which the C library keeps back some."""
+
     def __init__(self):
         self.steps = []
 
     def on_step_begin(self, args, state, control, **kwargs):
+        self.last = state.global_step == state.max_steps - 1
+        if self.last:
+            self.profile = torch.profiler.profile(profile_memory=True)
+            self.profile.__enter__()
         self.began = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.steps.append(time.perf_counter() - self.began)
+        if self.last:
+            self.profile.__exit__(None, None, None)
+        else:
+            self.steps.append(time.perf_counter() - self.began)
+
+    def peak(self):
+        """MiB that the step held above what was there when it began."""
+        events = [e for e in self.profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        where = torch._C._autograd.DeviceType.CUDA if torch.cuda.is_available() else events[0].device_type()
+        events = sorted((e for e in events if e.device_type() == where), key=lambda e: e.start_ns())
+        return max(itertools.accumulate(e.nbytes() for e in events)) / 2**20
 
 
 def make_trainer(name, folder, dataset, settings, callbacks):
@@ -104,12 +115,11 @@ def run_one(name, folder, batch, length, steps):
         m for m in (getattr(trainer, n, None) for n in ("teacher", "teacher_model", "_teacher_model")) if m
     ]
     held = {p.data_ptr(): p.nbytes for model in models for p in model.parameters()}
-    before = memory()
     trainer.train()
     found = {
         "seconds": statistics.median(clock.steps[1:]),
         "weights_mb": sum(held.values()) / 2**20,
-        "peak_mb": memory() - before,
+        "peak_mb": clock.peak(),
     }
     print(json.dumps(found))
 
