@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .scoring import score_layers as score_layers
     from .search import select_layers as select_layers
     from .surgery import remove_layers as remove_layers
+    from .teacher_outputs import write_teacher_outputs as write_teacher_outputs
     from .trainer import DistillationTrainer as DistillationTrainer
 
 _HOMES = {
@@ -48,6 +49,7 @@ _HOMES = {
     "save_model": "saving",
     "score_layers": "scoring",
     "select_layers": "search",
+    "write_teacher_outputs": "teacher_outputs",
 }
 
 __all__ = [*_HOMES]

@@ -45,9 +45,12 @@ class DistillationTrainingArguments(TrainingArguments):
             Weight of the cross-entropy on the labels, mean per token.
         temperature (`float`, *optional*, defaults to 1.0):
             Divides both logits in the divergence.
+        top_k (`int`, *optional*):
+            The divergence sees so many of the teacher's likeliest tokens and all others as one. Left out, all
+            are seen, or what the teacher wrote.
         hidden_layers (`list[int]`, *optional*):
             Layers whose outputs are compared, by index in the original model. Left out, the layer
-            after each cut and the last layer (after the final norm).
+            after each cut and the last layer (after the final norm), or those that the teacher wrote.
         trainable (`str`, *optional*, defaults to `"all"`):
             What is trained, of what has `requires_grad`: `"all"`; `"around_cuts"`, the layers next to each
             cut (2511.05085), again after each removal; or as `"4"` the output head and so many last
@@ -88,6 +91,10 @@ class DistillationTrainingArguments(TrainingArguments):
     ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy on the labels."})
     temperature: float = field(
         default=1.0, metadata={"help": "Divides teacher and student logits in the divergence."}
+    )
+    top_k: int | None = field(
+        default=None,
+        metadata={"help": "See so many of the teacher's likeliest tokens, and all others as one."},
     )
     hidden_layers: list[int] | None = field(
         default=None,
@@ -137,6 +144,8 @@ class DistillationTrainingArguments(TrainingArguments):
                 raise LayerPruneError(f"{name} is {getattr(self, name)!r}: choose from {', '.join(choices)}.")
         if not 0 < self.jsd_beta < 1:
             raise LayerPruneError(f"jsd_beta is {self.jsd_beta}: it must be above 0 and below 1.")
+        if self.top_k is not None and self.top_k < 1:
+            raise LayerPruneError(f"top_k is {self.top_k}: it must be at least 1.")
         if not 0 < self.temperature < float("inf"):
             raise LayerPruneError(f"temperature is {self.temperature}: it must be above 0.")
         if self.label_smoothing_factor:

@@ -5,9 +5,12 @@ which no single micro-batch knows.
 """
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers.utils import is_liger_kernel_available
 
 from .lineage import Lineage
 
@@ -17,6 +20,35 @@ LAST = -1
 
 DIVERGENCES = ("kl", "reverse_kl", "jsd")
 HIDDEN_ERRORS = ("mse", "normalized_mse", "cosine")
+
+
+@dataclass
+class Likeliest:
+    """The likeliest tokens at some positions and their log-probabilities, and that of all others as one.
+
+    Args:
+        ids (`torch.Tensor`): `(..., k)`, the likeliest first.
+        log_probs (`torch.Tensor`): `(..., k + 1)`, float32; the last is of all other tokens together.
+    """
+
+    ids: torch.Tensor
+    log_probs: torch.Tensor
+
+    def __getitem__(self, index: Any) -> "Likeliest":
+        return Likeliest(self.ids[index], self.log_probs[index])
+
+
+def likeliest(logits: torch.Tensor, k: int, temperature: float = 1.0) -> Likeliest:
+    """The `k` likeliest tokens by logits `(..., vocabulary)`, of which there are more than `k`."""
+    ids = logits.topk(k, dim=-1).indices
+    return Likeliest(ids, _lumped(logits.float() / temperature, ids))
+
+
+def _lumped(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The log-probabilities `(..., k + 1)` of `ids` `(..., k)` and of all other tokens together."""
+    others = logits.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)
+    whole = logits.logsumexp(-1, keepdim=True)
+    return torch.cat([logits.gather(-1, ids), others], -1) - whole
 
 
 def token_mask(
@@ -58,7 +90,7 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def divergence(
     student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor,
+    teacher_logits: torch.Tensor | Likeliest,
     kind: str = "kl",
     temperature: float = 1.0,
     beta: float = 0.5,
@@ -69,7 +101,10 @@ def divergence(
     section 2).
 
     Args:
-        student_logits, teacher_logits (`torch.Tensor`): `(positions, vocabulary)`.
+        student_logits (`torch.Tensor`): `(positions, vocabulary)`.
+        teacher_logits (`torch.Tensor` or [`Likeliest`]): `(positions, vocabulary)`, or the likeliest tokens
+            at this temperature: then both are distributions over these and all others as one, and the
+            divergence is at most the whole one.
         kind (`str`, *optional*, defaults to `"kl"`): `"kl"`, forward, KL(teacher || student);
             `"reverse_kl"`, KL(student || teacher); or `"jsd"`, the generalised Jensen-Shannon divergence
             `beta KL(teacher || m) + (1 - beta) KL(student || m)` with `m = beta teacher + (1 - beta) student`
@@ -77,8 +112,13 @@ def divergence(
         temperature (`float`, *optional*, defaults to 1.0): divides both logits.
         beta (`float`, *optional*, defaults to 0.5): of `"jsd"`, above 0 and below 1.
     """
-    student = (student_logits.float() / temperature).log_softmax(-1)
-    teacher = (teacher_logits.float() / temperature).log_softmax(-1)
+    scaled = student_logits.float() / temperature
+    if isinstance(teacher_logits, Likeliest):
+        student, teacher = _lumped(scaled, teacher_logits.ids), teacher_logits.log_probs
+    else:
+        student, teacher = scaled.log_softmax(-1), (teacher_logits.float() / temperature).log_softmax(-1)
+    if student.is_cuda and is_liger_kernel_available():
+        return liger_divergence(student, teacher, kind, beta) * temperature**2
     if kind == "kl":
         total = _kl(teacher, student)
     elif kind == "reverse_kl":
@@ -87,6 +127,19 @@ def divergence(
         mixed = torch.logaddexp(teacher + math.log(beta), student + math.log(1 - beta))
         total = beta * _kl(teacher, mixed) + (1 - beta) * _kl(student, mixed)
     return total * temperature**2
+
+
+def liger_divergence(
+    student: torch.Tensor, teacher: torch.Tensor, kind: str = "kl", beta: float = 0.5
+) -> torch.Tensor:
+    """[`divergence`] of log-probabilities `(positions, tokens)`, in one kernel of Liger (2410.10989)."""
+    from liger_kernel.transformers import LigerJSD
+
+    if not len(student):
+        return student.sum()
+    # There 0 and 1 are the two divergences, not the limits of what lies between.
+    jsd = LigerJSD({"kl": 0.0, "reverse_kl": 1.0, "jsd": beta}[kind])
+    return jsd(student, teacher) * len(student)
 
 
 def _kl(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:

@@ -101,7 +101,8 @@ class Reader:
         if type(module) is not nn.Linear:
             yield
             return
-        weight, device = module.weight, module.weight.device.type
+        weight: Any = module.weight
+        device = weight.device.type
 
         def swap(*args: Any) -> None:
             if module.weight is weight and weight.is_floating_point() and torch.is_autocast_enabled(device):

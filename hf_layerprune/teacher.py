@@ -2,6 +2,7 @@
 
 import copy
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from .checkpoint import load_model, one_line
 from .decoder import find_decoder
 from .errors import LayerPruneError
 from .leave_one_out import can_replay, captured, hidden
-from .lineage import get_lineage
+from .lineage import Lineage, get_lineage
 from .scoring import undisturbed
+from .teacher_outputs import HEAD, TeacherOutputs
 
 
 def make_teacher(
@@ -22,12 +24,12 @@ def make_teacher(
     hidden_states: bool,
     adapters: bool = False,
     tokens: int | None = None,
-) -> PreTrainedModel:
-    """A frozen model in eval mode that can teach `student`.
+) -> PreTrainedModel | TeacherOutputs:
+    """A frozen model in eval mode that can teach `student`, or what one said.
 
     Args:
-        teacher (`PreTrainedModel` or `str`, *optional*): a model (frozen in place), a folder or a hub
-            id; left out, a copy of `student` as it is now.
+        teacher (`PreTrainedModel` or `str`, *optional*): a model (frozen in place), a folder (also of
+            [`write_teacher_outputs`]) or a hub id; left out, a copy of `student` as it is now.
         student (`PreTrainedModel`): the model that will be trained.
         hidden_states (`bool`): whether hidden states will be compared.
         adapters (`bool`, *optional*, defaults to `False`): only adapters will be trained, so that the copy
@@ -40,13 +42,42 @@ def make_teacher(
             not the layers it has now, shares weights with it, or cannot be loaded.
     """
     if teacher is None:
-        weights = [*student.parameters(), *student.buffers()] if adapters else []
+        weights = _tensors(student) if adapters else []
         teacher = copy.deepcopy(student, {id(tensor): tensor for tensor in weights})
         return teacher.eval().requires_grad_(False)
     if isinstance(teacher, str):
+        if (Path(teacher) / HEAD).exists():
+            said = TeacherOutputs(teacher)
+            _check(said.vocabulary, said.width, said.lineage, student, hidden_states, tokens)
+            if said.vocabulary > find_decoder(student).config.vocab_size:
+                raise LayerPruneError(
+                    "Outputs over more tokens than the student has: its own teacher writes them."
+                )
+            return said
         teacher = load_model(teacher, dtype=student.dtype)
-    _check(teacher, student, hidden_states, tokens)
+    shared = {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}
+    if shared:
+        raise LayerPruneError(
+            f"Teacher and student share {len(shared)} weights, so that training would change the "
+            "teacher. Leave `teacher_model` out to get a frozen copy."
+        )
+    config = find_decoder(teacher).config
+    _check(config.vocab_size, config.hidden_size, get_lineage(teacher), student, hidden_states, tokens)
     return teacher.eval().requires_grad_(False)
+
+
+def _tensors(model: Any) -> list[torch.Tensor]:
+    """All that a copy of `model` may share with it."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        # Of bitsandbytes' 8-bit layers the first to run takes scales off the weight, which two would share.
+        if getattr(getattr(module, "weight", None), "CB", None) is not None:
+            module.init_8bit_state()
+        state = getattr(module, "state", None)
+        tensors += [
+            one for one in (getattr(state, "CB", None), getattr(state, "SCB", None)) if one is not None
+        ]
+    return tensors
 
 
 def add_adapters(model: PreTrainedModel, peft_config: Any) -> Any:
@@ -125,36 +156,35 @@ def _same_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]
 
 
 def _check(
-    teacher: PreTrainedModel, student: PreTrainedModel, hidden_states: bool, tokens: int | None
+    vocabulary: int,
+    width: int,
+    lineage: Lineage,
+    student: PreTrainedModel,
+    hidden_states: bool,
+    tokens: int | None,
 ) -> None:
-    shared = {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}
-    if shared:
-        raise LayerPruneError(
-            f"Teacher and student share {len(shared)} weights, so that training would change the "
-            "teacher. Leave `teacher_model` out to get a frozen copy."
-        )
-    theirs, ours = find_decoder(teacher).config, find_decoder(student).config
-    smaller = min(theirs.vocab_size, ours.vocab_size)
-    if theirs.vocab_size != ours.vocab_size and (tokens is None or smaller < tokens):
+    """Check that a teacher of this vocabulary, hidden size and lineage can teach `student`."""
+    ours, needed = find_decoder(student).config, get_lineage(student)
+    smaller = min(vocabulary, ours.vocab_size)
+    if vocabulary != ours.vocab_size and (tokens is None or smaller < tokens):
         known = "" if tokens is None else f", and the tokenizer knows {tokens}"
         advice = (
             " If one is only filled up, give the tokenizer as processing_class." if tokens is None else ""
         )
         raise LayerPruneError(
-            f"The teacher's vocabulary has {theirs.vocab_size} tokens, the student's "
+            f"The teacher's vocabulary has {vocabulary} tokens, the student's "
             f"{ours.vocab_size}{known}: logits can only be compared over the same vocabulary.{advice}"
         )
-    lineage, needed = get_lineage(teacher), get_lineage(student)
     gone = sorted(set(needed.kept) - set(lineage.kept))
     if lineage.original < needed.original or gone:
         raise LayerPruneError(
             f"The teacher has {lineage}, but the student descends from a model of {needed.original} "
             f"layers and still has {needed.kept}. Give the original model as teacher."
         )
-    if hidden_states and (theirs.hidden_size != ours.hidden_size or lineage.original != needed.original):
+    if hidden_states and (width != ours.hidden_size or lineage.original != needed.original):
         raise LayerPruneError(
             "Hidden states can only be compared with the model that the student was cut from: the "
-            f"teacher has {lineage.original} layers of width {theirs.hidden_size}, the student "
+            f"teacher has {lineage.original} layers of width {width}, the student "
             f"descends from {needed.original} of width {ours.hidden_size}. Set hidden_weight=0 to "
             "learn from the teacher's logits alone."
         )

@@ -6,20 +6,21 @@ from typing import Any
 import torch
 
 from .reading import ROWS, Reader
+from .teacher_outputs import TeacherOutputs
 
 
 TILE = 2**23  # logits that are made at once
 
-# Of the student's logits `(positions, vocabulary)` in float32, the teacher's, and the targets
+# Of the student's logits `(positions, vocabulary)` in float32, what the teacher says, and the targets
 # `(positions,)`: the sum of each loss.
-Losses = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
+Losses = Callable[[torch.Tensor, Any, torch.Tensor], dict[str, torch.Tensor]]
 
 
 def tiled_loss(
     student: Reader,
     states: torch.Tensor,
-    teacher: Reader,
-    taught: torch.Tensor,
+    teacher: Reader | TeacherOutputs,
+    taught: Any,
     targets: torch.Tensor,
     losses: Losses,
     weights: dict[str, float],
@@ -31,7 +32,8 @@ def tiled_loss(
 
     Args:
         student, teacher ([`Reader`]): make logits of states.
-        states, taught (`torch.Tensor`): `(positions, hidden)`, the student's and the teacher's.
+        states, taught (`torch.Tensor`): `(positions, hidden)`, the student's and the teacher's; or, of
+            [`TeacherOutputs`], what they hold.
         targets (`torch.Tensor`): `(positions,)`.
         losses (`Callable`): the losses.
         weights (`dict[str, float]`): what each of them counts.
@@ -66,7 +68,7 @@ def tiled_loss(
         return total, list(torch.autograd.grad(logits, [leaf, *used], slope, allow_unused=True))
 
     def compute(wanted: bool) -> tuple[torch.Tensor, list[Any]]:
-        step = max(1, TILE // teacher.vocabulary)
+        step = max(1, TILE // student.vocabulary)
         total = torch.zeros((), device=states.device)
         slopes: list[Any] = [torch.empty_like(states), *[None] * len(parameters)] if wanted else []
         with student.cast_once(), teacher.cast_once():

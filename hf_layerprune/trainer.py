@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.modeling_outputs import CausalLMOutput
@@ -27,8 +28,8 @@ from .checkpoint import load_lineage
 from .decoder import text_config
 from .errors import LayerPruneError
 from .leave_one_out import captured, hidden, replayed
-from .lineage import get_lineage
-from .losses import LAST, cross_entropy, divergence, hidden_error, hidden_pairs, token_mask
+from .lineage import Lineage, get_lineage
+from .losses import LAST, cross_entropy, divergence, hidden_error, hidden_pairs, likeliest, token_mask
 from .reading import Reader
 from .record import Record, read_record
 from .report import write_card
@@ -37,6 +38,7 @@ from .saving import save_adapter, save_model, saving, write_pruned_base
 from .scoring import undisturbed
 from .surgery import keep_lineage
 from .teacher import add_adapters, make_teacher, shared_prefix
+from .teacher_outputs import TeacherOutputs
 from .tiled_loss import tiled_loss
 from .trainable import trained_parameters
 
@@ -56,8 +58,9 @@ class DistillationTrainer(Trainer):
     Args:
         model (`PreTrainedModel`): the student.
         args ([`DistillationTrainingArguments`], *optional*): settings.
-        teacher_model (`PreTrainedModel` or `str`, *optional*): a model, a folder or a hub id; left
-            out, a frozen copy of `model` as it is given; with `peft_config` one that shares its weights.
+        teacher_model (`PreTrainedModel` or `str`, *optional*): a model, a folder (also of
+            [`write_teacher_outputs`]) or a hub id; left out, a frozen copy of `model` as it is given; with
+            `peft_config` one that shares its weights.
         peft_config (`PeftConfig`, *optional*): train these adapters of PEFT instead of the model's weights.
         others, kwargs: all other arguments of [`~transformers.Trainer`], in its order.
 
@@ -109,19 +112,25 @@ class DistillationTrainer(Trainer):
             peft_config is not None,
             len(tokenizer) if hasattr(tokenizer, "__len__") else None,
         )
-        sizes = [text_config(one.config).vocab_size for one in (teacher, model)]
-        self._vocabulary = min(sizes)  # what is more in one of them only fills it up
-        unknown = set(args.hidden_layers or []) - set(get_lineage(teacher).kept)
+        vocabulary, self._taught_by, layers = _what_teaches(teacher, args)
+        # What is more in one of them only fills it up.
+        self._vocabulary = min(vocabulary, text_config(model.config).vocab_size)
+        unknown = set(args.hidden_layers or []) - set(layers)
         if unknown:
-            raise LayerPruneError(f"hidden_layers: the teacher has no layers {sorted(unknown)}.")
+            raise LayerPruneError(
+                f"hidden_layers: the teacher has no layers {sorted(unknown)}, or wrote nothing of them; it "
+                f"has {layers}."
+            )
         # The Trainer switches it off in the config, but not for generation.
         self._use_cache = getattr(model.config, "use_cache", None) or model.generation_config.use_cache
         adapted: Any = model if peft_config is None else add_adapters(model, peft_config)
         super().__init__(adapted, args, *others, **kwargs)
         model.add_model_tags(list(self._tag_names))
         # Never inside self.model: it would be trained, saved and broadcast with it.
-        self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
-        self._made_readers: tuple[Reader, Reader] | None = None
+        self.teacher = teacher
+        if isinstance(teacher, PreTrainedModel):
+            self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        self._made_readers: tuple[Reader | TeacherOutputs, Reader] | None = None
         self._loss_only = False
         self._may_train: list[nn.Parameter] | None = None
         self._kept: list[int] | None = None
@@ -156,8 +165,12 @@ class DistillationTrainer(Trainer):
         shared = self._shared if training else 0
         teacher, learner = self._readers(inputs["input_ids"])
         wanted = [t for _, t in pairs] + [shared - 1] * bool(shared)
-        with torch.no_grad(), captured(self.teacher, wanted) as taught:
-            expected = teacher.states(inputs)
+        if isinstance(teacher, TeacherOutputs):
+            expected: Any
+            expected, taught = teacher.read(inputs, wanted)
+        else:
+            with torch.no_grad(), captured(teacher.model, wanted) as taught:
+                expected = teacher.states(inputs)
         # Of the shared layers only the last one's output is read on, and what is compared.
         known = [taught[layer if layer in taught else shared - 1][1] for layer in range(shared)]
         with captured(student, [s for s, _ in pairs]) as learnt, replayed(base_of(student), known):
@@ -195,19 +208,26 @@ class DistillationTrainer(Trainer):
         """
         if not self.args.hidden_weight:
             return []
-        pairs = hidden_pairs(get_lineage(student), get_lineage(self.teacher), self.args.hidden_layers)
+        layers = self.args.hidden_layers
+        if layers is None and isinstance(self.teacher, TeacherOutputs):
+            layers = self.teacher.hidden_layers
+        pairs = hidden_pairs(get_lineage(student), self._taught_by, layers)
         if not pairs:
             raise LayerPruneError(
-                f"All of hidden_layers {self.args.hidden_layers} were removed, so there is no hidden "
+                f"All of hidden_layers {layers} were removed, so there is no hidden "
                 "state to compare: protect one of them, or leave hidden_layers out."
             )
         return pairs
 
     def _logit_losses(
-        self, ours: torch.Tensor, theirs: torch.Tensor, targets: torch.Tensor, with_labels: bool
+        self, ours: torch.Tensor, theirs: Any, targets: torch.Tensor, with_labels: bool
     ) -> dict[str, torch.Tensor]:
         args, size = self.args, self._vocabulary
-        far = divergence(ours[:, :size], theirs[:, :size], args.divergence, args.temperature, args.jsd_beta)
+        if torch.is_tensor(theirs):
+            theirs = theirs[:, :size]
+            if args.top_k:
+                theirs = likeliest(theirs, args.top_k, args.temperature)
+        far = divergence(ours[:, :size], theirs, args.divergence, args.temperature, args.jsd_beta)
         found = {args.divergence: far}
         return found | {"ce": cross_entropy(ours, targets)} if with_labels else found
 
@@ -249,7 +269,8 @@ class DistillationTrainer(Trainer):
         present = [(p.requires_grad, 0 if p.requires_grad else p._version) for p in student.parameters()]
         if present != self._present:
             self._present = present
-            self._shared = shared_prefix(student, self.teacher, input_ids)
+            if isinstance(self.teacher, PreTrainedModel):
+                self._shared = shared_prefix(student, self.teacher, input_ids)
             if self._shared:
                 logger.info("The first %d layers run once for teacher and student.", self._shared)
 
@@ -267,14 +288,16 @@ class DistillationTrainer(Trainer):
             )
         logger.info("Training %.1fM of %.1fM parameters.", trained / 1e6, student.num_parameters() / 1e6)
 
-    def _readers(self, input_ids: torch.Tensor) -> tuple[Reader, Reader]:
+    def _readers(self, input_ids: torch.Tensor) -> tuple[Reader | TeacherOutputs, Reader]:
         """What reads with the teacher, and what reads with the student."""
         if self._made_readers is None:
-            made = []
-            for model in (self.teacher, self.accelerator.unwrap_model(self.model)):
-                with undisturbed(model):
-                    made.append(Reader(model, input_ids))
-            self._made_readers = made[0], made[1]
+            teacher: Any = self.teacher
+            if not isinstance(teacher, TeacherOutputs):
+                with undisturbed(teacher):
+                    teacher = Reader(teacher, input_ids)
+            student = self.accelerator.unwrap_model(self.model)
+            with undisturbed(student):
+                self._made_readers = teacher, Reader(student, input_ids)
         return self._made_readers
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | None:
@@ -331,11 +354,21 @@ class DistillationTrainer(Trainer):
         if folder:
             self._check_teacher_of(read_record(folder))
             keep_lineage(self.accelerator.unwrap_model(self.model), load_lineage(str(folder)))
+        self._check_written()
         return super().train(folder, *args, **kwargs)
+
+    def _check_written(self) -> None:
+        """Before any long work: the teacher wrote of all rows, where these can be seen beforehand."""
+        evaluated = [] if self.args.eval_strategy == "no" else [self.eval_dataset]
+        for data in [self.train_dataset, *evaluated]:
+            if isinstance(self.teacher, TeacherOutputs) and isinstance(data, Dataset):
+                rows = self._remove_unused_columns(data, "training")
+                for i in range(len(rows)):
+                    self.teacher.check_has(self.data_collator([rows[i]]))
 
     def _check_teacher_of(self, record: Record | None) -> None:
         """A model loaded from a checkpoint would, copied, be its own teacher."""
-        layers = len(get_lineage(self.teacher).kept)
+        layers = len(self._taught_by.kept)
         if record is not None and layers < record["model"]["layers"]:
             raise LayerPruneError(
                 f"The run began with a model of {record['model']['layers']} layers, but the teacher has "
@@ -381,6 +414,31 @@ class DistillationTrainer(Trainer):
         elif self.is_world_process_zero():
             folder = Path(str(self.args.output_dir))
             write_card(record, folder, self.hub_model_id, *args, **kwargs)
+
+
+def _what_teaches(
+    teacher: PreTrainedModel | TeacherOutputs, args: DistillationTrainingArguments
+) -> tuple[int, Lineage, list[int]]:
+    """The vocabulary of a teacher, its lineage, and which layers' states it can give, by original index.
+
+    Raises:
+        LayerPruneError: what it wrote is not what `args` ask for.
+    """
+    if isinstance(teacher, PreTrainedModel):
+        lineage, size = get_lineage(teacher), text_config(teacher.config).vocab_size
+        if args.top_k is not None and args.top_k >= size:
+            raise LayerPruneError(f"top_k is {args.top_k}: it must be below the {size} tokens there are.")
+        return size, lineage, lineage.kept
+    for name in ("top_k", "temperature"):
+        asked, written = getattr(args, name), getattr(teacher, name)
+        if asked not in (None, written):
+            raise LayerPruneError(f"{name} is {asked}, but {teacher.folder} was written with {written}.")
+    if args.hidden_weight and not teacher.hidden_layers:
+        raise LayerPruneError(
+            f"{teacher.folder} holds no hidden states: write it with hidden_layers=[...], or set "
+            "hidden_weight=0."
+        )
+    return teacher.vocabulary, teacher.lineage, teacher.hidden_layers
 
 
 def _state(states: dict[int, tuple[Any, Any]], layer: int) -> torch.Tensor:

@@ -1,4 +1,8 @@
+import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -111,3 +115,48 @@ def test_errors_of_hidden_states_are_the_definitions():
 def test_hidden_pairs_follow_the_lineage(kept, teacher_kept, layers, pairs):
     student, teacher = Lineage(6, list(kept)), Lineage(6, list(teacher_kept))
     assert hidden_pairs(student, teacher, layers) == pairs
+
+
+LIGER = """
+import json
+import torch
+from hf_layerprune.losses import divergence, likeliest, liger_divergence
+
+generator = torch.Generator().manual_seed(0)
+ours, theirs = (torch.randn(9, 130, generator=generator) * 3 for _ in range(2))
+found = []
+for kind, beta in (("kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1)):
+    for taught in (theirs, likeliest(theirs, 5)):
+        plain, fused = (ours.clone().requires_grad_() for _ in range(2))
+        expected = divergence(plain, taught, kind, 1.0, beta)
+        (expected * 3.7).backward()
+        if taught is theirs:
+            parts = fused.log_softmax(-1), theirs.log_softmax(-1)
+        else:
+            others = fused.scatter(-1, taught.ids, float("-inf")).logsumexp(-1, keepdim=True)
+            lumped = torch.cat([fused.gather(-1, taught.ids), others], -1)
+            parts = lumped - fused.logsumexp(-1, keepdim=True), taught.log_probs
+        total = liger_divergence(*parts, kind, beta)
+        (total * 3.7).backward()
+        apart = (fused.grad - plain.grad).abs().max() / plain.grad.abs().max()
+        found.append([expected.item(), total.item(), apart.item()])
+print(json.dumps(found))
+"""
+
+
+def test_liger_computes_the_same():
+    """Its kernels run on a GPU; here Triton's interpreter runs them."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIGER],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 8
+    for expected, total, apart in found:
+        assert expected > 1
+        assert total == pytest.approx(expected, rel=1e-5)
+        assert apart < 1e-5
