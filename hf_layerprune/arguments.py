@@ -41,6 +41,9 @@ class DistillationTrainingArguments(TrainingArguments):
         hidden_loss (`str`, *optional*, defaults to `"mse"`):
             `"mse"`, the mean squared error, whose scale differs by orders of magnitude between models;
             `"normalized_mse"`, relative to the teacher's mean square; or `"cosine"`, one minus the cosine.
+        balance_hidden (`bool`, *optional*, defaults to `False`):
+            Whether `hidden_weight` is relative to the other terms: times their mean since the last cut over
+            the mean error, so that 1.0 makes both equal. The first step after a cut goes without.
         ce_weight (`float`, *optional*, defaults to 0.0):
             Weight of the cross-entropy on the labels, mean per token.
         temperature (`float`, *optional*, defaults to 1.0):
@@ -87,6 +90,10 @@ class DistillationTrainingArguments(TrainingArguments):
             "help": "Squared error, the same relative to the teacher's size, or one minus the cosine.",
             "choices": list(HIDDEN_ERRORS),
         },
+    )
+    balance_hidden: bool = field(
+        default=False,
+        metadata={"help": "hidden_weight is relative to the other terms: 1.0 makes both equal."},
     )
     ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy on the labels."})
     temperature: float = field(
@@ -137,6 +144,10 @@ class DistillationTrainingArguments(TrainingArguments):
                 raise LayerPruneError(f"{name} is {value}: it must be a number of at least 0.")
         if not any(weights.values()):
             raise LayerPruneError("All loss weights are 0: nothing would be trained.")
+        if self.balance_hidden and not (self.hidden_weight and (self.kl_weight or self.ce_weight)):
+            raise LayerPruneError(
+                "balance_hidden needs a hidden_weight, and kl_weight or ce_weight to be relative to."
+            )
         check_trainable(self.trainable)
         choices_of = {"divergence": DIVERGENCES, "hidden_loss": HIDDEN_ERRORS, "export": EXPORTS}
         for name, choices in choices_of.items():

@@ -132,6 +132,7 @@ class DistillationTrainer(Trainer):
             self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
         self._made_readers: tuple[Reader | TeacherOutputs, Reader] | None = None
         self._loss_only = False
+        self._balance = -1, 0.0  # for this step, what hidden_weight is times
         self._may_train: list[nn.Parameter] | None = None
         self._kept: list[int] | None = None
         self._present: list[tuple[bool, int]] | None = None
@@ -176,6 +177,8 @@ class DistillationTrainer(Trainer):
         with captured(student, [s for s, _ in pairs]) as learnt, replayed(base_of(student), known):
             states = learner.states(inputs, model)
 
+        count = mask.sum() if num_items_in_batch is None or not training else num_items_in_batch
+        count = torch.as_tensor(count, device=mask.device).clamp(min=1)
         ours, theirs = states[:, :-1][mask], expected[:, :-1][mask]
         weights = {self.args.divergence: self.args.kl_weight, "ce": self.args.ce_weight if training else 1.0}
         losses = partial(self._logit_losses, with_labels=weights["ce"] > 0)
@@ -183,11 +186,12 @@ class DistillationTrainer(Trainer):
         if pairs:
             parts = [(_state(learnt, s)[:, :-1][mask], _state(taught, t)[:, :-1][mask]) for s, t in pairs]
             error = torch.stack([hidden_error(s, t, self.args.hidden_loss) for s, t in parts]).mean()
-            total = total + self.args.hidden_weight * error
+            if training and self.args.balance_hidden:
+                total = self._balanced(total, error, student, count)
+            else:
+                total = total + self.args.hidden_weight * error
             sums[f"hidden_{self.args.hidden_loss}"] = error.detach()
 
-        count = mask.sum() if num_items_in_batch is None or not training else num_items_in_batch
-        count = torch.as_tensor(count, device=mask.device).clamp(min=1)
         self._note("train" if training else "eval", sums, mask.sum(), count if training else 1)
         loss = (total if training else sums["ce"]) / count
         if training and self.args.average_tokens_across_devices:
@@ -218,6 +222,22 @@ class DistillationTrainer(Trainer):
                 "state to compare: protect one of them, or leave hidden_layers out."
             )
         return pairs
+
+    def _balanced(self, total: torch.Tensor, error: torch.Tensor, student: Any, count: Any) -> torch.Tensor:
+        """The total with the error of hidden states in proportion to it, by the sums of both over the steps
+        since the last cut, without this one."""
+        key, kept = "hidden_balance", get_lineage(student).kept
+        memory: Any = self.state.stateful_callbacks  # checkpoints hold it
+        if memory.get(key, {}).get("kept") != kept:
+            memory[key] = {"kept": kept, "total": 0.0, "error": 0.0}
+        sums = memory[key]
+        if self._balance[0] != self.state.global_step:
+            ratio = sums["total"] / sums["error"] if sums["error"] else 0.0
+            self._balance = self.state.global_step, ratio
+        found = self.accelerator.reduce(torch.stack([total.detach(), error.detach()]) / count)
+        sums["total"] += found[0].item()
+        sums["error"] += found[1].item()
+        return total + self.args.hidden_weight * self._balance[1] * error
 
     def _logit_losses(
         self, ours: torch.Tensor, theirs: Any, targets: torch.Tensor, with_labels: bool

@@ -488,3 +488,60 @@ def test_vocabularies_that_are_only_filled_up(tokenizer):
     small = make_model(vocab_size=250, pad_token_id=None, bos_token_id=0, eos_token_id=0)
     with pytest.raises(LayerPruneError, match="the tokenizer knows 258: logits can only be compared"):
         make_trainer(small, teacher_model=make_model(), processing_class=tokenizer)
+
+
+BALANCED = {"hidden_weight": 0.5, "balance_hidden": True, "ce_weight": 0.2}
+
+
+def test_hidden_states_count_in_proportion_to_the_other_terms():
+    student, teacher = students()
+    trainer = make_trainer(
+        student, teacher_model=teacher, max_steps=3, learning_rate=0.1, optim="sgd", **BALANCED
+    )
+    trainer.train()
+    logs = trainer.state.log_history[:3]
+    terms = [(log["kl"] + 0.2 * log["ce"], log["hidden_mse"]) for log in logs]
+    expected, logits_sum, hidden_sum = [], 0.0, 0.0
+    for other, error in terms:
+        weight = 0.5 * logits_sum / hidden_sum if hidden_sum else 0.0
+        expected.append(other + weight * error)
+        logits_sum, hidden_sum = logits_sum + other, hidden_sum + error
+    assert [log["loss"] for log in logs] == pytest.approx(expected, rel=1e-4)
+    assert expected[1] > 1.3 * terms[1][0]
+
+
+def test_the_balance_is_the_same_with_accumulation_and_after_resuming():
+    losses, ends = [], []
+    for size, steps in ((8, 1), (2, 4), (2, 4)):
+        student, teacher = students()
+        trainer = make_trainer(
+            student,
+            teacher_model=teacher,
+            max_steps=4,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            save_strategy="steps",
+            save_steps=2,
+            **BALANCED,
+        )
+        trainer.train(resume_from_checkpoint="out/checkpoint-2" if len(losses) == 2 else None)
+        losses.append([log["loss"] for log in trainer.state.log_history[:4]])
+        ends.append(student.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[2].items())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[2] == losses[1]
+
+
+def test_the_balance_begins_anew_after_a_cut():
+    class Cut(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            if state.global_step == 2:
+                remove_layers(model, [2])
+
+    student, teacher = students()
+    settings = {"optim": "sgd", "max_steps": 4, "callbacks": [Cut()], "kl_weight": 1.0}
+    trainer = make_trainer(student, teacher_model=teacher, hidden_weight=0.5, balance_hidden=True, **settings)
+    trainer.train()
+    logs = trainer.state.log_history[:4]
+    alone = [log["loss"] == pytest.approx(log["kl"], rel=1e-5) for log in logs]
+    assert alone == [True, False, True, False]
