@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DynamoBackend
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, Trainer
@@ -25,7 +26,7 @@ from transformers.trainer_utils import (
 from .adapters import adapter_configs, base_of
 from .arguments import DistillationTrainingArguments
 from .checkpoint import load_lineage
-from .decoder import text_config
+from .decoder import find_decoder, text_config
 from .errors import LayerPruneError
 from .leave_one_out import captured, hidden, replayed
 from .lineage import Lineage, get_lineage
@@ -93,8 +94,8 @@ class DistillationTrainer(Trainer):
                 f"args is a {type(args).__name__}: make it a DistillationTrainingArguments, which "
                 "takes the same settings."
             )
-        if args.torch_compile:
-            raise LayerPruneError("torch_compile does not see layers go, nor hooks: leave it out.")
+        if args.torch_compile and args.activation_checkpointing:
+            raise LayerPruneError("torch_compile and activation_checkpointing do not go together: use one.")
         if args.n_gpu > 1:
             raise LayerPruneError(
                 f"{args.n_gpu} GPUs in one process: start with `accelerate launch` or `torchrun`, or with "
@@ -126,6 +127,9 @@ class DistillationTrainer(Trainer):
         adapted: Any = model if peft_config is None else add_adapters(model, peft_config)
         super().__init__(adapted, args, *others, **kwargs)
         model.add_model_tags(list(self._tag_names))
+        if args.torch_compile:  # layer by layer, see _compiled: a whole compiled model does not see layers go
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+        self._compiled_layers: dict[nn.Module, Any] = {}
         # Never inside self.model: it would be trained, saved and broadcast with it.
         self.teacher = teacher
         if isinstance(teacher, PreTrainedModel):
@@ -170,11 +174,15 @@ class DistillationTrainer(Trainer):
             expected: Any
             expected, taught = teacher.read(inputs, wanted)
         else:
-            with torch.no_grad(), captured(teacher.model, wanted) as taught:
+            with torch.no_grad(), captured(teacher.model, wanted) as taught, self._compiled(teacher.model):
                 expected = teacher.states(inputs)
         # Of the shared layers only the last one's output is read on, and what is compared.
         known = [taught[layer if layer in taught else shared - 1][1] for layer in range(shared)]
-        with captured(student, [s for s, _ in pairs]) as learnt, replayed(base_of(student), known):
+        with (
+            captured(student, [s for s, _ in pairs]) as learnt,
+            self._compiled(student),
+            replayed(base_of(student), known),
+        ):
             states = learner.states(inputs, model)
 
         count = mask.sum() if num_items_in_batch is None or not training else num_items_in_batch
@@ -203,6 +211,22 @@ class DistillationTrainer(Trainer):
             return loss, CausalLMOutput()
         logits = learner.head(states.flatten(0, 1)).unflatten(0, states.shape[:2])
         return loss, CausalLMOutput(logits=logits)
+
+    @contextmanager
+    def _compiled(self, model: Any) -> Iterator[None]:
+        """Within this context the decoder layers of `model` run compiled, if `torch_compile` is set; elsewhere,
+        as in scoring and saving, the model is the plain one. Layers are alike, so that few compile anew."""
+        layers: Any = find_decoder(base_of(model)).layers if self.args.torch_compile else []
+        settings: Any = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
+        for layer in layers:
+            if layer not in self._compiled_layers:
+                self._compiled_layers[layer] = torch.compile(layer.forward, **settings)
+            vars(layer)["forward"] = self._compiled_layers[layer]
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del vars(layer)["forward"]
 
     def _hidden_pairs(self, student: Any) -> list[tuple[int, int]]:
         """Which student layers are compared with which teacher layers.
@@ -285,6 +309,9 @@ class DistillationTrainer(Trainer):
         kept = get_lineage(student).kept
         if kept != self._kept:
             self._kept = kept
+            if self._compiled_layers:
+                self._compiled_layers.clear()
+                torch.compiler.reset()
             self._choose_trained(student)
         present = [(p.requires_grad, 0 if p.requires_grad else p._version) for p in student.parameters()]
         if present != self._present:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import TrainerCallback, TrainingArguments, default_data_collator
@@ -316,7 +317,7 @@ def test_what_has_no_meaning_here_is_refused(llama, monkeypatch):
     with pytest.raises(LayerPruneError, match="no use for `compute_loss_func`"):
         DistillationTrainer(llama, args, compute_loss_func=len)
     with pytest.raises(LayerPruneError, match="torch_compile"):
-        make_trainer(llama, torch_compile=True, torch_compile_backend="eager")
+        make_trainer(llama, torch_compile=True, activation_checkpointing=True)
     with monkeypatch.context() as patch:
         patch.setattr(DistillationTrainingArguments, "n_gpu", 2)
         with pytest.raises(LayerPruneError, match="2 GPUs in one process: start with `accelerate launch`"):
@@ -427,6 +428,42 @@ def test_activation_checkpointing_changes_nothing(what):
         results.append(gradients(trainer)[0])
     assert results[0].keys() == results[1].keys()
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:The speedups for torchdynamo", "ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("settings", [{}, {"trainable": "around_cuts"}, {"peft_config": True}])
+def test_compiled_layers_change_nothing(settings):
+    class Cut(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            if state.global_step == 2:
+                remove_layers(model, [2])
+
+    losses, graphs = [], []
+    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        torch.manual_seed(0)  # adapters begin at random
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        given = dict(settings)
+        if given.pop("peft_config", False):
+            teacher, student = None, make_model("gemma2")
+            given["peft_config"] = LoraConfig(target_modules="all-linear", r=4)
+        else:
+            student, teacher = students("gemma2")
+        trainer = make_trainer(
+            student,
+            teacher_model=teacher,
+            max_steps=4,
+            callbacks=[Cut()],
+            **ALL_TERMS | compiled | given,
+        )
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history[:4]])
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        for model in (student, trainer.teacher):
+            assert not any("forward" in vars(layer) for layer in find_decoder(model).layers)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert graphs[0] == 0
+    assert graphs[1] > 0
 
 
 def test_packed_sequences_are_trained_as_apart():
