@@ -98,7 +98,7 @@ class PhaseArguments:
 
     teacher: str | None = field(
         default=None,
-        metadata={"help": "Folder or hub id of the teacher. Default: the model itself."},
+        metadata={"help": "Folder (also of `teach`) or hub id of the teacher. Default: the model itself."},
     )
     lora_rank: int | None = field(
         default=None,
@@ -113,6 +113,19 @@ class PhaseArguments:
         default=None,
         metadata={"help": "Stop removing when minus the calibration loss is below this."},
     )
+
+
+@dataclass
+class TeachArguments:
+    """Output of `teach`."""
+
+    output_dir: str = field(metadata={"help": "A folder for what it says; called again, this goes on."})
+    top_k: int = field(default=64, metadata={"help": "Tokens to keep at each position, the likeliest."})
+    temperature: float = field(default=1.0, metadata={"help": "That of `distill`."})
+    hidden_layers: list[int] = field(
+        default_factory=list, metadata={"help": "Original indices of the layers whose outputs to keep."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Blocks to read at once."})
 
 
 @dataclass
@@ -221,6 +234,22 @@ def prune(arguments: list[str]) -> None:
     write_card(record, Path(output.output_dir))
     print(markdown_table(table_rows(record)))
     print(f"\nSaved in {output.output_dir}. It was not healed: `hf-layerprune distill` does both.")
+
+
+def teach(arguments: list[str]) -> None:
+    """Write what MODEL says of a text, for `distill --teacher` without it."""
+    types = [ModelArguments, TextArguments, TeachArguments]
+    name, source, text, output = _parse("teach", arguments, types)
+    from .data import make_batches
+    from .teacher_outputs import TeacherOutputs, write_teacher_outputs
+
+    model, tokenizer = _load(name, source)
+    batches = make_batches(_blocks(text, model, tokenizer), output.batch_size)
+    settings = {"temperature": output.temperature, "hidden_layers": output.hidden_layers}
+    write_teacher_outputs(model, batches, output.output_dir, output.top_k, **settings)
+    size = sum(file.stat().st_size for file in Path(output.output_dir).iterdir()) / 2**20
+    rows = len(TeacherOutputs(output.output_dir).keys)
+    print(f"{output.output_dir}: {rows} blocks, {size:.1f} MB. `hf-layerprune distill --teacher` reads them.")
 
 
 def distill(arguments: list[str]) -> None:
@@ -332,6 +361,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "inspect": inspect,
     "score": score,
     "prune": prune,
+    "teach": teach,
     "distill": distill,
     "evaluate": evaluate,
 }

@@ -66,6 +66,20 @@ def make_teacher(
     return teacher.eval().requires_grad_(False)
 
 
+def describe_teacher(teacher: PreTrainedModel | TeacherOutputs, student: PreTrainedModel) -> str:
+    """In words, what teaches and what that takes or saves."""
+    if isinstance(teacher, TeacherOutputs):
+        rows = len(teacher.keys)
+        return f"what was written in {teacher.folder}, of {rows} rows; no second model is held or run"
+    own = {parameter.data_ptr() for parameter in student.parameters()}
+    sizes = {parameter.data_ptr(): parameter.nbytes for parameter in teacher.parameters()}
+    held = sum(size for place, size in sizes.items() if place not in own) / 2**20
+    shared = sum(size for place, size in sizes.items() if place in own) / 2**20
+    if shared:
+        return f"the student's own weights, {shared:.1f} MB that are not held twice"
+    return f"a second model, {held:.1f} MB"
+
+
 def _tensors(model: Any) -> list[torch.Tensor]:
     """All that a copy of `model` may share with it."""
     tensors = [*model.parameters(), *model.buffers()]

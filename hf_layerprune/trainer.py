@@ -38,7 +38,7 @@ from .rotary import legacy_rotary
 from .saving import save_adapter, save_model, saving, write_pruned_base
 from .scoring import undisturbed
 from .surgery import keep_lineage
-from .teacher import add_adapters, make_teacher, shared_prefix
+from .teacher import add_adapters, describe_teacher, make_teacher, shared_prefix
 from .teacher_outputs import TeacherOutputs
 from .tiled_loss import tiled_loss
 from .trainable import trained_parameters
@@ -122,6 +122,7 @@ class DistillationTrainer(Trainer):
                 f"hidden_layers: the teacher has no layers {sorted(unknown)}, or wrote nothing of them; it "
                 f"has {layers}."
             )
+        logger.info("Teacher: %s.", describe_teacher(teacher, model))
         # The Trainer switches it off in the config, but not for generation.
         self._use_cache = getattr(model.config, "use_cache", None) or model.generation_config.use_cache
         adapted: Any = model if peft_config is None else add_adapters(model, peft_config)
@@ -214,8 +215,8 @@ class DistillationTrainer(Trainer):
 
     @contextmanager
     def _compiled(self, model: Any) -> Iterator[None]:
-        """Within this context the decoder layers of `model` run compiled, if `torch_compile` is set; elsewhere,
-        as in scoring and saving, the model is the plain one. Layers are alike, so that few compile anew."""
+        """Within this context the decoder layers of `model` run compiled, if `torch_compile` is set. Elsewhere,
+        as in scoring and saving, the model is plain. Layers are alike, so that few compile anew."""
         layers: Any = find_decoder(base_of(model)).layers if self.args.torch_compile else []
         settings: Any = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
         for layer in layers:
@@ -319,7 +320,11 @@ class DistillationTrainer(Trainer):
             if isinstance(self.teacher, PreTrainedModel):
                 self._shared = shared_prefix(student, self.teacher, input_ids)
             if self._shared:
-                logger.info("The first %d layers run once for teacher and student.", self._shared)
+                logger.info(
+                    "The first %d of %d layers run once for teacher and student, and without gradient.",
+                    self._shared,
+                    len(get_lineage(student).kept),
+                )
 
     def _choose_trained(self, student: Any) -> None:
         if self._may_train is None:
@@ -333,7 +338,7 @@ class DistillationTrainer(Trainer):
                 f"trainable={self.args.trainable!r} leaves nothing to train: all of it is frozen, or has no "
                 "adapter."
             )
-        logger.info("Training %.1fM of %.1fM parameters.", trained / 1e6, student.num_parameters() / 1e6)
+        logger.info("Training %d of %d parameters.", trained, student.num_parameters())
 
     def _readers(self, input_ids: torch.Tensor) -> tuple[Reader | TeacherOutputs, Reader]:
         """What reads with the teacher, and what reads with the student."""

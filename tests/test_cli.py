@@ -73,9 +73,21 @@ def test_distill_removes_and_heals(how, folder, capsys):
     assert [found[name]["layers"] for name in ("model", "healed")] == [6, 4]
 
 
+def test_what_was_taught_is_learnt_without_the_teacher(folder, capsys):
+    keep = ["--output_dir", "said", "--top_k", "9", "--hidden_layers", "2", "5"]
+    assert main(["teach", folder, *DATA, *keep]) == 0
+    assert "said: " in capsys.readouterr().out
+    flags = ["--teacher", "said", "--hidden_weight", "0.1", "--target_layers", "5", "--output_dir", "healed"]
+    more = ["--max_steps", "2", "--use_cpu", "--report_to", "none", "--disable_tqdm", "true"]
+    assert main(["distill", folder, *DATA, *flags, *more, "--calibration_blocks", "4"]) == 0
+    assert AutoModelForCausalLM.from_pretrained("healed").config.num_hidden_layers == 5
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["teach", "model", *DATA, "--output_dir", "model"], "model holds no teacher outputs"),
+        (["teach", "model", *DATA, "--output_dir", "x", "--top_k", "999"], "top_k is 999"),
         (["scroe"], "no command 'scroe': choose from quickstart, inspect, score"),
         (["score", "nowhere", "--data", "text.txt"], "Cannot load a model from 'nowhere'"),
         (["score", ".", "--data", "text.txt"], "not a folder with a model"),

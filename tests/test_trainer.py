@@ -1,5 +1,6 @@
 import copy
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,12 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import TrainerCallback, TrainingArguments, default_data_collator
+from transformers import (
+    DataCollatorForLanguageModeling,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from hf_layerprune import (
     DistillationTrainer,
@@ -582,3 +588,45 @@ def test_the_balance_begins_anew_after_a_cut():
     logs = trainer.state.log_history[:4]
     alone = [log["loss"] == pytest.approx(log["kl"], rel=1e-5) for log in logs]
     assert alone == [True, False, True, False]
+
+
+def test_a_stream_is_read_as_a_data_set(tokenizer):
+    losses = []
+    for data in (examples(), examples().to_iterable_dataset()):
+        student, teacher = students()
+        settings = {"max_steps": 4, "per_device_train_batch_size": 2, "train_sampling_strategy": "sequential"}
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        trainer = make_trainer(student, data, collator, teacher_model=teacher, **ALL_TERMS, **settings)
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history[:4]])
+    assert losses[1] == losses[0]
+
+
+def test_training_in_bfloat16_is_near_training_in_float32():
+    results = []
+    for precision in ({}, {"bf16": True}):
+        student, teacher = students()
+        results.append(gradients(make_trainer(student, teacher_model=teacher, **ALL_TERMS, **precision)))
+    (plain, logged), (found, cast) = results
+    assert cast["loss"] != logged["loss"]
+    assert cast["loss"] == pytest.approx(logged["loss"], rel=0.02)
+    for name, gradient in plain.items():
+        assert found[name].dtype == torch.float32
+        assert (found[name] - gradient).norm() < 0.1 * gradient.norm(), name
+
+
+def test_what_was_chosen_is_told(caplog):
+    student, teacher = students()
+    remove_layers(student, [2])
+    size = sum(parameter.nbytes for parameter in teacher.parameters()) / 2**20
+    with caplog.at_level(logging.INFO, "hf_layerprune"):
+        make_trainer(student, teacher_model=teacher, trainable="1").train()
+        make_trainer(teacher, peft_config=LoraConfig(target_modules=["q_proj"]))
+    layer = sum(parameter.numel() for parameter in student.model.layers[0].parameters())
+    whole = student.num_parameters()
+    trained = layer + student.lm_head.weight.numel()
+    told = caplog.text
+    assert f"Teacher: a second model, {size:.1f} MB." in told
+    assert f"Training {trained} of {whole} parameters" in told
+    assert "The first 1 of 3 layers run once for teacher and student" in told
+    assert f"Teacher: the student's own weights, {size:.1f} MB that are not held twice." in told

@@ -17,10 +17,19 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
 
-OURS = ("plain Trainer, no teacher", "all", "around_cuts", "last 4", "lora")
+OURS = ("plain Trainer, no teacher", "all", "all, compiled", "around_cuts", "last 4", "lora", "written")
 
 
 class Clock(TrainerCallback):
@@ -73,7 +82,12 @@ def make_trainer(name, folder, dataset, settings, callbacks):
 
         args = silverspoon_kd.TrainingArguments(**settings)
         return silverspoon_kd.ResponseBasedDistiller(student, teacher, args=args, **given)
-    from hf_layerprune import DistillationTrainer, DistillationTrainingArguments, remove_layers
+    from hf_layerprune import (
+        DistillationTrainer,
+        DistillationTrainingArguments,
+        remove_layers,
+        write_teacher_outputs,
+    )
 
     if name == "lora":  # the model's own weights teach
         from peft import LoraConfig
@@ -83,7 +97,15 @@ def make_trainer(name, folder, dataset, settings, callbacks):
         trainer = DistillationTrainer(teacher, args, peft_config=config, **given)
         remove_layers(trainer.model, [14, 17])
         return trainer
-    args = DistillationTrainingArguments(**settings, trainable=name.removeprefix("last "))
+    if name == "written":  # the teacher's 64 likeliest tokens, from the disk
+        said = str(folder / "said")
+        write_teacher_outputs(teacher, DataLoader(dataset, 4, collate_fn=default_data_collator), said)
+        del teacher
+        return DistillationTrainer(
+            student, DistillationTrainingArguments(**settings), teacher_model=said, **given
+        )
+    what, _, compiled = name.removeprefix("last ").partition(", ")
+    args = DistillationTrainingArguments(**settings, trainable=what, torch_compile=bool(compiled))
     return DistillationTrainer(student, args, teacher_model=teacher, **given)
 
 
@@ -124,6 +146,30 @@ def run_one(name, folder, batch, length, steps):
     print(json.dumps(found))
 
 
+def bound(folder, tokens):
+    """Tokens a second if nothing took time but the matrix products of a full step, at the rate that products of
+    the model's own shapes reach here: two operations for each weight forward, four backward."""
+    whole, cut = (AutoConfig.from_pretrained(folder / which) for which in ("whole", "cut"))
+    width, inner, words = whole.hidden_size, whole.intermediate_size, whole.vocab_size
+    keys = whole.num_key_value_heads * whole.head_dim
+    layer = 2 * width * whole.num_attention_heads * whole.head_dim + 2 * width * keys + 3 * width * inner
+    teacher, student = (config.num_hidden_layers * layer + words * width for config in (whole, cut))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    states, weight = (
+        torch.randn(*size, device=device).bfloat16() for size in ((tokens, width), (width, inner))
+    )
+    seconds = []
+    for _ in range(20):
+        began = time.perf_counter()
+        for _ in range(10):
+            states @ weight
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append((time.perf_counter() - began) / 10)
+    rate = 2 * tokens * width * inner / statistics.median(seconds)
+    return rate / (2 * teacher + 6 * student), rate
+
+
 def prepare(folder, text, batch, length, steps):
     from hf_layerprune import remove_layers, save_model
     from hf_layerprune.data import load_texts, token_blocks
@@ -147,7 +193,9 @@ def main():
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, text, batch, length, steps)
-        print(f"{batch} x {length} tokens, {torch.get_num_threads()} threads, {steps} steps")
+        most, rate = bound(folder, batch * length)
+        print(f"{batch} x {length} tokens, {torch.get_num_threads()} threads, {steps} steps", end="; ")
+        print(f"matrix products at {rate / 1e9:.0f} GFLOP/s bound a full step at {most:.0f} tokens/s")
         print(f"{'':26s} {'tokens/s':>9s} {'weights MB':>11s} {'peak above MB':>14s}", flush=True)
         for way, python in ways.items():
             command = [python, __file__, "--one", way, name, str(batch), str(length), str(steps)]
