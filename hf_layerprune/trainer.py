@@ -215,8 +215,8 @@ class DistillationTrainer(Trainer):
 
     @contextmanager
     def _compiled(self, model: Any) -> Iterator[None]:
-        """Within this context the decoder layers of `model` run compiled, if `torch_compile` is set. Elsewhere,
-        as in scoring and saving, the model is plain. Layers are alike, so that few compile anew."""
+        """Within this context the decoder layers of `model` run compiled, if `torch_compile` is set.
+        Elsewhere, as in scoring and saving, the model is plain."""
         layers: Any = find_decoder(base_of(model)).layers if self.args.torch_compile else []
         settings: Any = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
         for layer in layers:

@@ -133,9 +133,11 @@ def run_one(name, folder, batch, length, steps):
     }
     dataset = Dataset.from_dict({"input_ids": blocks, "labels": blocks})
     trainer = make_trainer(name, folder, dataset, settings, [clock])
-    models = [trainer.model] + [
-        m for m in (getattr(trainer, n, None) for n in ("teacher", "teacher_model", "_teacher_model")) if m
+    models = [
+        trainer.model,
+        *(getattr(trainer, n, None) for n in ("teacher", "teacher_model", "_teacher_model")),
     ]
+    models = [model for model in models if isinstance(model, torch.nn.Module)]
     held = {p.data_ptr(): p.nbytes for model in models for p in model.parameters()}
     trainer.train()
     found = {
@@ -147,8 +149,8 @@ def run_one(name, folder, batch, length, steps):
 
 
 def bound(folder, tokens):
-    """Tokens a second if nothing took time but the matrix products of a full step, at the rate that products of
-    the model's own shapes reach here: two operations for each weight forward, four backward."""
+    """Tokens a second if nothing took time but the matrix products of a full step, at the rate that products
+    of the model's own shapes reach here: two operations for each weight forward, four backward."""
     whole, cut = (AutoConfig.from_pretrained(folder / which) for which in ("whole", "cut"))
     width, inner, words = whole.hidden_size, whole.intermediate_size, whole.vocab_size
     keys = whole.num_key_value_heads * whole.head_dim
