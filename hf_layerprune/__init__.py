@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .arguments import DistillationTrainingArguments as DistillationTrainingArguments
     from .callback import LayerPruningCallback as LayerPruningCallback
+    from .checkpoint import last_checkpoint as last_checkpoint
     from .checkpoint import load_model as load_model
     from .checkpoint import load_pruned_adapter as load_pruned_adapter
     from .errors import LayerPruneError as LayerPruneError
@@ -41,6 +42,7 @@ _HOMES = {
     "evaluate_text": "evaluation",
     "get_lineage": "lineage",
     "inspect_layers": "inspection",
+    "last_checkpoint": "checkpoint",
     "load_model": "checkpoint",
     "load_pruned_adapter": "checkpoint",
     "rank_correlation": "scoring",

@@ -415,6 +415,12 @@ def _resumed_record(
 ) -> Record:
     folder = _checkpoint_folder(args, state)
     record = read_record(folder)
+    if (
+        record is None
+    ):  # the run ended between the Trainer's checkpoint and its record: the folder's is of then
+        record = read_record(str(args.output_dir))
+        if record and any(phase["step"] >= state.global_step for phase in record["phases"]):
+            record = None
     if record is None:
         raise LayerPruneError(
             f"Cannot resume at step {state.global_step}: no {RECORD_NAME} in {folder}. Resume in the "

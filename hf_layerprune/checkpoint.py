@@ -13,6 +13,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import cached_file
 
 from .decoder import find_decoder
@@ -95,6 +97,25 @@ def load_lineage(folder: str | Path, trust_remote_code: bool = False) -> Lineage
         return _read_pruned_base(str(folder))[0]
     config = _load(AutoConfig, str(folder), "model config", trust_remote_code=trust_remote_code)
     return get_lineage(config)
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """The newest checkpoint of a [`~transformers.Trainer`] in `output_dir` that was written to its end.
+
+    What the Trainer writes last is its state, so a checkpoint without it, or with half of it, is passed over.
+    """
+    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_whole(path)]
+    numbered = {int(path.name.rpartition("-")[2]): str(path) for path in folders}
+    return numbered[max(numbered)] if numbered else None
+
+
+def is_whole(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint of a [`~transformers.Trainer`] was written to its end."""
+    try:
+        json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def load_pruned_adapter(name: str, base_model: PreTrainedModel | None = None, **options: Any) -> Any:

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from .arguments import DistillationTrainingArguments
+from .checkpoint import is_whole
 from .errors import LayerPruneError
 from .lineage import get_lineage
 
@@ -120,10 +121,10 @@ def check_folder_is_free(folder: str | Path) -> None:
         record = read_record(folder)
     except OSError as error:
         raise LayerPruneError(f"Cannot write to the output folder {folder}: {error}") from error
-    # A run that broke off before its first checkpoint left nothing but its record.
+    # A run that broke off before its first checkpoint left nothing but its record and half of that.
     names = ["config.json", "adapter_config.json"] + [RECORD_NAME] * bool(record and record["finished"])
     found = [name for name in names if (Path(folder) / name).exists()]
-    found += sorted(path.name for path in Path(folder).glob("checkpoint-*"))
+    found += sorted(path.name for path in Path(folder).glob("checkpoint-*") if is_whole(path))
     if found:
         raise LayerPruneError(
             f"The output folder {folder} already holds another run or model ({found[0]}): choose a new "

@@ -16,16 +16,16 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     EvalLoopOutput,
     TrainOutput,
-    get_last_checkpoint,
 )
 
 from .adapters import adapter_configs, base_of
 from .arguments import DistillationTrainingArguments
-from .checkpoint import load_lineage
+from .checkpoint import is_whole, last_checkpoint, load_lineage, load_model
 from .decoder import find_decoder, text_config
 from .errors import LayerPruneError
 from .leave_one_out import captured, hidden, replayed
@@ -295,7 +295,7 @@ class DistillationTrainer(Trainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             ids, folder = inputs["input_ids"], Path(str(self.args.output_dir))
-            saved = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+            saved = last_checkpoint(folder)
             raise LayerPruneError(
                 f"The loss of step {self.state.global_step + 1} is {float(loss)}, on a batch of "
                 f"{tuple(ids.shape)} tokens that begins with {ids[0, :8].tolist()}. Look at the data, or "
@@ -393,21 +393,50 @@ class DistillationTrainer(Trainer):
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
         """See [`~transformers.Trainer.train`]. A checkpoint that has fewer layers than the model first
-        takes the model to the same layers.
+        takes the model to the same layers. With `True` one that was not written to its end is passed over,
+        and a run of [`LayerPruningCallback`] that came to none begins again.
 
         Raises:
             LayerPruneError: no checkpoint there, or one that the model cannot become.
         """
-        folder = resume_from_checkpoint or None
+        folder, output_dir = resume_from_checkpoint or None, str(self.args.output_dir)
         if folder is True:
-            folder = get_last_checkpoint(str(self.args.output_dir))
+            folder = last_checkpoint(output_dir)
+            begun = read_record(output_dir)
+            if folder is None and (begun is None or begun["finished"]):
+                raise LayerPruneError(f"No checkpoint to resume from in {output_dir}.")
             if folder is None:
-                raise LayerPruneError(f"No checkpoint to resume from in {self.args.output_dir}.")
+                logger.warning("The run in %s came to no checkpoint: it begins again.", output_dir)
         if folder:
+            if not is_whole(folder):
+                raise LayerPruneError(
+                    f"{folder} is no checkpoint that was written to its end; the last one in {output_dir}: "
+                    f"{last_checkpoint(output_dir) or 'none'}."
+                )
             self._check_teacher_of(read_record(folder))
             keep_lineage(self.accelerator.unwrap_model(self.model), load_lineage(str(folder)))
         self._check_written()
         return super().train(folder, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Load a checkpoint's weights as a new process would, so that every tensor of every type arrives."""
+        student = self.accelerator.unwrap_model(model or self.model)
+        if adapter_configs(student) or self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            loaded = load_model(resume_from_checkpoint, dtype=student.dtype)
+            student.load_state_dict(loaded.state_dict())
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # Written over, a whole checkpoint is none until it is whole again.
+        state = (
+            Path(str(self.args.output_dir))
+            / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            / TRAINER_STATE_NAME
+        )
+        if self.args.should_save:
+            state.unlink(missing_ok=True)
+        super()._save_checkpoint(*args, **kwargs)
 
     def _check_written(self) -> None:
         """Before any long work: the teacher wrote of all rows, where these can be seen beforehand."""

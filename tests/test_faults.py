@@ -1,0 +1,196 @@
+"""Runs that are killed, again and again, and end as if they had not been."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from transformers import default_data_collator
+
+from hf_layerprune import (
+    DistillationTrainer,
+    DistillationTrainingArguments,
+    LayerPruneError,
+    LayerPruningCallback,
+    get_lineage,
+    last_checkpoint,
+)
+from hf_layerprune.record import read_record
+
+from .conftest import make_model, tokens
+from .test_tiled_loss import perturbed
+from .test_trainer import examples, make_trainer
+from .tiny_models import tiny_model
+
+
+# What a run can be doing when it is killed, by the function it is in.
+MOMENTS = {
+    "score_layers": "scoring",
+    "remove_layers": "removal",
+    "_save_checkpoint": "checkpoint",
+    "on_save": "record",
+}
+
+
+def train(folder):
+    """One attempt at a run of two removals: it begins, or goes on where the one before was killed."""
+    args = DistillationTrainingArguments(
+        output_dir=folder,
+        max_steps=6,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+        logging_steps=1,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = DistillationTrainer(
+        make_model(),
+        args,
+        train_dataset=examples(16),
+        data_collator=default_data_collator,
+        callbacks=[LayerPruningCallback(target_layers=4, calibration=examples(4))],
+    )
+    trainer.train(resume_from_checkpoint=read_record(folder) is not None)
+    save_file(trainer.model.state_dict(), f"{folder}/end.safetensors")
+    removed = [
+        [one["original"], one["score"]] for p in read_record(folder)["phases"] for one in p["removals"]
+    ]
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    end = {"kept": get_lineage(trainer.model).kept, "removed": removed, "losses": losses}
+    Path(folder, "end.json").write_text(json.dumps(end))
+
+
+def attempt(folder, part=None, calls_into=0):
+    """Train in a process of its own, and see it kill itself so many calls of Python functions after it first
+    came to a part of the work.
+
+    Returns:
+        What it was doing when it was killed, None if it came to its end; and of each part how many calls it
+        took each time.
+    """
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        calls, lengths, entered, kill_at = 0, {}, [], None
+
+        def count(frame, event, argument):
+            nonlocal calls, kill_at
+            now = MOMENTS.get(frame.f_code.co_name)
+            if event == "call":
+                calls += 1
+                if now:
+                    entered.append((frame, calls))
+                if now == part and part and kill_at is None:
+                    kill_at = calls + calls_into
+                if calls == kill_at:
+                    names = {one.f_code.co_name for one, _ in traceback.walk_stack(frame)}
+                    doing = [what for name, what in MOMENTS.items() if name in names]
+                    os.write(write, json.dumps([doing, {}]).encode())
+                    os.kill(os.getpid(), signal.SIGKILL)
+            elif event == "return" and entered and entered[-1][0] is frame:
+                lengths.setdefault(now, []).append(calls - entered.pop()[1])
+
+        try:
+            sys.setprofile(count)
+            train(folder)
+            sys.setprofile(None)
+            os.write(write, json.dumps([None, lengths]).encode())
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        said = pipe.read()
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the attempt failed"
+    return json.loads(said)
+
+
+def check_runs(kills, seed):
+    """Kill runs so many times, in all parts of the work; each must end as one that was left alone."""
+    torch.set_num_threads(1)
+    _, lengths = attempt("whole")
+    expected = load_file("whole/end.safetensors")
+    draw, seen = random.Random(seed), []
+    while len(seen) < kills:
+        folder, parts = f"killed-{len(seen)}", sorted(lengths)
+        draw.shuffle(parts)
+        for part in parts:
+            doing, _ = attempt(folder, part, draw.randrange(draw.choice(lengths[part]) + 1))
+            if doing is None:
+                break
+            seen.append(doing)
+        else:
+            attempt(folder)
+        assert Path(folder, "end.json").read_text() == Path("whole/end.json").read_text()
+        found = load_file(f"{folder}/end.safetensors")
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+    Path("seen.json").write_text(json.dumps(seen))
+
+
+@pytest.mark.parametrize(("kills", "seed"), [(4, 0), pytest.param(20, 1, marks=pytest.mark.faults)])
+def test_a_run_that_is_killed_ends_as_one_that_is_not(kills, seed):
+    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\n"
+    script += f"from tests.test_faults import check_runs\ncheck_runs({kills}, {seed})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads(Path("seen.json").read_text())
+    assert len(seen) >= kills
+    assert {part for doing in seen for part in doing} == set(MOMENTS.values())
+
+
+def test_a_half_written_checkpoint_is_passed_over():
+    trainer = make_trainer(make_model(), max_steps=3, save_strategy="steps", save_steps=1)
+    trainer.train()
+    assert last_checkpoint("out") == "out/checkpoint-3"
+    state = Path("out/checkpoint-3/trainer_state.json")
+    state.write_text(state.read_text()[:-20])
+    assert last_checkpoint("out") == "out/checkpoint-2"
+    Path("out/checkpoint-10").mkdir()
+    assert last_checkpoint("out") == "out/checkpoint-2"
+    with pytest.raises(LayerPruneError, match=r"checkpoint-3 is no checkpoint .*: out/checkpoint-2"):
+        trainer.train(resume_from_checkpoint="out/checkpoint-3")
+    trainer.train(resume_from_checkpoint=True)
+    assert last_checkpoint("out") == "out/checkpoint-3"
+
+
+def test_a_checkpoint_written_over_is_none_until_it_is_whole_again(monkeypatch):
+    trainer = make_trainer(make_model(), max_steps=1, save_strategy="steps", save_steps=1)
+    trainer.train()
+
+    def stop(*args):
+        assert last_checkpoint("out") is None
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert last_checkpoint("out") is None
+
+
+def test_fused_experts_are_resumed():
+    losses = []
+    for resume in (None, "out/checkpoint-2"):
+        torch.manual_seed(0)
+        student = tiny_model("qwen2_moe")
+        teacher = perturbed(student)
+        settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "ce_weight": 1.0}
+        data = Dataset.from_dict({name: (tokens(8, 12) % 60).tolist() for name in ("input_ids", "labels")})
+        trainer = make_trainer(student, data, teacher_model=teacher, learning_rate=1e-2, **settings)
+        trainer.train(resume_from_checkpoint=resume)
+        losses.append(trainer.state.log_history[3]["loss"])
+    assert losses[0] == losses[1]
