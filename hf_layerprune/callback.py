@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import (
     PreTrainedModel,
     TrainerCallback,
@@ -198,9 +199,10 @@ class LayerPruningCallback(TrainerCallback):
                 task=self.task,
                 journal=Path(str(args.output_dir)) / SCORING_NAME if state.is_world_process_zero else None,
                 prefixes=prefixes,
-                progress=not args.disable_tqdm,
+                progress=not args.disable_tqdm and state.is_local_process_zero,
                 **self.scoring,
             )
+            [table] = broadcast_object_list([table])  # of one process, as all must remove the same
             if self._below_floor(table.quality, state):
                 break
             removals.append(remove_least(model, table))
@@ -343,7 +345,8 @@ class LayerPruningCallback(TrainerCallback):
             self.record["seconds"] = round(self.record["seconds"] + now - self._began, 2)
             self._began = now
         self.record["peak_memory_mb"] = max(self.record["peak_memory_mb"], peak_memory_mb())
-        write_record(self.record, str(args.output_dir))
+        if args.process_index == 0:
+            write_record(self.record, str(args.output_dir))
 
 
 def drop_removed_parameters(optimizer: Any, model: torch.nn.Module) -> None:
@@ -365,10 +368,23 @@ def _check_backend(args: TrainingArguments, model: PreTrainedModel, optimizer: A
     Raises:
         LayerPruneError: naming it, and the way round it.
     """
-    if args.world_size > 1 or args.n_gpu > 1 or args.deepspeed or args.fsdp:
+    if args.n_gpu > 1:
         raise LayerPruneError(
-            "Layers can only be removed in training with one process and one device for now: start "
-            "without a distributed launcher (and with CUDA_VISIBLE_DEVICES=0)."
+            f"{args.n_gpu} GPUs in one process: start with `accelerate launch` or `torchrun`, or with "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
+    if args.deepspeed or args.fsdp:
+        raise LayerPruneError(
+            "DeepSpeed and FSDP hold parameters in ways that do not let layers go in training: leave them "
+            "out (each process then holds a whole model), or remove layers first (`hf-layerprune prune`)."
+        )
+    waits = args.ddp_find_unused_parameters is False or (
+        args.ddp_find_unused_parameters is None and args.activation_checkpointing
+    )
+    if args.world_size > 1 and waits and not isinstance(args, DistillationTrainingArguments):
+        raise LayerPruneError(
+            "With several processes a plain Trainer would wait for the gradients of removed layers: set "
+            "ddp_find_unused_parameters=True, or use DistillationTrainer."
         )
     if args.load_best_model_at_end:
         raise LayerPruneError(

@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import DynamoBackend
 from datasets import Dataset
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, Trainer
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer import TRAINER_STATE_NAME
@@ -142,9 +143,6 @@ class DistillationTrainer(Trainer):
         self._kept: list[int] | None = None
         self._present: list[tuple[bool, int]] | None = None
         self._shared = 0  # so many first layers run once for teacher and student
-        if args.world_size > 1:  # before anything waits for the gradients of all
-            self._kept = get_lineage(model).kept
-            self._choose_trained(adapted)
         # Sums of each loss term since the last log, and the tokens they are to be divided by.
         self._terms: dict[str, dict[str, Any]] = {
             "train": defaultdict(float),
@@ -167,24 +165,9 @@ class DistillationTrainer(Trainer):
         training, student = model.training, self.accelerator.unwrap_model(model)
         pairs = self._hidden_pairs(student)
         if training:
-            self._follow_cuts(student, inputs["input_ids"])
-        shared = self._shared if training else 0
+            self._follow_cuts(model, student, inputs["input_ids"])
         teacher, learner = self._readers(inputs["input_ids"])
-        wanted = [t for _, t in pairs] + [shared - 1] * bool(shared)
-        if isinstance(teacher, TeacherOutputs):
-            expected: Any
-            expected, taught = teacher.read(inputs, wanted)
-        else:
-            with torch.no_grad(), captured(teacher.model, wanted) as taught, self._compiled(teacher.model):
-                expected = teacher.states(inputs)
-        # Of the shared layers only the last one's output is read on, and what is compared.
-        known = [taught[layer if layer in taught else shared - 1][1] for layer in range(shared)]
-        with (
-            captured(student, [s for s, _ in pairs]) as learnt,
-            self._compiled(student),
-            replayed(base_of(student), known),
-        ):
-            states = learner.states(inputs, model)
+        states, learnt, expected, taught = self._read(model, inputs, pairs, self._shared if training else 0)
 
         count = mask.sum() if num_items_in_batch is None or not training else num_items_in_batch
         count = torch.as_tensor(count, device=mask.device).clamp(min=1)
@@ -212,6 +195,30 @@ class DistillationTrainer(Trainer):
             return loss, CausalLMOutput()
         logits = learner.head(states.flatten(0, 1)).unflatten(0, states.shape[:2])
         return loss, CausalLMOutput(logits=logits)
+
+    def _read(
+        self, model: nn.Module, inputs: dict[str, Any], pairs: list[tuple[int, int]], shared: int
+    ) -> tuple[torch.Tensor, dict, Any, dict]:
+        """What the student makes of a batch: its last hidden states, and those of the compared layers; and
+        the same of the teacher. The `shared` first layers run once."""
+        teacher, learner = self._readers(inputs["input_ids"])
+        wanted = [t for _, t in pairs] + [shared - 1] * bool(shared)
+        expected: Any
+        if isinstance(teacher, TeacherOutputs):
+            expected, taught = teacher.read(inputs, wanted)
+        else:
+            with torch.no_grad(), captured(teacher.model, wanted) as taught, self._compiled(teacher.model):
+                expected = teacher.states(inputs)
+        # Of the shared layers only the last one's output is read on, and what is compared.
+        known = [taught[layer if layer in taught else shared - 1][1] for layer in range(shared)]
+        student: Any = learner.model
+        with (
+            captured(student, [s for s, _ in pairs]) as learnt,
+            self._compiled(student),
+            replayed(base_of(student), known),
+        ):
+            states = learner.states(inputs, model)
+        return states, learnt, expected, taught
 
     @contextmanager
     def _compiled(self, model: Any) -> Iterator[None]:
@@ -304,7 +311,7 @@ class DistillationTrainer(Trainer):
             )
         return loss
 
-    def _follow_cuts(self, student: Any, input_ids: torch.Tensor) -> None:
+    def _follow_cuts(self, model: nn.Module, student: Any, input_ids: torch.Tensor) -> None:
         """When layers have gone, choose anew what is trained; when something else is trained than before, see
         what teacher and student share."""
         kept = get_lineage(student).kept
@@ -314,6 +321,8 @@ class DistillationTrainer(Trainer):
                 self._compiled_layers.clear()
                 torch.compiler.reset()
             self._choose_trained(student)
+            if isinstance(model, DistributedDataParallel):
+                self._wrap_again(model)
         present = [(p.requires_grad, 0 if p.requires_grad else p._version) for p in student.parameters()]
         if present != self._present:
             self._present = present
@@ -325,6 +334,16 @@ class DistillationTrainer(Trainer):
                     self._shared,
                     len(get_lineage(student).kept),
                 )
+
+    def _wrap_again(self, model: DistributedDataParallel) -> None:
+        """Make what adds up the gradients of all processes see which parameters there are now, in place."""
+        handler, synchronised = self.accelerator.ddp_handler, model.require_backward_grad_sync
+        settings: dict[str, Any] = {} if handler is None else handler.to_kwargs()
+        settings |= {"device_ids": model.device_ids, "output_device": model.output_device}
+        DistributedDataParallel.__init__(model, model.module, **settings)
+        if handler is not None:
+            handler.register_comm_hook(model)
+        model.require_backward_grad_sync = synchronised
 
     def _choose_trained(self, student: Any) -> None:
         if self._may_train is None:

@@ -9,34 +9,67 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
+
+from hf_layerprune import LayerPruningCallback, get_lineage
+from hf_layerprune.record import read_record
 
 from .conftest import tokens
-from .test_trainer import ALL_TERMS, make_trainer, students
+from .test_trainer import ALL_TERMS, examples, make_trainer, students
 
 
 # Run as a process of its own: what each rank does.
 RANK = """
-import json
 import sys
-from pathlib import Path
 sys.path.insert(0, {root!r})
 import torch
-from safetensors.torch import save_file
-from tests.test_distributed import dataset
-from tests.test_trainer import make_trainer, students
+from tests.test_distributed import run
 
 torch.set_num_threads(1)
-student, teacher = students()
-trainer = make_trainer(student, dataset(), teacher_model=teacher, **{settings!r})
-trainer.train()
-if trainer.is_world_process_zero():
-    state = {{name: value.contiguous() for name, value in student.state_dict().items()}}
-    save_file(state, "two.safetensors")
-    Path("two.json").write_text(json.dumps(trainer.state.log_history))
 # A process that ends while gloo's threads still run is aborted now and then.
-trainer.accelerator.end_training()
+run({settings!r}).accelerator.end_training()
 """
+
+
+def pruning():
+    return LayerPruningCallback(target_layers=2, calibration=examples(4))
+
+
+def run(settings):
+    """Train as `settings` say, with or without layers going, and leave the weights and the log."""
+    settings = dict(settings)
+    kind, name = settings.pop("kind"), settings["output_dir"]
+    student, teacher = students()
+    if kind == "plain":
+        arguments = {
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "lr_scheduler_type": "constant",
+        }
+        args = TrainingArguments(**arguments | {"logging_steps": 1, "save_strategy": "no"} | settings)
+        trainer = Trainer(
+            student,
+            args,
+            train_dataset=dataset(),
+            data_collator=default_data_collator,
+            callbacks=[pruning()],
+        )
+    else:
+        callbacks = [pruning()] if kind == "pruned" else None
+        trainer = make_trainer(student, dataset(), teacher_model=teacher, callbacks=callbacks, **settings)
+    start = {key: value.clone() for key, value in student.state_dict().items()}
+    trainer.train()
+    end = student.state_dict()
+    change = {key: value - start[key] for key, value in end.items()}
+    mine = {key: value.contiguous() for key, value in end.items()}
+    save_file(mine, f"{name}-{trainer.accelerator.process_index}.safetensors")
+    if trainer.is_world_process_zero():
+        found = {"kept": get_lineage(student).kept, "log": trainer.state.log_history}
+        found["moved"] = max(value.abs().max().item() for value in change.values())
+        Path(f"{name}.json").write_text(json.dumps(found))
+    return trainer
 
 
 def dataset():
@@ -49,18 +82,19 @@ def dataset():
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("kind", "settings"),
     [
-        {},
-        {"gradient_accumulation_steps": 2},
-        {"activation_checkpointing": True},
-        {"trainable": "around_cuts"},
+        ("distilled", {"gradient_accumulation_steps": 2}),
+        ("distilled", {"activation_checkpointing": True}),
+        ("distilled", {"trainable": "around_cuts"}),
+        ("pruned", {"gradient_accumulation_steps": 2, "trainable": "around_cuts"}),
+        ("pruned", {"activation_checkpointing": True, "save_strategy": "steps", "save_steps": 2}),
+        ("plain", {}),
     ],
 )
-def test_two_processes_learn_what_one_does(settings):
-    common = (
-        {"max_steps": 2, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0} | ALL_TERMS | settings
-    )
+def test_two_processes_learn_what_one_does(kind, settings):
+    common = {"max_steps": 4 if kind != "distilled" else 2, "optim": "sgd", "learning_rate": 0.1} | settings
+    common |= {"kind": kind, "max_grad_norm": 0.0, **(ALL_TERMS if kind != "plain" else {})}
     root = str(Path(__file__).parent.parent)
     two = common | {"per_device_train_batch_size": 2, "output_dir": "two"}
     Path("rank.py").write_text(textwrap.dedent(RANK).format(root=root, settings=two))
@@ -74,19 +108,24 @@ def test_two_processes_learn_what_one_does(settings):
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
+    run(common | {"per_device_train_batch_size": 4, "output_dir": "one"})
 
-    student, teacher = students()
-    one = make_trainer(
-        student, dataset(), teacher_model=teacher, **common, per_device_train_batch_size=4, output_dir="one"
-    )
-    start = {name: value.clone() for name, value in student.state_dict().items()}
-    one.train()
-    found, expected = load_file("two.safetensors"), student.state_dict()
-    moved = max((expected[name] - start[name]).abs().max().item() for name in expected)
-    assert moved > 1e-3
+    found, expected = load_file("two-0.safetensors"), load_file("one-0.safetensors")
+    other = load_file("two-1.safetensors")
+    theirs, ours = (json.loads(Path(f"{name}.json").read_text()) for name in ("two", "one"))
+    assert theirs["kept"] == ours["kept"]
+    assert len(ours["kept"]) == (4 if kind == "distilled" else 2)
+    assert ours["moved"] > 1e-3
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-3 * moved)
-    logs = json.loads(Path("two.json").read_text())
-    for ours, theirs in zip(one.state.log_history[:-1], logs[:-1], strict=True):
-        for term in ("loss", "kl", "ce", "hidden_mse"):
-            assert theirs[term] == pytest.approx(ours[term], rel=1e-4), term
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-3 * ours["moved"])
+        assert torch.equal(other[name], found[name])
+    terms = ("loss",) if kind == "plain" else ("loss", "kl", "ce", "hidden_mse")
+    for one, two in zip(ours["log"], theirs["log"], strict=True):
+        assert all(two[term] == pytest.approx(one[term], rel=1e-4) for term in terms if "loss" in one)
+    if kind == "pruned":
+        records = [read_record(name)["phases"] for name in ("two", "one")]
+        removed = [[one["original"] for p in phases for one in p["removals"]] for phases in records]
+        assert len(removed[0]) == 2
+        assert removed[0] == removed[1]
+    if "save_steps" in settings:
+        assert AutoModelForCausalLM.from_pretrained("two/checkpoint-4").config.num_hidden_layers == 2

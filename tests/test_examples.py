@@ -11,13 +11,22 @@ from .conftest import make_model
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.mark.parametrize("script", ["drop_in.py", "plain_trainer.py", "lora.py"])
-def test_an_example_runs_as_it_stands(script, tokenizer):
+# As `accelerate launch --num_processes 2` does where there is no GPU.
+LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+LAUNCH += ["--main_process_port", "0"]
+
+
+@pytest.mark.parametrize(
+    ("script", "launch"),
+    [("drop_in.py", []), ("drop_in.py", LAUNCH), ("plain_trainer.py", []), ("lora.py", [])],
+)
+def test_an_example_runs_as_it_stands(script, launch, tokenizer):
     make_model().save_pretrained("model")
     tokenizer.save_pretrained("model")
     text = "\n".join(f"Line {i} of a text that says little about the number {i * i}." for i in range(200))
     Path("text.txt").write_text(text)
-    command = [sys.executable, str(EXAMPLES / script), "model", "text.txt", "out", "4", "4"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, *launch, str(EXAMPLES / script), "model", "text.txt", "out", "4", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     assert AutoModelForCausalLM.from_pretrained("out").config.num_hidden_layers == 4

@@ -170,6 +170,7 @@ def test_writing_goes_on_where_it_stopped(monkeypatch):
     write_teacher_outputs(teacher, batches, "said", top_k=5)
     assert len(reads) == 4
     whole = TeacherOutputs("said")
+    assert sum(len(file.get_tensor("keys")) for file in whole._files) == 8
     write_teacher_outputs(teacher, batches, "other", top_k=5)
     for batch in batches:
         one, other = (outputs.read(batch, [])[0] for outputs in (whole, TeacherOutputs("other")))
@@ -191,7 +192,8 @@ def test_a_row_is_known_by_all_that_is_read():
 def test_outputs_of_other_data_are_refused_before_training():
     student, teacher = students()
     write_teacher_outputs(teacher, loader(examples(4)), "said")
-    trainer = make_trainer(student, teacher_model="said")
+    one_by_one = {"per_device_train_batch_size": 1, "train_sampling_strategy": "sequential", "max_steps": 8}
+    trainer = make_trainer(student, teacher_model="said", **one_by_one)
     with pytest.raises(LayerPruneError, match=r"of 4 rows, but not of the one that begins with tokens \["):
         trainer.train()
     assert trainer.state.global_step == 0
