@@ -1,13 +1,16 @@
 """Taking layers out of a model while a Trainer trains it."""
 
 import logging
+import signal
+import threading
 import time
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, reduce
 from transformers import (
     PreTrainedModel,
     TrainerCallback,
@@ -48,6 +51,7 @@ from .surgery import possible_cuts
 
 logger = logging.getLogger(__name__)
 
+TERMINATED = 128 + signal.SIGTERM  # the exit code of a process that SIGTERM ended
 SCORING_NAME = "scoring.jsonl"  # scores so far, while a phase begins
 
 
@@ -59,6 +63,9 @@ class LayerPruningCallback(TrainerCallback):
     evaluation and the checkpoint at the end of a phase see the healed model. The optimizer forgets the
     removed parameters and keeps its state of all others. Works in [`DistillationTrainer`] and in a plain
     [`~transformers.Trainer`]. The run record is written to `layer_pruning.json` in the output folder.
+
+    At SIGTERM the run writes a checkpoint after the step it is in, and exits with code 143 (in scoring at
+    once); `resume_from_checkpoint=True` goes on.
 
     Args:
         target_layers (`int`):
@@ -146,6 +153,10 @@ class LayerPruningCallback(TrainerCallback):
     ) -> None:
         assert model is not None
         _check_backend(args, model, optimizer)
+        self._terminated, self._scores = False, False
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # somebody else's handler stays
+            signal.signal(signal.SIGTERM, self._on_sigterm)
         self._began = self._phase_began = time.monotonic()
         self._ended = False
         if state.global_step:
@@ -174,6 +185,13 @@ class LayerPruningCallback(TrainerCallback):
         if not state.global_step:
             self.record["dense"] = run_evaluation(self.evaluation, model)
 
+    def _on_sigterm(self, number: int, frame: Any) -> None:
+        trains = any(one.f_code.co_name == "_inner_training_loop" for one, _ in traceback.walk_stack(frame))
+        # Scoring is noted as it goes on, and comes right after a checkpoint.
+        if self._scores or not trains:
+            raise SystemExit(TERMINATED)
+        self._terminated = True
+
     def on_step_begin(
         self,
         args: TrainingArguments,
@@ -191,6 +209,7 @@ class LayerPruningCallback(TrainerCallback):
         removals: list[dict[str, Any]] = []
         prefixes = Prefixes()
         for _ in range(min(self.layers_per_phase, self._excess(model))):
+            self._scores = not removals
             table = score_present(
                 model,
                 self._batches,
@@ -202,6 +221,7 @@ class LayerPruningCallback(TrainerCallback):
                 progress=not args.disable_tqdm and state.is_local_process_zero,
                 **self.scoring,
             )
+            self._scores = False
             [table] = broadcast_object_list([table])  # of one process, as all must remove the same
             if self._below_floor(table.quality, state):
                 break
@@ -230,6 +250,9 @@ class LayerPruningCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         assert model is not None
+        if self._is_terminated(args):
+            logger.warning("SIGTERM: a checkpoint of step %d, and the end.", state.global_step)
+            control.should_save = control.should_training_stop = True
         phase, into = divmod(state.global_step, self._steps)
         if into or phase >= self._phases or self.record["stopped"]:
             return
@@ -281,6 +304,10 @@ class LayerPruningCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         assert model is not None
+        if signal.getsignal(signal.SIGTERM) == self._on_sigterm:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self._terminated and state.global_step < state.max_steps:
+            raise SystemExit(TERMINATED)
         self._end_phase(model, args)
         left = self._excess(model)
         if left and not self.record["stopped"]:
@@ -292,6 +319,13 @@ class LayerPruningCallback(TrainerCallback):
         self.record["finished"] = True
         self._write(args)
         self._ended = True
+
+    def _is_terminated(self, args: TrainingArguments) -> bool:
+        """Whether any process was told to end; all end together, as each waits for the others."""
+        if args.world_size > 1:
+            told = torch.tensor(int(self._terminated), device=args.device)
+            self._terminated = bool(reduce(told, "sum"))
+        return self._terminated
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -385,6 +419,10 @@ def _check_backend(args: TrainingArguments, model: PreTrainedModel, optimizer: A
         raise LayerPruneError(
             "With several processes a plain Trainer would wait for the gradients of removed layers: set "
             "ddp_find_unused_parameters=True, or use DistillationTrainer."
+        )
+    if args.enable_jit_checkpoint:
+        raise LayerPruneError(
+            "enable_jit_checkpoint: LayerPruningCallback writes a checkpoint at SIGTERM itself."
         )
     if args.load_best_model_at_end:
         raise LayerPruneError(

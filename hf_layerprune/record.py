@@ -124,7 +124,8 @@ def check_folder_is_free(folder: str | Path) -> None:
     # A run that broke off before its first checkpoint left nothing but its record and half of that.
     names = ["config.json", "adapter_config.json"] + [RECORD_NAME] * bool(record and record["finished"])
     found = [name for name in names if (Path(folder) / name).exists()]
-    found += sorted(path.name for path in Path(folder).glob("checkpoint-*") if is_whole(path))
+    checkpoints = Path(folder).glob("checkpoint-*")
+    found += sorted(path.name for path in checkpoints if is_whole(path) or not record)
     if found:
         raise LayerPruneError(
             f"The output folder {folder} already holds another run or model ({found[0]}): choose a new "

@@ -5,7 +5,7 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -179,7 +179,7 @@ class DistillationTrainer(Trainer):
             parts = [(_state(learnt, s)[:, :-1][mask], _state(taught, t)[:, :-1][mask]) for s, t in pairs]
             error = torch.stack([hidden_error(s, t, self.args.hidden_loss) for s, t in parts]).mean()
             if training and self.args.balance_hidden:
-                total = self._balanced(total, error, student, count)
+                total = self._balanced(total, error, student)
             else:
                 total = total + self.args.hidden_weight * error
             sums[f"hidden_{self.args.hidden_loss}"] = error.detach()
@@ -231,7 +231,9 @@ class DistillationTrainer(Trainer):
                 self._compiled_layers[layer] = torch.compile(layer.forward, **settings)
             vars(layer)["forward"] = self._compiled_layers[layer]
         try:
-            yield
+            # A trained and a frozen layer, of either kind of attention, compile apart.
+            with torch._dynamo.config.patch(recompile_limit=64) if layers else nullcontext():
+                yield
         finally:
             for layer in layers:
                 del vars(layer)["forward"]
@@ -255,7 +257,7 @@ class DistillationTrainer(Trainer):
             )
         return pairs
 
-    def _balanced(self, total: torch.Tensor, error: torch.Tensor, student: Any, count: Any) -> torch.Tensor:
+    def _balanced(self, total: torch.Tensor, error: torch.Tensor, student: Any) -> torch.Tensor:
         """The total with the error of hidden states in proportion to it, by the sums of both over the steps
         since the last cut, without this one."""
         key, kept = "hidden_balance", get_lineage(student).kept
@@ -266,7 +268,7 @@ class DistillationTrainer(Trainer):
         if self._balance[0] != self.state.global_step:
             ratio = sums["total"] / sums["error"] if sums["error"] else 0.0
             self._balance = self.state.global_step, ratio
-        found = self.accelerator.reduce(torch.stack([total.detach(), error.detach()]) / count)
+        found = self.accelerator.reduce(torch.stack([total.detach(), error.detach()]))
         sums["total"] += found[0].item()
         sums["error"] += found[1].item()
         return total + self.args.hidden_weight * self._balance[1] * error

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,9 +73,9 @@ def train(folder):
     Path(folder, "end.json").write_text(json.dumps(end))
 
 
-def attempt(folder, part=None, calls_into=0):
+def attempt(folder, part=None, calls_into=0, by=signal.SIGKILL):
     """Train in a process of its own, and see it kill itself so many calls of Python functions after it first
-    came to a part of the work.
+    came to a part of the work, or get another signal then.
 
     Returns:
         What it was doing when it was killed, None if it came to its end; and of each part how many calls it
@@ -98,7 +99,7 @@ def attempt(folder, part=None, calls_into=0):
                     names = {one.f_code.co_name for one, _ in traceback.walk_stack(frame)}
                     doing = [what for name, what in MOMENTS.items() if name in names]
                     os.write(write, json.dumps([doing, {}]).encode())
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    os.kill(os.getpid(), by)
             elif event == "return" and entered and entered[-1][0] is frame:
                 lengths.setdefault(now, []).append(calls - entered.pop()[1])
 
@@ -107,16 +108,31 @@ def attempt(folder, part=None, calls_into=0):
             train(folder)
             sys.setprofile(None)
             os.write(write, json.dumps([None, lengths]).encode())
-        except BaseException:
+        except BaseException as error:
             traceback.print_exc()
-            os._exit(1)
+            os._exit(error.code if isinstance(error, SystemExit) else 1)
         os._exit(0)
     os.close(write)
     with os.fdopen(read) as pipe:
         said = pipe.read()
     _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the attempt failed"
+    assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL, 143), "the attempt failed"
     return json.loads(said)
+
+
+def check_termination():
+    """A run that is told to end leaves a checkpoint of the step it is in; in scoring it ends at once."""
+    torch.set_num_threads(1)
+    attempt("whole")
+    for part, step in (("checkpoint", 2), ("scoring", None), ("removal", 1), ("record", 2)):
+        doing, _ = attempt("told", part, 3, signal.SIGTERM)
+        assert doing[0] == part
+        found = last_checkpoint("told")
+        assert found == (None if step is None else f"told/checkpoint-{step}")
+        assert not read_record("told") or not read_record("told")["finished"]
+        attempt("told")
+        assert Path("told/end.json").read_text() == Path("whole/end.json").read_text()
+        shutil.rmtree("told")
 
 
 def check_runs(kills, seed):
@@ -151,6 +167,13 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(kills, seed):
     seen = json.loads(Path("seen.json").read_text())
     assert len(seen) >= kills
     assert {part for doing in seen for part in doing} == set(MOMENTS.values())
+
+
+def test_a_run_that_is_told_to_end_leaves_a_checkpoint():
+    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\n"
+    script += "from tests.test_faults import check_termination\ncheck_termination()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_half_written_checkpoint_is_passed_over():

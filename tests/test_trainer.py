@@ -1,6 +1,8 @@
 import copy
+import gc
 import json
 import logging
+import weakref
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from hf_layerprune import (
     get_lineage,
     remove_layers,
 )
+from hf_layerprune.adapters import base_of
 from hf_layerprune.decoder import find_decoder
 
 from .conftest import logits, make_model, tokens
@@ -292,6 +295,10 @@ def test_paper_preset():
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"loss_preset": "papr"}, "loss_preset is 'papr': choose from paper"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"balance_hidden": True}, "balance_hidden needs a hidden_weight"),
+        ({"hidden_weight": 1.0, "kl_weight": 0.0, "balance_hidden": True}, "and kl_weight or ce_weight"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_k": 260}, "below the 260 tokens"),
         ({"hidden_weight": 1.0, "hidden_layers": [2, 9]}, r"no layers \[9\]"),
     ],
 )
@@ -439,9 +446,13 @@ def test_activation_checkpointing_changes_nothing(what):
 @pytest.mark.filterwarnings("ignore:The speedups for torchdynamo", "ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("settings", [{}, {"trainable": "around_cuts"}, {"peft_config": True}])
 def test_compiled_layers_change_nothing(settings):
+    gone, seen = [], []
+
     class Cut(TrainerCallback):
         def on_step_begin(self, args, state, control, model, **kwargs):
+            seen.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
             if state.global_step == 2:
+                gone.append(weakref.ref(find_decoder(base_of(model)).layers[2]))
                 remove_layers(model, [2])
 
     losses, graphs = [], []
@@ -469,7 +480,9 @@ def test_compiled_layers_change_nothing(settings):
             assert not any("forward" in vars(layer) for layer in find_decoder(model).layers)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert graphs[0] == 0
-    assert graphs[1] > 0
+    assert seen[4] == 0 < seen[5] == seen[6] < seen[7]  # compiled in the first step, and anew after the cut
+    gc.collect()
+    assert gone[1]() is None
 
 
 def test_packed_sequences_are_trained_as_apart():
