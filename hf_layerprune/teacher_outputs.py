@@ -69,12 +69,14 @@ def write_teacher_outputs(
         found = TeacherOutputs(folder)
     keys, files, done, waiting = found.keys, found.files, [], 0
     layers = {_name(layer): _own(layer, get_lineage(teacher)) for layer in hidden_layers}
+    reader = None
     with undisturbed(teacher):
         for batch in tqdm(batches, desc="Teacher outputs"):
             new = {key: row for row, key in enumerate(row_keys(batch)) if key not in keys}
             if new:
                 rows = {name: value[[*new.values()]].to(teacher.device) for name, value in batch.items()}
-                done.append(_read(teacher, rows, [*new], layers, top_k, temperature))
+                reader = reader or Reader(teacher, rows["input_ids"])
+                done.append(_read(reader, rows, [*new], layers, top_k, temperature))
                 keys |= new.keys()
                 waiting += len(done[-1]["ids"])
             if waiting >= SHARD:
@@ -115,18 +117,17 @@ def _settings(
 
 
 def _read(
-    teacher: PreTrainedModel,
+    reader: Reader,
     batch: Batch,
     keys: list[bytes],
     layers: dict[str, int],
     top_k: int,
     temperature: float,
 ) -> dict[str, torch.Tensor]:
-    """What `teacher` says of the rows with these keys: at each token but the last, one after the other."""
+    """What is said of the rows with these keys: at each token but the last, one after the other."""
     said = _real(batch)
     said &= said.flip(1).cumsum(1).flip(1) > 1
-    reader = Reader(teacher, batch["input_ids"])
-    with captured(teacher, layers.values()) as seen:
+    with captured(reader.model, layers.values()) as seen:
         states = reader.states(batch)[said]
     parts = [likeliest(rows, top_k, temperature) for rows in reader.rows(states)]
     found = {name: seen[layer] for name, layer in layers.items()}
