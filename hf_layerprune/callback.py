@@ -23,6 +23,7 @@ from .adapters import adapter_configs
 from .arguments import DistillationTrainingArguments
 from .checkpoint import load_lineage
 from .data import Batch, make_batches
+from .diagnosis import no_recovery, steep_fall
 from .errors import LayerPruneError
 from .leave_one_out import Prefixes
 from .lineage import get_lineage
@@ -225,6 +226,8 @@ class LayerPruningCallback(TrainerCallback):
             [table] = broadcast_object_list([table])  # of one process, as all must remove the same
             if self._below_floor(table.quality, state):
                 break
+            if not removals:
+                self._look_back(table.quality)
             removals.append(remove_least(model, table))
             drop_removed_parameters(optimizer, model)
             logger.info(
@@ -235,6 +238,7 @@ class LayerPruningCallback(TrainerCallback):
                 removals[-1]["score"],
                 len(get_lineage(model).kept),
             )
+            self._look_at(removals, model)
         if removals:
             self.record["phases"].append(phase_entry(model, state.global_step, removals, self.evaluation))
             self._phase_began = began
@@ -319,6 +323,24 @@ class LayerPruningCallback(TrainerCallback):
         self.record["finished"] = True
         self._write(args)
         self._ended = True
+
+    def _look_back(self, quality: float | None) -> None:
+        """Say so if the phase before won back next to nothing."""
+        if self.record["phases"] and quality is not None:
+            done = self.record["phases"][-1]["removals"]
+            cut = done[-1]["table"]["quality"] - done[-1]["score"]
+            self._tell(no_recovery(done[0]["table"]["quality"], cut, quality))
+
+    def _look_at(self, removals: list[dict[str, Any]], model: PreTrainedModel) -> None:
+        """Say so if the last removal was of an essential layer."""
+        done = [one for phase in self.record["phases"] for one in phase["removals"]] + removals
+        *earlier, fall = [one["score"] for one in done]
+        self._tell(steep_fall(earlier, fall, done[-1]["original"], len(get_lineage(model).kept)))
+
+    def _tell(self, sign: str | None) -> None:
+        if sign is not None:
+            self.record.setdefault("signs", []).append(sign)
+            logger.warning(sign)
 
     def _is_terminated(self, args: TrainingArguments) -> bool:
         """Whether any process was told to end; all end together, as each waits for the others."""

@@ -28,6 +28,7 @@ from .adapters import adapter_configs, base_of
 from .arguments import DistillationTrainingArguments
 from .checkpoint import is_whole, last_checkpoint, load_lineage, load_model
 from .decoder import find_decoder, text_config
+from .diagnosis import drowned_logits
 from .errors import LayerPruneError
 from .leave_one_out import captured, hidden, replayed
 from .lineage import Lineage, get_lineage
@@ -389,8 +390,19 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss terms of the steps since the last log, mean per token."""
         if "loss" in logs:
-            logs |= self._drain("train", "")
+            terms = self._drain("train", "")
+            logs |= terms
+            self._look_at(terms)
         super().log(logs, start_time)
+
+    def _look_at(self, terms: dict[str, float]) -> None:
+        """Say so if one term of the loss leaves no room for the others."""
+        args = self.args
+        hidden = args.hidden_weight * terms.get(f"hidden_{args.hidden_loss}", 0.0)
+        others = args.kl_weight * terms.get(args.divergence, 0.0) + args.ce_weight * terms.get("ce", 0.0)
+        sign = None if args.balance_hidden else drowned_logits(hidden, others)
+        if sign is not None:
+            logger.warning(sign)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Add the loss terms of the evaluation, mean per token, to its metrics."""

@@ -19,7 +19,7 @@ LAUNCH += ["--main_process_port", "0"]
 
 @pytest.mark.parametrize(
     ("script", "launch"),
-    [("drop_in.py", []), ("drop_in.py", LAUNCH), ("plain_trainer.py", []), ("lora.py", [])],
+    [("drop_in.py", []), ("drop_in.py", LAUNCH), ("plain_trainer.py", []), ("lora.py", []), ("sft.py", [])],
 )
 def test_an_example_runs_as_it_stands(script, launch, tokenizer):
     make_model().save_pretrained("model")

@@ -1,0 +1,59 @@
+"""Signs that a run goes wrong, in plain words, while something can be done about it."""
+
+from collections.abc import Sequence
+from statistics import median
+
+
+STEEP = 3.0  # times the median removal so far
+LITTLE = 0.1  # of what a removal cost
+DROWNED = 10.0  # times the other terms
+
+
+def steep_fall(earlier: Sequence[float], fall: float, layer: int, left: int) -> str | None:
+    """Whether a removal costs much more than those before it, so that the layer does essential work.
+
+    Args:
+        earlier (`list[float]`): what each earlier removal cost, in the criterion's own unit.
+        fall (`float`): what this one cost.
+        layer (`int`): which it was, by its index in the original model.
+        left (`int`): how many layers are left.
+    """
+    usual = median(earlier) if earlier else 0.0
+    if not fall > STEEP * usual > 0:
+        return None
+    return (
+        f"Layer {layer} cost {fall:.3f}, where removals before it cost {usual:.3f} (median): no layer that "
+        f"is left is unimportant. Consider to stop with {left + 1} layers (target_layers, quality_floor), or "
+        "to heal longer before the next removal (steps_per_phase)."
+    )
+
+
+def no_recovery(before: float, cut: float, now: float) -> str | None:
+    """Whether the training after a removal won back next to nothing of what it cost.
+
+    Args:
+        before, cut, now (`float`): the quality before the removal, right after it, and after the training.
+    """
+    if not cut < before or now - cut > LITTLE * (before - cut):
+        return None
+    share = 100 * (now - cut) / (before - cut)
+    return (
+        f"The last phase won back {share:.0f} % of what its removal cost ({before:.3f} before it, {cut:.3f} "
+        f"cut, {now:.3f} now): it trained too little, too slowly or too few parameters. Raise "
+        "steps_per_phase or learning_rate, give more text, or set trainable='all'."
+    )
+
+
+def drowned_logits(hidden: float, others: float) -> str | None:
+    """Whether the error of hidden states outweighs the other terms of the loss.
+
+    Args:
+        hidden, others (`float`): both as they are weighted.
+    """
+    if not hidden > DROWNED * others:
+        return None
+    return (
+        f"The error of hidden states makes up {hidden:.3g} of the loss, the other terms {others:.3g}: these "
+        "are hardly learnt from. Lower hidden_weight, or set balance_hidden=True or "
+        "hidden_loss='normalized_mse'."
+    )

@@ -1,0 +1,60 @@
+import logging
+
+import pytest
+
+from hf_layerprune.diagnosis import drowned_logits, no_recovery, steep_fall
+from hf_layerprune.record import read_record
+
+from .conftest import make_model
+from .test_callback import pruning
+from .test_trainer import make_trainer
+
+
+@pytest.mark.parametrize(
+    ("earlier", "fall", "told"),
+    [
+        ([], 5.0, False),
+        ([0.1, 0.12, 0.11], 0.3, False),
+        ([0.1, 0.12, 0.11], 0.34, True),
+        ([-0.1], 0.2, False),
+    ],
+)
+def test_an_essential_layer_is_named(earlier, fall, told):
+    sign = steep_fall(earlier, fall, 17, 20)
+    assert (sign is not None) == told
+    if told:
+        assert sign.startswith(f"Layer 17 cost {fall:.3f}")
+        assert "stop with 21 layers" in sign
+
+
+@pytest.mark.parametrize(
+    ("now", "told"),
+    [(-3.2, "-20 %"), (-3.0, "0 %"), (-2.92, "8 %"), (-2.89, None), (-1.9, None)],
+)
+def test_a_phase_that_wins_back_nothing_is_told(now, told):
+    sign = no_recovery(-2.0, -3.0, now)
+    assert sign is None if told is None else f"won back {told} of" in sign
+    assert no_recovery(-2.0, -2.0, now) is None  # nothing was lost
+
+
+def test_hidden_states_that_drown_the_rest_are_told():
+    assert drowned_logits(9.0, 1.0) is None
+    assert drowned_logits(0.0, 0.0) is None
+    assert "12 of the loss, the other terms 1:" in drowned_logits(12.0, 1.0)
+
+
+def test_a_run_tells_its_signs(caplog):
+    with caplog.at_level(logging.WARNING, "hf_layerprune"):
+        # Each layer is worth the same, and nothing brings it back.
+        callback = pruning(criterion="task", task=lambda model: float(model.config.num_hidden_layers))
+        make_trainer(make_model(), max_steps=4, callbacks=[callback]).train()
+    assert "won back 0 % of what its removal cost" in caplog.text
+    assert caplog.text.count("won back") == len(read_record("out")["signs"]) == 1
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "hf_layerprune"):
+        settings = {"max_steps": 2, "learning_rate": 1e-2, "output_dir": "other"}
+        make_trainer(make_model(), teacher_model=make_model(seed=1), hidden_weight=1e3, **settings).train()
+        assert caplog.text.count("hardly learnt from") == 2
+        caplog.clear()
+        make_trainer(make_model(), teacher_model=make_model(seed=1), hidden_weight=1e-3, **settings).train()
+    assert "hardly" not in caplog.text
