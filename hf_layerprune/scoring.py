@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -24,6 +26,8 @@ from .lineage import get_lineage
 from .multiple_choice import MultipleChoice
 from .surgery import check_layers, possible_cuts
 
+
+logger = logging.getLogger(__name__)
 
 UNITS = {
     "block_influence": "Block Influence",
@@ -194,19 +198,28 @@ def score_layers(
         on_device = _small_enough(model, on_device, cache_mb)
         if racing is not None:  # what is seen first is to be like the rest
             random.Random(0).shuffle(on_device)
-    rounds = {"task": 1, "positional": 0}.get(criterion, len(on_device))
     settings = [criterion, run, racing, sorted(cuts), pattern, seed, list(map(_task_name, tasks))]
-    work = "" if journal is None else _fingerprint([model, teacher], on_device, settings)
-    notes = Journal(journal, work)
-    with (
-        tqdm(
-            total=rounds * len(cuts), desc=f"scoring ({criterion})", disable=not progress, leave=False
-        ) as bar,
-        undisturbed(model),
-    ):
-        found = CRITERIA[criterion](
-            Request(model, on_device, cuts, run, bar, notes, racing, tasks, teacher, pattern, seed, prefixes)
-        )
+    while True:
+        rounds = {"task": 1, "positional": 0}.get(criterion, len(on_device))
+        work = "" if journal is None else _fingerprint([model, teacher], on_device, settings)
+        notes, size = Journal(journal, work), rounds * len(cuts)
+        try:
+            with (
+                tqdm(total=size, desc=f"scoring ({criterion})", disable=not progress, leave=False) as bar,
+                undisturbed(model),
+            ):
+                request = Request(
+                    model, on_device, cuts, run, bar, notes, racing, tasks, teacher, pattern, seed, prefixes
+                )
+                found = CRITERIA[criterion](request)
+            break
+        except RuntimeError as error:
+            halves = [part for batch in on_device for part in _split(batch, -(-len(batch["input_ids"]) // 2))]
+            if not should_reduce_batch_size(error) or len(halves) == len(on_device):
+                raise
+            logger.warning("Out of memory in scoring: it goes on with batches of half the size.")
+            on_device, prefixes = halves, None
+            clear_device_cache(garbage_collection=True)
     for layer in cuts:
         if not np.isfinite(found.scores.get(layer, np.nan)):
             refused[layer] = f"Without layer {layer} the {criterion} score is not a finite number."
@@ -293,13 +306,15 @@ def check_choices(
 def _small_enough(model: PreTrainedModel, batches: list[Any], cache_mb: int) -> list[Any]:
     """The batches in parts of which the states after all layers fit into so many MiB, or of one row."""
     embeddings: Any = model.get_input_embeddings().weight
-    state = embeddings.shape[-1] * embeddings.element_size()
-    parts = []
-    for batch in batches:
-        rows = cache_mb * 2**20 // (len(get_lineage(model).kept) * batch["input_ids"].shape[1] * state)
-        split = {name: value.split(max(1, rows)) for name, value in batch.items()}
-        parts += [dict(zip(split, values, strict=True)) for values in zip(*split.values(), strict=True)]
-    return parts
+    state = embeddings.shape[-1] * embeddings.element_size() * len(get_lineage(model).kept)
+    rows = [cache_mb * 2**20 // (state * batch["input_ids"].shape[1]) for batch in batches]
+    return [part for batch, most in zip(batches, rows, strict=True) for part in _split(batch, most)]
+
+
+def _split(batch: Any, rows: int) -> list[Any]:
+    """A batch in parts of at most so many rows, but at least one."""
+    split = {name: value.split(max(1, rows)) for name, value in batch.items()}
+    return [dict(zip(split, values, strict=True)) for values in zip(*split.values(), strict=True)]
 
 
 def _task_name(task: Any) -> str:

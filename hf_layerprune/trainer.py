@@ -388,10 +388,10 @@ class DistillationTrainer(Trainer):
         return count
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss terms of the steps since the last log, mean per token."""
+        """Add the loss terms of the steps since the last log, mean per token, and the present depth."""
         if "loss" in logs:
             terms = self._drain("train", "")
-            logs |= terms
+            logs |= terms | {"layers": len(get_lineage(self.accelerator.unwrap_model(self.model)).kept)}
             self._look_at(terms)
         super().log(logs, start_time)
 

@@ -155,6 +155,7 @@ def test_removing_and_training_on_equals_building_the_cut_model_afresh(llama, op
     # A state in eight bits may fall to either side of a step.
     close = 1e-4 if optim == "adamw_bnb_8bit" else 1e-6
     torch.testing.assert_close(llama.state_dict(), present.state_dict(), rtol=1e-4, atol=close)
+    assert [log["layers"] for log in trainer.state.log_history if "loss" in log] == [5, 5, 4, 4]
     held = {id(p) for p in trainer.optimizer.optimizer.state}
     assert held <= {id(p) for p in llama.parameters()}
 

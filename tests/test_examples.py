@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoModelForCausalLM
 
 from .conftest import make_model
@@ -30,3 +31,8 @@ def test_an_example_runs_as_it_stands(script, launch, tokenizer):
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     assert AutoModelForCausalLM.from_pretrained("out").config.num_hidden_layers == 4
+
+
+def test_the_config_for_eight_gpus_is_one():
+    config = load_config_from_file(str(EXAMPLES / "eight_gpus.yaml"))
+    assert (config.distributed_type, config.num_processes) == ("MULTI_GPU", 8)

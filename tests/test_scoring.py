@@ -1,6 +1,7 @@
 import copy
 import json
 import random
+from pathlib import Path
 
 import datasets
 import evaluate
@@ -365,3 +366,24 @@ def test_a_model_with_adapters_scores_as_the_merged_one(criterion):
     if criterion != "taylor":  # which looks at the single weights
         assert found.scores == pytest.approx(expected.scores, rel=1e-3, abs=1e-5)
     assert criterion == "positional" or found.scores != pytest.approx(plain.scores, rel=1e-3)
+
+
+@pytest.mark.parametrize("criterion", ["loss", "block_influence", "taylor"])
+def test_scoring_that_runs_out_of_memory_goes_on_with_smaller_batches(criterion, llama, monkeypatch, caplog):
+    batches = [{"input_ids": tokens(7, 12, seed=seed)} for seed in (1, 2)]
+    expected = score_layers(llama, batches, criterion, progress=False)
+    forward, most = type(llama.model).forward, 2
+
+    def limited(self, input_ids=None, **kwargs):
+        if len(input_ids) > most:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1.00 TiB.")
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(type(llama.model), "forward", limited)
+    found = score_layers(llama, batches, criterion, progress=False, journal="scores.part")
+    assert found.scores == pytest.approx(expected.scores, rel=1e-4)
+    assert caplog.text.count("Out of memory in scoring") == 2  # seven rows, four, two
+    assert not Path("scores.part").exists()
+    most = 0
+    with pytest.raises(RuntimeError, match="out of memory"):
+        score_layers(llama, batches, criterion, progress=False)
