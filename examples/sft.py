@@ -16,7 +16,8 @@ from hf_layerprune import LayerPruningCallback, last_checkpoint
 name, text, output_dir, target_layers = sys.argv[1:5]
 max_steps = int(sys.argv[5]) if len(sys.argv) > 5 else 300
 
-model = AutoModelForCausalLM.from_pretrained(name)
+checkpoint = last_checkpoint(output_dir)  # of a run that was stopped: it goes on with the layers left there
+model = AutoModelForCausalLM.from_pretrained(checkpoint or name)
 tokenizer = AutoTokenizer.from_pretrained(name)
 lines = load_dataset("text", data_files=text, split="train").filter(lambda row: row["text"].strip())
 parts = lines.train_test_split(test_size=0.1, seed=0)
@@ -39,6 +40,6 @@ trainer = SFTTrainer(
 # SFTTrainer has made its data sets ready by now, so score on what it would evaluate.
 calibration = trainer.eval_dataset.select(range(16))
 trainer.add_callback(LayerPruningCallback(target_layers=int(target_layers), calibration=calibration))
-trainer.train(resume_from_checkpoint=last_checkpoint(output_dir))
+trainer.train(resume_from_checkpoint=checkpoint)
 trainer.save_model()
 print(f"Saved a model of {model.config.num_hidden_layers} layers in {output_dir}.")

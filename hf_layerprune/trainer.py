@@ -462,13 +462,9 @@ class DistillationTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # Written over, a whole checkpoint is none until it is whole again.
-        state = (
-            Path(str(self.args.output_dir))
-            / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            / TRAINER_STATE_NAME
-        )
+        folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
-            state.unlink(missing_ok=True)
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
         super()._save_checkpoint(*args, **kwargs)
 
     def _check_written(self) -> None:
