@@ -41,7 +41,7 @@ MOMENTS = {
 }
 
 
-def train(folder):
+def train(folder, save_steps):
     """One attempt at a run of two removals: it begins, or goes on where the one before was killed."""
     args = DistillationTrainingArguments(
         output_dir=folder,
@@ -49,7 +49,7 @@ def train(folder):
         per_device_train_batch_size=4,
         learning_rate=1e-2,
         save_strategy="steps",
-        save_steps=1,
+        save_steps=save_steps,
         save_total_limit=1,
         logging_steps=1,
         use_cpu=True,
@@ -73,7 +73,7 @@ def train(folder):
     Path(folder, "end.json").write_text(json.dumps(end))
 
 
-def attempt(folder, part=None, calls_into=0, by=signal.SIGKILL):
+def attempt(folder, part=None, calls_into=0, by=signal.SIGKILL, save_steps=1):
     """Train in a process of its own, and see it kill itself so many calls of Python functions after it first
     came to a part of the work, or get another signal then.
 
@@ -105,7 +105,7 @@ def attempt(folder, part=None, calls_into=0, by=signal.SIGKILL):
 
         try:
             sys.setprofile(count)
-            train(folder)
+            train(folder, save_steps)
             sys.setprofile(None)
             os.write(write, json.dumps([None, lengths]).encode())
         except BaseException as error:
@@ -123,14 +123,14 @@ def attempt(folder, part=None, calls_into=0, by=signal.SIGKILL):
 def check_termination():
     """A run that is told to end leaves a checkpoint of the step it is in; in scoring it ends at once."""
     torch.set_num_threads(1)
-    attempt("whole")
-    for part, step in (("checkpoint", 2), ("scoring", None), ("removal", 1), ("record", 2)):
-        doing, _ = attempt("told", part, 3, signal.SIGTERM)
+    attempt("whole", save_steps=3)
+    for part, step in (("checkpoint", 4), ("scoring", None), ("removal", 1), ("record", 4)):
+        doing, _ = attempt("told", part, 3, signal.SIGTERM, save_steps=3)
         assert doing[0] == part
         found = last_checkpoint("told")
         assert found == (None if step is None else f"told/checkpoint-{step}")
         assert not read_record("told") or not read_record("told")["finished"]
-        attempt("told")
+        attempt("told", save_steps=3)
         assert Path("told/end.json").read_text() == Path("whole/end.json").read_text()
         shutil.rmtree("told")
 

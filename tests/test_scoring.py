@@ -23,7 +23,7 @@ from hf_layerprune import (
 )
 from hf_layerprune.criteria import CRITERIA
 from hf_layerprune.decoder import find_decoder
-from hf_layerprune.leave_one_out import captured, hidden
+from hf_layerprune.leave_one_out import Prefixes, captured, hidden
 from hf_layerprune.losses import LAST
 from hf_layerprune.scoring import read_table
 from hf_layerprune.surgery import without_layers
@@ -371,7 +371,8 @@ def test_a_model_with_adapters_scores_as_the_merged_one(criterion):
 @pytest.mark.parametrize("criterion", ["loss", "block_influence", "taylor"])
 def test_scoring_that_runs_out_of_memory_goes_on_with_smaller_batches(criterion, llama, monkeypatch, caplog):
     batches = [{"input_ids": tokens(7, 12, seed=seed)} for seed in (1, 2)]
-    expected = score_layers(llama, batches, criterion, progress=False)
+    prefixes = Prefixes()  # of the batches as they are now
+    expected = score_layers(llama, batches, criterion, prefixes=prefixes, progress=False)
     forward, most = type(llama.model).forward, 2
 
     def limited(self, input_ids=None, **kwargs):
@@ -380,7 +381,8 @@ def test_scoring_that_runs_out_of_memory_goes_on_with_smaller_batches(criterion,
         return forward(self, input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(type(llama.model), "forward", limited)
-    found = score_layers(llama, batches, criterion, progress=False, journal="scores.part")
+    more = {"journal": "scores.part", "prefixes": prefixes}
+    found = score_layers(llama, batches, criterion, progress=False, **more)
     assert found.scores == pytest.approx(expected.scores, rel=1e-4)
     assert caplog.text.count("Out of memory in scoring") == 2  # seven rows, four, two
     assert not Path("scores.part").exists()
