@@ -45,11 +45,13 @@ def test_hidden_states_that_drown_the_rest_are_told():
 
 def test_a_run_tells_its_signs(caplog):
     with caplog.at_level(logging.WARNING, "hf_layerprune"):
-        # Each layer is worth the same, and nothing brings it back.
-        callback = pruning(criterion="task", task=lambda model: float(model.config.num_hidden_layers))
+        # The second removal costs far more than the first, and nothing brings it back.
+        worth = {6: 10.0, 5: 9.0, 4: 1.0}
+        callback = pruning(criterion="task", task=lambda model: worth[model.config.num_hidden_layers])
         make_trainer(make_model(), max_steps=4, callbacks=[callback]).train()
     assert "won back 0 % of what its removal cost" in caplog.text
-    assert caplog.text.count("won back") == len(read_record("out")["signs"]) == 1
+    assert "cost 8.000, where removals before it cost 1.000" in caplog.text
+    assert [sign[:14] for sign in read_record("out")["signs"]] == ["The last phase", "Layer 3 cost 8"]
     caplog.clear()
     with caplog.at_level(logging.WARNING, "hf_layerprune"):
         settings = {"max_steps": 2, "learning_rate": 1e-2, "output_dir": "other"}
