@@ -46,7 +46,7 @@ from .removal import (
     score_present,
 )
 from .saving import check_reload, write_pruned_base
-from .scoring import check_choices
+from .scoring import LEAVE_ONE_OUT, check_choices
 from .surgery import possible_cuts
 
 
@@ -156,7 +156,10 @@ class LayerPruningCallback(TrainerCallback):
         _check_backend(args, model, optimizer)
         self._terminated, self._scores = False, False
         is_main = threading.current_thread() is threading.main_thread()
-        if is_main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # somebody else's handler stays
+        present = signal.getsignal(signal.SIGTERM)
+        # Somebody else's handler stays, but not ours of a run that broke off.
+        ours = getattr(present, "__func__", None) is LayerPruningCallback._on_sigterm
+        if is_main and (ours or present is signal.SIG_DFL):
             signal.signal(signal.SIGTERM, self._on_sigterm)
         self._began = self._phase_began = time.monotonic()
         self._ended = False
@@ -335,7 +338,8 @@ class LayerPruningCallback(TrainerCallback):
         """Say so if the last removal was of an essential layer."""
         done = [one for phase in self.record["phases"] for one in phase["removals"]] + removals
         *earlier, fall = [one["score"] for one in done]
-        self._tell(steep_fall(earlier, fall, done[-1]["original"], len(get_lineage(model).kept)))
+        if self.criterion in (*LEAVE_ONE_OUT, "task"):  # whose scores are what a removal costs
+            self._tell(steep_fall(earlier, fall, done[-1]["original"], len(get_lineage(model).kept)))
 
     def _tell(self, sign: str | None) -> None:
         if sign is not None:
@@ -444,7 +448,7 @@ def _check_backend(args: TrainingArguments, model: PreTrainedModel, optimizer: A
         )
     if args.enable_jit_checkpoint:
         raise LayerPruneError(
-            "enable_jit_checkpoint: LayerPruningCallback writes a checkpoint at SIGTERM itself."
+            "enable_jit_checkpoint: leave it out, LayerPruningCallback itself writes a checkpoint at SIGTERM."
         )
     if args.load_best_model_at_end:
         raise LayerPruneError(
@@ -491,9 +495,7 @@ def _resumed_record(
 ) -> Record:
     folder = _checkpoint_folder(args, state)
     record = read_record(folder)
-    if (
-        record is None
-    ):  # the run ended between the Trainer's checkpoint and its record: the folder's is of then
+    if record is None:  # killed between the Trainer's checkpoint and its record: the folder's is of then
         record = read_record(str(args.output_dir))
         if record and any(phase["step"] >= state.global_step for phase in record["phases"]):
             record = None

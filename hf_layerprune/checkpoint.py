@@ -104,9 +104,10 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 
     What the Trainer writes last is its state, so a checkpoint without it, or with half of it, is passed over.
     """
-    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if is_whole(path)]
-    numbered = {int(path.name.rpartition("-")[2]): str(path) for path in folders}
-    return numbered[max(numbered)] if numbered else None
+    folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    numbered = {path.name.rpartition("-")[2]: path for path in folders if is_whole(path)}
+    steps = [step for step in numbered if step.isdecimal()]
+    return str(numbered[max(steps, key=int)]) if steps else None
 
 
 def is_whole(checkpoint: str | Path) -> bool:

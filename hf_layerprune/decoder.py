@@ -1,6 +1,9 @@
 """Where a causal language model keeps its decoder layers, and where its config counts them."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -95,3 +98,17 @@ def count_fields(config: PreTrainedConfig) -> list[str]:
     first = next(name for name in COUNT_FIELDS if type(getattr(config, name, None)) is int)
     names = {config.attribute_map.get(first, first), *COUNT_FIELDS}
     return [name for name in sorted(names) if vars(config).get(name) == layer_count(config)]
+
+
+@contextmanager
+def running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within this context `module` runs `forward` in place of its own."""
+    attributes = vars(module)
+    had = attributes.get("forward")
+    attributes["forward"] = forward
+    try:
+        yield
+    finally:
+        del attributes["forward"]
+        if had is not None:
+            attributes["forward"] = had

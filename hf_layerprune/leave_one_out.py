@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adapters import base_of
-from .decoder import find_decoder
+from .decoder import find_decoder, running
 from .errors import LayerPruneError
 from .journal import Journal
 from .lineage import get_lineage
@@ -290,21 +290,14 @@ def check_all_ran(states: Collection[int], layers: Iterable[int]) -> None:
 def replayed(model: PreTrainedModel, outputs: Sequence[Any]) -> Iterator[None]:
     """Within this context the first layers compute nothing: they return these outputs again."""
 
-    def patch(module: nn.Module, output: Any) -> Callable[[], None]:
-        had = vars(module).get("forward")
-        vars(module)["forward"] = lambda *args, **kwargs: output
-
-        def unpatch() -> None:
-            del vars(module)["forward"]
-            if had is not None:
-                vars(module)["forward"] = had
-
-        return unpatch
-
     with ExitStack() as patches:
         for module, output in zip(find_decoder(model).layers, outputs, strict=False):
-            patches.callback(patch(module, output))
+            patches.enter_context(running(module, partial(_give, output)))
         yield
+
+
+def _give(output: Any, *args: Any, **kwargs: Any) -> Any:
+    return output
 
 
 def can_replay(model: PreTrainedModel, input_ids: torch.Tensor, deepest: int) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 
 from .adapters import base_of
 from .data import Batch
-from .decoder import text_config
+from .decoder import running, text_config
 from .losses import token_mask
 
 
@@ -74,15 +74,9 @@ class Reader:
         if not self.in_pieces:
             return states
         ids = torch.zeros((1, len(states)), dtype=torch.long, device=states.device)
-        output, body = _StandingStill(states[None]), vars(self._body)
-        had = body.get("forward")
-        body["forward"] = lambda *args, **kwargs: output
-        try:
+        output = _StandingStill(states[None])
+        with running(self._body, lambda *args, **kwargs: output):
             return self._inner(input_ids=ids, use_cache=False).logits[0]
-        finally:
-            del body["forward"]
-            if had is not None:
-                body["forward"] = had
 
     def head_parameters(self) -> list[nn.Parameter]:
         """The parameters that are trained and that [`Reader.head`] reads."""

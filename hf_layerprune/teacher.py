@@ -49,9 +49,11 @@ def make_teacher(
         if (Path(teacher) / HEAD).exists():
             said = TeacherOutputs(teacher)
             _check(said.vocabulary, said.width, said.lineage, student, hidden_states, tokens)
-            if said.vocabulary > find_decoder(student).config.vocab_size:
+            known = find_decoder(student).config.vocab_size
+            if said.vocabulary > known:
                 raise LayerPruneError(
-                    "Outputs over more tokens than the student has: its own teacher writes them."
+                    f"{teacher} is of {said.vocabulary} tokens, the student knows {known}: give the teacher "
+                    "itself, or write the outputs of one with the student's vocabulary."
                 )
             return said
         teacher = load_model(teacher, dtype=student.dtype)

@@ -5,8 +5,8 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from transformers.trainer_utils import (
 
 from .adapters import adapter_configs, base_of
 from .arguments import DistillationTrainingArguments
-from .checkpoint import is_whole, last_checkpoint, load_lineage, load_model
-from .decoder import find_decoder, text_config
+from .checkpoint import is_whole, last_checkpoint, load_lineage
+from .decoder import find_decoder, running, text_config
 from .diagnosis import drowned_logits
 from .errors import LayerPruneError
 from .leave_one_out import captured, hidden, replayed
@@ -227,17 +227,14 @@ class DistillationTrainer(Trainer):
         Elsewhere, as in scoring and saving, the model is plain."""
         layers: Any = find_decoder(base_of(model)).layers if self.args.torch_compile else []
         settings: Any = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
-        for layer in layers:
-            if layer not in self._compiled_layers:
-                self._compiled_layers[layer] = torch.compile(layer.forward, **settings)
-            vars(layer)["forward"] = self._compiled_layers[layer]
-        try:
-            # A trained and a frozen layer, of either kind of attention, compile apart.
-            with torch._dynamo.config.patch(recompile_limit=64) if layers else nullcontext():
-                yield
-        finally:
+        with ExitStack() as patches:
             for layer in layers:
-                del vars(layer)["forward"]
+                if layer not in self._compiled_layers:
+                    self._compiled_layers[layer] = torch.compile(layer.forward, **settings)
+                patches.enter_context(running(layer, self._compiled_layers[layer]))
+            if layers:  # a trained and a frozen layer, of either kind of attention, compile apart
+                patches.enter_context(torch._dynamo.config.patch(recompile_limit=64))
+            yield
 
     def _hidden_pairs(self, student: Any) -> list[tuple[int, int]]:
         """Which student layers are compared with which teacher layers.
@@ -457,7 +454,12 @@ class DistillationTrainer(Trainer):
         if adapter_configs(student) or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            loaded = load_model(resume_from_checkpoint, dtype=student.dtype)
+            kinds = {p.dtype for p in student.parameters() if p.is_floating_point()}
+            settings = {"dtype": reduce(torch.promote_types, kinds), "output_loading_info": True}
+            loaded, report = type(student).from_pretrained(resume_from_checkpoint, **settings)
+            if report["missing_keys"]:
+                lacking = sorted(report["missing_keys"])[0]
+                raise LayerPruneError(f"{resume_from_checkpoint} lacks {lacking}: resume from another one.")
             student.load_state_dict(loaded.state_dict())
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:

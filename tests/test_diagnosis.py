@@ -60,3 +60,13 @@ def test_a_run_tells_its_signs(caplog):
         caplog.clear()
         make_trainer(make_model(), teacher_model=make_model(seed=1), hidden_weight=1e-3, **settings).train()
     assert "hardly" not in caplog.text
+
+
+def test_a_place_costs_nothing(monkeypatch):
+    told = []
+    monkeypatch.setattr("hf_layerprune.callback.steep_fall", lambda *args: told.append(args))
+    make_trainer(make_model(), max_steps=4, callbacks=[pruning(criterion="positional")]).train()
+    assert told == []
+    callback = pruning()
+    make_trainer(make_model(), max_steps=4, output_dir="other", callbacks=[callback]).train()
+    assert len(told) == 2

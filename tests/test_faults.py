@@ -14,7 +14,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
-from transformers import default_data_collator
+from transformers import TrainerCallback, default_data_collator
 
 from hf_layerprune import (
     DistillationTrainer,
@@ -184,6 +184,7 @@ def test_a_half_written_checkpoint_is_passed_over():
     state.write_text(state.read_text()[:-20])
     assert last_checkpoint("out") == "out/checkpoint-2"
     Path("out/checkpoint-10").mkdir()
+    shutil.copytree("out/checkpoint-1", "out/checkpoint-mine")
     assert last_checkpoint("out") == "out/checkpoint-2"
     with pytest.raises(LayerPruneError, match=r"checkpoint-3 is no checkpoint .*: out/checkpoint-2"):
         trainer.train(resume_from_checkpoint="out/checkpoint-3")
@@ -217,3 +218,37 @@ def test_fused_experts_are_resumed():
         trainer.train(resume_from_checkpoint=resume)
         losses.append(trainer.state.log_history[3]["loss"])
     assert losses[0] == losses[1]
+
+
+def test_weights_of_two_precisions_are_resumed_as_they_were():
+    model = make_model().bfloat16()
+    model.model.norm.float()
+    with torch.no_grad():
+        model.model.norm.weight += 1e-4  # which bfloat16 would round away
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.save_pretrained("saved")
+    trainer = make_trainer(make_model().bfloat16())
+    trainer.model.model.norm.float()
+    trainer._load_from_checkpoint("saved")
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, state[name])
+        assert value.dtype == state[name].dtype
+
+
+def test_the_handler_of_a_run_that_broke_off_is_replaced():
+    class Stop(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            raise ValueError("stop")
+
+    before = signal.getsignal(signal.SIGTERM)
+    handlers = []
+    for folder in ("one", "two"):
+        callback = LayerPruningCallback(target_layers=4, calibration=examples(4))
+        settings = {"output_dir": folder, "max_steps": 2, "callbacks": [callback, Stop()]}
+        with pytest.raises(ValueError, match="stop"):
+            make_trainer(make_model(), **settings).train()
+        handlers.append(signal.getsignal(signal.SIGTERM))
+        assert handlers[-1] == callback._on_sigterm
+    with pytest.raises(SystemExit, match="143"):  # nothing is in training
+        handlers[-1](signal.SIGTERM, sys._getframe())
+    signal.signal(signal.SIGTERM, before)

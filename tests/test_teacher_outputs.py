@@ -220,7 +220,7 @@ def test_outputs_of_other_settings_are_refused(settings, message):
         make_trainer(student, teacher_model="said", **settings)
 
 
-def test_outputs_of_a_teacher_that_cannot_teach_are_refused():
+def test_outputs_of_a_teacher_that_cannot_teach_are_refused(tokenizer):
     cut, other = make_model(), make_model(vocab_size=300)
     remove_layers(cut, [1, 2])
     write_teacher_outputs(cut, loader(), "cut", top_k=5)
@@ -229,6 +229,10 @@ def test_outputs_of_a_teacher_that_cannot_teach_are_refused():
     write_teacher_outputs(other, loader(), "other", top_k=5)
     with pytest.raises(LayerPruneError, match="The teacher's vocabulary has 300 tokens"):
         make_trainer(make_model(), teacher_model="other")
+    with pytest.raises(
+        LayerPruneError, match="other is of 300 tokens, the student knows 260: give the teacher"
+    ):
+        make_trainer(make_model(), teacher_model="other", processing_class=tokenizer)
 
 
 @pytest.mark.parametrize(
