@@ -235,6 +235,16 @@ def test_weights_of_two_precisions_are_resumed_as_they_were():
         assert value.dtype == state[name].dtype
 
 
+def test_a_checkpoint_that_lacks_weights_is_refused():
+    make_model().save_pretrained("saved")
+    state = load_file("saved/model.safetensors")
+    del state["model.norm.weight"]
+    save_file(state, "saved/model.safetensors", metadata={"format": "pt"})
+    trainer = make_trainer(make_model())
+    with pytest.raises(LayerPruneError, match=r"saved lacks model\.norm\.weight"):
+        trainer._load_from_checkpoint("saved")
+
+
 def test_the_handler_of_a_run_that_broke_off_is_replaced():
     class Stop(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):

@@ -1,3 +1,4 @@
+import contextlib
 import math
 import random
 
@@ -7,7 +8,7 @@ import torch
 from hf_layerprune import LayerPruneError, remove_layers, score_layers
 from hf_layerprune.criteria import _tokens, unit_losses
 from hf_layerprune.journal import Journal
-from hf_layerprune.leave_one_out import Measure, Prefixes, Values, _student, leave_out
+from hf_layerprune.leave_one_out import Measure, Prefixes, Values, _student, leave_out, replayed
 from hf_layerprune.reading import Reader
 from hf_layerprune.scoring import _small_enough
 from hf_layerprune.surgery import possible_cuts, without_layers
@@ -280,3 +281,16 @@ def test_autocast_and_another_seed():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rough = score_layers(model, batches(), progress=False)
     assert all(rough.scores[i] == pytest.approx(score, abs=0.2) for i, score in plain.scores.items())
+
+
+def test_a_forward_of_a_layers_own_is_put_back(llama):
+    layer = llama.model.layers[2]
+    own = layer.forward
+    layer.forward = own  # as a wrapper for a device or a precision sets it
+    for error in (None, KeyboardInterrupt):
+        with contextlib.suppress(KeyboardInterrupt), replayed(llama, [torch.zeros(1)] * 4):
+            assert torch.equal(layer.forward("anything"), torch.zeros(1))
+            if error:
+                raise error
+        assert vars(layer)["forward"] is own
+        assert "forward" not in vars(llama.model.layers[1])
