@@ -3,10 +3,12 @@
 import copy
 import os
 import random
+import signal
 import warnings
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start; they run side by side
 
 import pytest
 import torch
@@ -80,6 +82,9 @@ def _quiet_and_seeded(monkeypatch, tmp_path):
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    handler = signal.getsignal(signal.SIGTERM)  # a Trainer that was stopped leaves its own
+    yield
+    signal.signal(signal.SIGTERM, handler)
 
 
 def make_model(family="llama", seed=0, **changes):

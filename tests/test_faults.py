@@ -250,7 +250,6 @@ def test_the_handler_of_a_run_that_broke_off_is_replaced():
         def on_step_begin(self, *args, **kwargs):
             raise ValueError("stop")
 
-    before = signal.getsignal(signal.SIGTERM)
     handlers = []
     for folder in ("one", "two"):
         callback = LayerPruningCallback(target_layers=4, calibration=examples(4))
@@ -261,4 +260,3 @@ def test_the_handler_of_a_run_that_broke_off_is_replaced():
         assert handlers[-1] == callback._on_sigterm
     with pytest.raises(SystemExit, match="143"):  # nothing is in training
         handlers[-1](signal.SIGTERM, sys._getframe())
-    signal.signal(signal.SIGTERM, before)

@@ -19,11 +19,6 @@ def real():
     return model, tokenizer, make_batches(blocks, 2)
 
 
-@pytest.fixture(autouse=True)
-def _both_cores(_quiet_and_seeded):
-    torch.set_num_threads(2)
-
-
 def test_the_scores_are_those_of_a_trained_model(real):
     model, _, batches = real
     table = score_layers(copy.deepcopy(model).to(torch.bfloat16), batches, progress=False)
