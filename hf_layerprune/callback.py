@@ -1,16 +1,17 @@
 """Taking layers out of a model while a Trainer trains it."""
 
 import logging
+import shutil
 import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, reduce
+from accelerate.utils import broadcast_object_list, reduce, wait_for_everyone
 from transformers import (
     PreTrainedModel,
     TrainerCallback,
@@ -18,13 +19,22 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import get_reporting_integration_callbacks
 
 from .adapters import adapter_configs
 from .arguments import DistillationTrainingArguments
+from .backend import (
+    check_backend,
+    check_parameters_stay,
+    drop_removed_parameters,
+    neighbours,
+    parameter_keepers,
+)
 from .checkpoint import load_lineage
 from .data import Batch, make_batches
 from .diagnosis import no_recovery, steep_fall
 from .errors import LayerPruneError
+from .evaluation import measure_quality
 from .leave_one_out import Prefixes
 from .lineage import get_lineage
 from .record import (
@@ -45,15 +55,17 @@ from .removal import (
     run_evaluation,
     score_present,
 )
-from .saving import check_reload, write_pruned_base
-from .scoring import LEAVE_ONE_OUT, check_choices
-from .surgery import possible_cuts
+from .saving import check_reload, load_again, save_model, write_pruned_base
+from .schedule import RestartedSchedule, phase_sizes
+from .scoring import LEAVE_ONE_OUT, ScoreTable, check_choices
+from .surgery import put_back
 
 
 logger = logging.getLogger(__name__)
 
 TERMINATED = 128 + signal.SIGTERM  # the exit code of a process that SIGTERM ended
 SCORING_NAME = "scoring.jsonl"  # scores so far, while a phase begins
+WHOLE_NAME = "before_phase"  # the model to go back to
 
 
 class LayerPruningCallback(TrainerCallback):
@@ -80,16 +92,26 @@ class LayerPruningCallback(TrainerCallback):
             For `criterion="task"`: a function `score(model) -> float`, higher is better, or a metric.
         racing, teacher, pattern, seed (*optional*):
             As for [`score_layers`].
-        layers_per_phase (`int`, *optional*, defaults to 1):
-            Layers to remove before training goes on; all are scored again after each.
+        layers_per_phase (`int` or `float`, *optional*, defaults to 1):
+            Layers to remove before training goes on, or a share of those present, as 0.3 (Minitron,
+            2407.14679); all are scored again after each. As many as shall go make one phase.
         steps_per_phase (`int`, *optional*):
             Training steps after each removal; left out, all steps are shared out equally. Steps that
             remain go to the last phase.
+        tokens_per_phase (`int`, *optional*):
+            Instead, so many tokens of all processes, without padding.
+        restart_learning_rate (`bool`, *optional*, defaults to `False`):
+            Each phase runs through the whole learning rate schedule, warm-up included; otherwise the run
+            does once.
         protected (iterable of `int`, *optional*):
             Layers that stay, as indices in the starting model; left out, the first and the last.
         quality_floor (`float`, *optional*):
             Stop removing when the model's score is below this at the start of a phase: the task's
             score, or for `"loss"` minus the loss in nats per token.
+        min_recovery (`float`, *optional*):
+            For `"loss"` and `"task"`: the share of what its removals cost that a phase must win back, by its
+            end, on the calibration data. Otherwise the run ends with the model as it was before that phase,
+            layers put back; until then a copy of it lies in the output folder.
         evaluation (`Callable`, *optional*):
             A function `evaluation(model) -> dict[str, float]` whose results go into the record: of the
             starting model, after each cut and after each healing.
@@ -112,10 +134,13 @@ class LayerPruningCallback(TrainerCallback):
         teacher: PreTrainedModel | None = None,
         pattern: str = "output",
         seed: int = 0,
-        layers_per_phase: int = 1,
+        layers_per_phase: int | float = 1,
         steps_per_phase: int | None = None,
+        tokens_per_phase: int | None = None,
+        restart_learning_rate: bool = False,
         protected: Iterable[int] | None = None,
         quality_floor: float | None = None,
+        min_recovery: float | None = None,
         evaluation: Evaluation | None = None,
         verify_save: bool = True,
     ) -> None:
@@ -123,11 +148,21 @@ class LayerPruningCallback(TrainerCallback):
             "target_layers": target_layers,
             "layers_per_phase": layers_per_phase,
             "steps_per_phase": 1 if steps_per_phase is None else steps_per_phase,
+            "tokens_per_phase": 1 if tokens_per_phase is None else tokens_per_phase,
         }.items():
-            if type(value) is not int or value < 1:
-                raise LayerPruneError(f"{name} is {value!r}: it must be a whole number of at least 1.")
-        if quality_floor is not None and criterion not in ("loss", "task"):
-            raise LayerPruneError(f"{criterion} measures no quality: leave quality_floor out.")
+            is_share = name == "layers_per_phase" and type(value) is float and 0 < value < 1
+            if not is_share and (type(value) is not int or value < 1):
+                raise LayerPruneError(
+                    f"{name} is {value!r}: it must be a whole number of at least 1"
+                    + (", or a share between 0 and 1." if name == "layers_per_phase" else ".")
+                )
+        if steps_per_phase is not None and tokens_per_phase is not None:
+            raise LayerPruneError("Give steps_per_phase or tokens_per_phase, not both.")
+        for name, bound in {"quality_floor": quality_floor, "min_recovery": min_recovery}.items():
+            if bound is not None and criterion not in ("loss", "task"):
+                raise LayerPruneError(f"{criterion} measures no quality: leave {name} out.")
+        if min_recovery is not None and not 0 < min_recovery < float("inf"):
+            raise LayerPruneError(f"min_recovery is {min_recovery}: it is a share, as 0.5.")
         self.target_layers = target_layers
         self.criterion = criterion
         self.calibration = calibration
@@ -136,8 +171,11 @@ class LayerPruningCallback(TrainerCallback):
         check_choices(criterion, task, teacher, pattern, racing)
         self.layers_per_phase = layers_per_phase
         self.steps_per_phase = steps_per_phase
+        self.tokens_per_phase = tokens_per_phase
+        self.restart_learning_rate = restart_learning_rate
         self.protected = None if protected is None else list(protected)
         self.quality_floor = quality_floor
+        self.min_recovery = min_recovery
         self.evaluation = evaluation
         self.verify_save = verify_save
         self.record: Record = {}
@@ -149,11 +187,14 @@ class LayerPruningCallback(TrainerCallback):
         control: TrainerControl,
         model: PreTrainedModel | None = None,
         optimizer: Any = None,
+        lr_scheduler: Any = None,
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
         assert model is not None
-        _check_backend(args, model, optimizer)
+        check_backend(args, model, optimizer)
+        if self.min_recovery is not None and adapter_configs(model):
+            raise LayerPruneError("min_recovery puts layers back, but not under adapters: leave it out.")
         self._terminated, self._scores = False, False
         is_main = threading.current_thread() is threading.main_thread()
         present = signal.getsignal(signal.SIGTERM)
@@ -165,17 +206,37 @@ class LayerPruningCallback(TrainerCallback):
         self._ended = False
         if state.global_step:
             self.record = _resumed_record(args, state, model, self._settings())
+            whole = self._whole_folder(args, len(self.record["phases"]))
+            if self.min_recovery is not None and self.record["phases"] and not whole.is_dir():
+                raise LayerPruneError(f"{whole} is gone, and min_recovery may have to go back to it.")
         else:
             check_folder_is_free(str(args.output_dir))
             fixed = check_plan(model, self.target_layers, self.protected)
-            _check_parameters_stay(model)
+            check_parameters_stay(model)
             self.record = start_record(model, self._settings() | {"protected_originals": fixed}, args)
-        excess = self.record["model"]["layers"] - self.target_layers
-        self._phases = -(-excess // self.layers_per_phase)
-        self._steps = self.steps_per_phase or state.max_steps // self._phases
-        if not 1 <= self._steps * self._phases <= state.max_steps:
+        self._plan_phases(args, state)
+        self._schedule = (
+            RestartedSchedule(lr_scheduler, state.max_steps) if self.restart_learning_rate else None
+        )
+        self._restart_learning_rate(state, model)
+        self._neighbours = neighbours(self)
+        self._batches = self._calibration_batches(args, train_dataloader)
+        if not state.global_step:
+            self.record["dense"] = run_evaluation(self.evaluation, model)
+
+    def _plan_phases(self, args: TrainingArguments, state: TrainerState) -> None:
+        """How many steps a phase has, unless tokens are counted."""
+        layers = self.record["model"]["layers"]
+        phases = len(phase_sizes(layers, self.target_layers, self.layers_per_phase))
+        if self.tokens_per_phase is not None:
+            if args.include_num_input_tokens_seen == "no":
+                args.include_num_input_tokens_seen = "non_padding"
+            self._steps = 1
+        else:
+            self._steps = self.steps_per_phase or state.max_steps // phases
+        if not 1 <= self._steps * phases <= state.max_steps:
             raise LayerPruneError(
-                f"Removing {excess} layers takes {self._phases} phases of at least "
+                f"Removing {layers - self.target_layers} layers takes {phases} phases of at least "
                 f"{max(1, self._steps)} steps, but training has {state.max_steps} steps: train longer "
                 "or remove more layers per phase."
             )
@@ -185,9 +246,26 @@ class LayerPruningCallback(TrainerCallback):
                 f"The run was started with phases of {planned} steps, now it would go on with "
                 f"{self._steps}: resume with the same max_steps and steps_per_phase."
             )
-        self._batches = self._calibration_batches(args, train_dataloader)
-        if not state.global_step:
-            self.record["dense"] = run_evaluation(self.evaluation, model)
+
+    def _share_over(self, state: TrainerState, step: int) -> float:
+        """How much of the present phase, which is not the last, is over at a step."""
+        phase = self.record["phases"][-1]
+        if self.tokens_per_phase is not None:
+            return (state.num_input_tokens_seen - phase["tokens"]) / self.tokens_per_phase
+        return (step - phase["step"]) / self._steps
+
+    def _restart_learning_rate(self, state: TrainerState, model: PreTrainedModel) -> None:
+        """Let the present phase, if there is one, run through the whole schedule."""
+        if self._schedule is None or not self.record["phases"]:
+            return
+        first, is_last = self.record["phases"][-1]["step"], not self._excess(model)
+
+        def share(step: int) -> float:
+            if is_last:
+                return (step - first) / (state.max_steps - first)
+            return min(1.0, self._share_over(state, step))
+
+        self._schedule.restart(share)
 
     def _on_sigterm(self, number: int, frame: Any) -> None:
         trains = any(one.f_code.co_name == "_inner_training_loop" for one, _ in traceback.walk_stack(frame))
@@ -206,13 +284,18 @@ class LayerPruningCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         assert model is not None
-        phase = state.global_step // self._steps
-        if phase >= self._phases or phase != len(self.record["phases"]) or self.record["stopped"]:
+        phases, excess = self.record["phases"], self._excess(model)
+        over = not phases or self._share_over(state, state.global_step) >= 1
+        if not over or not excess or self.record["stopped"]:
             return
         began = time.monotonic()
         removals: list[dict[str, Any]] = []
         prefixes = Prefixes()
-        for _ in range(min(self.layers_per_phase, self._excess(model))):
+        self._look_around(model)
+        self._keep_whole(args, model)
+        for _ in range(
+            phase_sizes(excess + self.target_layers, self.target_layers, self.layers_per_phase)[0]
+        ):
             self._scores = not removals
             table = score_present(
                 model,
@@ -242,9 +325,16 @@ class LayerPruningCallback(TrainerCallback):
                 len(get_lineage(model).kept),
             )
             self._look_at(removals, model)
+            self._report(args, state, control, model, _scalars(table, removals[-1]))
         if removals:
-            self.record["phases"].append(phase_entry(model, state.global_step, removals, self.evaluation))
+            entry = phase_entry(model, state.global_step, removals, self.evaluation)
+            phases.append(
+                entry | {"tokens": state.num_input_tokens_seen, "qualities": self._qualities(model)}
+            )
             self._phase_began = began
+            # What was best is not of this depth: early stopping begins anew.
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+            self._restart_learning_rate(state, model)
         # From here on the folder holds a run; a mistake found before leaves it free for another try.
         self._write(args)
 
@@ -260,12 +350,44 @@ class LayerPruningCallback(TrainerCallback):
         if self._is_terminated(args):
             logger.warning("SIGTERM: a checkpoint of step %d, and the end.", state.global_step)
             control.should_save = control.should_training_stop = True
-        phase, into = divmod(state.global_step, self._steps)
-        if into or phase >= self._phases or self.record["stopped"]:
+        over = self.record["phases"] and self._share_over(state, state.global_step) >= 1
+        if not over or not self._excess(model) or self.record["stopped"]:
+            return
+        if not self._has_recovered(args, state, model):
+            control.should_training_stop, control.should_save = True, False
             return
         self._end_phase(model, args)
         control.should_evaluate |= args.eval_strategy != "no"
         control.should_save |= args.save_strategy != "no"
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel | None = None,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the present depth to what is logged in training."""
+        if model is not None and logs is not None and "loss" in logs and state.log_history:
+            layers = {"layers": len(get_lineage(model).kept)}
+            state.log_history[-1] |= layers
+            self._report(args, state, control, model, layers)
+
+    def _report(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: PreTrainedModel,
+        logs: Mapping[str, float],
+    ) -> None:
+        """Show numbers where the Trainer's own are shown, as in TensorBoard."""
+        kinds = tuple(get_reporting_integration_callbacks(args.report_to))
+        for reporter in self._neighbours:
+            if isinstance(reporter, kinds):
+                reporter.on_log(args, state, control, model=model, logs=logs)
 
     def on_evaluate(
         self,
@@ -315,7 +437,12 @@ class LayerPruningCallback(TrainerCallback):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self._terminated and state.global_step < state.max_steps:
             raise SystemExit(TERMINATED)
+        if not self.record["stopped"]:
+            self._has_recovered(args, state, model)
         self._end_phase(model, args)
+        if state.is_world_process_zero:
+            for number in range(1, len(self.record["phases"]) + 1):  # but not of one that was undone
+                shutil.rmtree(self._whole_folder(args, number), ignore_errors=True)
         left = self._excess(model)
         if left and not self.record["stopped"]:
             self.record["stopped"] = (
@@ -326,6 +453,50 @@ class LayerPruningCallback(TrainerCallback):
         self.record["finished"] = True
         self._write(args)
         self._ended = True
+
+    def _keep_whole(self, args: TrainingArguments, model: PreTrainedModel) -> None:
+        """A copy of the model before the next phase, and none from before the last one."""
+        if self.min_recovery is None:
+            return
+        self._before = measure_quality(model, self._batches, self.task)
+        number = len(self.record["phases"]) + 1
+        if args.process_index == 0:
+            save_model(model, self._whole_folder(args, number), verify=False)
+            shutil.rmtree(self._whole_folder(args, number - 2), ignore_errors=True)
+        wait_for_everyone()
+
+    def _whole_folder(self, args: TrainingArguments, number: int) -> Path:
+        return Path(str(args.output_dir)) / f"{WHOLE_NAME}_{number}"
+
+    def _qualities(self, model: PreTrainedModel) -> dict[str, float] | None:
+        """Of a phase that has just begun: how good the model was, and is without the layers."""
+        if self.min_recovery is None:
+            return None
+        return {"before": self._before, "cut": measure_quality(model, self._batches, self.task)}
+
+    def _has_recovered(self, args: TrainingArguments, state: TrainerState, model: PreTrainedModel) -> bool:
+        """Whether the present phase won back enough; if not, the model is put back to before it."""
+        if self.min_recovery is None or not self.record["phases"]:
+            return True
+        phase, number = self.record["phases"][-1], len(self.record["phases"])
+        now = phase["qualities"]["now"] = measure_quality(model, self._batches, self.task)
+        before, cut = phase["qualities"]["before"], phase["qualities"]["cut"]
+        enough = cut >= before or now - cut >= self.min_recovery * (before - cut)
+        [enough] = broadcast_object_list([enough])
+        if enough:
+            return True
+        folder = self._whole_folder(args, number)
+        put_back(model, load_again(model, folder))
+        self.record["undone"] = self.record["phases"].pop()
+        removed = [removal["original"] for removal in phase["removals"]]
+        self.record["stopped"] = (
+            f"Phase {number} did not win back {self.min_recovery:.0%} of what the removal of {removed} cost "
+            f"(quality {before:.4f} before it, {cut:.4f} cut, {now:.4f} after "
+            f"{state.global_step - phase['step']} steps): the model is as it was before it, with these "
+            f"layers, as in {folder.name}."
+        )
+        logger.warning(self.record["stopped"])
+        return False
 
     def _look_back(self, quality: float | None) -> None:
         """Say so if the phase before won back next to nothing."""
@@ -340,6 +511,16 @@ class LayerPruningCallback(TrainerCallback):
         *earlier, fall = [one["score"] for one in done]
         if self.criterion in (*LEAVE_ONE_OUT, "task"):  # whose scores are what a removal costs
             self._tell(steep_fall(earlier, fall, done[-1]["original"], len(get_lineage(model).kept)))
+
+    def _look_around(self, model: PreTrainedModel) -> None:
+        """Say so, before the first removal, if another callback would not survive it."""
+        keepers = parameter_keepers(self._neighbours, model)
+        if keepers and not self.record["phases"]:
+            self._tell(
+                f"{', '.join(keepers)} keeps parameters of the model, or copies of them. It is not told when "
+                "layers go, so that what it makes of them would be of another depth, or of no use: look at "
+                "what it does, or begin it after the last removal."
+            )
 
     def _tell(self, sign: str | None) -> None:
         if sign is not None:
@@ -360,8 +541,11 @@ class LayerPruningCallback(TrainerCallback):
             **plain_settings(self.scoring),
             "layers_per_phase": self.layers_per_phase,
             "steps_per_phase": self.steps_per_phase,
+            "tokens_per_phase": self.tokens_per_phase,
+            "restart_learning_rate": self.restart_learning_rate,
             "protected": self.protected,
             "quality_floor": self.quality_floor,
+            "min_recovery": self.min_recovery,
         }
 
     def _calibration_batches(self, args: TrainingArguments, train_dataloader: Any) -> list[Batch]:
@@ -409,81 +593,11 @@ class LayerPruningCallback(TrainerCallback):
             write_record(self.record, str(args.output_dir))
 
 
-def drop_removed_parameters(optimizer: Any, model: torch.nn.Module) -> None:
-    """Make `optimizer`, in place, forget the parameters that `model` has no longer, and their state.
-
-    The state of all others, the parameter groups and the learning rates stay as they are.
-    """
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-    live = {id(parameter) for parameter in model.parameters()}
-    for group in inner.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) in live]
-    for parameter in [p for p in inner.state if id(p) not in live]:
-        del inner.state[parameter]
-
-
-def _check_backend(args: TrainingArguments, model: PreTrainedModel, optimizer: Any) -> None:
-    """Refuse what would go wrong without a word when layers vanish.
-
-    Raises:
-        LayerPruneError: naming it, and the way round it.
-    """
-    if args.n_gpu > 1:
-        raise LayerPruneError(
-            f"{args.n_gpu} GPUs in one process: start with `accelerate launch` or `torchrun`, or with "
-            "CUDA_VISIBLE_DEVICES=0."
-        )
-    if args.deepspeed or args.fsdp:
-        raise LayerPruneError(
-            "DeepSpeed and FSDP hold parameters in ways that do not let layers go in training: leave them "
-            "out (each process then holds a whole model), or remove layers first (`hf-layerprune prune`)."
-        )
-    waits = args.ddp_find_unused_parameters is False or (
-        args.ddp_find_unused_parameters is None and args.activation_checkpointing
-    )
-    if args.world_size > 1 and waits and not isinstance(args, DistillationTrainingArguments):
-        raise LayerPruneError(
-            "With several processes a plain Trainer would wait for the gradients of removed layers: set "
-            "ddp_find_unused_parameters=True, or use DistillationTrainer."
-        )
-    if args.enable_jit_checkpoint:
-        raise LayerPruneError(
-            "enable_jit_checkpoint: leave it out, LayerPruningCallback itself writes a checkpoint at SIGTERM."
-        )
-    if args.load_best_model_at_end:
-        raise LayerPruneError(
-            "load_best_model_at_end would load weights of another depth: switch it off. The "
-            "checkpoints of all phases stay on disk."
-        )
-    if args.auto_find_batch_size:
-        raise LayerPruneError(
-            "auto_find_batch_size starts again with a model already cut: set the batch size yourself."
-        )
-    inner = getattr(optimizer, "optimizer", optimizer)
-    held = {id(p) for group in inner.param_groups for p in group["params"]}
-    trained = {id(p) for p in model.parameters() if p.requires_grad}
-    if not trained <= held <= {id(p) for p in model.parameters()}:
-        raise LayerPruneError(
-            f"The optimizer ({type(inner).__name__}, optim={args.optim}) does not hold exactly the "
-            "model's parameters, so removed layers could not be taken out of it. Use AdamW."
-        )
-
-
-def _check_parameters_stay(model: PreTrainedModel) -> None:
-    """Refuse a model in which a removal makes new parameters of old ones, as the optimizer holds the old.
-
-    Raises:
-        LayerPruneError: naming one, and the way round it.
-    """
-    before = {id(parameter) for parameter in model.parameters()}
-    cuts, _ = possible_cuts(model, range(len(get_lineage(model).kept)))
-    with next(iter(cuts.values())):
-        made = [name for name, parameter in model.named_parameters() if id(parameter) not in before]
-    if made:
-        raise LayerPruneError(
-            f"{made[0]} holds a part for every layer; cut in training, the optimizer would lose its state. "
-            "Remove layers first (`hf-layerprune prune`), then train with the original as teacher_model."
-        )
+def _scalars(table: ScoreTable, removal: dict[str, Any]) -> dict[str, float]:
+    """What a removal did, as numbers to be drawn over the steps."""
+    scores = {f"{table.criterion}_score/layer_{table.kept[i]:02d}": s for i, s in table.scores.items()}
+    quality = {} if table.quality is None else {"quality": table.quality}
+    return scores | quality | {"removed_layer": removal["original"], "removed_score": removal["score"]}
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

@@ -3,11 +3,12 @@
 import math
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from transformers import PreTrainedModel
 
-from .criteria import unit_losses
+from .criteria import next_token_metric, unit_losses
 from .data import Batch
 from .errors import LayerPruneError
 from .reading import Reader, targets_of
@@ -47,3 +48,21 @@ def evaluate_text(model: PreTrainedModel, batches: Iterable[Batch]) -> dict[str,
         "tokens": tokens,
         "tokens_per_second": statistics.median(speeds),
     }
+
+
+def measure_quality(model: PreTrainedModel, batches: Sequence[Batch], task: Any = None) -> float:
+    """How good `model` is, higher is better: its score in a task or the mean of several, without any minus
+    its loss in nats per token.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model; it is not changed.
+        batches (sequence of dict): the calibration data.
+        task (*optional*): as for [`score_layers`].
+    """
+    if task is None:
+        return -evaluate_text(model, batches)["loss"]
+    tasks = list(task) if isinstance(task, (list, tuple)) else [task]
+    here = [{name: value.to(model.device) for name, value in batch.items()} for batch in batches]
+    scores = [next_token_metric(one, here) if hasattr(one, "compute") else one for one in tasks]
+    with undisturbed(model):
+        return sum(float(score(model)) for score in scores) / len(scores)

@@ -126,6 +126,15 @@ def check_reload(model: PreTrainedModel, folder: Path) -> None:
     Raises:
         LayerPruneError: it does not.
     """
+    _check_same(model, load_again(model, folder), folder)
+
+
+def load_again(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model in `folder`, loaded as `model` is.
+
+    Raises:
+        LayerPruneError: what lies there does not load, or its weights do not fit its config.
+    """
     advice = _ADVICE.format(folder=folder)
     options = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
     cls: Any = type(model)
@@ -137,7 +146,8 @@ def check_reload(model: PreTrainedModel, folder: Path) -> None:
     wrong = {what: sorted(map(str, names))[:3] for what, names in report.items() if names}
     if wrong:
         raise LayerPruneError(f"What was saved does not fit its config: {wrong}. {advice}")
-    _check_same(model, again, folder)
+    again.config._name_or_path = model.config._name_or_path
+    return again
 
 
 def _check_same(model: Any, again: Any, folder: Path) -> None:

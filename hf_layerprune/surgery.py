@@ -59,6 +59,32 @@ def keep_lineage(model: Any, lineage: Lineage) -> None:
     remove_layers(model, [i for i, o in enumerate(present.kept) if o not in lineage.kept])
 
 
+def put_back(model: PreTrainedModel, whole: PreTrainedModel) -> None:
+    """Make `model`, in place, what `whole` is: a model of its kind that has lost fewer layers. What is no
+    decoder layer stays the same module; `whole` is used up.
+
+    Raises:
+        LayerPruneError: `whole` lacks a layer that `model` has.
+    """
+    present, before = get_lineage(model), get_lineage(whole)
+    if present.original != before.original or not set(present.kept) <= set(before.kept):
+        raise LayerPruneError(f"A model with {present} cannot be made one with {before}.")
+    decoder, theirs = find_decoder(model), dict(whole.named_modules())
+    inside, layers = set(decoder.layers.modules()), find_decoder(whole).layers
+    with torch.no_grad():
+        for name, module in list(model.named_modules()):
+            if module in inside:
+                continue
+            for place in (module._parameters, module._buffers):
+                for key, tensor in place.items():
+                    if tensor is not None:
+                        tensor.copy_(getattr(theirs[name], key))
+            new = vars(theirs[name]).items()
+            vars(module).update({k: v for k, v in new if k != "training" and not k.startswith("_")})
+    layers.to(model.device).train(decoder.layers.training)
+    decoder.parent._modules[decoder.attribute] = layers
+
+
 class without_layers:
     """A context in which `model` has these layers removed; afterwards it is as it was. It can be entered
     again and again, which takes no time, as long as nothing else changes the model.

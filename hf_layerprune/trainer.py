@@ -385,10 +385,10 @@ class DistillationTrainer(Trainer):
         return count
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss terms of the steps since the last log, mean per token, and the present depth."""
+        """Add the loss terms of the steps since the last log, mean per token."""
         if "loss" in logs:
             terms = self._drain("train", "")
-            logs |= terms | {"layers": len(get_lineage(self.accelerator.unwrap_model(self.model)).kept)}
+            logs |= terms
             self._look_at(terms)
         super().log(logs, start_time)
 
@@ -461,6 +461,10 @@ class DistillationTrainer(Trainer):
                 lacking = sorted(report["missing_keys"])[0]
                 raise LayerPruneError(f"{resume_from_checkpoint} lacks {lacking}: resume from another one.")
             student.load_state_dict(loaded.state_dict())
+
+    def _load_best_model(self) -> None:
+        # The callback has seen to it that it is of the present depth.
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # Written over, a whole checkpoint is none until it is whole again.

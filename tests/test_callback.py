@@ -348,10 +348,6 @@ def test_bad_settings_are_refused_before_training(llama, settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"},
-            "load_best_model_at_end",
-        ),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
         ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint"),
         ({"max_steps": 1}, "training has 1 steps"),

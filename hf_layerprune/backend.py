@@ -1,0 +1,133 @@
+"""What a run trains with (optimizer, processes, other callbacks), and whether layers can leave it."""
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+
+from .arguments import DistillationTrainingArguments
+from .errors import LayerPruneError
+from .lineage import get_lineage
+from .surgery import possible_cuts
+
+
+# They keep what they know of a parameter elsewhere than in their state, or step inside backward.
+UNFIT_OPTIMIZERS = ("galore", "lomo", "adalomo", "apollo")
+
+
+def drop_removed_parameters(optimizer: Any, model: nn.Module) -> None:
+    """Make `optimizer`, in place, forget the parameters that `model` has no longer, and their state.
+
+    The state of all others, the parameter groups and the learning rates stay as they are.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    live = {id(parameter) for parameter in model.parameters()}
+    for group in inner.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) in live]
+    for parameter in [p for p in inner.state if id(p) not in live]:
+        del inner.state[parameter]
+
+
+def check_backend(args: TrainingArguments, model: PreTrainedModel, optimizer: Any) -> None:
+    """Refuse what would go wrong without a word when layers vanish.
+
+    Raises:
+        LayerPruneError: naming it, and the way round it.
+    """
+    if args.n_gpu > 1:
+        raise LayerPruneError(
+            f"{args.n_gpu} GPUs in one process: start with `accelerate launch` or `torchrun`, or with "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
+    if args.deepspeed or args.fsdp:
+        raise LayerPruneError(
+            "DeepSpeed and FSDP hold parameters in ways that do not let layers go in training: leave them "
+            "out (each process then holds a whole model), or start them anew for each phase "
+            "(`hf-layerprune phases`)."
+        )
+    waits = args.ddp_find_unused_parameters is False or (
+        args.ddp_find_unused_parameters is None and args.activation_checkpointing
+    )
+    if args.world_size > 1 and waits and not isinstance(args, DistillationTrainingArguments):
+        raise LayerPruneError(
+            "With several processes a plain Trainer would wait for the gradients of removed layers: set "
+            "ddp_find_unused_parameters=True, or use DistillationTrainer."
+        )
+    if args.enable_jit_checkpoint:
+        raise LayerPruneError(
+            "enable_jit_checkpoint: leave it out, LayerPruningCallback itself writes a checkpoint at SIGTERM."
+        )
+    if args.load_best_model_at_end and not isinstance(args, DistillationTrainingArguments):
+        raise LayerPruneError(
+            "load_best_model_at_end: a plain Trainer does not see when weights do not fit. Switch it off, "
+            "the checkpoints of all phases stay on disk, or use DistillationTrainer."
+        )
+    if args.auto_find_batch_size:
+        raise LayerPruneError(
+            "auto_find_batch_size starts again with a model already cut: set the batch size yourself."
+        )
+    inner, name = getattr(optimizer, "optimizer", optimizer), str(getattr(args.optim, "value", args.optim))
+    if name.startswith(UNFIT_OPTIMIZERS):
+        raise LayerPruneError(
+            f"optim={name} holds more of a parameter than a removal could take out of it: use adamw_torch or "
+            "adamw_bnb_8bit, or give each phase an optimizer of its own (`hf-layerprune phases`)."
+        )
+    held = {id(p) for group in inner.param_groups for p in group["params"]}
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    exactly = trained <= held <= {id(p) for p in model.parameters()}
+    if not exactly or inner.state is not vars(inner).get("state"):  # one made of several has none
+        raise LayerPruneError(
+            f"The optimizer ({type(inner).__name__}, optim={name}) does not hold exactly the model's "
+            "parameters and their state, so removed layers could not be taken out of it. Use AdamW, or give "
+            "each phase an optimizer of its own (`hf-layerprune phases`)."
+        )
+
+
+def check_parameters_stay(model: PreTrainedModel) -> None:
+    """Refuse a model in which a removal makes new parameters of old ones, as the optimizer holds the old.
+
+    Raises:
+        LayerPruneError: naming one, and the way round it.
+    """
+    before = {id(parameter) for parameter in model.parameters()}
+    cuts, _ = possible_cuts(model, range(len(get_lineage(model).kept)))
+    with next(iter(cuts.values())):
+        made = [name for name, parameter in model.named_parameters() if id(parameter) not in before]
+    if made:
+        raise LayerPruneError(
+            f"{made[0]} holds a part for every layer; cut in training, the optimizer would lose its state. "
+            "Remove layers first (`hf-layerprune prune`), then train with the original as teacher_model."
+        )
+
+
+def neighbours(callback: TrainerCallback) -> list[TrainerCallback]:
+    """The other callbacks of the Trainer that `callback` is in. A Trainer shows them to none, so they are
+    looked for among all that lives."""
+    handlers = [one for one in gc.get_objects() if type(one) is CallbackHandler]
+    mine = [one.callbacks for one in handlers if any(other is callback for other in one.callbacks)]
+    return [one for callbacks in mine for one in callbacks if one is not callback]
+
+
+def parameter_keepers(callbacks: list[TrainerCallback], model: nn.Module) -> list[str]:
+    """The names of those that keep parameters of `model`, a part of it or a copy, as for a moving average."""
+    shapes = {tuple(parameter.shape) for parameter in model.parameters()}
+
+    def keeps(value: Any, depth: int = 3) -> bool:
+        if isinstance(value, nn.Module):
+            return value is not model and any(tuple(p.shape) in shapes for p in value.parameters())
+        if torch.is_tensor(value):
+            return value.dim() > 0 and tuple(value.shape) in shapes
+        return depth > 0 and any(keeps(one, depth - 1) for one in _parts(value))
+
+    return [type(one).__name__ for one in callbacks if keeps(list(vars(one).values()))]
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, (list, tuple, set)):
+        yield from value
