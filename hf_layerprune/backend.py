@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
@@ -24,6 +26,9 @@ def drop_removed_parameters(optimizer: Any, model: nn.Module) -> None:
 
     The state of all others, the parameter groups and the learning rates stay as they are.
     """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after a forward pass, a part of it may show others for its parameters
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     live = {id(parameter) for parameter in model.parameters()}
     for group in inner.param_groups:
@@ -43,11 +48,12 @@ def check_backend(args: TrainingArguments, model: PreTrainedModel, optimizer: An
             f"{args.n_gpu} GPUs in one process: start with `accelerate launch` or `torchrun`, or with "
             "CUDA_VISIBLE_DEVICES=0."
         )
-    if args.deepspeed or args.fsdp:
+    flat = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    if flat or isinstance(optimizer, DeepSpeedOptimizerWrapper):
         raise LayerPruneError(
-            "DeepSpeed and FSDP hold parameters in ways that do not let layers go in training: leave them "
-            "out (each process then holds a whole model), or start them anew for each phase "
-            "(`hf-layerprune phases`)."
+            f"{'FSDP1' if flat else 'DeepSpeed'} holds parameters in ways that do not let layers go in "
+            "training: leave it out (each process then holds a whole model), take FSDP2, or start it anew "
+            "for each phase (`hf-layerprune phases`)."
         )
     waits = args.ddp_find_unused_parameters is False or (
         args.ddp_find_unused_parameters is None and args.activation_checkpointing

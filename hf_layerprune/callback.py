@@ -32,6 +32,7 @@ from .backend import (
 )
 from .checkpoint import load_lineage
 from .data import Batch, make_batches
+from .decoder import is_sharded
 from .diagnosis import no_recovery, steep_fall
 from .errors import LayerPruneError
 from .evaluation import measure_quality
@@ -303,7 +304,7 @@ class LayerPruningCallback(TrainerCallback):
                 self.criterion,
                 self.record["pruning"]["protected_originals"],
                 task=self.task,
-                journal=Path(str(args.output_dir)) / SCORING_NAME if state.is_world_process_zero else None,
+                journal=self._journal(args, model),
                 prefixes=prefixes,
                 progress=not args.disable_tqdm and state.is_local_process_zero,
                 **self.scoring,
@@ -337,6 +338,11 @@ class LayerPruningCallback(TrainerCallback):
             self._restart_learning_rate(state, model)
         # From here on the folder holds a run; a mistake found before leaves it free for another try.
         self._write(args)
+
+    def _journal(self, args: TrainingArguments, model: PreTrainedModel) -> Path | None:
+        """Where the main process notes its scores; nowhere if it cannot go on without the others."""
+        notes = args.process_index == 0 and not is_sharded(model)
+        return Path(str(args.output_dir)) / SCORING_NAME if notes else None
 
     def on_step_end(
         self,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .errors import LayerPruneError
@@ -112,3 +113,11 @@ def running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
         del attributes["forward"]
         if had is not None:
             attributes["forward"] = had
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process holds only a part of each weight: FSDP, or the third stage of DeepSpeed's ZeRO."""
+    kinds = FSDPModule, FullyShardedDataParallel
+    return any(isinstance(module, kinds) for module in model.modules()) or any(
+        hasattr(parameter, "ds_id") for parameter in model.parameters()
+    )

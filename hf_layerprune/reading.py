@@ -11,7 +11,7 @@ from torch import nn
 
 from .adapters import base_of
 from .data import Batch
-from .decoder import running, text_config
+from .decoder import is_sharded, running, text_config
 from .losses import token_mask
 
 
@@ -33,11 +33,17 @@ class Reader:
 
     def __init__(self, model: Any, input_ids: torch.Tensor) -> None:
         self.model, self._inner = model, base_of(model)
-        self.in_pieces = "logits_to_keep" in inspect.signature(type(self._inner).forward).parameters
+        # Sharded weights are whole only within the model's own forward, in which all parts run.
+        self.in_pieces = (
+            not is_sharded(model)
+            and "logits_to_keep" in inspect.signature(type(self._inner).forward).parameters
+        )
         self._body: Any = self._inner.base_model
         self._cast: tuple[nn.Parameter, Any] | None = None
         self.vocabulary: int = text_config(self._inner.config).vocab_size
         input_ids = input_ids[:1, :8]
+        if not self.in_pieces:
+            return
         whole = model(input_ids=input_ids, use_cache=False).logits
         try:
             pieces = self.head(self.states({"input_ids": input_ids})[0])[None]
@@ -92,7 +98,7 @@ class Reader:
         """Within this context autocast casts the weight of a plain output head once, not in each call of
         [`Reader.head`]. Gradients are then those of its [`Reader.stand_in`]."""
         module: Any = self._inner.get_output_embeddings()
-        if type(module) is not nn.Linear:
+        if not self.in_pieces or type(module) is not nn.Linear:
             yield
             return
         weight: Any = module.weight

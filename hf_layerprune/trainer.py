@@ -27,7 +27,7 @@ from transformers.trainer_utils import (
 from .adapters import adapter_configs, base_of
 from .arguments import DistillationTrainingArguments
 from .checkpoint import is_whole, last_checkpoint, load_lineage
-from .decoder import find_decoder, running, text_config
+from .decoder import find_decoder, is_sharded, running, text_config
 from .diagnosis import drowned_logits
 from .errors import LayerPruneError
 from .leave_one_out import captured, hidden, replayed
@@ -326,7 +326,7 @@ class DistillationTrainer(Trainer):
         present = [(p.requires_grad, 0 if p.requires_grad else p._version) for p in student.parameters()]
         if present != self._present:
             self._present = present
-            if isinstance(self.teacher, PreTrainedModel):
+            if isinstance(self.teacher, PreTrainedModel) and not is_sharded(student):
                 self._shared = shared_prefix(student, self.teacher, input_ids)
             if self._shared:
                 logger.info(
@@ -351,7 +351,8 @@ class DistillationTrainer(Trainer):
         chosen = {id(parameter) for parameter in trained_parameters(student, self.args.trainable)}
         for parameter in self._may_train:
             parameter.requires_grad_(id(parameter) in chosen)
-        trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        # Of ZeRO-3's parameters the numbers are elsewhere.
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in student.parameters() if p.requires_grad)
         if not trained:
             raise LayerPruneError(
                 f"trainable={self.args.trainable!r} leaves nothing to train: all of it is frozen, or has no "
@@ -495,7 +496,9 @@ class DistillationTrainer(Trainer):
         folder, model = output_dir or str(self.args.output_dir), self.accelerator.unwrap_model(self.model)
         verify = self.args.verify_save and self.args.should_save
         with self._plain_config():
-            if not adapter_configs(model):
+            if is_sharded(model):  # one process alone cannot read with this model, to compare
+                super()._save(output_dir, state_dict)
+            elif not adapter_configs(model):
                 legacy = self.args.legacy_rope and self.args.should_save
                 with saving(model, folder, verify=verify, legacy_rope=legacy):
                     super()._save(output_dir, state_dict)

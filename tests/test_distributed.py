@@ -1,13 +1,18 @@
 """Two processes on one machine, against one."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
@@ -32,6 +37,9 @@ run({settings!r}).accelerator.end_training()
 """
 
 
+ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3}
+
+
 def pruning():
     return LayerPruningCallback(target_layers=2, calibration=examples(4))
 
@@ -39,7 +47,10 @@ def pruning():
 def run(settings):
     """Train as `settings` say, with or without layers going, and leave the weights and the log."""
     settings = dict(settings)
+    resume = settings.pop("resume", None)
     kind, name = settings.pop("kind"), settings["output_dir"]
+    if settings.pop("sharded", False):
+        shard()
     student, teacher = students()
     if kind == "plain":
         arguments = {
@@ -60,8 +71,8 @@ def run(settings):
         callbacks = [pruning()] if kind == "pruned" else None
         trainer = make_trainer(student, dataset(), teacher_model=teacher, callbacks=callbacks, **settings)
     start = {key: value.clone() for key, value in student.state_dict().items()}
-    trainer.train()
-    end = student.state_dict()
+    trainer.train(resume_from_checkpoint=resume)
+    end = {key: whole(value) for key, value in student.state_dict().items()}
     change = {key: value - start[key] for key, value in end.items()}
     mine = {key: value.contiguous() for key, value in end.items()}
     save_file(mine, f"{name}-{trainer.accelerator.process_index}.safetensors")
@@ -70,6 +81,25 @@ def run(settings):
         found["moved"] = max(value.abs().max().item() for value in change.values())
         Path(f"{name}.json").write_text(json.dumps(found))
     return trainer
+
+
+def whole(tensor):
+    return tensor.full_tensor() + 0 if hasattr(tensor, "full_tensor") else tensor
+
+
+def shard():
+    """FSDP2, which accelerate would not start on a CPU."""
+    make = accelerate.Accelerator.__init__
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer"}
+
+    def init(self, *args, **kwargs):
+        make(self, *args, **kwargs)
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        self.state.distributed_type = DistributedType.FSDP
+        settings = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "state_dict_type": "FULL_STATE_DICT"}
+        self.state.fsdp_plugin = FullyShardedDataParallelPlugin(2, **settings)
+
+    accelerate.Accelerator.__init__ = init
 
 
 def dataset():
@@ -81,6 +111,17 @@ def dataset():
     return Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
 
 
+def launch(settings):
+    """[`run`] in two processes."""
+    root = str(Path(__file__).parent.parent)
+    Path("rank.py").write_text(textwrap.dedent(RANK).format(root=root, settings=settings))
+    processes = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    done = subprocess.run(
+        [sys.executable, *processes, "rank.py"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr.partition("torch/distributed/elastic")[0][-4000:]
+
+
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
@@ -90,25 +131,16 @@ def dataset():
         ("pruned", {"gradient_accumulation_steps": 2, "trainable": "around_cuts"}),
         ("pruned", {"activation_checkpointing": True, "save_strategy": "steps", "save_steps": 2}),
         ("plain", {}),
+        ("pruned", {"sharded": True, "save_strategy": "steps", "save_steps": 2, **ADAMW}),
+        ("plain", {"sharded": True}),
     ],
 )
 def test_two_processes_learn_what_one_does(kind, settings):
     common = {"max_steps": 4 if kind != "distilled" else 2, "optim": "sgd", "learning_rate": 0.1} | settings
     common |= {"kind": kind, "max_grad_norm": 0.0, **(ALL_TERMS if kind != "plain" else {})}
-    root = str(Path(__file__).parent.parent)
     two = common | {"per_device_train_batch_size": 2, "output_dir": "two"}
-    Path("rank.py").write_text(textwrap.dedent(RANK).format(root=root, settings=two))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--standalone",
-        "rank.py",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    run(common | {"per_device_train_batch_size": 4, "output_dir": "one"})
+    launch(two)
+    run(common | {"per_device_train_batch_size": 4, "output_dir": "one", "sharded": False})
 
     found, expected = load_file("two-0.safetensors"), load_file("one-0.safetensors")
     other = load_file("two-1.safetensors")
@@ -120,8 +152,8 @@ def test_two_processes_learn_what_one_does(kind, settings):
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-3 * ours["moved"])
         assert torch.equal(other[name], found[name])
     terms = ("loss",) if kind == "plain" else ("loss", "kl", "ce", "hidden_mse")
-    for one, two in zip(ours["log"], theirs["log"], strict=True):
-        assert all(two[term] == pytest.approx(one[term], rel=1e-4) for term in terms if "loss" in one)
+    for one, other in zip(ours["log"], theirs["log"], strict=True):
+        assert all(other[term] == pytest.approx(one[term], rel=1e-4) for term in terms if "loss" in one)
     if kind == "pruned":
         records = [read_record(name)["phases"] for name in ("two", "one")]
         removed = [[one["original"] for p in phases for one in p["removals"]] for phases in records]
@@ -129,3 +161,8 @@ def test_two_processes_learn_what_one_does(kind, settings):
         assert removed[0] == removed[1]
     if "save_steps" in settings:
         assert AutoModelForCausalLM.from_pretrained("two/checkpoint-4").config.num_hidden_layers == 2
+    if "sharded" in settings and "save_steps" in settings:
+        shutil.rmtree("two/checkpoint-4")
+        launch(two | {"resume": "two/checkpoint-2"})
+        again = load_file("two-0.safetensors")
+        assert all(torch.equal(again[name], value) for name, value in found.items())
