@@ -93,6 +93,19 @@ class PruneOutput:
 
 
 @dataclass
+class SizeArguments:
+    """How much goes at once."""
+
+    layers_per_phase: float = field(
+        default=1, metadata={"help": "Layers to remove in each phase, or a share of them, as 0.3."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.layers_per_phase >= 1 and self.layers_per_phase == int(self.layers_per_phase):
+            self.layers_per_phase = int(self.layers_per_phase)
+
+
+@dataclass
 class PhaseArguments:
     """The phases of `distill`."""
 
@@ -104,14 +117,26 @@ class PhaseArguments:
         default=None,
         metadata={"help": "Train LoRA adapters of this rank; the teacher then shares the model's weights."},
     )
-    layers_per_phase: int = field(default=1, metadata={"help": "Layers to remove in each phase."})
     steps_per_phase: int | None = field(
         default=None,
         metadata={"help": "Steps after each removal. Default: all shared out equally."},
     )
+    tokens_per_phase: int | None = field(default=None, metadata={"help": "Instead, so many tokens."})
+    restart_learning_rate: bool = field(
+        default=False, metadata={"help": "Run through the whole learning rate schedule in each phase."}
+    )
     quality_floor: float | None = field(
         default=None,
         metadata={"help": "Stop removing when minus the calibration loss is below this."},
+    )
+    min_recovery: float | None = field(
+        default=None,
+        metadata={
+            "help": "End, and put layers back, when a phase wins back less than this share of their cost."
+        },
+    )
+    resume: bool = field(
+        default=False, metadata={"help": "Go on from the last whole checkpoint in output_dir."}
     )
 
 
@@ -267,11 +292,13 @@ def distill(arguments: list[str]) -> None:
         TextArguments,
         CriterionArguments,
         PruneArguments,
+        SizeArguments,
         PhaseArguments,
         DistillationTrainingArguments,
     ]
-    name, source, text, how, what, phases, args = _parse("distill", arguments, types)
-    if not args.resume_from_checkpoint:
+    name, source, text, how, what, size, phases, args = _parse("distill", arguments, types)
+    resume = True if phases.resume or args.resume_from_checkpoint == "True" else args.resume_from_checkpoint
+    if not resume:
         check_folder_is_free(args.output_dir)
     model, tokenizer = _load(name, source, dtype="float32")
     blocks = _blocks(text, model, tokenizer)
@@ -287,10 +314,13 @@ def distill(arguments: list[str]) -> None:
         criterion=how.criterion,
         racing=how.racing,
         calibration=calibration,
-        layers_per_phase=phases.layers_per_phase,
+        layers_per_phase=size.layers_per_phase,
         steps_per_phase=phases.steps_per_phase,
+        tokens_per_phase=phases.tokens_per_phase,
+        restart_learning_rate=phases.restart_learning_rate,
         protected=how.protected,
         quality_floor=phases.quality_floor,
+        min_recovery=phases.min_recovery,
         evaluation=lambda model: evaluate_text(model, heldout_batches),
     )
     lora = None
@@ -311,12 +341,53 @@ def distill(arguments: list[str]) -> None:
         )
     except ValueError as error:  # the Trainer refused an argument
         raise LayerPruneError(str(error)) from error
-    resume = args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=True if resume == "True" else resume)
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     trainer.create_model_card()
     print(markdown_table(table_rows(pruning.record)))
     print(f"\nSaved in {args.output_dir}.")
+
+
+def phases(arguments: list[str]) -> None:
+    """Remove layers of MODEL phase by phase, each trained by a COMMAND of its own: ... -- COMMAND."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    arguments, command = arguments[:at], arguments[at + 1 :]
+    types = [ModelArguments, TextArguments, CriterionArguments, PruneArguments, SizeArguments, PruneOutput]
+    name, source, text, how, what, size, output = _parse("phases", arguments, types)
+    from .checkpoint import load_skeleton, load_tokenizer
+    from .data import make_batches, split_blocks
+    from .evaluation import evaluate_text
+    from .phases import run_phases
+    from .report import markdown_table, table_rows, write_card
+    from .saving import save_model
+
+    tokenizer = load_tokenizer(name, source.trust_remote_code)
+    skeleton = load_skeleton(name, source.trust_remote_code)
+    blocks = _blocks(text, skeleton, tokenizer, how.calibration_blocks + what.heldout_blocks)
+    calibration, heldout, _ = split_blocks(blocks, how.calibration_blocks, what.heldout_blocks)
+    heldout_batches = make_batches(heldout, 4)
+
+    def load(folder: str | None) -> Any:
+        return _load_model(folder or name, source)
+
+    record = run_phases(
+        load,
+        command,
+        output.output_dir,
+        target_layers=what.target_layers,
+        layers_per_phase=size.layers_per_phase,
+        criterion=how.criterion,
+        racing=how.racing,
+        calibration=make_batches(calibration, 4),
+        protected=how.protected,
+        evaluation=lambda model: evaluate_text(model, heldout_batches),
+    )
+    last = Path(output.output_dir) / f"phase_{len(record['phases'])}" / "healed"
+    save_model(load(str(last)), output.output_dir, verify=output.verify_save, legacy_rope=output.legacy_rope)
+    tokenizer.save_pretrained(output.output_dir)
+    write_card(record, Path(output.output_dir))
+    print(markdown_table(table_rows(record)))
+    print(f"\nSaved in {output.output_dir}; what each phase left is in its folder there.")
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -363,6 +434,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "prune": prune,
     "teach": teach,
     "distill": distill,
+    "phases": phases,
     "evaluate": evaluate,
 }
 
@@ -415,13 +487,18 @@ def _parse(
 
 
 def _load(name: str, source: ModelArguments, dtype: str = "auto") -> tuple[Any, Any]:
+    from .checkpoint import load_tokenizer
+
+    return _load_model(name, source, dtype), load_tokenizer(name, source.trust_remote_code)
+
+
+def _load_model(name: str, source: ModelArguments, dtype: str = "auto") -> Any:
     import torch
 
-    from .checkpoint import load_model, load_tokenizer
+    from .checkpoint import load_model
 
-    trust = source.trust_remote_code
-    model: Any = load_model(name, dtype=dtype, trust_remote_code=trust)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), load_tokenizer(name, trust)
+    model: Any = load_model(name, dtype=dtype, trust_remote_code=source.trust_remote_code)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _blocks(text: TextArguments, model: Any, tokenizer: Any, limit: int | None = None) -> Any:

@@ -31,6 +31,11 @@ TRAINED = {
     "url": "https://arxiv.org/abs/2511.05085",
     "healing": "healed by training on its loss",
 }
+COMMANDED = {
+    "name": "Iterative layer pruning",
+    "url": "https://arxiv.org/abs/2511.05085",
+    "healing": "healed in each phase by a command of its own",
+}
 UNHEALED = {
     "name": "Greedy layer removal",
     "url": "https://arxiv.org/abs/2402.09025",
