@@ -17,6 +17,7 @@ from .arguments import DistillationTrainingArguments
 from .checkpoint import is_whole
 from .errors import LayerPruneError
 from .lineage import get_lineage
+from .saving import check_writable
 
 
 RECORD_NAME = "layer_pruning.json"
@@ -121,11 +122,8 @@ def check_folder_is_free(folder: str | Path) -> None:
     Raises:
         LayerPruneError: it holds another run or model already, or cannot be written to.
     """
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        record = read_record(folder)
-    except OSError as error:
-        raise LayerPruneError(f"Cannot write to the output folder {folder}: {error}") from error
+    check_writable(folder)
+    record = read_record(folder)
     # A run that broke off before its first checkpoint left nothing but its record and half of that.
     names = ["config.json", "adapter_config.json"] + [RECORD_NAME] * bool(record and record["finished"])
     found = [name for name in names if (Path(folder) / name).exists()]

@@ -1,6 +1,8 @@
 """Models and adapters into a folder, checked by loading them again."""
 
 import json
+import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,21 +105,49 @@ def saving(model: PreTrainedModel, folder: str | Path, *, verify: bool, legacy_r
         raise LayerPruneError("A PeftModel is no plain model: merge it first, or use save_adapter.")
     old_names = legacy_rotary(model.config) if legacy_rope else {}
     try:
+        check_writable(folder)
         yield
-    except OSError:  # the disk is full or gone, there is no place to put anything
-        raise
     except Exception as error:
-        rescue = folder / "rescued.safetensors"
-        folder.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_model(model, str(rescue))
+        rescue = _rescue(model, folder)
+        where = f"All its weights are safe, as they are in memory, in {rescue}."
+        if rescue is None:
+            where = "There is no room for its bare weights either: they are in memory alone. Save them again."
         raise LayerPruneError(
-            f"The model cannot be saved as a plain model: {one_line(error)} All its weights are safe, as "
-            f"they are in memory, in {rescue}."
+            f"The model cannot be saved as a plain model in {folder}: {one_line(error)} {where}"
         ) from error
     if old_names:
         _add_fields(folder / "config.json", old_names)
     if verify:
         check_reload(model, folder)
+
+
+def check_writable(folder: str | Path) -> None:
+    """Make `folder` if there is none, and check that files can be written there.
+
+    Raises:
+        LayerPruneError: they cannot.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise LayerPruneError(f"Cannot write to the output folder {folder}: {error}") from error
+
+
+def _rescue(model: PreTrainedModel, folder: Path) -> Path | None:
+    """Put the bare weights into `folder`, or where the system keeps what is for a while, if they fit."""
+    for place in (folder, Path(tempfile.gettempdir()) / f"{folder.name}-{os.getpid()}"):
+        rescue = place / "rescued.safetensors"
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            safetensors.torch.save_model(model, str(rescue))
+        except (OSError, safetensors.SafetensorError):  # no room there either
+            if rescue.is_file():
+                rescue.unlink()
+        else:
+            return rescue
+    return None
 
 
 def check_reload(model: PreTrainedModel, folder: Path) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from .adapters import base_of
 from .checkpoint import load_model, one_line
-from .decoder import find_decoder
+from .decoder import find_decoder, is_sharded
 from .errors import LayerPruneError
 from .leave_one_out import can_replay, captured, hidden
 from .lineage import Lineage, get_lineage
@@ -41,6 +41,12 @@ def make_teacher(
         LayerPruneError: the teacher has another vocabulary, fewer layers than the student once had or
             not the layers it has now, shares weights with it, or cannot be loaded.
     """
+    given = student if teacher is None else teacher
+    if isinstance(given, PreTrainedModel) and is_sharded(given):
+        raise LayerPruneError(
+            "The teacher's weights are already shared out over processes, so that it cannot run by itself: "
+            "load it before the training arguments are made, and give it as teacher_model."
+        )
     if teacher is None:
         weights = _tensors(student) if adapters else []
         teacher = copy.deepcopy(student, {id(tensor): tensor for tensor in weights})
@@ -56,7 +62,9 @@ def make_teacher(
                     "itself, or write the outputs of one with the student's vocabulary."
                 )
             return said
-        teacher = load_model(teacher, dtype=student.dtype)
+        return make_teacher(
+            load_model(teacher, dtype=student.dtype), student, hidden_states, adapters, tokens
+        )
     shared = {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}
     if shared:
         raise LayerPruneError(

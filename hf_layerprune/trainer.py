@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import DynamoBackend
 from datasets import Dataset
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, Trainer
@@ -26,7 +27,7 @@ from transformers.trainer_utils import (
 
 from .adapters import adapter_configs, base_of
 from .arguments import DistillationTrainingArguments
-from .checkpoint import is_whole, last_checkpoint, load_lineage
+from .checkpoint import is_whole, last_checkpoint, load_lineage, one_line
 from .decoder import find_decoder, is_sharded, running, text_config
 from .diagnosis import drowned_logits
 from .errors import LayerPruneError
@@ -37,7 +38,7 @@ from .reading import Reader
 from .record import Record, read_record
 from .report import write_card
 from .rotary import legacy_rotary
-from .saving import save_adapter, save_model, saving, write_pruned_base
+from .saving import check_writable, save_adapter, save_model, saving, write_pruned_base
 from .scoring import undisturbed
 from .surgery import keep_lineage
 from .teacher import add_adapters, describe_teacher, make_teacher, shared_prefix
@@ -447,6 +448,7 @@ class DistillationTrainer(Trainer):
             self._check_teacher_of(read_record(folder))
             keep_lineage(self.accelerator.unwrap_model(self.model), load_lineage(str(folder)))
         self._check_written()
+        check_writable(output_dir)
         return super().train(folder, *args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -472,7 +474,14 @@ class DistillationTrainer(Trainer):
         folder = Path(str(self.args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
-        super()._save_checkpoint(*args, **kwargs)
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError, LayerPruneError) as error:
+            raise LayerPruneError(
+                f"The checkpoint of step {self.state.global_step} cannot be written: {one_line(error)} The "
+                f"last whole one: {last_checkpoint(folder.parent) or 'none'}. If there was no room, make "
+                "some, and go on from there with resume_from_checkpoint=True."
+            ) from error
 
     def _check_written(self) -> None:
         """Before any long work: the teacher wrote of all rows, where these can be seen beforehand."""
@@ -523,6 +532,34 @@ class DistillationTrainer(Trainer):
             yield
         finally:
             config.use_cache = training
+
+    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
+        """See [`~transformers.Trainer.init_hf_repo`].
+
+        Raises:
+            LayerPruneError: the hub cannot be reached, or does not let this user in.
+        """
+        try:
+            super().init_hf_repo(*args, **kwargs)
+        except Exception as error:  # of the network, of the hub, of the account
+            raise LayerPruneError(f"No repository can be made on the hub: {one_line(error)}") from error
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """See [`~transformers.Trainer.push_to_hub`].
+
+        Raises:
+            LayerPruneError: it was not pushed; the model and its card are in the output folder all the same.
+        """
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        except Exception as error:
+            self.save_model(_internal_call=True)
+            self.create_model_card()
+            folder = self.args.output_dir
+            raise LayerPruneError(
+                f"Not pushed: {one_line(error)} The model is saved in {folder}: push it later, with "
+                f"`hf upload REPOSITORY {folder} --exclude 'checkpoint-*'`."
+            ) from error
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card: from the run record where [`LayerPruningCallback`] left one, else as

@@ -3,18 +3,24 @@
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
+from huggingface_hub import HfApi
+from huggingface_hub import constants as hub
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback, default_data_collator
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, default_data_collator
 
 from hf_layerprune import (
     DistillationTrainer,
@@ -23,8 +29,9 @@ from hf_layerprune import (
     LayerPruningCallback,
     get_lineage,
     last_checkpoint,
+    save_model,
 )
-from hf_layerprune.record import read_record
+from hf_layerprune.record import check_folder_is_free, read_record
 
 from .conftest import make_model, tokens
 from .test_tiled_loss import perturbed
@@ -32,6 +39,7 @@ from .test_trainer import examples, make_trainer
 from .tiny_models import tiny_model
 
 
+ENDS = (0, -signal.SIGKILL, -signal.SIGXFSZ, 128 + signal.SIGTERM)
 # What a run can be doing when it is killed, by the function it is in.
 MOMENTS = {
     "score_layers": "scoring",
@@ -73,9 +81,9 @@ def train(folder, save_steps):
     Path(folder, "end.json").write_text(json.dumps(end))
 
 
-def attempt(folder, part=None, calls_into=0, by=signal.SIGKILL, save_steps=1):
+def attempt(folder, part=None, calls_into=0, by=signal.SIGKILL, save_steps=1, limit=None):
     """Train in a process of its own, and see it kill itself so many calls of Python functions after it first
-    came to a part of the work, or get another signal then.
+    came to a part of the work, or get another signal then; or be killed at this byte of any file it writes.
 
     Returns:
         What it was doing when it was killed, None if it came to its end; and of each part how many calls it
@@ -85,6 +93,10 @@ def attempt(folder, part=None, calls_into=0, by=signal.SIGKILL, save_steps=1):
     child = os.fork()
     if child == 0:
         calls, lengths, entered, kill_at = 0, {}, [], None
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
         def count(frame, event, argument):
             nonlocal calls, kill_at
@@ -116,8 +128,8 @@ def attempt(folder, part=None, calls_into=0, by=signal.SIGKILL, save_steps=1):
     with os.fdopen(read) as pipe:
         said = pipe.read()
     _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) in (0, -signal.SIGKILL, 143), "the attempt failed"
-    return json.loads(said)
+    assert os.waitstatus_to_exitcode(status) in ENDS, "the attempt failed"
+    return json.loads(said or "[null, {}]")
 
 
 def check_termination():
@@ -133,6 +145,22 @@ def check_termination():
         attempt("told", save_steps=3)
         assert Path("told/end.json").read_text() == Path("whole/end.json").read_text()
         shutil.rmtree("told")
+
+
+def check_bytes(kills, seed):
+    """Kill runs at a byte of a file that they write, small ones and large ones."""
+    torch.set_num_threads(1)
+    attempt("whole")
+    expected, draw = load_file("whole/end.safetensors"), random.Random(seed)
+    files = [path.stat().st_size for path in Path("whole").rglob("*") if path.is_file()]
+    for number in range(kills):
+        folder, most = f"cut-{number}", draw.choice(sorted(set(files)))
+        attempt(folder, limit=draw.randrange(most // 2, most))
+        assert not Path(folder, "end.json").exists()
+        attempt(folder)
+        found = load_file(f"{folder}/end.safetensors")
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        assert Path(folder, "end.json").read_text() == Path("whole/end.json").read_text()
 
 
 def check_runs(kills, seed):
@@ -167,6 +195,14 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(kills, seed):
     seen = json.loads(Path("seen.json").read_text())
     assert len(seen) >= kills
     assert {part for doing in seen for part in doing} == set(MOMENTS.values())
+
+
+@pytest.mark.parametrize(("kills", "seed"), [(3, 0), pytest.param(20, 1, marks=pytest.mark.faults)])
+def test_a_run_that_is_killed_at_a_byte_leaves_the_last_checkpoint_whole(kills, seed):
+    script = f"import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\n"
+    script += f"from tests.test_faults import check_bytes\ncheck_bytes({kills}, {seed})"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=580)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_run_that_is_told_to_end_leaves_a_checkpoint():
@@ -260,3 +296,95 @@ def test_the_handler_of_a_run_that_broke_off_is_replaced():
         assert handlers[-1] == callback._on_sigterm
     with pytest.raises(SystemExit, match="143"):  # nothing is in training
         handlers[-1](signal.SIGTERM, sys._getframe())
+
+
+@contextmanager
+def full_at(size):
+    """Within this context no file can be larger: a disk on which there is no more room."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [500, 100_000, 300_000])  # the record, the model, the optimizer
+def test_a_full_disk_leaves_the_last_checkpoint(size):
+    def run(folder, fill_at=None, **settings):
+        class Fill(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                if state.global_step == fill_at:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+        saves = {"output_dir": folder, "max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+        callbacks = [LayerPruningCallback(target_layers=4, calibration=examples(4)), Fill()]
+        trainer = make_trainer(make_model(), callbacks=callbacks, **saves)
+        with full_at(resource.RLIM_INFINITY):
+            trainer.train(**settings)
+        return trainer.model.state_dict()
+
+    expected = run("whole")
+    with pytest.raises((LayerPruneError, OSError)) as caught:
+        run("full", fill_at=1)
+    assert "File too large" in str(caught.value) or "inline_container" in str(
+        caught.value
+    )  # as torch says it
+    if size > 500:
+        assert "The last whole one: full/checkpoint-1." in str(caught.value)
+    assert last_checkpoint("full") == "full/checkpoint-1"
+    found = run("full", resume_from_checkpoint=True)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_what_cannot_be_saved_goes_where_there_is_room(tmp_path, monkeypatch):
+    model = make_model()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
+    Path("taken").write_text("a file, where a folder is to be")
+    with pytest.raises(LayerPruneError, match=r"safe, .* in .*elsewhere/taken-\d+/rescued\.safetensors"):
+        save_model(model, "taken")
+    [rescued] = (tmp_path / "elsewhere").glob("*/*")
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in load_file(rescued).items())
+    with full_at(100_000), pytest.raises(LayerPruneError, match=r"too large.* in memory alone"):
+        save_model(model, "later")
+    save_model(model, "later")
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="a folder in which nobody can write")
+def test_a_folder_that_cannot_be_written_to_is_found_before_any_work():
+    trainer = make_trainer(make_model(), output_dir="/proc")
+    with pytest.raises(LayerPruneError, match="Cannot write to the output folder /proc"):
+        trainer.train()
+    with pytest.raises(LayerPruneError, match="Cannot write to the output folder /proc"):
+        check_folder_is_free("/proc")
+
+
+def test_a_hub_that_cannot_be_reached_loses_nothing(monkeypatch, tokenizer):
+    """No server answers at this address."""
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: HfApi("http://127.0.0.1:9", token="hf_none"))
+    with pytest.raises(LayerPruneError, match=r"No repository can be made on the hub: .*refused"):
+        make_trainer(make_model(), push_to_hub=True, hub_model_id="me/cut")
+    callbacks = [LayerPruningCallback(target_layers=5, calibration=examples(4))]
+    trainer = make_trainer(make_model(), callbacks=callbacks, processing_class=tokenizer, max_steps=1)
+    trainer.train()
+    with pytest.raises(LayerPruneError, match=r"Not pushed: .*refused.* is saved in out: .*hf upload"):
+        trainer.push_to_hub()
+    again = AutoModelForCausalLM.from_pretrained("out")
+    assert all(torch.equal(again.state_dict()[n], v) for n, v in trainer.model.state_dict().items())
+    assert "layer-pruning" in Path("out/README.md").read_text()
+    assert Path("out/tokenizer.json").exists()
+
+
+@pytest.mark.faults
+def test_a_hub_that_goes_away_in_training_does_not_stop_it(monkeypatch):
+    """A push from a checkpoint is made beside the training, and made again with the next."""
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(transformers.trainer, "hf_api", lambda: HfApi("http://127.0.0.1:9", token="hf_none"))
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self: setattr(self, "hub_model_id", "me/cut"))
+    saves = {"push_to_hub": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    trainer = make_trainer(make_model(), **saves)
+    trainer.push_in_progress = None
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert last_checkpoint("out") == "out/checkpoint-2"

@@ -142,3 +142,12 @@ def test_phases_are_drawn_as_a_heat_map(tmp_path):
     second = ScoreTable("loss", {1: 0.3, 2: 5.5}, -2.1, [0, 1, 3, 4])
     plot_phases([first, second], tmp_path / "phases.png")
     assert (tmp_path / "phases.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_card_tells_what_the_run_saw(llama):
+    record = prune_layers(llama, target_layers=5, calibration=calibration())
+    for wrong in ({}, {"signs": ["Layer 3 cost too much.", "Nothing came back."], "stopped": "It ended."}):
+        write_card(record | wrong, Path())
+        card = Path("README.md").read_text()
+        assert ("- Layer 3 cost too much.\n\n- Nothing came back.\n" in card) == bool(wrong)
+        assert ("It ended.\n" in card) == bool(wrong)

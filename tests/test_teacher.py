@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from hf_layerprune import remove_layers
+from hf_layerprune import LayerPruneError, remove_layers
 from hf_layerprune.teacher import make_teacher
 
 from .conftest import logits, tokens
@@ -63,3 +63,13 @@ def test_adapters_are_trained_on_eight_bits(eight_bits):
     trainer.train()
     first, second = [log["kl"] for log in trainer.state.log_history[:2]]
     assert second < first
+
+
+def test_a_teacher_whose_weights_are_shared_out_is_refused(llama):
+    """As ZeRO-3 does with what is loaded after the training arguments are made."""
+    teacher = copy.deepcopy(llama)
+    next(teacher.parameters()).ds_id = 0
+    for given in (teacher, None):
+        student = llama if given else teacher
+        with pytest.raises(LayerPruneError, match="load it before the training arguments are made"):
+            make_teacher(given, student, False)
