@@ -315,7 +315,7 @@ class LayerPruningCallback(TrainerCallback):
                 break
             if not removals:
                 self._look_back(table.quality)
-            removals.append(remove_least(model, table))
+            removals += remove_least(model, table)
             drop_removed_parameters(optimizer, model)
             logger.info(
                 "step %d: removed layer %d of the original model (%s score %.4f); %d layers left",

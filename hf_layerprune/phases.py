@@ -103,13 +103,12 @@ def run_phases(
         here = folder / f"phase_{number}"
         if number > len(phases):
             model = load(str(folder / f"phase_{number - 1}" / "healed") if phases else None)
-            removals = []
+            removals: list[dict[str, Any]] = []
             for _ in range(size):
                 scoring = {"racing": racing, "journal": folder / "scoring.jsonl"}
                 fixed = record["pruning"]["protected_originals"]
-                removals.append(
-                    remove_least(model, score_present(model, calibration, criterion, fixed, **scoring))
-                )
+                table = score_present(model, calibration, criterion, fixed, **scoring)
+                removals += remove_least(model, table)
             save_model(model, here / "cut")
             phases.append(phase_entry(model, 0, removals, evaluation))
             note()

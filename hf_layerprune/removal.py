@@ -18,6 +18,9 @@ from .surgery import check_layers, possible_cuts, remove_layers
 
 logger = logging.getLogger(__name__)
 
+MAX_GAP = "max-gap"
+SELECTIONS = ("greedy", "one_shot", "run")  # without training
+
 Evaluation = Callable[[PreTrainedModel], dict[str, float]]
 
 
@@ -34,12 +37,17 @@ def prune_layers(
     teacher: PreTrainedModel | None = None,
     pattern: str = "output",
     seed: int = 0,
+    select: str = "greedy",
 ) -> Record:
-    """Remove the least important layers of `model`, in place, without training; score after each again
-    (SLEB, 2402.09025, with `criterion="loss"`).
+    """Remove the least important layers of `model`, in place, without training.
 
     Args:
         model (`PreTrainedModel`): a causal language model.
+        select (`str`, *optional*, defaults to `"greedy"`): one by one, all scored again after each (SLEB,
+            2402.09025, with `criterion="loss"`); `"one_shot"`, those that score least at once (ShortGPT,
+            2403.03853, with `"block_influence"`); or `"run"`, the run of layers that scores least together
+            (LLM-Streamline, 2403.19135, with `"block_influence"`; Gromov et al., 2403.17887, with
+            `"angular"`).
         others: see [`LayerPruningCallback`].
 
     Returns:
@@ -49,22 +57,34 @@ def prune_layers(
         LayerPruneError: the target cannot be reached, or a layer cannot be removed exactly.
     """
     began = time.monotonic()
-    check_choices(criterion, task, teacher, pattern, racing)
+    check_choices(criterion, task, teacher, "output" if pattern == MAX_GAP else pattern, racing)
+    if select not in SELECTIONS:
+        raise LayerPruneError(f"select is {select!r}: choose from {', '.join(SELECTIONS)}.")
+    if pattern == MAX_GAP and (criterion != "positional" or select != "one_shot" or protected is not None):
+        raise LayerPruneError(
+            f"pattern={MAX_GAP!r} goes with criterion='positional' and select='one_shot', as it is of all "
+            "layers together, and protects the first and the last."
+        )
     scoring: dict[str, Any] = {"racing": racing, "teacher": teacher, "pattern": pattern, "seed": seed}
     fixed = check_plan(model, target_layers, protected)
     batches = make_batches(calibration, 4) if calibration or not callable(task) else []
     settings = {"target_layers": target_layers, "criterion": criterion, "protected_originals": fixed}
+    settings["select"] = select
     record = start_record(model, settings | plain_settings(scoring))
     scoring |= {"prefixes": Prefixes(), "task": task}
     record["dense"] = run_evaluation(evaluation, model)
-    while len(get_lineage(model).kept) > target_layers:
+    excess = len(get_lineage(model).kept) - target_layers
+    while excess:
         phase_began = time.monotonic()
-        table = score_present(model, batches, criterion, fixed, **scoring)
-        removal = remove_least(model, table)
-        record["phases"].append(
-            phase_entry(model, 0, [removal], evaluation)
-            | {"seconds": round(time.monotonic() - phase_began, 2)}
-        )
+        run = excess if select == "run" else 1
+        if pattern == MAX_GAP:
+            table = evenly_spaced(get_lineage(model).kept, excess)
+        else:
+            table = score_present(model, batches, criterion, fixed, run=run, **scoring)
+        removals = remove_least(model, table, excess if select == "one_shot" else 1)
+        excess = len(get_lineage(model).kept) - target_layers
+        seconds = {"seconds": round(time.monotonic() - phase_began, 2)}
+        record["phases"].append(phase_entry(model, 0, removals, evaluation) | seconds)
     record |= {
         "seconds": round(time.monotonic() - began, 2),
         "peak_memory_mb": peak_memory_mb(),
@@ -130,17 +150,34 @@ def plain_settings(scoring: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def remove_least(model: PreTrainedModel, table: ScoreTable) -> dict[str, Any]:
-    """Remove the layer that matters least by `table` from `model`, in place; return its entry in the
-    record."""
-    layer = table.ranking()[0]
-    remove_layers(model, layer)
-    return {
-        "layer": layer,
-        "original": table.kept[layer],
-        "score": table.scores[layer],
-        "table": table.to_dict(),
-    }
+def remove_least(model: PreTrainedModel, table: ScoreTable, count: int = 1) -> list[dict[str, Any]]:
+    """Remove the `count` layers that matter least by `table`, or the run that does, from `model`, in place;
+    return their entries in the record, the first with the table.
+
+    Raises:
+        LayerPruneError: they cannot be removed together.
+    """
+    starts = table.ranking()[:count]
+    entries: list[dict[str, Any]] = [
+        {
+            "layer": layer,
+            "original": table.kept[layer],
+            "score": table.scores[start] if layer == start else None,
+        }
+        for start in starts
+        for layer in range(start, start + table.run)
+    ]
+    remove_layers(model, [entry["layer"] for entry in entries])
+    entries[0]["table"] = table.to_dict()
+    return entries
+
+
+def evenly_spaced(kept: Sequence[int], remove: int) -> ScoreTable:
+    """LayerChop (2305.14864, section 3.1), max-gap: the layers left lie evenly from the first to the last."""
+    left = len(kept) - remove
+    stay = {round(i * (len(kept) - 1) / max(1, left - 1)) for i in range(left)}
+    scores = {i: float(i in stay) for i in range(len(kept))}
+    return ScoreTable("positional", scores, None, list(kept))
 
 
 def phase_entry(

@@ -33,7 +33,8 @@ def table_rows(record: Record) -> list[list[str]]:
     rows = [heads, row(model["layers"], "", "", None, dense, model["parameters"], "")]
     for phase in record["phases"]:
         removed = ", ".join(str(removal["original"]) for removal in phase["removals"])
-        score = ", ".join(f"{removal['score']:.3f}" for removal in phase["removals"])
+        scores = [removal["score"] for removal in phase["removals"]]
+        score = ", ".join(f"{one:.3f}" for one in scores if one is not None)
         rows.append(
             row(
                 len(phase["kept"]),
@@ -61,12 +62,13 @@ def markdown_table(rows: list[list[str]]) -> str:
 
 def plot_scores(record: Record, folder: Path) -> list[str]:
     """Draw the score tables of all removals into `folder`; return the file names."""
-    tables = [removal["table"] for phase in record["phases"] for removal in phase["removals"]]
+    removals = [removal for phase in record["phases"] for removal in phase["removals"]]
+    tables = [removal["table"] for removal in removals if "table" in removal]
     names = ["scores_all_phases.png"] if len(tables) > 1 else []
     if names:
         plot_phases([ScoreTable.from_dict(table) for table in tables], folder / names[0])
     for number, phase in enumerate(record["phases"], 1):
-        for removal in phase["removals"]:
+        for removal in [one for one in phase["removals"] if "table" in one]:  # of one table several may go
             names.append(f"scores_phase_{number}_layer_{removal['original']}.png")
             ScoreTable.from_dict(removal["table"]).plot(folder / names[-1])
     return names

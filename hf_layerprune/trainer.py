@@ -176,7 +176,10 @@ class DistillationTrainer(Trainer):
         ours, theirs = states[:, :-1][mask], expected[:, :-1][mask]
         weights = {self.args.divergence: self.args.kl_weight, "ce": self.args.ce_weight if training else 1.0}
         losses = partial(self._logit_losses, with_labels=weights["ce"] > 0)
-        total, sums = tiled_loss(learner, ours, teacher, theirs, tokens[:, 1:][mask], losses, weights)
+        total: Any = 0.0
+        sums: dict[str, torch.Tensor] = {}
+        if any(weights.values()):
+            total, sums = tiled_loss(learner, ours, teacher, theirs, tokens[:, 1:][mask], losses, weights)
         if pairs:
             parts = [(_state(learnt, s)[:, :-1][mask], _state(taught, t)[:, :-1][mask]) for s, t in pairs]
             error = torch.stack([hidden_error(s, t, self.args.hidden_loss) for s, t in parts]).mean()
