@@ -390,6 +390,62 @@ def phases(arguments: list[str]) -> None:
     print(f"\nSaved in {output.output_dir}; what each phase left is in its folder there.")
 
 
+def run(arguments: list[str]) -> None:
+    """A published method by its RECIPE: a name such as shortgpt, or a YAML file; flags change its fields."""
+    from .arguments import DistillationTrainingArguments
+    from .data import split_blocks
+    from .recipes import RecipeArguments, recipe_words, resolved_fields, run_recipe, shipped_recipes
+    from .record import check_folder_is_free
+    from .report import markdown_table, table_rows
+    from .schedule import phase_sizes
+
+    types = [
+        RecipeArguments,
+        ModelArguments,
+        TextArguments,
+        CriterionArguments,
+        SizeArguments,
+        PhaseArguments,
+        DistillationTrainingArguments,
+    ]
+    if arguments[:1] == ["--method"]:
+        del arguments[0]
+    if not arguments or arguments[0].startswith("-"):
+        if not set(arguments) & {"-h", "--help"}:
+            raise LayerPruneError(f"Give a YAML file, or one of {', '.join(shipped_recipes())}.")
+        words = arguments
+    else:
+        words = recipe_words(arguments[0], types) + arguments[1:]
+    recipe, source, text, how, size, phases, args = _parse("run", words, types, model=False)
+    resume = True if phases.resume else args.resume_from_checkpoint
+    if not resume:
+        check_folder_is_free(args.output_dir)
+    model, tokenizer = _load(recipe.model, source, dtype="float32")
+    if recipe.select == "phases" and args.max_steps < 0 and phases.steps_per_phase:
+        count = model.config.get_text_config(decoder=True).num_hidden_layers
+        args.max_steps = phases.steps_per_phase * len(phase_sizes(count, recipe.keep, size.layers_per_phase))
+    blocks = _blocks(text, model, tokenizer)
+    calibration, heldout, train = split_blocks(blocks, how.calibration_blocks, recipe.heldout_blocks)
+    names = ("steps_per_phase", "tokens_per_phase", "restart_learning_rate", "quality_floor", "min_recovery")
+    record = run_recipe(
+        model,
+        tokenizer,
+        recipe,
+        args,
+        calibration=calibration,
+        heldout=heldout,
+        train=train,
+        criterion=how.criterion,
+        racing=how.racing,
+        protected=how.protected,
+        phases={name: getattr(phases, name) for name in names} | {"layers_per_phase": size.layers_per_phase},
+        resume=resume,
+        resolved=resolved_fields([recipe, text, how, size, phases], args),
+    )
+    print(markdown_table(table_rows(record)))
+    print(f"\nSaved in {args.output_dir}.")
+
+
 def evaluate(arguments: list[str]) -> None:
     """Perplexity and speed of one or more MODELs on a text, side by side."""
     types = [ModelArguments, TextArguments, EvaluateArguments]
@@ -435,6 +491,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "teach": teach,
     "distill": distill,
     "phases": phases,
+    "run": run,
     "evaluate": evaluate,
 }
 

@@ -65,7 +65,7 @@ def start_record(
             "parameters": model.num_parameters(),
         },
         "pruning": settings,
-        "training": {} if args is None else _changed_settings(args),
+        "training": {} if args is None else changed_settings(args),
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "hf-layerprune")},
@@ -145,7 +145,7 @@ def peak_memory_mb() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20
 
 
-def _changed_settings(args: TrainingArguments) -> dict[str, Any]:
+def changed_settings(args: Any) -> dict[str, Any]:
     """The training arguments that are not at their default, without folders and secrets."""
     values = args.to_dict()
     changed = {}

@@ -5,6 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .record import DISTILLED, Record
@@ -168,6 +169,7 @@ def write_card(
         record=record,
         table=markdown_table(table_rows(record)),
         plots=plot_scores(record, folder),
+        recipe=yaml.safe_dump(record["recipe"], sort_keys=False) if "recipe" in record else None,
     )
     card.save(folder / "README.md")
 

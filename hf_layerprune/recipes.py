@@ -1,0 +1,320 @@
+"""Published methods as files: which layers go, what stands in for them, how what is left is trained."""
+
+import copy
+import dataclasses
+import difflib
+import json
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, default_data_collator
+
+from .arguments import DistillationTrainingArguments
+from .callback import LayerPruningCallback
+from .data import make_batches
+from .errors import LayerPruneError
+from .evaluation import evaluate_text
+from .lineage import get_lineage
+from .record import Record, changed_settings, peak_memory_mb, start_record, write_record
+from .removal import (
+    MAX_GAP,
+    SELECTIONS,
+    check_plan,
+    phase_entry,
+    prune_layers,
+    run_evaluation,
+    score_present,
+)
+from .replacement import KINDS, replace_by_linear_map, replace_run
+from .report import write_card
+from .saving import save_model
+from .scoring import ScoreTable
+from .surgery import without_layers
+from .trainable import trained_parameters
+from .trainer import DistillationTrainer
+
+
+SHIPPED = Path(__file__).parent / "shipped_recipes"
+REPLACEMENT_LOSSES = {
+    "mse": {"kl_weight": 0.0, "ce_weight": 0.0, "hidden_weight": 1.0},
+    "lm": {"kl_weight": 0.0, "ce_weight": 1.0, "hidden_weight": 0.0},
+    "kl": {"kl_weight": 1.0, "ce_weight": 0.0, "hidden_weight": 0.0},
+}
+
+
+@dataclass
+class RecipeArguments:
+    """What goes, and what stands in for it."""
+
+    model: str = field(metadata={"help": "Folder or hub id of the model."})
+    keep: int = field(metadata={"help": "How many layers the model shall have."})
+    title: str = field(default="Layer pruning", metadata={"help": "Name of the method, for the model card."})
+    paper: str = field(default="", metadata={"help": "Where it is described, for the model card."})
+    select: str = field(
+        default="phases",
+        metadata={
+            "help": "Which layers go: phase by phase with training between; greedy, one by one; those that "
+            "score least in one shot; or the run that scores least.",
+            "choices": ["phases", *SELECTIONS],
+        },
+    )
+    pattern: str = field(
+        default="output",
+        metadata={"help": f"For criterion positional: output, input, middle, both, random or {MAX_GAP}."},
+    )
+    replacement: str = field(
+        default="none",
+        metadata={"help": "For select run, what stands in for the run.", "choices": list(KINDS)},
+    )
+    replacement_layers: int = field(default=1, metadata={"help": "How many layers stand in."})
+    replacement_loss: str = field(
+        default="mse",
+        metadata={
+            "help": "What trains them, and nothing else: the run's own output (mse), text (lm), or the whole "
+            "model's logits (kl).",
+            "choices": list(REPLACEMENT_LOSSES),
+        },
+    )
+    heldout_blocks: int = field(default=16, metadata={"help": "Blocks of the text to measure perplexity on."})
+
+    def __post_init__(self) -> None:
+        if self.replacement != "none" and self.select != "run":
+            raise LayerPruneError(f"replacement {self.replacement} stands in for a run: set select to run.")
+        if self.replacement == "linear" and self.replacement_loss == "mse":
+            self.replacement_loss = "kl"  # the map is the least of mse already
+
+
+def shipped_recipes() -> list[str]:
+    """The names of the recipes that come with the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def recipe_words(recipe: str, types: Sequence[Any]) -> list[str]:
+    """A recipe as words of a command line.
+
+    Args:
+        recipe (`str`): the name of one that comes with the package, or a YAML file of fields of `types`.
+        types (sequence of dataclasses): which fields there are.
+
+    Raises:
+        LayerPruneError: no such recipe, no plain YAML, or a field that there is not.
+    """
+    path = SHIPPED / f"{recipe}.yaml" if recipe in shipped_recipes() else Path(recipe)
+    if not path.is_file():
+        raise LayerPruneError(
+            f"No recipe {recipe!r}: give a YAML file, or one of {', '.join(shipped_recipes())}."
+        )
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise LayerPruneError(f"{path} is no plain YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(fields, dict):
+        raise LayerPruneError(f"{path} is no recipe: it must be lines of `field: value`.")
+    known = [one.name for kind in types for one in dataclasses.fields(kind) if one.init]
+    words: list[str] = []
+    for name, value in fields.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, 1)
+            raise LayerPruneError(
+                f"{path}: there is no field {name!r}" + (f"; do you mean {near[0]}?" if near else ".")
+            )
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [value]
+        words.append(f"--{name}")
+        words += [json.dumps(one) if isinstance(one, dict) else str(one) for one in values]
+    return words
+
+
+def resolved_fields(parts: Sequence[Any], args: DistillationTrainingArguments) -> dict[str, Any]:
+    """What a recipe came to: the fields of its parts that are not at their default, without folders."""
+    found: dict[str, Any] = {}
+    for part in parts:
+        for one in dataclasses.fields(part):
+            value = getattr(part, one.name)
+            if value != one.default and one.name not in ("teacher", "resume"):
+                found[one.name] = Path(value).name if one.name in ("model", "data") else value
+    return found | changed_settings(args)
+
+
+def run_recipe(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: RecipeArguments,
+    args: DistillationTrainingArguments,
+    *,
+    calibration: Dataset,
+    heldout: Dataset,
+    train: Dataset,
+    criterion: str = "loss",
+    racing: float | None = None,
+    protected: Sequence[int] | None = None,
+    phases: dict[str, Any] | None = None,
+    resume: str | bool | None = None,
+    resolved: dict[str, Any] | None = None,
+) -> Record:
+    """Make `model`, in place, what a recipe says, and save it with its card in `args.output_dir`.
+
+    Args:
+        recipe ([`RecipeArguments`]): which layers go, and what stands in for them.
+        args ([`DistillationTrainingArguments`]): how what is left is trained; with `max_steps=0` it is not.
+        calibration, heldout, train (`Dataset`): blocks to score on, to measure on and to train on.
+        criterion, racing, protected (*optional*): see [`LayerPruningCallback`].
+        phases (`dict`, *optional*): for `select="phases"`, other settings of [`LayerPruningCallback`].
+        resume (*optional*): for `select="phases"`, see [`~transformers.Trainer.train`].
+        resolved (`dict`, *optional*): the recipe's fields, for record and card.
+
+    Returns:
+        `dict`: the run record.
+
+    Raises:
+        LayerPruneError: settings that cannot work, before any long work.
+    """
+    heldout_batches = make_batches(heldout, args.per_device_eval_batch_size)
+    choice: dict[str, Any] = {
+        "target_layers": recipe.keep,
+        "criterion": criterion,
+        "calibration": calibration,
+        "racing": racing,
+        "protected": protected,
+        "pattern": recipe.pattern,
+        "evaluation": lambda model: evaluate_text(model, heldout_batches),
+    }
+    caches = model.config.use_cache  # which training may switch off
+    if recipe.select == "phases":
+        if not args.max_steps:
+            raise LayerPruneError("select phases trains between removals: set max_steps or steps_per_phase.")
+        pruning = LayerPruningCallback(**choice, **(phases or {}))
+        _train(model, None, args, train, pruning, resume)
+        record = pruning.record
+    else:
+        record = _remove_and_heal(model, recipe, args, choice, train)
+    model.config.use_cache = caches
+    healing = "healed by distillation" if args.kl_weight or args.hidden_weight else "healed on text"
+    record["method"] = {
+        "name": recipe.title,
+        "url": recipe.paper,
+        "healing": healing if args.max_steps else "not healed",
+    }
+    folder = Path(str(args.output_dir))
+    save_model(model, folder, verify=args.verify_save, legacy_rope=args.legacy_rope)
+    tokenizer.save_pretrained(folder)
+    record["recipe"] = resolved
+    write_record(record, folder)
+    write_card(record, folder)
+    return record
+
+
+def _remove_and_heal(
+    model: PreTrainedModel,
+    recipe: RecipeArguments,
+    args: DistillationTrainingArguments,
+    choice: dict[str, Any],
+    train: Dataset,
+) -> Record:
+    """Remove all layers first, and train what is left after that."""
+    check_plan(model, recipe.keep, choice["protected"])
+    began = time.monotonic()
+    replaces, trained = recipe.replacement != "none", None
+    if replaces:
+        for name, value in REPLACEMENT_LOSSES[recipe.replacement_loss].items():
+            setattr(args, name, value)
+    teaches = bool(args.max_steps and (args.kl_weight or args.hidden_weight))
+    teacher = copy.deepcopy(model) if teaches else None
+    if replaces:
+        record, trained = _replace(model, recipe, choice)
+    else:
+        record = prune_layers(model, **choice, select=recipe.select)
+    if args.max_steps:
+        if trained is not None:
+            for parameter in model.parameters():
+                parameter.requires_grad_(any(parameter is one for one in trained))
+        with ExitStack() as shortened:
+            if replaces and args.hidden_weight:  # what comes after the replacement says nothing of it
+                last = _last_replaced(record)
+                args.hidden_layers, args.save_strategy = [last], "no"
+                for one in filter(None, (model, teacher)):
+                    kept = get_lineage(one).kept
+                    after = [i for i, original in enumerate(kept) if original > last]
+                    shortened.enter_context(without_layers(one, after))
+            record["log"] = _train(model, teacher, args, train)
+        model.requires_grad_(True)
+        record["training"] = changed_settings(args)
+        record["phases"][-1]["healed"] = run_evaluation(choice["evaluation"], model)
+    record["seconds"] = round(time.monotonic() - began, 2)
+    record["phases"][-1]["seconds"] = record["seconds"]
+    record["peak_memory_mb"] = peak_memory_mb()
+    return record
+
+
+def _replace(
+    model: PreTrainedModel, recipe: RecipeArguments, choice: dict[str, Any]
+) -> tuple[Record, list[nn.Parameter]]:
+    """Let something stand for the run that matters least; the record, and what of it is to be trained."""
+    before, standing = get_lineage(model).kept, recipe.replacement_layers
+    if not 1 <= standing < recipe.keep:
+        raise LayerPruneError(
+            f"replacement_layers is {standing}, of {recipe.keep} layers to keep: let at least one stand in, "
+            "and fewer than are kept."
+        )
+    fixed = check_plan(model, recipe.keep, choice["protected"])
+    settings = {name: choice[name] for name in ("target_layers", "criterion", "racing", "pattern")}
+    settings |= {"protected_originals": fixed, "select": "run", "replacement": recipe.replacement}
+    record = start_record(model, settings)
+    record["dense"] = run_evaluation(choice["evaluation"], model)
+    if recipe.replacement == "linear":  # part of the layer before
+        standing = 0
+    run, batches = len(before) - recipe.keep + standing, make_batches(choice["calibration"], 4)
+    scoring = {"run": run, "racing": choice["racing"], "pattern": choice["pattern"]}
+    table = score_present(model, batches, choice["criterion"], fixed, **scoring)
+    first = table.ranking()[0]
+    if recipe.replacement == "linear":
+        trained = [replace_by_linear_map(model, first, run, batches)]
+    else:
+        trained = replace_run(model, first, run, recipe.replacement, standing)
+    gone = [original for original in before if original not in get_lineage(model).kept]
+    removals: list[dict[str, Any]] = [
+        {"layer": before.index(original), "original": original, "score": None} for original in gone
+    ]
+    removals[0] |= {"score": table.scores[first], "table": table.to_dict()}
+    record["phases"].append(phase_entry(model, 0, removals, choice["evaluation"]))
+    record["finished"] = True
+    return record, trained
+
+
+def _last_replaced(record: Record) -> int:
+    """The original layer in whose place the last one stands that replaces a run."""
+    table = ScoreTable.from_dict(record["phases"][0]["removals"][0]["table"])
+    return table.kept[table.ranking()[0] + table.run - 1]
+
+
+def _train(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    args: DistillationTrainingArguments,
+    train: Dataset,
+    pruning: LayerPruningCallback | None = None,
+    resume: str | bool | None = None,
+) -> list[dict[str, Any]]:
+    """Train, with a teacher where one is asked for, else on the labels alone; the log."""
+    callbacks: list[Any] = [] if pruning is None else [pruning]
+    taught = args.kl_weight or args.hidden_weight
+    trainer: Trainer
+    if taught or (pruning is not None and args.trainable != "all"):  # which is chosen anew after each removal
+        settings = {"train_dataset": train, "callbacks": callbacks}
+        trainer = DistillationTrainer(model, args, teacher_model=teacher, **settings)
+    else:
+        chosen = {id(parameter) for parameter in trained_parameters(model, args.trainable)}
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in chosen)
+        collate = default_data_collator
+        trainer = Trainer(model, args, data_collator=collate, train_dataset=train, callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer.state.log_history

@@ -1,0 +1,242 @@
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from transformers import AutoModelForCausalLM
+
+from hf_layerprune import get_lineage, remove_layers, score_layers
+from hf_layerprune.cli import main
+from hf_layerprune.data import load_texts, make_batches, split_blocks, token_blocks
+from hf_layerprune.evaluation import evaluate_text
+from hf_layerprune.recipes import shipped_recipes
+from hf_layerprune.record import read_record
+from hf_layerprune.replacement import replace_by_linear_map, replace_run
+
+from .conftest import logits, make_model, tokens
+
+
+@pytest.fixture
+def folder(tokenizer):
+    make_model().save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    text = "\n".join(f"Line {i} of a text that says little about the number {i * i}." for i in range(200))
+    Path("text.txt").write_text(text)
+    return "model"
+
+
+DATA = ["--model", "model", "--data", "text.txt", "--keep", "3"]
+SMALL = ["--block_length", "16", "--calibration_blocks", "8", "--heldout_blocks", "8", "--output_dir", "out"]
+SHORT = ["--max_steps", "6", "--per_device_train_batch_size", "4", "--bf16", "False", "--use_cpu", "True"]
+SHORT += ["--gradient_accumulation_steps", "1", "--report_to", "none", "--learning_rate", "1e-2"]
+SHORT += ["--save_strategy", "no"]
+
+
+def run(*words):
+    return main(["run", *words])
+
+
+def blocks(tokenizer):
+    """As the command cuts the text."""
+    return split_blocks(token_blocks(load_texts("text.txt"), tokenizer, 16), 8, 8)
+
+
+def result():
+    return AutoModelForCausalLM.from_pretrained("out").eval(), read_record("out")
+
+
+def test_every_shipped_recipe_is_of_known_fields_and_says_where_it_is_from():
+    for name in shipped_recipes():
+        fields = yaml.safe_load(
+            (
+                Path("/") / __import__("hf_layerprune").__path__[0] / "shipped_recipes" / f"{name}.yaml"
+            ).read_text()
+        )
+        assert fields["paper"].startswith("https://arxiv.org/abs/")
+        assert fields["title"]
+        assert ("model" in fields) == name.endswith("-small")
+
+
+def test_shortgpt_takes_the_least_block_influences_at_once(folder, tokenizer, capsys):
+    assert run("--method", "shortgpt", *DATA, *SMALL) == 0
+    model, record = result()
+    batches = make_batches(blocks(tokenizer)[0], 4)
+    reference, hidden = make_model(), []
+    with torch.no_grad():
+        for batch in batches:
+            hidden.append(
+                reference(**{"input_ids": batch["input_ids"]}, output_hidden_states=True).hidden_states
+            )
+    influence = {
+        i: 1
+        - torch.cat([F.cosine_similarity(h[i], h[i + 1], dim=-1).flatten() for h in hidden]).mean().item()
+        for i in range(1, 5)
+    }
+    least = sorted(influence, key=influence.get)[:3]
+    assert get_lineage(model).removed == sorted(least)
+    [phase] = record["phases"]
+    for removal in phase["removals"]:
+        assert removal["score"] == pytest.approx(influence[removal["original"]], abs=1e-5)
+    remove_layers(reference, least)
+    assert torch.equal(logits(model, tokens()), logits(reference, tokens()))
+    assert "not healed" in Path("out/README.md").read_text()
+    assert "perplexity cut" in capsys.readouterr().out
+
+
+def test_layerchop_drops_its_pattern_and_goes_on_with_the_text(folder, tokenizer):
+    assert run("layerchop", *DATA, *SMALL, *SHORT) == 0
+    model, record = result()
+    assert get_lineage(model).kept == [0, 2, 5]  # evenly from the first to the last
+    cut, healed = record["phases"][0]["cut"], record["phases"][0]["healed"]
+    assert healed["perplexity"] < cut["perplexity"]
+    # The first loss is that of the cut model on the labels alone.
+    reference = make_model()
+    remove_layers(reference, [1, 3, 4])
+    held = make_batches(blocks(tokenizer)[1], 4)
+    assert cut["loss"] == pytest.approx(evaluate_text(reference, held)["loss"], abs=1e-5)
+    assert "healed on text" in Path("out/README.md").read_text()
+    assert record["training"]["ce_weight"] == 1.0
+
+
+def test_the_deepest_go_and_head_and_last_three_are_trained(folder):
+    assert run("deepest", *DATA, *SMALL, *SHORT) == 0
+    model, _ = result()
+    assert get_lineage(model).kept == [0, 1, 5]
+    before = dict(make_model().named_parameters())
+    changed = {n for n, p in model.named_parameters() if n in before and not torch.equal(p, before[n])}
+    assert "lm_head.weight" in changed
+    assert "model.embed_tokens.weight" not in changed
+
+
+@pytest.mark.parametrize("loss", ["mse", "lm", "kl"])
+@pytest.mark.parametrize("kind", ["layer", "swiglu"])
+def test_llm_streamline_replaces_the_run_and_trains_only_that(folder, tokenizer, kind, loss):
+    flags = ["--replacement", kind, "--replacement_loss", loss, "--lr_scheduler_type", "constant"]
+    flags += ["--lr_scheduler_kwargs", "{}", "--warmup_steps", "0"]
+    assert run("streamline", *DATA, *SMALL, *SHORT, *flags) == 0
+    model, record = result()
+    calibration, held, _ = blocks(tokenizer)
+    reference = make_model()
+    # Three layers are left, of which one stands for a run of four: there is only one such run.
+    table = score_layers(reference, make_batches(calibration, 4), "block_influence", run=4, progress=False)
+    assert table.ranking()[0] == 1
+    trained = replace_run(reference, 1, 4, kind)
+    start = evaluate_text(reference, make_batches(held, 4))["loss"]
+    if kind == "layer":
+        without = make_model()
+        remove_layers(without, [2, 3, 4])
+        assert start == pytest.approx(evaluate_text(without, make_batches(held, 4))["loss"], abs=1e-6)
+        assert record["phases"][0]["cut"]["loss"] == pytest.approx(start, abs=1e-5)
+    names = {n for n, p in reference.named_parameters() if any(p is one for one in trained)}
+    original = make_model()
+    keep = dict(original.named_parameters())
+    for name, parameter in model.named_parameters():
+        if name not in names and ".layers." not in name:
+            assert torch.equal(parameter, keep[name]), name
+    assert torch.equal(model.model.layers[2].mlp.up_proj.weight, original.model.layers[5].mlp.up_proj.weight)
+    assert not torch.equal(
+        model.model.layers[1].mlp.up_proj.weight, reference.model.layers[1].mlp.up_proj.weight
+    )
+    assert get_lineage(model).kept == [0, 4, 5]
+    assert record["recipe"].get("replacement_loss", "mse") == loss
+    weights = {name: record["training"].get(name) for name in ("kl_weight", "ce_weight", "hidden_weight")}
+    assert (
+        weights
+        == {
+            "mse": {"kl_weight": 0.0, "ce_weight": None, "hidden_weight": 1.0},
+            "lm": {"kl_weight": 0.0, "ce_weight": 1.0, "hidden_weight": None},
+            "kl": {"kl_weight": None, "ce_weight": None, "hidden_weight": None},
+        }[loss]
+    )
+
+
+def test_replaceme_is_the_closed_form_map(folder, tokenizer):
+    assert run("replaceme", *DATA, *SMALL) == 0
+    model, record = result()
+    batches = make_batches(blocks(tokenizer)[0], 4)
+    reference = make_model()
+    table = score_layers(reference, batches, "block_influence", run=3, progress=False)
+    first = table.ranking()[0]
+    replace_by_linear_map(reference, first, 3, batches)
+    assert torch.equal(logits(model, tokens()), logits(reference, tokens()))
+    assert [one["original"] for one in record["phases"][0]["removals"]] == [first, first + 1, first + 2]
+    assert record["pruning"]["replacement"] == "linear"
+
+
+def test_iterative_is_that_of_distill(folder, tokenizer):
+    flags = ["--steps_per_phase", "2", "--loss_preset", "paper", "--trainable", "all"]
+    short = [word for word in SHORT if word not in ("--max_steps", "6")]
+    assert run("iterative", *DATA, *SMALL, *short, *flags, "--restart_learning_rate", "False") == 0
+    model, record = result()
+    ours = logits(model, tokens())
+    assert [phase["step"] for phase in record["phases"]] == [0, 2, 4]
+    same = ["distill", "model", "--data", "text.txt", "--target_layers", "3", *SMALL[:-2], *short, *flags]
+    same += ["--max_steps", "6", "--lr_scheduler_type", "cosine", "--warmup_steps", "0.004"]
+    same += ["--weight_decay", "0.05", "--max_grad_norm", "0.3", "--output_dir", "other"]
+    assert main(same) == 0
+    other = AutoModelForCausalLM.from_pretrained("other").eval()
+    assert get_lineage(other) == get_lineage(model)
+    torch.testing.assert_close(ours, logits(other, tokens()), rtol=0, atol=1e-6)
+    assert "Iterative Layer-wise Distillation" in Path("out/README.md").read_text()
+
+
+def test_a_recipe_of_ones_own_and_its_way_into_record_and_card(folder):
+    Path("mine.yaml").write_text(
+        "title: Mine\npaper: https://example.org\nselect: greedy\ncriterion: kl\nkeep: 4\nmax_steps: 0\n"
+        "block_length: 16\ncalibration_blocks: 4\nheldout_blocks: 4\nprotected: [0, 5]\n"
+    )
+    assert (
+        run("mine.yaml", "--model", "model", "--data", "text.txt", "--output_dir", "out", "--keep", "5") == 0
+    )
+    model, record = result()
+    assert len(get_lineage(model).kept) == 5
+    recipe = record["recipe"]
+    assert recipe["title"] == "Mine"
+    assert recipe["keep"] == 5
+    assert recipe["protected"] == [0, 5]
+    card = Path("out/README.md").read_text()
+    text = card.partition("```yaml\n")[2].partition("```")[0]
+    assert yaml.safe_load(text) == recipe
+    # It can be run again as it stands in the card.
+    Path("again.yaml").write_text(text)
+    assert run("again.yaml", "--model", "model", "--data", "text.txt", "--output_dir", "again") == 0
+    again = AutoModelForCausalLM.from_pretrained("again").eval()
+    assert torch.equal(logits(again, tokens()), logits(model, tokens()))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learnig_rate: 1e-3", "there is no field 'learnig_rate'; do you mean learning_rate?"),
+        ("qqqq: 1", "there is no field 'qqqq'."),
+        ("learning_rate: fast", "invalid float value: 'fast'"),
+        ("keep: true", "invalid int value: 'True'"),
+        ("select: best", "invalid choice: 'best'"),
+        ("select: [greedy]\nkeep: [3, 4]", "unrecognized arguments|not .*used"),
+        ("!!python/object/apply:os.system ['true']", "is no plain YAML"),
+        ("just words", "is no recipe"),
+        ("a: [", "is no plain YAML"),
+        ("select: greedy\nreplacement: layer", "set select to run"),
+        ("select: run\nreplacement: layer\nreplacement_layers: 9", "replacement_layers is 9, of 3 layers"),
+        ("select: run\nreplacement: ffn\nmax_steps: 0", "are gated, .* choose swiglu"),
+        ("select: one_shot\ncriterion: positional\npattern: max-gap\nkeep: 1", "only 4 are not protected"),
+        ("select: greedy\ncriterion: positional\npattern: max-gap", "goes with .* select='one_shot'"),
+        ("select: run\nkeep: 7", "target_layers is 7"),
+        ("select: phases\nmax_steps: 0", "select phases trains between"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_told(folder, capsys, text, message):
+    Path("bad.yaml").write_text(
+        text + ("" if "keep" in text else "\nkeep: 3" if ":" in text and "!!" not in text else "")
+    )
+    assert run("bad.yaml", "--model", "model", "--data", "text.txt", *SMALL) == 2
+    error = capsys.readouterr().err
+    assert pytest.importorskip("re").search(message, error), error
+    assert not Path("out/config.json").exists()
+
+
+def test_what_is_no_recipe_is_told(folder, capsys):
+    for words in (["nothing"], ["--model", "model"], []):
+        assert run(*words) == 2
+        assert "shortgpt" in capsys.readouterr().err
