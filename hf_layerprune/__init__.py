@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .checkpoint import load_pruned_adapter as load_pruned_adapter
     from .errors import LayerPruneError as LayerPruneError
     from .evaluation import evaluate_text as evaluate_text
+    from .evaluation import stability as stability
     from .inspection import inspect_layers as inspect_layers
     from .lineage import Lineage as Lineage
     from .lineage import get_lineage as get_lineage
@@ -51,6 +52,7 @@ _HOMES = {
     "save_model": "saving",
     "score_layers": "scoring",
     "select_layers": "search",
+    "stability": "evaluation",
     "write_teacher_outputs": "teacher_outputs",
 }
 

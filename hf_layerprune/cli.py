@@ -165,6 +165,13 @@ class EvaluateArguments:
     """Output of `evaluate`."""
 
     max_blocks: int = field(default=64, metadata={"help": "Blocks of the text to use at most."})
+    questions: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON lines with context, choices and answer: the share of right answers, and how far "
+            "each model answers as the first does (stability)."
+        },
+    )
     json: str | None = field(default=None, metadata={"help": "Write the numbers to this file."})
 
 
@@ -392,6 +399,8 @@ def phases(arguments: list[str]) -> None:
 
 def run(arguments: list[str]) -> None:
     """A published method by its RECIPE: a name such as shortgpt, or a YAML file; flags change its fields."""
+    import torch
+
     from .arguments import DistillationTrainingArguments
     from .data import split_blocks
     from .recipes import RecipeArguments, recipe_words, resolved_fields, run_recipe, shipped_recipes
@@ -415,7 +424,8 @@ def run(arguments: list[str]) -> None:
             raise LayerPruneError(f"Give a YAML file, or one of {', '.join(shipped_recipes())}.")
         words = arguments
     else:
-        words = recipe_words(arguments[0], types) + arguments[1:]
+        on_cpu = [] if torch.cuda.is_available() else ["--use_cpu", "True"]  # bf16 wants to hear it
+        words = on_cpu + recipe_words(arguments[0], types) + arguments[1:]
     recipe, source, text, how, size, phases, args = _parse("run", words, types, model=False)
     resume = True if phases.resume else args.resume_from_checkpoint
     if not resume:
@@ -452,13 +462,18 @@ def evaluate(arguments: list[str]) -> None:
     names, source, text, output = _parse("evaluate", arguments, types, several=True)
     from .checkpoint import load_lineage
     from .data import make_batches
-    from .evaluation import evaluate_text
+    from .evaluation import evaluate_text, mean_and_error, stability
     from .lineage import get_lineage
+    from .multiple_choice import Answer, MultipleChoice, load_questions
     from .report import markdown_table
+    from .scoring import undisturbed
 
     _check_folder_of(output.json)
     results: dict[str, dict[str, Any]] = {}
     rows = [["model", "layers", "parameters", "perplexity", "tokens/s"]]
+    questions = load_questions(output.questions) if output.questions else []
+    rows[0] += ["accuracy", "stability"] * bool(questions)
+    answers: list[list[Answer]] = []
     for name in names:
         load_lineage(name, source.trust_remote_code)  # a wrong name is found before the long work
     for name in names:
@@ -469,6 +484,14 @@ def evaluate(arguments: list[str]) -> None:
         results[name] = {"layers": layers, "parameters": parameters, **found}
         perplexity, speed = f"{found['perplexity']:.2f}", f"{found['tokens_per_second']:.0f}"
         rows.append([name, str(layers), f"{parameters / 1e6:.1f}M", perplexity, speed])
+        if questions:
+            with undisturbed(model):
+                answers.append(MultipleChoice(questions, tokenizer).read(model))
+            accuracy, spread = mean_and_error([float(answer.right) for answer in answers[-1]])
+            alike = stability(answers[0], answers[-1])
+            results[name] |= {"accuracy": accuracy, "accuracy_standard_error": spread, "stability": alike}
+            rows[-1] += [f"{accuracy:.3f} +- {spread:.3f}"]
+            rows[-1] += ["{stability:.3f} +- {standard_error:.3f}".format(**alike)]
     print(markdown_table(rows))
     if output.json:
         _write_json(output.json, results)

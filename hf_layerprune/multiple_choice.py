@@ -1,9 +1,11 @@
 """Questions with choices: how often a model finds the right one likeliest, each context read once."""
 
+import json
 import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +28,19 @@ class Question:
     context: str
     choices: list[str]
     answer: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says of a question.
+
+    Args:
+        right (`bool`): whether it finds the right choice likeliest.
+        perplexities (`list[float]`): of each choice, over its tokens.
+    """
+
+    right: bool
+    perplexities: list[float]
 
 
 @dataclass(frozen=True)
@@ -53,13 +68,14 @@ class Choices:
 @dataclass(frozen=True)
 class _Encoded:
     """A question in tokens: what all its choices begin with, the rest of each, and how many tokens at the
-    end of that are the choice itself."""
+    end of that are the choice itself; and its number among those given."""
 
     shared: list[int]
     rests: list[list[int]]
     scored: list[int]
     lengths: list[int]
     answer: int
+    number: int
 
     @property
     def packed_length(self) -> int:
@@ -106,7 +122,7 @@ class MultipleChoice:
                     "the right one."
                 )
         self.batch_tokens = batch_tokens
-        encoded = [_encode(question, tokenizer, normalize) for question in questions]
+        encoded = [_encode(question, tokenizer, normalize, i) for i, question in enumerate(questions)]
         self.encoded = sorted(encoded, key=lambda question: question.packed_length)
 
     def __len__(self) -> int:
@@ -117,6 +133,23 @@ class MultipleChoice:
         with torch.no_grad():
             reader = Reader(model, self.example(model))
             return torch.cat([right_answers(reader, batch) for batch in self.batches(reader)]).mean().item()
+
+    def read(self, model: PreTrainedModel) -> list["Answer"]:
+        """What a model says of each question, in the order in which they were given."""
+        found: dict[int, Answer] = {}
+        with torch.no_grad():
+            reader = Reader(model, self.example(model))
+            packed = _can_pack(reader, self.encoded[-1])
+            for questions in self._groups(packed):
+                batch = (_packed if packed else _in_rows)(questions, model)
+                counts = torch.bincount(batch.owners).cpu()
+                sizes = [len(lengths) for lengths in batch.lengths]
+                said = log_likelihoods(reader, batch).cpu().split(sizes)
+                for question, one, few in zip(questions, said, counts.split(sizes), strict=True):
+                    best = int((one / torch.tensor(question.lengths)).argmax())
+                    perplexities = (-one / few).exp().tolist()
+                    found[question.number] = Answer(best == question.answer, perplexities)
+        return [found[number] for number in sorted(found)]
 
     def example(self, model: PreTrainedModel) -> torch.Tensor:
         """The tokens `(1, length)` of a question and a choice."""
@@ -166,7 +199,7 @@ def log_likelihoods(reader: Reader, batch: Choices) -> torch.Tensor:
     return sums.index_add_(0, batch.owners, torch.cat(found))
 
 
-def _encode(question: Question, tokenizer: PreTrainedTokenizerBase, normalize: bool) -> _Encoded:
+def _encode(question: Question, tokenizer: PreTrainedTokenizerBase, normalize: bool, number: int) -> _Encoded:
     """Tokens as lm-eval makes them: of context and choice together; what is more than the context's own
     number of tokens is the choice."""
     start = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id][:1]
@@ -196,6 +229,7 @@ def _encode(question: Question, tokenizer: PreTrainedTokenizerBase, normalize: b
         [len(row) - before for row in rows],
         lengths,
         question.answer,
+        number,
     )
 
 
@@ -275,3 +309,22 @@ def _can_pack(reader: Reader, question: _Encoded) -> bool:
     packed, alone = found
     error = float((packed - alone).norm() / alone.norm())
     return error < min(0.05, 1000 * torch.finfo(reader.model.dtype).eps)
+
+
+def load_questions(path: str) -> list[Question]:
+    """Questions from a file of JSON lines with `context`, `choices` and `answer`.
+
+    Raises:
+        LayerPruneError: no such file, or a line that is no question.
+    """
+    questions = []
+    try:
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            values = json.loads(line)
+            questions.append(Question(values["context"], values["choices"], values["answer"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LayerPruneError(
+            f"Cannot read questions from {path}, line {len(questions) + 1}: {error!r}. Each line is a JSON "
+            "object with context, choices and answer."
+        ) from error
+    return questions

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from hf_layerprune import MultipleChoice, remove_layers, stability
+from hf_layerprune.checkpoint import load_tokenizer
 from hf_layerprune.cli import COMMANDS, main
 
 from .conftest import make_model
+from .test_multiple_choice import QUESTIONS
 
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 40
@@ -107,6 +110,11 @@ def test_what_was_taught_is_learnt_without_the_teacher(folder, capsys):
         (["distill", "model", *DATA, "--target_layers", "4", "--output_dir", "model"], "already holds"),
         (["evaluate", "--data", "text.txt"], "model"),
         (["evaluate", "model", *DATA, "--max_blocks", "-1"], "-1 blocks are asked for"),
+        (
+            ["evaluate", "model", *DATA, "--questions", "text.txt"],
+            "Cannot read questions from text.txt, line 1",
+        ),
+        (["evaluate", "model", *DATA, "--questions", "none"], "Cannot read questions from none"),
         (["evaluate", "model", *DATA, "--json", "no/such/e.json"], "Cannot write no/such/e.json"),
         (["score", "model", *DATA, "--json", "no/such/s.json"], "Cannot write no/such/s.json"),
         (["score", "model", *DATA, "--plot", "no/such/s.png"], "Cannot write a picture to no/such/s.png"),
@@ -167,3 +175,20 @@ def test_scoring_that_was_killed_goes_on(folder):
     assert main([*flags, "s.json"]) == 0
     assert Path("s.json").read_text() == Path("expected.json").read_text()
     assert not part.exists()
+
+
+def test_evaluate_says_how_far_models_answer_alike(folder, capsys):
+    remove_layers(model := make_model(), [2, 3])
+    model.save_pretrained("cut")
+    load_tokenizer(folder).save_pretrained("cut")
+    lines = [{"context": q.context, "choices": q.choices, "answer": q.answer} for q in QUESTIONS]
+    Path("q.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert main(["evaluate", folder, "cut", *DATA, "--questions", "q.jsonl", "--json", "e.json"]) == 0
+    found = json.loads(Path("e.json").read_text())
+    task = MultipleChoice(QUESTIONS, load_tokenizer(folder))
+    assert found["cut"]["stability"] == pytest.approx(stability(task.read(make_model()), task.read(model)))
+    assert found["model"]["accuracy"] == pytest.approx(task(make_model()))
+    assert found["model"]["stability"]["stability"] == pytest.approx(1.0)
+    printed = capsys.readouterr().out
+    assert f"{found['cut']['stability']['stability']:.3f} +- " in printed
+    assert f"{found['model']['accuracy']:.3f} +- {found['model']['accuracy_standard_error']:.3f}" in printed
