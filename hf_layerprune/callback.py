@@ -33,7 +33,7 @@ from .backend import (
 from .checkpoint import load_lineage
 from .data import Batch, make_batches
 from .decoder import is_sharded
-from .diagnosis import no_recovery, steep_fall
+from .diagnosis import exploded, no_recovery, steep_fall
 from .errors import LayerPruneError
 from .evaluation import measure_quality
 from .leave_one_out import Prefixes
@@ -197,6 +197,7 @@ class LayerPruningCallback(TrainerCallback):
         if self.min_recovery is not None and adapter_configs(model):
             raise LayerPruneError("min_recovery puts layers back, but not under adapters: leave it out.")
         self._terminated, self._scores = False, False
+        self._runs_away, self._losses = False, list[float]()
         is_main = threading.current_thread() is threading.main_thread()
         present = signal.getsignal(signal.SIGTERM)
         # Somebody else's handler stays, but not ours of a run that broke off.
@@ -336,6 +337,7 @@ class LayerPruningCallback(TrainerCallback):
             # What was best is not of this depth: early stopping begins anew.
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
             self._restart_learning_rate(state, model)
+            self._runs_away, self._losses = False, []
         # From here on the folder holds a run; a mistake found before leaves it free for another try.
         self._write(args)
 
@@ -380,6 +382,11 @@ class LayerPruningCallback(TrainerCallback):
             layers = {"layers": len(get_lineage(model).kept)}
             state.log_history[-1] |= layers
             self._report(args, state, control, model, layers)
+            self._losses.append(logs["loss"])
+            sign = exploded(self._losses, logs.get("grad_norm", 0.0))
+            if not self._runs_away:  # told once a phase
+                self._tell(sign)
+            self._runs_away |= sign is not None
 
     def _report(
         self,

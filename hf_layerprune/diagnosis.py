@@ -1,12 +1,14 @@
 """Signs that a run goes wrong, in plain words, while something can be done about it."""
 
 from collections.abc import Sequence
+from math import isfinite
 from statistics import median
 
 
 STEEP = 3.0  # times the median removal so far
 LITTLE = 0.1  # of what a removal cost
 DROWNED = 10.0  # times the other terms
+EXPLODED = 5.0  # times the lowest loss of the phase
 
 
 def steep_fall(earlier: Sequence[float], fall: float, layer: int, left: int) -> str | None:
@@ -56,4 +58,21 @@ def drowned_logits(hidden: float, others: float) -> str | None:
         f"The error of hidden states makes up {hidden:.3g} of the loss, the other terms {others:.3g}: these "
         "are hardly learnt from. Lower hidden_weight, or set balance_hidden=True or "
         "hidden_loss='normalized_mse'."
+    )
+
+
+def exploded(losses: Sequence[float], grad_norm: float) -> str | None:
+    """Whether the loss runs away, or the gradient is no number any more.
+
+    Args:
+        losses (`list[float]`): of this phase, the last one now.
+        grad_norm (`float`): the norm of the gradient now; a plain Trainer hides a loss that is no number.
+    """
+    loss, lowest = losses[-1], min(losses)
+    if isfinite(loss) and isfinite(grad_norm) and not loss > max(losses[0], EXPLODED * lowest):
+        return None
+    return (
+        f"The loss is {loss:.3g}, where it was {lowest:.3g} before in this phase, and the gradient's norm is "
+        f"{grad_norm:.3g}: training runs away. Lower learning_rate or max_grad_norm, warm up (warmup_steps), "
+        "or lower the weight of the term that grew (hidden_weight)."
     )

@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -6,6 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune import MultipleChoice, remove_layers, stability
@@ -192,3 +195,18 @@ def test_evaluate_says_how_far_models_answer_alike(folder, capsys):
     printed = capsys.readouterr().out
     assert f"{found['cut']['stability']['stability']:.3f} +- " in printed
     assert f"{found['model']['accuracy']:.3f} +- {found['model']['accuracy_standard_error']:.3f}" in printed
+
+
+def test_a_run_resumes_by_a_flag(folder, tmp_path):
+    flags = ["--target_layers", "4", "--output_dir", "healed", "--max_steps", "4", "--save_steps", "1"]
+    flags += ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--calibration_blocks", "4"]
+    assert main(["distill", folder, *DATA, *flags]) == 0
+    first = load_file("healed/model.safetensors")
+    for step in (3, 4):
+        shutil.rmtree(f"healed/checkpoint-{step}")
+    Path("healed/model.safetensors").unlink()
+    assert main(["distill", folder, *DATA, *flags]) == 2  # another run is there
+    assert main(["distill", folder, *DATA, *flags, "--resume"]) == 0
+    again = load_file("healed/model.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in first.items())
+    assert json.loads(Path("healed/checkpoint-4/trainer_state.json").read_text())["global_step"] == 4

@@ -2,11 +2,11 @@ import logging
 
 import pytest
 
-from hf_layerprune.diagnosis import drowned_logits, no_recovery, steep_fall
+from hf_layerprune.diagnosis import drowned_logits, exploded, no_recovery, steep_fall
 from hf_layerprune.record import read_record
 
 from .conftest import make_model
-from .test_callback import pruning
+from .test_callback import plain_trainer, pruning
 from .test_trainer import make_trainer
 
 
@@ -41,6 +41,40 @@ def test_hidden_states_that_drown_the_rest_are_told():
     assert drowned_logits(9.0, 1.0) is None
     assert drowned_logits(0.0, 0.0) is None
     assert "12 of the loss, the other terms 1:" in drowned_logits(12.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("losses", "norm", "told"),
+    [
+        ([2.0, 1.0, 0.1, 0.6], 1.0, False),  # above the lowest, below where the phase began
+        ([2.0, 1.0, 4.9], 1.0, False),
+        ([2.0, 1.0, 5.1], 1.0, True),
+        ([0.0, 0.0], 0.0, False),
+        ([1.0, float("nan")], 1.0, True),
+        ([1.0, 1.0], float("inf"), True),
+    ],
+)
+def test_a_loss_that_runs_away_is_told(losses, norm, told):
+    sign = exploded(losses, norm)
+    assert (sign is not None) == told
+    if told:
+        assert f"The loss is {losses[-1]:.3g}, where it was" in sign
+
+
+@pytest.mark.parametrize("kind", ["plain", "distillation"])
+def test_a_run_that_runs_away_says_so_once_a_phase(kind, caplog):
+    callback = pruning()
+    settings = {"max_steps": 8, "learning_rate": 30.0, "optim": "sgd", "max_grad_norm": 0.0}
+    if kind == "plain":
+        plain_trainer(make_model(), callback, **settings).train()
+    else:
+        make_trainer(make_model(), callbacks=[callback], **settings).train()
+    signs = [sign for sign in callback.record["signs"] if "training runs away" in sign]
+    assert 1 <= len(signs) <= 2
+    caplog.clear()
+    callback = pruning()
+    plain_trainer(make_model(), callback, output_dir="calm", max_steps=8).train()
+    assert not any("runs away" in sign for sign in callback.record.get("signs", []))
 
 
 def test_a_run_tells_its_signs(caplog):
