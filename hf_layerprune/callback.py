@@ -194,8 +194,10 @@ class LayerPruningCallback(TrainerCallback):
     ) -> None:
         assert model is not None
         check_backend(args, model, optimizer)
-        if self.min_recovery is not None and adapter_configs(model):
-            raise LayerPruneError("min_recovery puts layers back, but not under adapters: leave it out.")
+        if self.min_recovery is not None and (adapter_configs(model) or is_sharded(model)):
+            raise LayerPruneError(
+                "min_recovery puts layers back, but not under adapters or in sharded models: leave it out."
+            )
         self._terminated, self._scores = False, False
         self._runs_away, self._losses = False, list[float]()
         is_main = threading.current_thread() is threading.main_thread()
@@ -430,6 +432,9 @@ class LayerPruningCallback(TrainerCallback):
         if self.record and state.is_world_process_zero:
             folder = _checkpoint_folder(args, state)
             write_record(self.record, folder)
+            if is_sharded(model):  # one process alone cannot read with it, and may have saved only shards
+                model.config.save_pretrained(folder)
+                return
             if isinstance(args, DistillationTrainingArguments):
                 return  # its trainer has done the rest
             if adapter_configs(model):

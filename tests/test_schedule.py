@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import TrainerCallback, get_scheduler
 
 from hf_layerprune import LayerPruneError, evaluate_text, get_lineage
@@ -222,3 +223,15 @@ def test_a_resumed_run_puts_back_what_the_stopped_one_removed():
     Path("out/before_phase_1").rename("out/elsewhere")
     with pytest.raises(LayerPruneError, match="before_phase_1 is gone"):
         run(resume_from_checkpoint="out/checkpoint-2")
+
+
+def test_layers_are_not_put_back_under_adapters(llama):
+    trainer = make_trainer(
+        llama, peft_config=LoraConfig(r=2, target_modules=["q_proj"]), callbacks=[pruning(min_recovery=0.5)]
+    )
+    with pytest.raises(LayerPruneError, match="not under adapters"):
+        trainer.train()
+    with pytest.raises(LayerPruneError, match=r"min_recovery is -1\.0"):
+        pruning(min_recovery=-1.0)
+    with pytest.raises(LayerPruneError, match="leave min_recovery out"):
+        pruning(criterion="kl", min_recovery=0.5)
