@@ -262,12 +262,11 @@ class LayerPruningCallback(TrainerCallback):
         """Let the present phase, if there is one, run through the whole schedule."""
         if self._schedule is None or not self.record["phases"]:
             return
-        first, is_last = self.record["phases"][-1]["step"], not self._excess(model)
+        first = self.record["phases"][-1]["step"]
+        is_last = not self._excess(model) or self.record["stopped"]
 
         def share(step: int) -> float:
-            if is_last:
-                return (step - first) / (state.max_steps - first)
-            return min(1.0, self._share_over(state, step))
+            return (step - first) / (state.max_steps - first) if is_last else self._share_over(state, step)
 
         self._schedule.restart(share)
 
@@ -338,8 +337,8 @@ class LayerPruningCallback(TrainerCallback):
             self._phase_began = began
             # What was best is not of this depth: early stopping begins anew.
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-            self._restart_learning_rate(state, model)
             self._runs_away, self._losses = False, []
+        self._restart_learning_rate(state, model)
         # From here on the folder holds a run; a mistake found before leaves it free for another try.
         self._write(args)
 

@@ -97,6 +97,14 @@ def test_callbacks_that_keep_parameters_are_named(llama, caplog):
     assert sign.startswith("BEMACallback, Average, Holds keeps")
 
 
+def test_callbacks_of_another_trainer_do_not_matter(llama):
+    other = plain_trainer(make_model(), [Average()], output_dir="other")
+    other.callback_handler.callbacks[-1].on_train_begin(None, None, None, model=other.model)
+    pruned = pruning()
+    plain_trainer(llama, pruned).train()
+    assert "signs" not in pruned.record or not any("keeps" in sign for sign in pruned.record["signs"])
+
+
 def test_the_same_is_seen_of_callbacks_that_begin_later(llama):
     pruned = pruning()
     plain_trainer(llama, [pruned, Average()]).train()

@@ -96,6 +96,23 @@ def test_the_learning_rate_of_phases_of_tokens(llama):
     assert rates(trainer) == pytest.approx([1e-3, 0.5e-3, 1e-3, 1e-3 * 2 / 3, 1e-3 / 3])
 
 
+def test_the_learning_rate_runs_out_with_the_run_when_no_more_layers_go(llama):
+    task = task_of(1.0, 0.5, 0.5, 0.5, 0.5, 0.4, *[0.1] * 3)
+    callback = pruning(
+        target_layers=3,
+        criterion="task",
+        task=task,
+        quality_floor=0.5,
+        steps_per_phase=2,
+        restart_learning_rate=True,
+    )
+    trainer = plain_trainer(llama, callback, max_steps=8, learning_rate=1e-3)
+    trainer.train()
+    assert len(get_lineage(llama).kept) == 5
+    # Two steps of the only phase; after the floor that phase is the last, of eight steps.
+    assert rates(trainer) == pytest.approx([1e-3, 0.5e-3, *(1e-3 * (8 - step) / 8 for step in range(2, 8))])
+
+
 def test_a_schedule_that_cannot_start_again_is_refused(llama):
     callback = pruning(restart_learning_rate=True)
     settings = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "max_steps": 4}
