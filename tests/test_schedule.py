@@ -77,9 +77,16 @@ def rates(trainer):
 def test_the_learning_rate_starts_again_with_each_phase(llama, kind):
     settings = {"lr_scheduler_type": kind, "learning_rate": 1e-3, "warmup_steps": 3}
     # Phases of 3, 3 and 6 steps; the schedule is of 12 steps, 3 of them warm-up.
+    used = []
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            used.append(optimizer.param_groups[0]["lr"])
+
     callback = pruning(target_layers=3, steps_per_phase=3, restart_learning_rate=True)
-    trainer = plain_trainer(llama, callback, max_steps=12, **settings)
+    trainer = plain_trainer(llama, [callback, Look()], max_steps=12, **settings)
     trainer.train()
+    assert used == rates(trainer)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-3)
     factor = get_scheduler(kind, optimizer, num_warmup_steps=3, num_training_steps=12).lr_lambdas[0]
     expected = [1e-3 * factor(12 * step / 3) for step in range(3)] * 2
@@ -167,17 +174,20 @@ def test_layers_that_a_phase_could_not_do_without_are_put_back(kind, family):
                 left["loss"] = evaluate_text(model, make_batches(calibration(), 4))["loss"]
 
     settings = {"target_layers": 2, "steps_per_phase": 3, "min_recovery": 0.5}
+    saves = {"max_steps": 12, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 3}
     # Before a phase, the table's own, without each of four or three layers; cut, and at the end.
     first = [0.9, 0.9, 0.5, 0.4, 0.3, 0.2, 0.5, 0.8]
     second = [0.8, 0.8, 0.1, 0.1, 0.1, 0.4, 0.5]
     callback = pruning(criterion="task", task=task_of(*first, *second), **settings)
     if kind == "plain":
-        trainer = plain_trainer(model, [callback, Look()], max_steps=12, learning_rate=1e-2)
+        trainer = plain_trainer(model, [callback, Look()], **saves)
     else:
-        settings = {"max_steps": 12, "learning_rate": 1e-2, "callbacks": [callback, Look()]}
-        trainer = make_trainer(model, **settings)
+        trainer = make_trainer(model, callbacks=[callback, Look()], **saves)
     trainer.train()
     assert trainer.state.global_step == 6
+    # Its optimizer is that of the cut model, so there is no checkpoint of what was put back.
+    assert [path.name for path in Path("out").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert len({module.training for module in model.modules()}) == 1
     assert get_lineage(model) == left["lineage"]
     assert len(get_lineage(model).kept) == 5
     assert torch.equal(logits(model.eval(), tokens()), left["logits"])
