@@ -1,7 +1,6 @@
 """Taking layers out of a model while a Trainer trains it."""
 
 import logging
-import shutil
 import signal
 import threading
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, reduce, wait_for_everyone
+from accelerate.utils import broadcast_object_list, reduce
 from transformers import (
     PreTrainedModel,
     TrainerCallback,
@@ -35,7 +34,6 @@ from .data import Batch, make_batches
 from .decoder import is_sharded
 from .diagnosis import exploded, no_recovery, steep_fall
 from .errors import LayerPruneError
-from .evaluation import measure_quality
 from .leave_one_out import Prefixes
 from .lineage import get_lineage
 from .record import (
@@ -47,6 +45,7 @@ from .record import (
     start_record,
     write_record,
 )
+from .recovery import Recovery
 from .removal import (
     Evaluation,
     check_plan,
@@ -56,17 +55,15 @@ from .removal import (
     run_evaluation,
     score_present,
 )
-from .saving import check_reload, load_again, save_model, write_pruned_base
+from .saving import check_reload, write_pruned_base
 from .schedule import RestartedSchedule, phase_sizes
 from .scoring import LEAVE_ONE_OUT, ScoreTable, check_choices
-from .surgery import put_back
 
 
 logger = logging.getLogger(__name__)
 
 TERMINATED = 128 + signal.SIGTERM  # the exit code of a process that SIGTERM ended
 SCORING_NAME = "scoring.jsonl"  # scores so far, while a phase begins
-WHOLE_NAME = "before_phase"  # the model to go back to
 
 
 class LayerPruningCallback(TrainerCallback):
@@ -210,9 +207,6 @@ class LayerPruningCallback(TrainerCallback):
         self._ended = False
         if state.global_step:
             self.record = _resumed_record(args, state, model, self._settings())
-            whole = self._whole_folder(args, len(self.record["phases"]))
-            if self.min_recovery is not None and self.record["phases"] and not whole.is_dir():
-                raise LayerPruneError(f"{whole} is gone, and min_recovery may have to go back to it.")
         else:
             check_folder_is_free(str(args.output_dir))
             fixed = check_plan(model, self.target_layers, self.protected)
@@ -225,6 +219,10 @@ class LayerPruningCallback(TrainerCallback):
         self._restart_learning_rate(state, model)
         self._neighbours = neighbours(self)
         self._batches = self._calibration_batches(args, train_dataloader)
+        self._recovery = None
+        if self.min_recovery is not None:
+            self._recovery = Recovery(self.min_recovery, str(args.output_dir), self._batches, self.task)
+            self._recovery.check(len(self.record["phases"]))
         if not state.global_step:
             self.record["dense"] = run_evaluation(self.evaluation, model)
 
@@ -295,7 +293,7 @@ class LayerPruningCallback(TrainerCallback):
         removals: list[dict[str, Any]] = []
         prefixes = Prefixes()
         self._look_around(model)
-        self._keep_whole(args, model)
+        before = self._recovery and self._recovery.keep(model, len(phases) + 1)
         for _ in range(
             phase_sizes(excess + self.target_layers, self.target_layers, self.layers_per_phase)[0]
         ):
@@ -331,9 +329,10 @@ class LayerPruningCallback(TrainerCallback):
             self._report(args, state, control, model, _scalars(table, removals[-1]))
         if removals:
             entry = phase_entry(model, state.global_step, removals, self.evaluation)
-            phases.append(
-                entry | {"tokens": state.num_input_tokens_seen, "qualities": self._qualities(model)}
-            )
+            entry["tokens"] = state.num_input_tokens_seen
+            if self._recovery:
+                entry["qualities"] = {"before": before, "cut": self._recovery.measure(model)}
+            phases.append(entry)
             self._phase_began = began
             # What was best is not of this depth: early stopping begins anew.
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
@@ -362,7 +361,7 @@ class LayerPruningCallback(TrainerCallback):
         over = self.record["phases"] and self._share_over(state, state.global_step) >= 1
         if not over or not self._excess(model) or self.record["stopped"]:
             return
-        if not self._has_recovered(args, state, model):
+        if not self._has_recovered(model):
             control.should_training_stop, control.should_save = True, False
             return
         self._end_phase(model, args)
@@ -455,11 +454,10 @@ class LayerPruningCallback(TrainerCallback):
         if self._terminated and state.global_step < state.max_steps:
             raise SystemExit(TERMINATED)
         if not self.record["stopped"]:
-            self._has_recovered(args, state, model)
+            self._has_recovered(model)
         self._end_phase(model, args)
-        if state.is_world_process_zero:
-            for number in range(1, len(self.record["phases"]) + 1):  # but not of one that was undone
-                shutil.rmtree(self._whole_folder(args, number), ignore_errors=True)
+        if self._recovery:
+            self._recovery.forget(len(self.record["phases"]))
         left = self._excess(model)
         if left and not self.record["stopped"]:
             self.record["stopped"] = (
@@ -471,49 +469,16 @@ class LayerPruningCallback(TrainerCallback):
         self._write(args)
         self._ended = True
 
-    def _keep_whole(self, args: TrainingArguments, model: PreTrainedModel) -> None:
-        """A copy of the model before the next phase, and none from before the last one."""
-        if self.min_recovery is None:
-            return
-        self._before = measure_quality(model, self._batches, self.task)
-        number = len(self.record["phases"]) + 1
-        if args.process_index == 0:
-            save_model(model, self._whole_folder(args, number), verify=False)
-            shutil.rmtree(self._whole_folder(args, number - 2), ignore_errors=True)
-        wait_for_everyone()
-
-    def _whole_folder(self, args: TrainingArguments, number: int) -> Path:
-        return Path(str(args.output_dir)) / f"{WHOLE_NAME}_{number}"
-
-    def _qualities(self, model: PreTrainedModel) -> dict[str, float] | None:
-        """Of a phase that has just begun: how good the model was, and is without the layers."""
-        if self.min_recovery is None:
-            return None
-        return {"before": self._before, "cut": measure_quality(model, self._batches, self.task)}
-
-    def _has_recovered(self, args: TrainingArguments, state: TrainerState, model: PreTrainedModel) -> bool:
+    def _has_recovered(self, model: PreTrainedModel) -> bool:
         """Whether the present phase won back enough; if not, the model is put back to before it."""
-        if self.min_recovery is None or not self.record["phases"]:
+        phases = self.record["phases"]
+        if self._recovery is None or not phases:
             return True
-        phase, number = self.record["phases"][-1], len(self.record["phases"])
-        now = phase["qualities"]["now"] = measure_quality(model, self._batches, self.task)
-        before, cut = phase["qualities"]["before"], phase["qualities"]["cut"]
-        enough = cut >= before or now - cut >= self.min_recovery * (before - cut)
-        [enough] = broadcast_object_list([enough])
-        if enough:
-            return True
-        folder = self._whole_folder(args, number)
-        put_back(model, load_again(model, folder))
-        self.record["undone"] = self.record["phases"].pop()
-        removed = [removal["original"] for removal in phase["removals"]]
-        self.record["stopped"] = (
-            f"Phase {number} did not win back {self.min_recovery:.0%} of what the removal of {removed} cost "
-            f"(quality {before:.4f} before it, {cut:.4f} cut, {now:.4f} after "
-            f"{state.global_step - phase['step']} steps): the model is as it was before it, with these "
-            f"layers, as in {folder.name}."
-        )
-        logger.warning(self.record["stopped"])
-        return False
+        undone = self._recovery.go_back(model, phases[-1], len(phases))
+        if undone is not None:
+            self.record |= {"undone": phases.pop(), "stopped": undone}
+            logger.warning(undone)
+        return undone is None
 
     def _look_back(self, quality: float | None) -> None:
         """Say so if the phase before won back next to nothing."""
