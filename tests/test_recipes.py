@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,33 @@ from hf_layerprune.replacement import replace_by_linear_map, replace_run
 from .conftest import logits, make_model, tokens
 
 
+TEXT = "\n".join(f"Line {i} of a text that says little about the number {i * i}." for i in range(200))
+
+
+@pytest.fixture(scope="module")
+def trained(tokenizer):
+    """A function that gives the tiny model, trained for some seconds so that its layers differ."""
+    model = make_model()
+    ids = torch.tensor(tokenizer(TEXT)["input_ids"])
+    ids = ids[: len(ids) // 32 * 32].view(-1, 32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    torch.set_num_threads(1)
+    for _ in range(300):
+        batch = ids[torch.randint(len(ids), (16,), generator=generator)]
+        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 1.5
+    return lambda: copy.deepcopy(model.eval())
+
+
 @pytest.fixture
-def folder(tokenizer):
-    make_model().save_pretrained("model")
+def folder(tokenizer, trained):
+    trained().save_pretrained("model")
     tokenizer.save_pretrained("model")
-    text = "\n".join(f"Line {i} of a text that says little about the number {i * i}." for i in range(200))
-    Path("text.txt").write_text(text)
+    Path("text.txt").write_text(TEXT)
     return "model"
 
 
@@ -43,7 +65,9 @@ def blocks(tokenizer):
 
 
 def result():
-    return AutoModelForCausalLM.from_pretrained("out").eval(), read_record("out")
+    model = AutoModelForCausalLM.from_pretrained("out").eval()
+    assert model.generate(tokens()[:1, :4], max_new_tokens=4, do_sample=False).shape == (1, 8)
+    return model, read_record("out")
 
 
 def test_every_shipped_recipe_is_of_known_fields_and_says_where_it_is_from():
@@ -58,11 +82,11 @@ def test_every_shipped_recipe_is_of_known_fields_and_says_where_it_is_from():
         assert ("model" in fields) == name.endswith("-small")
 
 
-def test_shortgpt_takes_the_least_block_influences_at_once(folder, tokenizer, capsys):
+def test_shortgpt_takes_the_least_block_influences_at_once(folder, tokenizer, capsys, trained):
     assert run("--method", "shortgpt", *DATA, *SMALL) == 0
     model, record = result()
     batches = make_batches(blocks(tokenizer)[0], 4)
-    reference, hidden = make_model(), []
+    reference, hidden = trained(), []
     with torch.no_grad():
         for batch in batches:
             hidden.append(
@@ -84,14 +108,14 @@ def test_shortgpt_takes_the_least_block_influences_at_once(folder, tokenizer, ca
     assert "perplexity cut" in capsys.readouterr().out
 
 
-def test_layerchop_drops_its_pattern_and_goes_on_with_the_text(folder, tokenizer):
+def test_layerchop_drops_its_pattern_and_goes_on_with_the_text(folder, tokenizer, trained):
     assert run("layerchop", *DATA, *SMALL, *SHORT) == 0
     model, record = result()
     assert get_lineage(model).kept == [0, 2, 5]  # evenly from the first to the last
     cut, healed = record["phases"][0]["cut"], record["phases"][0]["healed"]
     assert healed["perplexity"] < cut["perplexity"]
     # The first loss is that of the cut model on the labels alone.
-    reference = make_model()
+    reference = trained()
     remove_layers(reference, [1, 3, 4])
     held = make_batches(blocks(tokenizer)[1], 4)
     assert cut["loss"] == pytest.approx(evaluate_text(reference, held)["loss"], abs=1e-5)
@@ -99,11 +123,11 @@ def test_layerchop_drops_its_pattern_and_goes_on_with_the_text(folder, tokenizer
     assert record["training"]["ce_weight"] == 1.0
 
 
-def test_the_deepest_go_and_head_and_last_three_are_trained(folder):
+def test_the_deepest_go_and_head_and_last_three_are_trained(folder, trained):
     assert run("deepest", *DATA, *SMALL, *SHORT) == 0
     model, _ = result()
     assert get_lineage(model).kept == [0, 1, 5]
-    before = dict(make_model().named_parameters())
+    before = dict(trained().named_parameters())
     changed = {n for n, p in model.named_parameters() if n in before and not torch.equal(p, before[n])}
     assert "lm_head.weight" in changed
     assert "model.embed_tokens.weight" not in changed
@@ -111,25 +135,25 @@ def test_the_deepest_go_and_head_and_last_three_are_trained(folder):
 
 @pytest.mark.parametrize("loss", ["mse", "lm", "kl"])
 @pytest.mark.parametrize("kind", ["layer", "swiglu"])
-def test_llm_streamline_replaces_the_run_and_trains_only_that(folder, tokenizer, kind, loss):
+def test_llm_streamline_replaces_the_run_and_trains_only_that(folder, tokenizer, kind, loss, trained):
     flags = ["--replacement", kind, "--replacement_loss", loss, "--lr_scheduler_type", "constant"]
     flags += ["--lr_scheduler_kwargs", "{}", "--warmup_steps", "0"]
     assert run("streamline", *DATA, *SMALL, *SHORT, *flags) == 0
     model, record = result()
     calibration, held, _ = blocks(tokenizer)
-    reference = make_model()
+    reference = trained()
     # Three layers are left, of which one stands for a run of four: there is only one such run.
     table = score_layers(reference, make_batches(calibration, 4), "block_influence", run=4, progress=False)
     assert table.ranking()[0] == 1
-    trained = replace_run(reference, 1, 4, kind)
+    new = replace_run(reference, 1, 4, kind)
     start = evaluate_text(reference, make_batches(held, 4))["loss"]
     if kind == "layer":
-        without = make_model()
+        without = trained()
         remove_layers(without, [2, 3, 4])
         assert start == pytest.approx(evaluate_text(without, make_batches(held, 4))["loss"], abs=1e-6)
         assert record["phases"][0]["cut"]["loss"] == pytest.approx(start, abs=1e-5)
-    names = {n for n, p in reference.named_parameters() if any(p is one for one in trained)}
-    original = make_model()
+    names = {n for n, p in reference.named_parameters() if any(p is one for one in new)}
+    original = trained()
     keep = dict(original.named_parameters())
     for name, parameter in model.named_parameters():
         if name not in names and ".layers." not in name:
@@ -151,11 +175,11 @@ def test_llm_streamline_replaces_the_run_and_trains_only_that(folder, tokenizer,
     )
 
 
-def test_replaceme_is_the_closed_form_map(folder, tokenizer):
+def test_replaceme_is_the_closed_form_map(folder, tokenizer, trained):
     assert run("replaceme", *DATA, *SMALL) == 0
     model, record = result()
     batches = make_batches(blocks(tokenizer)[0], 4)
-    reference = make_model()
+    reference = trained()
     table = score_layers(reference, batches, "block_influence", run=3, progress=False)
     first = table.ranking()[0]
     replace_by_linear_map(reference, first, 3, batches)
@@ -240,3 +264,91 @@ def test_what_is_no_recipe_is_told(folder, capsys):
     for words in (["nothing"], ["--model", "model"], []):
         assert run(*words) == 2
         assert "shortgpt" in capsys.readouterr().err
+
+
+# All blocks in one batch, so that their order does not matter.
+WHOLE = [
+    "--max_steps",
+    "4",
+    "--per_device_train_batch_size",
+    "4096",
+    "--max_grad_norm",
+    "0",
+    "--learning_rate",
+]
+WHOLE += ["1e-3", "--lr_scheduler_type", "constant", "--lr_scheduler_kwargs", "{}", "--warmup_steps", "0"]
+WHOLE += ["--weight_decay", "0", "--logging_steps", "1"]
+
+
+def by_hand(model, parameters, loss):
+    """Four steps of AdamW, and the loss before each."""
+    model.requires_grad_(False)
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer, losses = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0), []
+    for _ in range(4):
+        found = loss()
+        found.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(found.item())
+    return losses
+
+
+def compare(losses):
+    model, record = result()
+    logged = [entry["loss"] for entry in record["log"] if "loss" in entry]
+    assert logged == pytest.approx(losses, rel=1e-4)
+    return model
+
+
+@pytest.mark.parametrize("recipe", ["layerchop", "deepest"])
+def test_healing_on_text_is_that_of_a_plain_loop(folder, tokenizer, trained, recipe):
+    assert run(recipe, *DATA, *SMALL, *SHORT, *WHOLE) == 0
+    reference = trained()
+    remove_layers(reference, [1, 3, 4] if recipe == "layerchop" else [2, 3, 4])
+    ids = torch.tensor(blocks(tokenizer)[2]["input_ids"])
+
+    def loss():
+        logits = reference(input_ids=ids, use_cache=False).logits[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+    parameters = list(reference.parameters())
+    if recipe == "deepest":  # the head and the last three layers, which are all that is left
+        parameters = [*reference.model.layers.parameters(), *reference.lm_head.parameters()]
+    model = compare(by_hand(reference, parameters, loss))
+    torch.testing.assert_close(logits(model, tokens()), logits(reference, tokens()), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["layer", "swiglu"])
+def test_training_a_replacement_is_that_of_a_plain_loop(folder, tokenizer, trained, kind):
+    """Against the states that the run gave, all in memory."""
+    assert run("streamline", *DATA, *SMALL, *SHORT, *WHOLE, "--replacement", kind, "--keep", "4") == 0
+    calibration, _, text = blocks(tokenizer)
+    reference, original = trained(), trained()
+    batches = make_batches(calibration, 4)
+    table = score_layers(reference, batches, "block_influence", run=3, progress=False)
+    first = table.ranking()[0]
+    torch.manual_seed(42)  # as the arguments' seed; what is new in a swiglu is drawn at random
+    parameters = replace_run(reference, first, 3, kind)
+    ids = torch.tensor(text["input_ids"])
+    with torch.no_grad():
+        wanted = original(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[first + 3]
+    start = [parameter.detach().clone() for parameter in parameters]
+
+    def loss():
+        # The state after a layer; the labels of the last position of a row are not there.
+        found = reference(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[first + 1]
+        return F.mse_loss(found[:, :-1], wanted[:, :-1])
+
+    model, record = result()
+    logged = [entry["loss"] for entry in record["log"] if "loss" in entry]
+    if kind == "swiglu":
+        # Begin as the command did: its first loss is that of leaving the run out, whatever was drawn.
+        assert logged[0] == pytest.approx(loss().item(), rel=1e-4)
+        assert logged[-1] < logged[0]
+        return
+    losses = by_hand(reference, parameters, loss)
+    compare(losses)
+    torch.testing.assert_close(logits(model, tokens()), logits(reference, tokens()), rtol=0, atol=2e-3)
+    assert not torch.equal(start[0], parameters[0])
