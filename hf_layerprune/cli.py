@@ -32,6 +32,13 @@ class TextArguments:
         default=None, metadata={"help": "Configuration of a data set on the hub."}
     )
     block_length: int = field(default=256, metadata={"help": "Tokens in a block."})
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "For run and distill: read the text bit by bit as training goes on; its first blocks are "
+            "for calibration and evaluation."
+        },
+    )
 
 
 @dataclass
@@ -288,7 +295,7 @@ def distill(arguments: list[str]) -> None:
     """Remove layers of MODEL while the original teaches what is left (2511.05085)."""
     from .arguments import DistillationTrainingArguments
     from .callback import LayerPruningCallback
-    from .data import make_batches, split_blocks
+    from .data import make_batches
     from .evaluation import evaluate_text
     from .record import check_folder_is_free
     from .report import markdown_table, table_rows
@@ -308,11 +315,11 @@ def distill(arguments: list[str]) -> None:
     if not resume:
         check_folder_is_free(args.output_dir)
     model, tokenizer = _load(name, source, dtype="float32")
-    blocks = _blocks(text, model, tokenizer)
-    calibration, heldout, train = split_blocks(blocks, how.calibration_blocks, what.heldout_blocks)
-    if not len(train):
+    sizes = how.calibration_blocks, what.heldout_blocks
+    calibration, heldout, train = _parts(text, model, tokenizer, *sizes, args)
+    if not text.streaming and not len(train):
         raise LayerPruneError(
-            f"Calibration and evaluation take all {len(blocks)} blocks of the text, none is left to "
+            f"Calibration and evaluation take all {sum(sizes)} blocks of the text, none is left to "
             "train on: give more text, or ask for fewer blocks."
         )
     heldout_batches = make_batches(heldout, args.per_device_eval_batch_size)
@@ -402,7 +409,6 @@ def run(arguments: list[str]) -> None:
     import torch
 
     from .arguments import DistillationTrainingArguments
-    from .data import split_blocks
     from .recipes import RecipeArguments, recipe_words, resolved_fields, run_recipe, shipped_recipes
     from .record import check_folder_is_free
     from .report import markdown_table, table_rows
@@ -434,8 +440,8 @@ def run(arguments: list[str]) -> None:
     if recipe.select == "phases" and args.max_steps < 0 and phases.steps_per_phase:
         count = model.config.get_text_config(decoder=True).num_hidden_layers
         args.max_steps = phases.steps_per_phase * len(phase_sizes(count, recipe.keep, size.layers_per_phase))
-    blocks = _blocks(text, model, tokenizer)
-    calibration, heldout, train = split_blocks(blocks, how.calibration_blocks, recipe.heldout_blocks)
+    sizes = how.calibration_blocks, recipe.heldout_blocks
+    calibration, heldout, train = _parts(text, model, tokenizer, *sizes, args)
     names = ("steps_per_phase", "tokens_per_phase", "restart_learning_rate", "quality_floor", "min_recovery")
     record = run_recipe(
         model,
@@ -584,13 +590,35 @@ def _load_model(name: str, source: ModelArguments, dtype: str = "auto") -> Any:
 def _blocks(text: TextArguments, model: Any, tokenizer: Any, limit: int | None = None) -> Any:
     from .data import load_texts, token_blocks
 
+    _check_length(text, model)
+    texts = load_texts(text.data, text.data_field, text.data_split, text.data_config)
+    return token_blocks(texts, tokenizer, text.block_length, limit)
+
+
+def _parts(
+    text: TextArguments, model: Any, tokenizer: Any, calibration: int, heldout: int, args: Any
+) -> tuple[Any, Any, Any]:
+    """Blocks to score on, to measure on, and to train on."""
+    from .data import split_blocks, stream_blocks
+
+    if not text.streaming:
+        return split_blocks(_blocks(text, model, tokenizer), calibration, heldout)
+    if args.max_steps < 0:
+        raise LayerPruneError("A stream has no known end: say how long to train with max_steps.")
+    if args.max_steps == 0:
+        return split_blocks(_blocks(text, model, tokenizer, calibration + heldout), calibration, heldout)
+    _check_length(text, model)
+    source = (text.data, text.data_field, text.data_split, text.data_config)
+    head, train = stream_blocks(tokenizer, text.block_length, calibration + heldout, *source)
+    return *split_blocks(head, calibration, heldout)[:2], train
+
+
+def _check_length(text: TextArguments, model: Any) -> None:
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if longest is not None and text.block_length > longest:
         raise LayerPruneError(
             f"block_length is {text.block_length}, but the model reads {longest} tokens at most."
         )
-    texts = load_texts(text.data, text.data_field, text.data_split, text.data_config)
-    return token_blocks(texts, tokenizer, text.block_length, limit)
 
 
 def _check_folder_of(path: str | None) -> None:

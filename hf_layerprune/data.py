@@ -1,11 +1,12 @@
 """Text, from wherever it comes, as blocks of tokens and as batches."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, default_data_collator
@@ -38,6 +39,14 @@ def load_texts(
     Raises:
         LayerPruneError: no such file or data set, no such field, or no text in it.
     """
+    dataset = _load(source, field, split, config)
+    texts = [text for text in dataset[field] if isinstance(text, str) and text.strip()]
+    if not texts:
+        raise LayerPruneError(f"There is no text in {source}.")
+    return texts
+
+
+def _load(source: str, field: str, split: str, config: str | None, streaming: bool = False) -> Any:
     path = Path(source)
     kind = next((suffix for suffix in LOADERS if path.name.endswith(suffix)), None)
     if kind is not None and not path.is_file():
@@ -47,18 +56,63 @@ def load_texts(
     try:
         if kind is not None:
             loader, options = LOADERS[kind]
-            dataset = load_dataset(loader, data_files=str(path), split="train", **options)
+            options = options | {"data_files": str(path), "split": "train", "streaming": streaming}
+            dataset = load_dataset(loader, **options)
         else:
-            dataset = load_dataset(source, config, split=split)
+            dataset = load_dataset(source, config, split=split, streaming=streaming)
+        columns = dataset.column_names or list(next(iter(dataset)))  # a stream has to be looked into
+    except StopIteration as error:
+        raise LayerPruneError(f"There is no text in {source}.") from error
     except (DatasetGenerationError, DatasetNotFoundError, OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise LayerPruneError(f"Cannot read text from {source}: {reason}") from error
-    if field not in dataset.column_names:
-        raise LayerPruneError(f"{source} has no field {field!r}, only {dataset.column_names}.")
-    texts = [text for text in dataset[field] if isinstance(text, str) and text.strip()]
-    if not texts:
-        raise LayerPruneError(f"There is no text in {source}.")
-    return texts
+    if field not in columns:
+        raise LayerPruneError(f"{source} has no field {field!r}, only {columns}.")
+    return dataset
+
+
+def stream_blocks(
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    first: int,
+    source: str,
+    field: str = "text",
+    split: str = "train",
+    config: str | None = None,
+) -> tuple[Dataset, IterableDataset]:
+    """Blocks of a text that is read bit by bit, as training goes on, and never all in memory.
+
+    Args:
+        tokenizer, length: see [`token_blocks`].
+        first (`int`): so many blocks from its beginning are kept apart, for calibration and evaluation.
+        source, field, split, config: see [`load_texts`].
+
+    Returns:
+        `tuple[Dataset, IterableDataset]`: the first blocks, and all that come after.
+
+    Raises:
+        LayerPruneError: as [`load_texts`], or the text has not more than the first blocks.
+    """
+    texts = {"source": source, "field": field, "split": split, "config": config}
+    settings: dict[str, Any] = {"tokenizer": tokenizer, "length": length, **texts}
+    head = list(islice(_stream(**settings), first + 1))
+    if len(head) <= first:
+        raise LayerPruneError(
+            f"{source} has {len(head)} blocks of {length} tokens, of which the first {first} are not trained "
+            "on: give more text, or ask for fewer blocks."
+        )
+    rest = IterableDataset.from_generator(_stream, gen_kwargs=settings | {"skip": first})
+    return Dataset.from_list(head[:first]), rest
+
+
+def _stream(
+    tokenizer: PreTrainedTokenizerBase, length: int, skip: int = 0, **texts: Any
+) -> Iterator[dict[str, list[int]]]:
+    field = texts["field"]
+    rows = (row[field] for row in _load(**texts, streaming=True))
+    documents = (text for text in rows if isinstance(text, str) and text.strip())
+    for block in islice(_cut(documents, tokenizer, length), skip, None):
+        yield {"input_ids": block, "labels": block}
 
 
 def token_blocks(
@@ -79,27 +133,34 @@ def token_blocks(
     Raises:
         LayerPruneError: the text is empty or shorter than one block, or no block is asked for.
     """
-    if length < 2:
-        raise LayerPruneError(f"A block of {length} tokens has nothing to predict: use 2 or more.")
     if limit is not None and limit < 1:
         raise LayerPruneError(f"{limit} blocks are asked for: it must be at least 1.")
+    blocks = list(islice(_cut(texts, tokenizer, length), limit))
+    return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
+
+
+def _cut(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[list[int]]:
+    """The blocks of [`token_blocks`], one after another; its errors, too."""
+    if length < 2:
+        raise LayerPruneError(f"A block of {length} tokens has nothing to predict: use 2 or more.")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     # What the tokenizer itself puts before a text; Gemma, for one, reads badly without it.
     start = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id][:1]
     size = length - len(start)
-    tokens: list[int] = []
+    tokens, found = list[int](), False
     for text in texts:
         # verbose=False: a document may be longer than the model reads, the blocks cut from it are not.
         tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end
-        if limit is not None and len(tokens) >= limit * size:
-            break
-    blocks = [start + tokens[i : i + size] for i in range(0, len(tokens) - size + 1, size)][:limit]
-    if not blocks:
+        whole = len(tokens) // size * size
+        for i in range(0, whole, size):
+            found = True
+            yield start + tokens[i : i + size]
+        tokens = tokens[whole:]
+    if not found:
         raise LayerPruneError(
             f"The text has {len(tokens)} tokens, less than one block of {length}. Give more text or "
             "shorter blocks."
         )
-    return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
 
 
 def split_blocks(blocks: Dataset, calibration: int, heldout: int) -> tuple[Dataset, Dataset, Dataset]:

@@ -1,6 +1,7 @@
 import copy
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 
 from hf_layerprune import LayerPruneError
-from hf_layerprune.data import load_texts, make_batches, split_blocks, token_blocks
+from hf_layerprune.data import load_texts, make_batches, split_blocks, stream_blocks, token_blocks
 
 
 def test_texts_come_from_every_kind_of_file(tmp_path):
@@ -106,3 +107,23 @@ def test_batches():
     assert make_batches(rows, 2)[0]["input_ids"].tolist() == [[1, 2], [3, 4]]
     with pytest.raises(LayerPruneError, match="data is empty"):
         make_batches([], 2)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "txt"])
+def test_a_stream_gives_the_same_blocks(tokenizer, kind):
+    texts = [f"Document {i} says {i * i}." * (i % 5) for i in range(40)]
+    texts = [text or "  " for text in texts]  # of which some say nothing
+    lines = "\n".join(json.dumps({"text": text}) for text in texts) if kind == "jsonl" else "".join(texts)
+    Path(f"t.{kind}").write_text(lines)
+    whole = token_blocks(load_texts(f"t.{kind}"), tokenizer, 16)
+    head, rest = stream_blocks(tokenizer, 16, 5, f"t.{kind}")
+    assert head["input_ids"] == whole["input_ids"][:5]
+    for _ in range(2):  # from its beginning again
+        found = list(rest)
+        assert [row["input_ids"] for row in found] == whole["input_ids"][5:]
+        assert all(row["labels"] == row["input_ids"] for row in found)
+    with pytest.raises(LayerPruneError, match="of which the first 500 are not trained on"):
+        stream_blocks(tokenizer, 16, 500, f"t.{kind}")
+    for field, message in (("words", "no field 'words'"), ("text", "No such file")):
+        with pytest.raises(LayerPruneError, match=message):
+            stream_blocks(tokenizer, 16, 5, f"t.{kind}" if field == "words" else "none.txt", field)

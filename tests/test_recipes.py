@@ -352,3 +352,21 @@ def test_training_a_replacement_is_that_of_a_plain_loop(folder, tokenizer, train
     compare(losses)
     torch.testing.assert_close(logits(model, tokens()), logits(reference, tokens()), rtol=0, atol=2e-3)
     assert not torch.equal(start[0], parameters[0])
+
+
+def test_text_may_be_streamed(folder, tokenizer, trained):
+    """The first blocks are set apart; what follows is trained on in its order, and never all in memory."""
+    stream = ["--streaming", "True", "--logging_steps", "1"]
+    assert run("layerchop", *DATA, *SMALL, *SHORT, *stream) == 0
+    model, record = result()
+    assert get_lineage(model).kept == [0, 2, 5]
+    reference = trained()
+    remove_layers(reference, [1, 3, 4])
+    text = token_blocks(load_texts("text.txt"), tokenizer, 16)["input_ids"]
+    first = torch.tensor(text[16:20])
+    expected = F.cross_entropy(logits(reference, first)[:, :-1].flatten(0, 1), first[:, 1:].flatten()).item()
+    assert record["log"][0]["loss"] == pytest.approx(expected, rel=1e-3)
+    assert run("layerchop", *DATA, *SMALL[:-1], "other", *SHORT, *stream, "--max_steps", "-1") == 2
+    distill = ["distill", "model", "--data", "text.txt", "--target_layers", "4", *SMALL[:-1], "third"]
+    assert main([*distill, *SHORT, *stream]) == 0
+    assert AutoModelForCausalLM.from_pretrained("third").config.num_hidden_layers == 4
