@@ -14,7 +14,15 @@ from transformers import PreTrainedModel
 
 from .checkpoint import load_lineage
 from .errors import LayerPruneError
-from .record import COMMANDED, Record, peak_memory_mb, read_record, start_record, write_record
+from .record import (
+    COMMANDED,
+    Record,
+    check_folder_is_free,
+    peak_memory_mb,
+    read_record,
+    start_record,
+    write_record,
+)
 from .removal import Evaluation, check_plan, phase_entry, remove_least, run_evaluation, score_present
 from .saving import save_model
 from .schedule import phase_sizes
@@ -80,6 +88,7 @@ def run_phases(
     if record is None:
         model = load(None)
         fixed = check_plan(model, target_layers, protected)
+        check_folder_is_free(folder)
         record = start_record(model, settings | {"protected_originals": fixed}) | {"method": COMMANDED}
         record["dense"] = run_evaluation(evaluation, model)
         write_record(record, folder)

@@ -123,6 +123,9 @@ def test_another_run_in_the_same_folder_is_refused():
     run(target_layers=5)
     with pytest.raises(LayerPruneError, match=r"other settings than \{'target_layers': 4\}"):
         run(target_layers=4)
+    make_model().save_pretrained("taken")
+    with pytest.raises(LayerPruneError, match="taken already holds another run or model"):
+        run("taken", target_layers=5)
 
 
 def test_the_example_of_a_phase_under_the_command_line(tokenizer, capfd):
