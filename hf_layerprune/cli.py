@@ -423,8 +423,9 @@ def run(arguments: list[str]) -> None:
         PhaseArguments,
         DistillationTrainingArguments,
     ]
-    if arguments[:1] == ["--method"]:
-        del arguments[0]
+    if "--method" in arguments:  # the same, wherever it stands
+        at = arguments.index("--method")
+        arguments = [*arguments[at + 1 : at + 2], *arguments[:at], *arguments[at + 2 :]]
     if not arguments or arguments[0].startswith("-"):
         if not set(arguments) & {"-h", "--help"}:
             raise LayerPruneError(f"Give a YAML file, or one of {', '.join(shipped_recipes())}.")

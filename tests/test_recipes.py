@@ -83,7 +83,7 @@ def test_every_shipped_recipe_is_of_known_fields_and_says_where_it_is_from():
 
 
 def test_shortgpt_takes_the_least_block_influences_at_once(folder, tokenizer, capsys, trained):
-    assert run("--method", "shortgpt", *DATA, *SMALL) == 0
+    assert run(*DATA, "--method", "shortgpt", *SMALL) == 0
     model, record = result()
     batches = make_batches(blocks(tokenizer)[0], 4)
     reference, hidden = trained(), []
@@ -261,7 +261,7 @@ def test_mistakes_in_a_recipe_are_told(folder, capsys, text, message):
 
 
 def test_what_is_no_recipe_is_told(folder, capsys):
-    for words in (["nothing"], ["--model", "model"], []):
+    for words in (["nothing"], ["--model", "model"], [], ["--method"], ["--method", "--model", "x"]):
         assert run(*words) == 2
         assert "shortgpt" in capsys.readouterr().err
 
