@@ -435,6 +435,14 @@ def run(arguments: list[str]) -> None:
         words = on_cpu + recipe_words(arguments[0], types) + arguments[1:]
     recipe, source, text, how, size, phases, args = _parse("run", words, types, model=False)
     resume = True if phases.resume else args.resume_from_checkpoint
+    idle = {name: getattr(phases, name) for name in ("teacher", "lora_rank")}  # which distill knows
+    if recipe.select != "phases":
+        idle |= vars(phases) | {"resume": resume, "layers_per_phase": size.layers_per_phase - 1}
+    idle = {name: value for name, value in idle.items() if value}
+    if idle:
+        raise LayerPruneError(
+            f"run has no use for {', '.join(idle)} with select {recipe.select}: leave it out."
+        )
     if not resume:
         check_folder_is_free(args.output_dir)
     model, tokenizer = _load(recipe.model, source, dtype="float32")

@@ -248,6 +248,10 @@ def test_a_recipe_of_ones_own_and_its_way_into_record_and_card(folder):
         ("select: greedy\ncriterion: positional\npattern: max-gap", "goes with .* select='one_shot'"),
         ("select: run\nkeep: 7", "target_layers is 7"),
         ("select: phases\nmax_steps: 0", "select phases trains between"),
+        ("select: phases\nlora_rank: 4", "no use for lora_rank with select phases"),
+        ("select: greedy\nsteps_per_phase: 4", "no use for steps_per_phase with select greedy"),
+        ("select: one_shot\nlayers_per_phase: 0.3", "no use for layers_per_phase with select one_shot"),
+        ("select: run\nresume: true", "no use for resume with select run"),
     ],
 )
 def test_mistakes_in_a_recipe_are_told(folder, capsys, text, message):
