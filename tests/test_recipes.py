@@ -123,6 +123,33 @@ def test_layerchop_drops_its_pattern_and_goes_on_with_the_text(folder, tokenizer
     assert record["training"]["ce_weight"] == 1.0
 
 
+def test_sleb_scores_again_after_each_layer(folder, tokenizer, trained):
+    assert run("sleb", *DATA, *SMALL) == 0
+    model, record = result()
+    reference, removed = trained(), []
+    for _ in range(3):
+        kept = get_lineage(reference).kept
+        losses = {}
+        for layer in range(1, len(kept) - 1):
+            without = copy.deepcopy(reference)
+            remove_layers(without, layer)
+            losses[layer] = evaluate_text(without, make_batches(blocks(tokenizer)[0], 4))["loss"]
+        least = min(losses, key=losses.get)
+        removed.append(kept[least])
+        remove_layers(reference, least)
+    assert [one["original"] for phase in record["phases"] for one in phase["removals"]] == removed
+    assert torch.equal(logits(model, tokens()), logits(reference, tokens()))
+
+
+def test_layerchop_step_by_step(folder):
+    flags = ["--select", "phases", "--pattern", "input", "--steps_per_phase", "2"]
+    assert run("layerchop", *DATA, *SMALL, *SHORT, *flags) == 0
+    model, record = result()
+    assert get_lineage(model).kept == [0, 4, 5]
+    assert [phase["step"] for phase in record["phases"]] == [0, 2, 4]
+    assert not any("kl" in entry for entry in record["log"])  # nothing teaches
+
+
 def test_the_deepest_go_and_head_and_last_three_are_trained(folder, trained):
     assert run("deepest", *DATA, *SMALL, *SHORT) == 0
     model, _ = result()
