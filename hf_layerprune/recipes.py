@@ -245,7 +245,6 @@ def _remove_and_heal(
                     after = [i for i, original in enumerate(kept) if original > last]
                     shortened.enter_context(without_layers(one, after))
             record["log"] = _train(model, teacher, args, train)
-        model.requires_grad_(True)
         record["training"] = changed_settings(args)
         record["phases"][-1]["healed"] = run_evaluation(choice["evaluation"], model)
     record["seconds"] = round(time.monotonic() - began, 2)

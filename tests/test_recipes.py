@@ -66,6 +66,7 @@ def blocks(tokenizer):
 
 def result():
     model = AutoModelForCausalLM.from_pretrained("out").eval()
+    assert model.config.use_cache is True
     assert model.generate(tokens()[:1, :4], max_new_tokens=4, do_sample=False).shape == (1, 8)
     return model, read_record("out")
 
