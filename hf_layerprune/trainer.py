@@ -480,10 +480,12 @@ class DistillationTrainer(Trainer):
         try:
             super()._save_checkpoint(*args, **kwargs)
         except (OSError, RuntimeError, SafetensorError, LayerPruneError) as error:
+            # Our own errors say where the weights are, so they are told whole.
+            why = str(error) if isinstance(error, LayerPruneError) else one_line(error)
             raise LayerPruneError(
-                f"The checkpoint of step {self.state.global_step} cannot be written: {one_line(error)} The "
-                f"last whole one: {last_checkpoint(folder.parent) or 'none'}. If there was no room, make "
-                "some, and go on from there with resume_from_checkpoint=True."
+                f"The checkpoint of step {self.state.global_step} cannot be written: {why} The last whole "
+                f"one: {last_checkpoint(folder.parent) or 'none'}. If there was no room, make some, and go "
+                "on from there with resume_from_checkpoint=True."
             ) from error
 
     def _check_written(self) -> None:

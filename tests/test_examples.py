@@ -36,3 +36,9 @@ def test_an_example_runs_as_it_stands(script, launch, tokenizer):
 def test_the_config_for_eight_gpus_is_one():
     config = load_config_from_file(str(EXAMPLES / "eight_gpus.yaml"))
     assert (config.distributed_type, config.num_processes) == ("MULTI_GPU", 8)
+
+
+def test_the_config_for_deepspeed_is_one():
+    config = load_config_from_file(str(EXAMPLES / "deepspeed.yaml"))
+    assert (config.distributed_type, config.deepspeed_config["zero_stage"]) == ("DEEPSPEED", 3)
+    assert config.deepspeed_config["zero3_save_16bit_model"] is True  # else no plain model is left

@@ -388,3 +388,17 @@ def test_a_hub_that_goes_away_in_training_does_not_stop_it(monkeypatch):
     trainer.train()
     assert trainer.state.global_step == 2
     assert last_checkpoint("out") == "out/checkpoint-2"
+
+
+def test_a_checkpoint_that_is_another_model_says_all_that_is_to_say(llama):
+    llama.model.layers[0].self_attn.scaling *= 2  # nothing in the config says so
+    saves = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "output_dir": "a-folder-" + 60 * "x"}
+    with pytest.raises(LayerPruneError) as caught:
+        make_trainer(llama, **saves).train()
+    for part in (
+        "another model when loaded",
+        "safe in a-folder-",
+        "Please report this",
+        "last whole one: none",
+    ):
+        assert part in str(caught.value)
