@@ -172,11 +172,23 @@ class EvaluateArguments:
     """Output of `evaluate`."""
 
     max_blocks: int = field(default=64, metadata={"help": "Blocks of the text to use at most."})
-    questions: str | None = field(
-        default=None,
+    tasks: list[str] = field(
+        default_factory=list,
         metadata={
-            "help": "JSON lines with context, choices and answer: the share of right answers, and how far "
-            "each model answers as the first does (stability)."
+            "help": "hellaswag, arc_easy, arc_challenge, piqa, lambada_openai, sciq, boolq from the hub, or "
+            "NAME=FILE with its rows as JSON lines; questions=FILE for your own, with context, choices and "
+            "answer. What is kept, and how far each model answers as the first does (stability)."
+        },
+    )
+    limit: int | None = field(default=None, metadata={"help": "Only the first so many questions of a task."})
+    lm_eval: bool = field(
+        default=False, metadata={"help": "Read the tasks through lm-eval, which knows many more."}
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Precision to measure in. Default: of each model as it is stored.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
         },
     )
     json: str | None = field(default=None, metadata={"help": "Write the numbers to this file."})
@@ -472,42 +484,37 @@ def run(arguments: list[str]) -> None:
 
 
 def evaluate(arguments: list[str]) -> None:
-    """Perplexity and speed of one or more MODELs on a text, side by side."""
+    """What one or more MODELs can do on a text and in tasks, side by side; the first is the dense one."""
     types = [ModelArguments, TextArguments, EvaluateArguments]
     names, source, text, output = _parse("evaluate", arguments, types, several=True)
     from .checkpoint import load_lineage
     from .data import make_batches
-    from .evaluation import evaluate_text, mean_and_error, stability
-    from .lineage import get_lineage
-    from .multiple_choice import Answer, MultipleChoice, load_questions
-    from .report import markdown_table
-    from .scoring import undisturbed
+    from .evaluation import compare_models, evaluate_model
+    from .report import evaluation_rows, markdown_table
+    from .tasks import load_task, split_name
 
     _check_folder_of(output.json)
-    results: dict[str, dict[str, Any]] = {}
-    rows = [["model", "layers", "parameters", "perplexity", "tokens/s"]]
-    questions = load_questions(output.questions) if output.questions else []
-    rows[0] += ["accuracy", "stability"] * bool(questions)
-    answers: list[list[Answer]] = []
+    if output.limit is not None and output.limit < 2:
+        raise LayerPruneError(f"limit is {output.limit}: it must be at least 2.")
+    questions = {}
+    if not output.lm_eval:
+        questions = {split_name(task)[0]: load_task(task, output.limit) for task in output.tasks}
     for name in names:
         load_lineage(name, source.trust_remote_code)  # a wrong name is found before the long work
+    results: dict[str, dict[str, Any]] = {}
     for name in names:
-        model, tokenizer = _load(name, source)
+        model, tokenizer = _load(name, source, output.dtype)
         batches = make_batches(_blocks(text, model, tokenizer, output.max_blocks), 4)
-        found = evaluate_text(model, batches)
-        layers, parameters = len(get_lineage(model).kept), model.num_parameters()
-        results[name] = {"layers": layers, "parameters": parameters, **found}
-        perplexity, speed = f"{found['perplexity']:.2f}", f"{found['tokens_per_second']:.0f}"
-        rows.append([name, str(layers), f"{parameters / 1e6:.1f}M", perplexity, speed])
-        if questions:
-            with undisturbed(model):
-                answers.append(MultipleChoice(questions, tokenizer).read(model))
-            accuracy, spread = mean_and_error([float(answer.right) for answer in answers[-1]])
-            alike = stability(answers[0], answers[-1])
-            results[name] |= {"accuracy": accuracy, "accuracy_standard_error": spread, "stability": alike}
-            rows[-1] += [f"{accuracy:.3f} +- {spread:.3f}"]
-            rows[-1] += ["{stability:.3f} +- {standard_error:.3f}".format(**alike)]
-    print(markdown_table(rows))
+        results[name] = evaluate_model(model, tokenizer, batches, questions)
+        if Path(name).is_dir():
+            size = sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
+            results[name]["file_mb"] = round(size / 2**20, 1)
+        if output.lm_eval and output.tasks:
+            from .harness import read_through_harness
+
+            results[name] |= read_through_harness(model, tokenizer, output.tasks, output.limit)
+    compare_models(results)
+    print(markdown_table(evaluation_rows(results)))
     if output.json:
         _write_json(output.json, results)
 

@@ -46,7 +46,16 @@ def load_texts(
     return texts
 
 
-def _load(source: str, field: str, split: str, config: str | None, streaming: bool = False) -> Any:
+def load_rows(source: str, split: str = "train", config: str | None = None, streaming: bool = False) -> Any:
+    """A data set of the `datasets` library from a .txt, .jsonl or .jsonl.gz file, or from the hub.
+
+    Args:
+        source, split, config: see [`load_texts`].
+        streaming (`bool`, *optional*, defaults to `False`): read it bit by bit.
+
+    Raises:
+        LayerPruneError: no such file or data set.
+    """
     path = Path(source)
     kind = next((suffix for suffix in LOADERS if path.name.endswith(suffix)), None)
     if kind is not None and not path.is_file():
@@ -57,15 +66,24 @@ def _load(source: str, field: str, split: str, config: str | None, streaming: bo
         if kind is not None:
             loader, options = LOADERS[kind]
             options = options | {"data_files": str(path), "split": "train", "streaming": streaming}
-            dataset = load_dataset(loader, **options)
-        else:
-            dataset = load_dataset(source, config, split=split, streaming=streaming)
+            return load_dataset(loader, **options)
+        return load_dataset(source, config, split=split, streaming=streaming)
+    except (DatasetGenerationError, DatasetNotFoundError, OSError, RuntimeError, ValueError) as error:
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(source: str, error: Exception) -> LayerPruneError:
+    return LayerPruneError(f"Cannot read text from {source}: {' '.join(str(error).split())[:300]}")
+
+
+def _load(source: str, field: str, split: str, config: str | None, streaming: bool = False) -> Any:
+    dataset = load_rows(source, split, config, streaming)
+    try:
         columns = dataset.column_names or list(next(iter(dataset)))  # a stream has to be looked into
     except StopIteration as error:
         raise LayerPruneError(f"There is no text in {source}.") from error
-    except (DatasetGenerationError, DatasetNotFoundError, OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise LayerPruneError(f"Cannot read text from {source}: {reason}") from error
+    except (DatasetGenerationError, OSError, RuntimeError, ValueError) as error:
+        raise _unreadable(source, error) from error
     if field not in columns:
         raise LayerPruneError(f"{source} has no field {field!r}, only {columns}.")
     return dataset

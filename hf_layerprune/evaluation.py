@@ -3,45 +3,119 @@
 import math
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .criteria import next_token_metric, unit_losses
 from .data import Batch
 from .errors import LayerPruneError
-from .multiple_choice import Answer
+from .lineage import get_lineage
+from .multiple_choice import Answer, MultipleChoice, Question
 from .reading import Reader, targets_of
 from .scoring import undisturbed
+from .tasks import TASKS, chance
 
 
-def evaluate_text(model: PreTrainedModel, batches: Iterable[Batch]) -> dict[str, float]:
+def evaluate_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Sequence[Batch],
+    questions: Mapping[str, Sequence[Question]] | None = None,
+) -> dict[str, Any]:
+    """What [`evaluate_text`], [`copying`] (of 32 rows), [`generation_speed`] and [`task_scores`] say of a
+    model, which is not changed, with its size.
+
+    Args:
+        model, tokenizer: a causal language model and its tokenizer.
+        batches (sequence of dict): `input_ids` `(batch, length)` of whole passages.
+        questions (mapping of `str` to sequence of [`Question`], *optional*): of tasks named in `TASKS`.
+    """
+    found: dict[str, Any] = {
+        "layers": len(get_lineage(model).kept),
+        "parameters": model.num_parameters(),
+        "weights_mb": round(model.get_memory_footprint() / 2**20, 1),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **evaluate_text(model, batches, tokenizer),
+        "generated_per_second": generation_speed(model, batches[0]),
+        "copying": copying(model, batches[: 1 + 31 // len(batches[0]["input_ids"])]),
+    }
+    if torch.cuda.is_available():
+        found["peak_memory_mb"] = torch.cuda.max_memory_allocated() // 2**20
+    if questions:
+        answers: dict[str, list[Answer]] = {}
+        with undisturbed(model):
+            for name, asked in questions.items():
+                task = MultipleChoice(asked, tokenizer, normalize=TASKS[name].normalize)
+                answers[name] = task.read(model)
+        right = {name: [one.right for one in given] for name, given in answers.items()}
+        found |= task_scores(right, {name: chance(asked) for name, asked in questions.items()})
+        for name, given in answers.items():
+            found["tasks"][name]["perplexities"] = [one.perplexities for one in given]
+    return found
+
+
+def compare_models(results: Mapping[str, dict[str, Any]]) -> None:
+    """Add in place, to the results of models from [`evaluate_model`], what each keeps of the first: `kept`
+    ([`share_kept`]), `difference` ([`mean_difference`]) and, where the perplexities of the choices are known,
+    each task's `stability`, for which these are taken out."""
+    first, *_ = results.values()
+    if "tasks" not in first:
+        return
+    for one in results.values():
+        if first["above_chance"] > 0:
+            one["kept"] = share_kept(first, one)
+        one["difference"] = dict(zip(("mean", "standard_error"), mean_difference(first, one), strict=True))
+        for name, task in one["tasks"].items():
+            if "perplexities" in task:
+                task["stability"] = stability(_answers(first["tasks"][name]), _answers(task))
+    for one in results.values():
+        for task in one["tasks"].values():
+            task.pop("perplexities", None)
+
+
+def _answers(task: Mapping[str, Any]) -> list[Answer]:
+    return [Answer(one == "1", given) for one, given in zip(task["right"], task["perplexities"], strict=True)]
+
+
+def evaluate_text(
+    model: PreTrainedModel, batches: Iterable[Batch], tokenizer: PreTrainedTokenizerBase | None = None
+) -> dict[str, float]:
     """Perplexity of `model` on text, and its speed reading it.
 
     Args:
         model (`PreTrainedModel`): a causal language model; it is not changed.
         batches (iterable of dict): `input_ids` `(batch, length)`, where needed `attention_mask`, `labels`.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's, for bits per byte, by which models
+            with different tokenizers compare.
 
     Returns:
         `dict[str, float]`: `perplexity`, `loss` (nats per token, mean over all tokens), `tokens` (that
         were predicted), `tokens_per_second` (read by a forward pass with its loss, median of
-            the batches, since the first is slow).
+            the batches, since the first is slow), and with a tokenizer `bits_per_byte` (of the text of the
+            predicted tokens in UTF-8; what marks the end of a text has a loss, and no byte).
 
     Raises:
         LayerPruneError: there is no token to predict.
     """
-    total, tokens, speeds = 0.0, 0, []
+    total, tokens, size, speeds = 0.0, 0, 0, []
     reader: Reader | None = None
     with undisturbed(model):
         for batch in batches:
             on_device = {name: value.to(model.device) for name, value in batch.items()}
             began = time.perf_counter()
             reader = reader or Reader(model, on_device["input_ids"])
-            loss, count = float(unit_losses(reader, on_device).sum()), int(targets_of(on_device)[0].sum())
+            mask, targets = targets_of(on_device)
+            loss, count = float(unit_losses(reader, on_device).sum()), int(mask.sum())
             speeds.append(batch["input_ids"].numel() / (time.perf_counter() - began))
             total, tokens = total + loss, tokens + count
+            if tokenizer is not None:
+                rows = (row[wanted].tolist() for row, wanted in zip(targets[:, 1:], mask, strict=True))
+                texts = (str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows)
+                size += sum(len(text.encode()) for text in texts)
     if not tokens:
         raise LayerPruneError("There is no token to predict in the evaluation text.")
     return {
@@ -49,7 +123,67 @@ def evaluate_text(model: PreTrainedModel, batches: Iterable[Batch]) -> dict[str,
         "loss": total / tokens,
         "tokens": tokens,
         "tokens_per_second": statistics.median(speeds),
+        **({"bits_per_byte": total / math.log(2) / max(1, size)} if tokenizer is not None else {}),
     }
+
+
+def copying(model: PreTrainedModel, batches: Iterable[Batch], given: int = 8) -> dict[str, float]:
+    """How far `model` goes on with a passage that it has just read: it falls long before perplexity moves.
+
+    Each passage, a row of `input_ids`, is read twice; of the second time the first tokens are given. Where
+    twice its length is more than the model reads, its first half is the passage.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model; it is not changed.
+        batches (iterable of dict): `input_ids` `(batch, length)` of whole passages, without padding.
+        given (`int`, *optional*, defaults to 8): tokens of the second time that are given.
+
+    Returns:
+        `dict[str, float]`: `copied`, the share of the rest that greedy decoding would repeat before its first
+        mistake, mean over passages; its `standard_error`; `right`, the share of all tokens that it finds when
+        those before are given.
+
+    Raises:
+        LayerPruneError: no passage, or one not longer than what is given of it.
+    """
+    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    copied: list[float] = []
+    found: list[float] = []
+    with undisturbed(model):
+        for batch in batches:
+            ids = batch["input_ids"].to(model.device)
+            length = ids.shape[1] if longest is None else min(ids.shape[1], longest // 2)
+            if length <= given:
+                raise LayerPruneError(
+                    f"A passage of {length} tokens is too short to copy: {given} are given."
+                )
+            twice = torch.cat([ids[:, :length], ids[:, :length]], 1)
+            reader = Reader(model, twice)
+            states = reader.states({"input_ids": twice})[:, length + given - 1 : -1]
+            said = torch.cat([few.argmax(-1) for few in reader.rows(states.flatten(0, 1))])
+            right = said.view(len(ids), -1) == twice[:, length + given :]
+            copied += right.long().cumprod(1).double().mean(1).tolist()
+            found += right.double().mean(1).tolist()
+    if not copied:
+        raise LayerPruneError("There is no passage to copy.")
+    mean, error = mean_and_error(copied)
+    return {"copied": mean, "standard_error": error, "right": statistics.fmean(found)}
+
+
+def generation_speed(model: Any, batch: Batch, new_tokens: int = 64, times: int = 3) -> float:
+    """Tokens per second of greedy decoding after the first 64 tokens of a text, one sequence at a time, with
+    the cache that the model has: median of some times after one that does not count."""
+    prompt = batch["input_ids"][:1, :64].to(model.device)
+    settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+    pad = model.generation_config.eos_token_id
+    settings["pad_token_id"] = pad[0] if isinstance(pad, list) else pad
+    seconds = []
+    with undisturbed(model):
+        for _ in range(times + 1):
+            began = time.perf_counter()
+            model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
+            seconds.append(time.perf_counter() - began)
+    return new_tokens / statistics.median(seconds[1:])
 
 
 def stability(original: Sequence[Answer], pruned: Sequence[Answer]) -> dict[str, float]:
@@ -86,6 +220,85 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """The mean, and its standard error; that of one value is not known (NaN)."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return statistics.fmean(values), error
+
+
+def task_scores(right: Mapping[str, Sequence[bool]], chances: Mapping[str, float]) -> dict[str, Any]:
+    """Accuracies of a model in tasks, and their mean, the aggregate (2511.05085, section 4).
+
+    Args:
+        right (mapping of `str` to sequence of `bool`): for each task, which questions were answered right.
+        chances (mapping of `str` to `float`): for each task, the accuracy of guessing.
+
+    Returns:
+        `dict`: `tasks`, for each `accuracy`, `standard_error`, `chance`, `questions` and `right`, a string
+        of ones and zeros; `mean` with its `standard_error`, and `above_chance`, that of accuracy less chance.
+    """
+    tasks: dict[str, dict[str, Any]] = {}
+    for name, answers in right.items():
+        accuracy, error = mean_and_error([float(one) for one in answers])
+        tasks[name] = {
+            "accuracy": accuracy,
+            "standard_error": error,
+            "chance": chances[name],
+            "questions": len(answers),
+            "right": "".join("1" if one else "0" for one in answers),
+        }
+    errors = [task["standard_error"] for task in tasks.values()]
+    return {
+        "tasks": tasks,
+        "mean": statistics.fmean(task["accuracy"] for task in tasks.values()),
+        "standard_error": math.sqrt(sum(error**2 for error in errors)) / len(errors),
+        "above_chance": statistics.fmean(task["accuracy"] - task["chance"] for task in tasks.values()),
+    }
+
+
+def share_kept(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> dict[str, float]:
+    """What a pruned model keeps of the dense one's aggregate above chance.
+
+    Args:
+        dense, pruned (`dict`): from [`task_scores`], of the same questions.
+
+    Returns:
+        `dict[str, float]`: `share`, 1 for the dense model, 0 for guessing; and its `standard_error` from the
+        questions in pairs (delta method), so that what both find hard does not count.
+
+    Raises:
+        LayerPruneError: not the same tasks and questions, or the dense model is not better than chance.
+    """
+    base = dense["above_chance"]
+    if not base > 0:
+        raise LayerPruneError(
+            "The first model is not better than chance, so that no share of it can be kept."
+        )
+    share = pruned["above_chance"] / base
+    both = _pairs(dense, pruned)
+    spread = sum(np.var(after - share * before, ddof=1) / len(before) for before, after in both)
+    return {"share": share, "standard_error": math.sqrt(spread) / len(both) / base}
+
+
+def mean_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[float, float]:
+    """How much higher the aggregate of the second of two models is, and the paired standard error of that.
+
+    Args:
+        first, second (`dict`): from [`task_scores`], of the same questions.
+
+    Raises:
+        LayerPruneError: not the same tasks and questions.
+    """
+    both = _pairs(first, second)
+    spread = sum(np.var(after - before, ddof=1) / len(before) for before, after in both)
+    return second["mean"] - first["mean"], math.sqrt(spread) / len(both)
+
+
+def _pairs(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[np.ndarray, np.ndarray]]:
+    sizes = [{name: task["questions"] for name, task in one["tasks"].items()} for one in (first, second)]
+    if sizes[0] != sizes[1]:
+        raise LayerPruneError(f"Not the same questions: {sizes[0]} and {sizes[1]}.")
+
+    def right(one: Mapping[str, Any], name: str) -> np.ndarray:
+        return np.array([*map(float, one["tasks"][name]["right"])])
+
+    return [(right(first, name), right(second, name)) for name in sizes[0]]
 
 
 def measure_quality(model: PreTrainedModel, batches: Sequence[Batch], task: Any = None) -> float:

@@ -1,11 +1,9 @@
-"""Questions with choices: how often a model finds the right one likeliest, each context read once."""
+"""Questions with choices, or with one answer: how often a model is right, each context read once."""
 
-import json
 import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,17 +15,17 @@ from .reading import ROWS, Reader
 
 @dataclass(frozen=True)
 class Question:
-    """A question with choices.
+    """A question with choices, or with one: then a model is right that finds each token of it the likeliest.
 
     Args:
         context (`str`): what comes before.
         choices (`list[str]`): what may follow it, with the space that goes before.
-        answer (`int`): which of them is right, from 0.
+        answer (`int`, *optional*, defaults to 0): which of them is right, from 0.
     """
 
     context: str
     choices: list[str]
-    answer: int
+    answer: int = 0
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class Answer:
     """What a model says of a question.
 
     Args:
-        right (`bool`): whether it finds the right choice likeliest.
+        right (`bool`): whether it finds the right choice likeliest, or each token of the only one.
         perplexities (`list[float]`): of each choice, over its tokens.
     """
 
@@ -87,7 +85,7 @@ class _Encoded:
 
 
 class MultipleChoice:
-    """A task for `criterion="task"`: of how many questions a model finds the right choice likeliest.
+    """A task for `criterion="task"`: how many questions a model answers right.
 
     The choices of a question stand in one row behind their common context and do not see each other, so
     that the context is read once. Where a model cannot read them so, each choice gets a row. Questions of
@@ -116,10 +114,9 @@ class MultipleChoice:
             raise LayerPruneError("A task needs at least one question.")
         for question in questions:
             known = type(question.answer) is int and 0 <= question.answer < len(question.choices)
-            if not known or len(question.choices) < 2 or not all(one.strip() for one in question.choices):
+            if not known or not all(one.strip() for one in question.choices):
                 raise LayerPruneError(
-                    f"{question}: a question needs two or more choices, none of them empty, and the index of "
-                    "the right one."
+                    f"{question}: a question needs choices, none empty, and the index of the right one."
                 )
         self.batch_tokens = batch_tokens
         encoded = [_encode(question, tokenizer, normalize, i) for i, question in enumerate(questions)]
@@ -144,11 +141,11 @@ class MultipleChoice:
                 batch = (_packed if packed else _in_rows)(questions, model)
                 counts = torch.bincount(batch.owners).cpu()
                 sizes = [len(lengths) for lengths in batch.lengths]
-                said = log_likelihoods(reader, batch).cpu().split(sizes)
-                for question, one, few in zip(questions, said, counts.split(sizes), strict=True):
-                    best = int((one / torch.tensor(question.lengths)).argmax())
-                    perplexities = (-one / few).exp().tolist()
-                    found[question.number] = Answer(best == question.answer, perplexities)
+                likelihoods, greedy = log_likelihoods(reader, batch)
+                right = _right(likelihoods, greedy, batch).tolist()
+                perplexities = (-likelihoods.cpu() / counts).exp().split(sizes)
+                for question, one, few in zip(questions, right, perplexities, strict=True):
+                    found[question.number] = Answer(one == 1, few.tolist())
         return [found[number] for number in sorted(found)]
 
     def example(self, model: PreTrainedModel) -> torch.Tensor:
@@ -177,26 +174,34 @@ class MultipleChoice:
 
 
 def right_answers(reader: Reader, batch: Choices) -> torch.Tensor:
-    """For each question 1 if the right choice is the likeliest, else 0, and NaN where the model says NaN:
-    `(questions,)`, float64."""
-    likelihoods = log_likelihoods(reader, batch).split([len(lengths) for lengths in batch.lengths])
+    """For each question 1 if the model is right, else 0, NaN where it says NaN: `(questions,)`, float64."""
+    return _right(*log_likelihoods(reader, batch), batch)
+
+
+def _right(likelihoods: torch.Tensor, greedy: torch.Tensor, batch: Choices) -> torch.Tensor:
+    sizes = [len(lengths) for lengths in batch.lengths]
+    parts = zip(likelihoods.split(sizes), greedy.split(sizes), batch.lengths, batch.answers, strict=True)
     found = [
-        math.nan if likelihood.isnan().any() else int((likelihood / lengths).argmax()) == answer
-        for likelihood, lengths, answer in zip(likelihoods, batch.lengths, batch.answers, strict=True)
+        math.nan
+        if one.isnan().any()
+        else int((one / lengths).argmax()) == answer and (len(one) > 1 or bool(sure))
+        for one, sure, lengths, answer in parts
     ]
     return torch.tensor(found, dtype=torch.float64)
 
 
-def log_likelihoods(reader: Reader, batch: Choices) -> torch.Tensor:
-    """Of each choice of each question, in nats: `(choices,)`, float64."""
+def log_likelihoods(reader: Reader, batch: Choices) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each choice of each question, in nats: `(choices,)`, float64; and whether each of its tokens is the
+    likeliest in its place: `(choices,)`."""
     row, place = batch.places
     logits = reader.rows(reader.states(batch.inputs)[row, place])
-    found = [
-        few.float().log_softmax(-1).gather(-1, said[:, None])[:, 0].double()
-        for few, said in zip(logits, batch.targets.split(ROWS), strict=True)
-    ]
+    found, missed = [], []
+    for few, said in zip(logits, batch.targets.split(ROWS), strict=True):
+        found.append(few.float().log_softmax(-1).gather(-1, said[:, None])[:, 0].double())
+        missed.append(few.argmax(-1) != said)
     sums = torch.zeros(sum(map(len, batch.lengths)), dtype=torch.float64, device=row.device)
-    return sums.index_add_(0, batch.owners, torch.cat(found))
+    misses = torch.zeros_like(sums, dtype=torch.long).index_add_(0, batch.owners, torch.cat(missed).long())
+    return sums.index_add_(0, batch.owners, torch.cat(found)), misses == 0
 
 
 def _encode(question: Question, tokenizer: PreTrainedTokenizerBase, normalize: bool, number: int) -> _Encoded:
@@ -222,7 +227,7 @@ def _encode(question: Question, tokenizer: PreTrainedTokenizerBase, normalize: b
         (i for i, same in enumerate(zip(*rows, strict=False)) if len(set(same)) > 1), min(map(len, rows))
     )
     shared = min(shared, before)
-    lengths = [len(choice.strip()) if normalize else 1 for choice in question.choices]
+    lengths = [len(choice.removeprefix(" ")) if normalize else 1 for choice in question.choices]
     return _Encoded(
         rows[0][:shared],
         [row[shared:] for row in rows],
@@ -309,22 +314,3 @@ def _can_pack(reader: Reader, question: _Encoded) -> bool:
     packed, alone = found
     error = float((packed - alone).norm() / alone.norm())
     return error < min(0.05, 1000 * torch.finfo(reader.model.dtype).eps)
-
-
-def load_questions(path: str) -> list[Question]:
-    """Questions from a file of JSON lines with `context`, `choices` and `answer`.
-
-    Raises:
-        LayerPruneError: no such file, or a line that is no question.
-    """
-    questions = []
-    try:
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            values = json.loads(line)
-            questions.append(Question(values["context"], values["choices"], values["answer"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LayerPruneError(
-            f"Cannot read questions from {path}, line {len(questions) + 1}: {error!r}. Each line is a JSON "
-            "object with context, choices and answer."
-        ) from error
-    return questions

@@ -1,6 +1,7 @@
 """What a person looks at after a run, all from its record: a table, pictures, the model card."""
 
 import re
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,46 @@ def markdown_table(rows: list[list[str]]) -> str:
     ]
     rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def evaluation_rows(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Models side by side as a table of text, from [`evaluate_model`] and [`compare_models`]: a row for each
+    measure, with standard errors where they are known."""
+    columns = [_measures(one) for one in results.values()]
+    heads = dict.fromkeys(head for column in columns for head in column)
+    names = ["", *(Path(name).name for name in results)]
+    return [names, *([head, *(column.get(head, "") for column in columns)] for head in heads)]
+
+
+def _measures(found: Mapping[str, Any]) -> dict[str, str]:
+    """What was found of one model, in words."""
+    cells = {
+        "layers": str(found["layers"]),
+        "parameters": f"{found['parameters'] / 1e6:.1f}M",
+        "weights MB": f"{found['weights_mb']:.0f}",
+    }
+    cells |= {"file MB": f"{found['file_mb']:.0f}"} if "file_mb" in found else {}
+    cells |= {"peak memory MB": str(found["peak_memory_mb"])} if "peak_memory_mb" in found else {}
+    cells |= {
+        "perplexity": f"{found['perplexity']:.2f}",
+        "bits per byte": f"{found['bits_per_byte']:.3f}",
+        "copied": _with_error(found["copying"]["copied"], found["copying"]["standard_error"]),
+        "tokens/s read": f"{found['tokens_per_second']:.0f}",
+        "tokens/s generated": f"{found['generated_per_second']:.1f}",
+    }
+    tasks = found.get("tasks", {})
+    cells |= {name: _with_error(task["accuracy"], task["standard_error"]) for name, task in tasks.items()}
+    if tasks:
+        cells["mean of tasks"] = _with_error(found["mean"], found["standard_error"])
+        cells["less the first's"] = _with_error(*found["difference"].values())
+    if "kept" in found:
+        cells["kept above chance"] = "{share:.1%} ± {standard_error:.1%}".format(**found["kept"])
+    steady = {name: task["stability"] for name, task in tasks.items() if "stability" in task}
+    return cells | {f"stability, {name}": _with_error(*one.values()) for name, one in steady.items()}
+
+
+def _with_error(value: float, error: float) -> str:
+    return f"{value:.3f} ± {error:.3f}"
 
 
 def plot_scores(record: Record, folder: Path) -> list[str]:

@@ -114,10 +114,16 @@ def test_what_was_taught_is_learnt_without_the_teacher(folder, capsys):
         (["evaluate", "--data", "text.txt"], "model"),
         (["evaluate", "model", *DATA, "--max_blocks", "-1"], "-1 blocks are asked for"),
         (
-            ["evaluate", "model", *DATA, "--questions", "text.txt"],
-            "Cannot read questions from text.txt, line 1",
+            ["evaluate", "model", *DATA, "--tasks", "questions=text.txt"],
+            "text.txt, row 1: no row of questions",
         ),
-        (["evaluate", "model", *DATA, "--questions", "none"], "Cannot read questions from none"),
+        (["evaluate", "model", *DATA, "--tasks", "questions=none.jsonl"], "No such file: none.jsonl"),
+        (["evaluate", "model", *DATA, "--tasks", "questions"], "questions=FILE"),
+        (
+            ["evaluate", "model", *DATA, "--tasks", "piqua"],
+            "no task 'piqua' built in, only hellaswag, arc_easy",
+        ),
+        (["evaluate", "model", *DATA, "--tasks", "piqa", "--limit", "1"], "limit is 1"),
         (["evaluate", "model", *DATA, "--json", "no/such/e.json"], "Cannot write no/such/e.json"),
         (["score", "model", *DATA, "--json", "no/such/s.json"], "Cannot write no/such/s.json"),
         (["score", "model", *DATA, "--plot", "no/such/s.png"], "Cannot write a picture to no/such/s.png"),
@@ -186,15 +192,19 @@ def test_evaluate_says_how_far_models_answer_alike(folder, capsys):
     load_tokenizer(folder).save_pretrained("cut")
     lines = [{"context": q.context, "choices": q.choices, "answer": q.answer} for q in QUESTIONS]
     Path("q.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    assert main(["evaluate", folder, "cut", *DATA, "--questions", "q.jsonl", "--json", "e.json"]) == 0
+    assert main(["evaluate", folder, "cut", *DATA, "--tasks", "questions=q.jsonl", "--json", "e.json"]) == 0
     found = json.loads(Path("e.json").read_text())
     task = MultipleChoice(QUESTIONS, load_tokenizer(folder))
-    assert found["cut"]["stability"] == pytest.approx(stability(task.read(make_model()), task.read(model)))
-    assert found["model"]["accuracy"] == pytest.approx(task(make_model()))
-    assert found["model"]["stability"]["stability"] == pytest.approx(1.0)
+    dense, cut = (found[name]["tasks"]["questions"] for name in ("model", "cut"))
+    assert cut["stability"] == pytest.approx(stability(task.read(make_model()), task.read(model)))
+    assert dense["accuracy"] == pytest.approx(task(make_model()))
+    assert dense["stability"]["stability"] == pytest.approx(1.0)
+    size = Path("cut/model.safetensors").stat().st_size
+    assert found["cut"]["file_mb"] == pytest.approx(size / 2**20, abs=0.1)
     printed = capsys.readouterr().out
-    assert f"{found['cut']['stability']['stability']:.3f} +- " in printed
-    assert f"{found['model']['accuracy']:.3f} +- {found['model']['accuracy_standard_error']:.3f}" in printed
+    assert f"{cut['stability']['stability']:.3f} ± " in printed
+    assert f"{dense['accuracy']:.3f} ± {dense['standard_error']:.3f}" in printed
+    assert "kept above chance | 100.0% ± 0.0% |" in printed
 
 
 def test_a_run_resumes_by_a_flag(folder, tmp_path):

@@ -1,10 +1,21 @@
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 
 from hf_layerprune import LayerPruneError, MultipleChoice, evaluate_text, remove_layers, stability
+from hf_layerprune.data import make_batches, token_blocks
+from hf_layerprune.evaluation import (
+    compare_models,
+    copying,
+    evaluate_model,
+    generation_speed,
+    mean_difference,
+    share_kept,
+    task_scores,
+)
 from hf_layerprune.multiple_choice import Answer
 
 from .conftest import logits, make_model, tokens
@@ -75,7 +86,7 @@ def test_answers_are_those_of_one_pass_for_each_choice(family, tokenizer):
         ]
         expected = [math.exp(-x / n) for x, n in zip(sums, counts, strict=True)]  # bytes are tokens here
         assert answer.perplexities == pytest.approx(expected, rel=1e-3)
-        best = max(range(len(sums)), key=lambda i: sums[i] / len(question.choices[i].strip()))
+        best = max(range(len(sums)), key=lambda i: sums[i] / len(question.choices[i].removeprefix(" ")))
         assert answer.right == (best == question.answer)
     mixed = random.Random(0).sample(QUESTIONS, len(QUESTIONS))
     found = [
@@ -83,3 +94,114 @@ def test_answers_are_those_of_one_pass_for_each_choice(family, tokenizer):
         for questions in (QUESTIONS, mixed)
     ]
     assert found[0] == pytest.approx(found[1], abs=1e-6)
+
+
+def test_bits_per_byte_are_of_the_predicted_text(llama, tokenizer):
+    """Of a tokenizer whose tokens are bytes they are the loss in bits, less the bytes of marks."""
+    texts = ["A cat sat on a mat and looked around.", "Then it went away."]
+    blocks = make_batches(token_blocks(texts, tokenizer, 12), 2)
+    found = evaluate_text(llama, blocks, tokenizer)
+    ends = sum(int((batch["input_ids"][:, 1:] == tokenizer.eos_token_id).sum()) for batch in blocks)
+    assert ends == 1
+    bits = found["loss"] / math.log(2) * found["tokens"] / (found["tokens"] - ends)
+    assert found["bits_per_byte"] == pytest.approx(bits)
+
+
+def test_copied_is_what_greedy_decoding_repeats(llama):
+    passages = tokens(3, 20)
+    table = torch.randn(260, 260, generator=torch.Generator().manual_seed(3)).argsort(1)[:, 0]
+    loops = torch.tensor([[5, *[0] * 19], [7, *[0] * 19], [9, *[0] * 19]])
+    for i in range(1, 20):
+        loops[:, i] = table[loops[:, i - 1]]
+    for rows in (passages, loops):
+        found = copying(llama, [{"input_ids": rows[:2]}, {"input_ids": rows[2:]}], given=4)
+        shares = []
+        for row in rows:
+            prompt = torch.cat([row, row[:4]])[None]
+            said = llama.generate(
+                prompt, max_new_tokens=16, min_new_tokens=16, do_sample=False, pad_token_id=257
+            )
+            same = (said[0, 24:] == row[4:]).long()
+            shares.append(same.cumprod(0).double().mean().item())
+        assert found["copied"] == pytest.approx(sum(shares) / 3)
+    with pytest.raises(LayerPruneError, match="too short to copy"):
+        copying(llama, [{"input_ids": passages}], given=20)
+    with pytest.raises(LayerPruneError, match="no passage"):
+        copying(llama, [])
+
+
+def test_a_passage_is_cut_to_what_the_model_reads(llama):
+    long, half = tokens(2, 50), tokens(2, 50)[:, :32]
+    assert copying(llama, [{"input_ids": long}]) == copying(llama, [{"input_ids": half}])
+
+
+def test_generation_is_timed_without_a_change(llama):
+    before = torch.random.get_rng_state()
+    llama.train()
+    assert generation_speed(llama, {"input_ids": tokens()}, new_tokens=4) > 0
+    assert llama.training
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_what_is_kept_is_above_chance():
+    right = {"easy": [True] * 9 + [False], "hard": [True, False, False, False]}
+    dense = task_scores(right, {"easy": 0.5, "hard": 0.0})
+    assert dense["mean"] == pytest.approx((0.9 + 0.25) / 2)
+    assert dense["above_chance"] == pytest.approx((0.4 + 0.25) / 2)
+    assert dense["tasks"]["easy"]["right"] == "1111111110"
+    assert dense["tasks"]["hard"]["standard_error"] == pytest.approx(0.25)
+    guess = task_scores({"easy": [True, False] * 5, "hard": [False] * 4}, {"easy": 0.5, "hard": 0.0})
+    assert share_kept(dense, dense) == {"share": pytest.approx(1.0), "standard_error": pytest.approx(0.0)}
+    assert share_kept(dense, guess)["share"] == pytest.approx(0.0)
+    with pytest.raises(LayerPruneError, match="not better than chance"):
+        share_kept(guess, dense)
+    with pytest.raises(LayerPruneError, match="Not the same questions"):
+        share_kept(dense, task_scores({"easy": [True] * 10}, {"easy": 0.5}))
+
+
+def test_standard_errors_of_pairs_are_those_of_resampling():
+    generator = np.random.default_rng(0)
+    sizes, chances = {"a": 400, "b": 250}, {"a": 0.25, "b": 0.0}
+    before = {name: generator.random(size) < 0.6 for name, size in sizes.items()}
+    after = {name: np.where(generator.random(len(x)) < 0.8, x, ~x) for name, x in before.items()}
+    dense, pruned = (task_scores(one, chances) for one in (before, after))
+    shares, differences = [], []
+    for _ in range(3000):
+        picks = {name: generator.integers(0, size, size) for name, size in sizes.items()}
+        means = [
+            np.mean([one[name][picks[name]].mean() - chances[name] for name in sizes])
+            for one in (before, after)
+        ]
+        shares.append(means[1] / means[0])
+        differences.append(means[1] - means[0])
+    found = share_kept(dense, pruned)
+    assert found["standard_error"] == pytest.approx(np.std(shares), rel=0.06)
+    assert found["share"] == pytest.approx(np.mean(shares), abs=0.01)
+    difference, error = mean_difference(dense, pruned)
+    assert difference == pytest.approx(pruned["mean"] - dense["mean"])
+    assert error == pytest.approx(np.std(differences), rel=0.06)
+    assert error < math.hypot(dense["standard_error"], pruned["standard_error"])  # as it would be unpaired
+
+
+def test_a_model_is_measured_and_compared(tokenizer):
+    model, cut = make_model("llama"), make_model("llama")
+    remove_layers(cut, [2, 3])
+    batches = [{"input_ids": tokens(2, 24)}]
+    results = {
+        name: evaluate_model(one, tokenizer, batches, {"questions": QUESTIONS, "sciq": QUESTIONS[:4]})
+        for name, one in (("dense", model), ("cut", cut))
+    }
+    read = [MultipleChoice(QUESTIONS, tokenizer).read(one) for one in (model, cut)]
+    whole = MultipleChoice(QUESTIONS[:4], tokenizer, normalize=False)(cut)
+    assert results["cut"]["tasks"]["sciq"]["accuracy"] == pytest.approx(whole)
+    assert results["cut"]["layers"] == 4
+    assert results["cut"]["perplexity"] == evaluate_text(cut, batches)["perplexity"]
+    compare_models(results)
+    assert results["cut"]["tasks"]["questions"]["stability"] == stability(*read)
+    assert "perplexities" not in results["dense"]["tasks"]["questions"]
+    assert results["cut"]["difference"]["mean"] == pytest.approx(
+        results["cut"]["mean"] - results["dense"]["mean"]
+    )
+    only_text = {"dense": {"layers": 6}}
+    compare_models(only_text)
+    assert only_text == {"dense": {"layers": 6}}

@@ -1,0 +1,115 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from hf_layerprune import LayerPruneError, MultipleChoice
+from hf_layerprune.evaluation import task_scores
+from hf_layerprune.harness import read_through_harness
+from hf_layerprune.tasks import TASKS, chance, load_task
+
+from .conftest import make_model
+
+
+# Two rows of each data set as it is published.
+ROWS = {
+    "hellaswag": [
+        {
+            "activity_label": "Baking bread",
+            "ctx_a": "[header] How to bake [title] Knead the  dough.",
+            "ctx_b": "then you",
+            "endings": ["wait [step] an hour.", "throw it away. ", "eat.", "sing a song to it"],
+            "label": "0",
+        },
+        {"activity_label": "Rest", "ctx_a": "He", "ctx_b": "", "endings": ["slept.", "ran."], "label": "1"},
+    ],
+    "arc_easy": [
+        {
+            "question": "Which is hot?",
+            "choices": {"text": ["ice", "fire", "snow"], "label": ["A", "B", "C"]},
+            "answerKey": "B",
+        },
+        {
+            "question": "Which is wet?",
+            "choices": {"text": ["water", "sand"], "label": ["1", "2"]},
+            "answerKey": "1",
+        },
+    ],
+    "piqa": [
+        {"goal": "Cut bread", "sol1": "Use a knife.", "sol2": "Use a spoon. ", "label": 0},
+        {"goal": "Dry hands", "sol1": "Use water.", "sol2": "Use a towel", "label": 1},
+    ],
+    "lambada_openai": [
+        {"text": "The dog barked, and then again it barked"},
+        {"text": "One two three one two\n\nthree"},
+    ],
+    "sciq": [
+        {
+            "question": "What do plants need?",
+            "distractor1": "salt",
+            "distractor2": "sand",
+            "distractor3": "noise",
+            "correct_answer": "light",
+            "support": " Plants grow in light.",
+        },
+        {
+            "question": "What is H2O?",
+            "distractor1": "gold",
+            "distractor2": "air",
+            "distractor3": "fire",
+            "correct_answer": "water",
+            "support": "",
+        },
+    ],
+    "boolq": [
+        {"question": "is snow cold", "passage": "Snow is cold.", "answer": True},
+        {"question": "is fire cold", "passage": "Fire is hot.", "answer": False},
+    ],
+}
+
+
+@pytest.fixture
+def files():
+    for name, rows in ROWS.items():
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {name: f"{name}={name}.jsonl" for name in ROWS}
+
+
+def test_rows_are_asked_in_the_words_of_the_field(files):
+    bread = load_task(files["hellaswag"])[0]
+    assert bread.context == "Baking bread: How to bake. Knead the dough. Then you"
+    assert bread.choices[:2] == [" wait an hour.", " throw it away."]
+    assert load_task(files["arc_easy"])[1].answer == 0
+    assert chance(load_task(files["arc_easy"])) == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert load_task(files["lambada_openai"], 1)[0].choices == [" barked"]
+    assert chance(load_task(files["lambada_openai"])) == 0
+    assert load_task(files["boolq"])[0].context == "Snow is cold.\nQuestion: is snow cold?\nAnswer:"
+    assert [question.answer for question in load_task(files["boolq"])] == [1, 0]
+    assert load_task(files["sciq"])[0].context.startswith("Plants")
+
+
+def test_lm_eval_finds_the_same(files, tokenizer):
+    """Choice by choice: the same questions right, of six tasks, for models that differ."""
+    found = []
+    for seed in range(3):
+        model = make_model("llama", seed=seed, max_position_embeddings=512)
+        right = {}
+        for name, task in files.items():
+            read = MultipleChoice(load_task(task), tokenizer, normalize=TASKS[name].normalize).read(model)
+            right[name] = [answer.right for answer in read]
+        own = task_scores(right, {name: chance(load_task(task)) for name, task in files.items()})
+        assert read_through_harness(model, tokenizer, list(files.values())) == own
+        found.append(json.dumps(own))
+    assert len(set(found)) > 1
+
+
+def test_tasks_that_lm_eval_does_not_know_are_refused(files, llama, tokenizer):
+    with pytest.raises(LayerPruneError, match="lm-eval has no task helaswag"):
+        read_through_harness(llama, tokenizer, ["helaswag=hellaswag.jsonl"])
+    with pytest.raises(LayerPruneError, match=r"No such file: none\.jsonl"):
+        read_through_harness(llama, tokenizer, ["hellaswag=none.jsonl"])
+
+
+def test_a_row_of_another_task_is_refused(files):
+    with pytest.raises(LayerPruneError, match=r"piqa\.jsonl, row 1: no row of sciq"):
+        load_task("sciq=piqa.jsonl")
