@@ -78,8 +78,9 @@ class RecipeArguments:
         default="mse",
         metadata={
             "help": "What trains them, and nothing else: the run's own output (mse), text (lm), or the whole "
-            "model's logits (kl). A linear map, which is the least of mse already, is trained by kl instead.",
-            "choices": list(REPLACEMENT_LOSSES),
+            "model's logits (kl). A linear map, which is the least of mse already, is trained by kl instead. "
+            "With none, what is left is trained as after any other cut.",
+            "choices": [*REPLACEMENT_LOSSES, "none"],
         },
     )
     heldout_blocks: int = field(default=16, metadata={"help": "Blocks of the text to measure perplexity on."})
@@ -222,22 +223,24 @@ def _remove_and_heal(
     """Remove all layers first, and train what is left after that."""
     check_plan(model, recipe.keep, choice["protected"])
     began = time.monotonic()
-    replaces, trained = recipe.replacement != "none", None
-    if replaces:
+    replaces = recipe.replacement != "none"
+    alone = replaces and recipe.replacement_loss != "none"  # what replaces is all that is trained
+    if alone:
         for name, value in REPLACEMENT_LOSSES[recipe.replacement_loss].items():
             setattr(args, name, value)
     teaches = bool(args.max_steps and (args.kl_weight or args.hidden_weight))
     teacher = copy.deepcopy(model) if teaches else None
+    trained: list[nn.Parameter] = []
     if replaces:
         record, trained = _replace(model, recipe, choice)
     else:
         record = prune_layers(model, **choice, select=recipe.select)
     if args.max_steps:
-        if trained is not None:
+        if alone:
             for parameter in model.parameters():
                 parameter.requires_grad_(any(parameter is one for one in trained))
         with ExitStack() as shortened:
-            if replaces and args.hidden_weight:  # what comes after the replacement says nothing of it
+            if alone and args.hidden_weight:  # what comes after the replacement says nothing of it
                 last = _last_replaced(record)
                 args.hidden_layers, args.save_strategy = [last], "no"
                 for one in filter(None, (model, teacher)):

@@ -402,3 +402,21 @@ def test_text_may_be_streamed(folder, tokenizer, trained):
     distill = ["distill", "model", "--data", "text.txt", "--target_layers", "4", *SMALL[:-1], "third"]
     assert main([*distill, *SHORT, *stream]) == 0
     assert AutoModelForCausalLM.from_pretrained("third").config.num_hidden_layers == 4
+
+
+def test_the_default_is_a_linear_map_and_a_plain_loop_against_the_original(folder, tokenizer, trained):
+    assert run("default", *DATA, *SMALL, *SHORT, *WHOLE) == 0
+    calibration, _, text = blocks(tokenizer)
+    reference, original = trained(), trained()
+    batches = make_batches(calibration, 4)
+    first = score_layers(reference, batches, "block_influence", run=3, progress=False).ranking()[0]
+    replace_by_linear_map(reference, first, 3, batches)
+    ids = torch.tensor(text["input_ids"])
+    wanted = logits(original, ids)[:, :-1].log_softmax(-1).flatten(0, 1)
+
+    def loss():
+        found = reference(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1).flatten(0, 1)
+        return F.kl_div(found, wanted, reduction="batchmean", log_target=True)
+
+    model = compare(by_hand(reference, list(reference.parameters()), loss))
+    torch.testing.assert_close(logits(model, tokens()), logits(reference, tokens()), rtol=0, atol=2e-3)

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Every method at 23 of the 30 layers of SmolLM2-135M: the same text, the same tokens, the same schedule.
+#
+#   examples/benchmarks/published.sh MODEL TEXT OUTPUT [NAME...]
+#
+# TEXT is from text_mix.py. Each NAME is a folder in OUTPUT; one that is finished is left alone.
+set -euo pipefail
+
+model=$1 text=$2 output=$3
+shift 3
+wanted=" ${*:-} "
+
+# 245 steps of 4 x 256 tokens: 250,880.
+healing=(--max_steps 245 --per_device_train_batch_size 4 --learning_rate 3e-4 --lr_scheduler_type cosine
+  --lr_scheduler_kwargs '{}' --warmup_steps 0.05 --weight_decay 0 --bf16 True --logging_steps 7)
+common=(--block_length 256 --heldout_blocks 32 --save_strategy no --report_to none --disable_tqdm True)
+
+method() { # NAME KEEP RECIPE FLAGS...
+  local name=$1 keep=$2 recipe=$3
+  shift 3
+  [[ $wanted == "  " || $wanted == *" $name "* ]] || return 0
+  [[ -f $output/$name/config.json ]] && return 0
+  hf-layerprune run "$recipe" --model "$model" --keep "$keep" --data "$text" --output_dir "$output/$name" \
+    --calibration_blocks 128 "${common[@]}" "$@"
+}
+
+method default-23 23 default "${healing[@]}"
+method iterative-23 23 iterative-small "${healing[@]}" --steps_per_phase 35 --calibration_blocks 32
+method shortgpt-23 23 shortgpt "${healing[@]}"
+method sleb-23 23 sleb "${healing[@]}" --racing 0.95 --calibration_blocks 32
+method streamline-23 23 streamline "${healing[@]}"
+method layerchop-23 23 layerchop "${healing[@]}"
+method deepest-23 23 deepest "${healing[@]}"
+method replaceme-23 23 replaceme
+method default-27 27 default "${healing[@]}"
+method default-25 25 default "${healing[@]}"
+method default-23-long 23 default "${healing[@]}" --max_steps 1000
