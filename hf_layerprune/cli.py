@@ -519,6 +519,20 @@ def evaluate(arguments: list[str]) -> None:
         _write_json(output.json, results)
 
 
+def study(arguments: list[str]) -> None:
+    """Answer one question by a grid of small runs: NAME is baseline, losses, iterative, criteria, ..."""
+    from .report import markdown_table
+    from .studies import STUDIES, StudyArguments, run_study, study_rows
+
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else ""
+    (settings,) = _parse("study", arguments[bool(name) :], [StudyArguments], model=False)
+    if name not in STUDIES:
+        raise LayerPruneError(f"Give the name of a study: {', '.join(STUDIES)}.")
+    print(f"{STUDIES[name].__doc__}\n")
+    print(markdown_table(study_rows(run_study(name, settings))))
+    print(f"\nTable, plot and numbers are in {settings.output_dir or f'study-{name}'}.")
+
+
 def quickstart(arguments: list[str]) -> None:
     """Take SmolLM2-135M from 30 to 27 layers on this machine, without a hub or an account."""
     from .quickstart import QuickstartArguments
@@ -538,6 +552,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "phases": phases,
     "run": run,
     "evaluate": evaluate,
+    "study": study,
 }
 
 

@@ -1,7 +1,7 @@
 """What a person looks at after a run, all from its record: a table, pictures, the model card."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,41 @@ def plot_phases(tables: list[ScoreTable], path: str | Path) -> None:
     axes.tick_params("x", labelsize=7)
     axes.set_xlabel("decoder layer (index in the original model)")
     axes.set_ylabel("removal")
+    figure.savefig(path, dpi=120)
+
+
+def plot_lines(
+    lines: Mapping[str, Sequence[tuple[float, float]]], path: str | Path, x: str, y: str, log: bool = False
+) -> None:
+    """Draw named lines of points."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, points in lines.items():
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    if log:
+        axes.set_yscale("log")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def plot_bars(bars: Mapping[str, float], path: str | Path, x: str) -> None:
+    """Draw named numbers as bars from left to right; where they are alike, not from zero."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 1 + 0.3 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.barh(list(bars), list(bars.values()))
+    axes.bar_label(drawn, [f" {value:.3g}" for value in bars.values()], fontsize=8)
+    low, high = min(bars.values()), max(bars.values())
+    if low > 0.5 * high > 0:
+        axes.set_xlim(low - 0.3 * (high - low) - 1e-9, high + 0.15 * (high - low) + 1e-9)
+    axes.invert_yaxis()
+    axes.set_xlabel(x)
     figure.savefig(path, dpi=120)
 
 

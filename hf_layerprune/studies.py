@@ -1,0 +1,453 @@
+"""Questions that a pruned model's owner asks, each answered by a grid of small runs that can be stopped."""
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .arguments import DistillationTrainingArguments
+from .callback import LayerPruningCallback
+from .checkpoint import load_model, load_tokenizer
+from .criteria import CRITERIA
+from .data import load_texts, make_batches, split_blocks, token_blocks
+from .errors import LayerPruneError
+from .evaluation import evaluate_text
+from .inspection import inspect_layers
+from .journal import Journal
+from .lineage import get_lineage
+from .quickstart import MODEL_NAME, load_embedded_model, split_topics
+from .removal import prune_layers
+from .replacement import replace_by_linear_map
+from .report import markdown_table, plot_bars, plot_lines
+from .saving import check_writable
+from .scoring import ScoreTable, rank_correlation, score_layers
+from .trainer import DistillationTrainer
+
+
+QUICK = {"remove": 2, "tokens": 4096, "calibration_blocks": 4, "heldout_blocks": 8}
+# What is extrapolated to: layers, parameters of each, and of embedding and head (Llama 2, 2307.09288).
+LARGE = {"7B": (32, 202_383_360, 262_144_000), "70B": (80, 855_654_400, 524_288_000)}
+
+Row = dict[str, Any]
+
+
+@dataclass
+class StudyArguments:
+    """On what a study is made."""
+
+    models: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Folders or hub ids; `middle` takes several. Default: that of the quickstart."},
+    )
+    data: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Text, as for other commands; `calibration` takes several. Default: Python's help topics."
+        },
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "A folder; called again, a study goes on. Default: study-NAME."}
+    )
+    quick: bool = field(
+        default=False, metadata={"help": f"A small setting, for a look: {QUICK}, where not given."}
+    )
+    remove: int | None = field(
+        default=None, metadata={"help": "Layers to remove. Default: a quarter of the model's."}
+    )
+    tokens: int = field(default=262_144, metadata={"help": "Tokens of healing in each run."})
+    calibration_blocks: int = field(default=32, metadata={"help": "Blocks to score on."})
+    heldout_blocks: int = field(default=32, metadata={"help": "Blocks to measure perplexity on."})
+    block_length: int = field(default=256, metadata={"help": "Tokens in a block."})
+    batch_size: int = field(default=4, metadata={"help": "Blocks in a training step."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "The highest, of a cosine schedule."})
+    seed: int = field(default=0, metadata={"help": "Of the order of the text."})
+
+    def __post_init__(self) -> None:
+        defaults = {name: one.default for name, one in self.__dataclass_fields__.items()}
+        for name, value in QUICK.items() if self.quick else ():
+            if getattr(self, name) == defaults[name]:
+                setattr(self, name, value)
+
+
+class Setting:
+    """What the runs of a study have in common.
+
+    Args:
+        name (`str`): of the study.
+        arguments ([`StudyArguments`]): its settings.
+
+    Raises:
+        LayerPruneError: no such model or text, too little of it, or a folder that cannot be written to.
+    """
+
+    def __init__(self, name: str, arguments: StudyArguments) -> None:
+        self.arguments, self.folder = arguments, Path(arguments.output_dir or f"study-{name}")
+        check_writable(self.folder)
+        self.dense, self.tokenizer = load(next(iter(arguments.models), None))
+        self.layers = len(get_lineage(self.dense).kept)
+        self.remove = arguments.remove or max(1, self.layers // 4)
+        if not 1 <= self.remove <= self.layers - 3:
+            raise LayerPruneError(f"remove is {self.remove}, of {self.layers} layers: leave three at least.")
+        self.blocks = [
+            token_blocks(texts, self.tokenizer, arguments.block_length) for texts in self._texts().values()
+        ]
+        sizes = arguments.calibration_blocks, arguments.heldout_blocks
+        calibration, heldout, self.train = split_blocks(self.blocks[0], *sizes)
+        self.calibration, self.heldout = make_batches(calibration, 4), make_batches(heldout, 4)
+        self.steps = max(1, arguments.tokens // (arguments.batch_size * arguments.block_length))
+        work = {"study": name} | {k: v for k, v in asdict(arguments).items() if k != "output_dir"}
+        self.journal = Journal(self.folder / "cells.jsonl", json.dumps(work))
+
+    def _texts(self) -> dict[str, list[str]]:
+        if self.arguments.data:
+            return {Path(source).name: load_texts(source) for source in self.arguments.data}
+        parts = split_topics()
+        return {"help topics": parts["train"] + parts["heldout"] + parts["calibration"]}
+
+    @property
+    def names(self) -> list[str]:
+        """Of the texts."""
+        return [Path(source).name for source in self.arguments.data] or ["help topics"]
+
+    def loss(self, model: PreTrainedModel) -> float:
+        """Of held-out text, in nats per token."""
+        return evaluate_text(model, self.heldout)["loss"]
+
+    def cut(self, criterion: str, select: str, remove: int) -> tuple[PreTrainedModel, Row]:
+        """The model without the layers that one way of choosing gives, and what was chosen."""
+        model, began = copy.deepcopy(self.dense), time.monotonic()
+        plan: Any = {"target_layers": self.layers - remove, "criterion": criterion, "select": select}
+        record = prune_layers(model, calibration=self.calibration, **plan)
+        seconds = round(time.monotonic() - began, 1)
+        gone = [removal["original"] for phase in record["phases"] for removal in phase["removals"]]
+        return model, {"layers gone": gone, "seconds to score": seconds}
+
+    def heal(self, model: PreTrainedModel, *callbacks: Any, **changes: Any) -> Row:
+        """Train a model against the dense one, in place; how long that took and what it left."""
+        began = time.monotonic()
+        settings: dict[str, Any] = {
+            "max_steps": self.steps,
+            "per_device_train_batch_size": self.arguments.batch_size,
+            "learning_rate": self.arguments.learning_rate,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.05,
+            "seed": self.arguments.seed,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "logging_strategy": "no",
+            "bf16": True,
+            "use_cpu": not torch.cuda.is_available(),
+        }
+        with TemporaryDirectory() as folder:
+            args = DistillationTrainingArguments(output_dir=folder, **settings | changes)
+            teacher = copy.deepcopy(self.dense).to(torch.bfloat16)
+            trainer = DistillationTrainer(
+                model, args, teacher_model=teacher, train_dataset=self.train, callbacks=list(callbacks)
+            )
+            trainer.train()
+        model.float()
+        return {"healed": self.loss(model), "seconds": round(time.monotonic() - began, 1)}
+
+
+def load(name: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A model in float32 with its tokenizer; without a name that of the quickstart."""
+    if name is None:
+        model, tokenizer = load_embedded_model()
+    else:
+        model, tokenizer = load_model(name, dtype="float32"), load_tokenizer(name)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def baseline(setting: Setting) -> Iterator[Row]:
+    """Remove more and more layers without training: what does each way of choosing cost?"""
+    ways = {
+        "sleb (greedy, loss)": ("loss", "greedy"),
+        "shortgpt (one shot, Block Influence)": ("block_influence", "one_shot"),
+        "run of least Block Influence": ("block_influence", "run"),
+        "deepest": ("positional", "one_shot"),
+    }
+    yield {"removed": 0, "way": "dense", "loss": setting.journal.once(lambda: setting.loss(setting.dense))}
+    for remove in range(1, setting.remove + 1):
+        for way, (criterion, select) in ways.items():
+
+            def measured(criterion: str = criterion, select: str = select, remove: int = remove) -> Row:
+                model, found = setting.cut(criterion, select, remove)
+                return {"loss": setting.loss(model), **found}
+
+            yield {"removed": remove, "way": way, **setting.journal.once(measured)}
+
+        def mapped(remove: int = remove) -> Row:
+            found, seconds = _map_run(setting, remove)
+            return {"loss": setting.loss(found), "layers gone": seconds[0], "seconds to score": seconds[1]}
+
+        yield {"removed": remove, "way": "replaceme (linear map)", **setting.journal.once(mapped)}
+
+
+def losses(setting: Setting) -> Iterator[Row]:
+    """KL, hidden states, both, and the weight of KL over orders of magnitude: what heals?"""
+    grid: dict[str, Row] = {"KL": {}, "text alone": {"kl_weight": 0.0, "ce_weight": 1.0}}
+    grid["hidden"] = {"kl_weight": 0.0, "hidden_weight": 1.0}
+    for weight in (0.01, 0.1, 1.0, 10.0, 100.0):
+        grid[f"{weight:g} KL + hidden"] = {"kl_weight": weight, "hidden_weight": 1.0}
+    grid["paper"] = {"loss_preset": "paper"}
+    for name, changes in grid.items():
+
+        def measured(changes: Row = changes) -> Row:
+            model, found = setting.cut("block_influence", "run", setting.remove)
+            return {"cut": setting.loss(model), **setting.heal(model, **changes), **found}
+
+        yield {"losses": name, **setting.journal.once(measured)}
+
+
+def iterative(setting: Setting) -> Iterator[Row]:
+    """Iterative or one-shot, at equal tokens: is scoring again worth what it costs?"""
+
+    def at_once(select: str, criterion: str) -> Row:
+        model, found = setting.cut(criterion, select, setting.remove)
+        return {"cut": setting.loss(model), **setting.heal(model), **found}
+
+    def by_phases() -> Row:
+        model = copy.deepcopy(setting.dense)
+        pruning = LayerPruningCallback(
+            target_layers=setting.layers - setting.remove, calibration=setting.calibration
+        )
+        found = setting.heal(model, pruning)
+        gone = [one["original"] for phase in pruning.record["phases"] for one in phase["removals"]]
+        return {"cut": None, **found, "layers gone": gone, "seconds to score": None}
+
+    def mapped() -> Row:
+        model, (gone, seconds) = _map_run(setting, setting.remove)
+        cut = setting.loss(model)
+        return {"cut": cut, **setting.heal(model), "layers gone": gone, "seconds to score": seconds}
+
+    ways: dict[str, Callable[[], Row]] = {
+        "iterative": by_phases,
+        "one-shot, greedy": lambda: at_once("greedy", "loss"),
+        "one-shot, by one table": lambda: at_once("one_shot", "loss"),
+        "one-shot, linear map": mapped,
+    }
+    for name, measured in ways.items():
+        yield {"way": name, **setting.journal.once(measured)}
+
+
+def criteria(setting: Setting) -> Iterator[Row]:
+    """Each criterion at equal budget: which layers does it take, and how well do they heal?"""
+    for name in CRITERIA:
+        if name == "task":
+            continue
+
+        def measured(name: str = name) -> Row:
+            model, found = setting.cut(name, "greedy", setting.remove)
+            return {"cut": setting.loss(model), **setting.heal(model), **found}
+
+        yield {"criterion": name, **setting.journal.once(measured)}
+
+
+def calibration(setting: Setting) -> Iterator[Row]:
+    """How much does the ranking of the layers depend on the text? Of one text, its thirds are compared."""
+    count = setting.arguments.calibration_blocks
+    names, parts = setting.names, [blocks.select(range(count)) for blocks in setting.blocks]
+    if len(parts) == 1:
+        third = len(setting.blocks[0]) // 3
+        names = [f"{names[0]}, part {i + 1}" for i in range(3)]
+        spread = [range(i * third, i * third + min(count, third)) for i in range(3)]
+        parts = [setting.blocks[0].select(one) for one in spread]
+    for criterion in ("loss", "block_influence"):
+
+        def table(part: Any, criterion: str = criterion) -> Row:
+            return score_layers(setting.dense, make_batches(part, 4), criterion).to_dict()
+
+        tables = [ScoreTable.from_dict(setting.journal.once(partial(table, part))) for part in parts]
+        few = max(1, len(tables[0].scores) // 4)
+        for i, one in enumerate(tables):
+            for j, other in enumerate(tables[:i]):
+                same = set(one.ranking()[:few]) & set(other.ranking()[:few])
+                yield {
+                    "criterion": criterion,
+                    "texts": f"{names[j]} / {names[i]}",
+                    "rank correlation": rank_correlation(one, other),
+                    f"same among the least {few}": len(same),
+                }
+
+
+def middle(setting: Setting) -> Iterator[Row]:
+    """Are the middle layers the least important? The mean rank of each third, 0 the least, 1 the most."""
+    models = setting.arguments.models or [MODEL_NAME]
+    for i, name in enumerate(models):
+
+        def measured(i: int = i, name: str = name) -> Row:
+            model, tokenizer = (setting.dense, setting.tokenizer) if i == 0 else load(name)
+            texts = next(iter(setting._texts().values()))
+            blocks = token_blocks(texts, tokenizer, setting.arguments.block_length)
+            some = split_blocks(blocks, setting.arguments.calibration_blocks, 1)[0]
+            return score_layers(model, make_batches(some, 4), "loss", protected=[]).to_dict()
+
+        table = ScoreTable.from_dict(setting.journal.once(measured))
+        order = table.ranking()
+        last = max(1, len(order) - 1)
+        thirds: list[list[float]] = [[], [], []]
+        for rank, layer in enumerate(order):
+            thirds[min(2, 3 * layer // len(table.kept))].append(rank / last)
+        means = [round(sum(third) / max(1, len(third)), 3) for third in thirds]
+        yield {
+            "model": Path(name).name,
+            "layers": len(table.kept),
+            **dict(zip(("first third", "middle third", "last third"), means, strict=True)),
+            "least important": order[: max(1, len(order) // 4)],
+            "scores": [table.scores.get(layer) for layer in range(len(table.kept))],
+        }
+
+
+def scale(setting: Setting) -> Iterator[Row]:
+    """What scoring and healing cost against depth and size: operations counted here, the rest on paper.
+
+    Two depths of the model give the operations of one layer and of the head. They grow with their
+    parameters; what attention does besides, which grows with the length of a text, is taken to do so too."""
+    few = [{"input_ids": batch["input_ids"][:1]} for batch in setting.calibration[:1]]
+    tokens = few[0]["input_ids"].numel()
+
+    def count(work: Callable[[], Any]) -> float:
+        with FlopCounterMode(display=False) as counter:
+            work()
+        return counter.get_total_flops() / tokens
+
+    def at(depth: int) -> Row:
+        model, _ = setting.cut("positional", "one_shot", setting.layers - depth)
+        return {
+            "layers": depth,
+            "parameters": model.num_parameters(),
+            "reading": count(lambda: evaluate_text(model, few)),
+            "scoring": count(lambda: score_layers(model, few, "loss", progress=False)),
+            "step": count(lambda: _one_step(setting, model, few[0]["input_ids"])),
+        }
+
+    def row(name: str, layers: int, parameters: float, reading: float, scoring: float, step: float) -> Row:
+        return {
+            "model": name,
+            "layers": layers,
+            "parameters, millions": parameters / 1e6,
+            "reading, GFLOP a token": reading / 1e9,
+            "scoring all layers, GFLOP a token": scoring / 1e9,
+            "distilling, GFLOP a token": step / 1e9,
+            "scoring a token in tokens of distilling": scoring / step,
+        }
+
+    depths = [setting.layers - 1 - setting.remove, setting.layers - 1]
+    shallow, deep = (setting.journal.once(partial(at, depth)) for depth in depths)
+    for one in (shallow, deep):
+        yield row("counted", *one.values())
+    layer = (deep["reading"] - shallow["reading"]) / (depths[1] - depths[0])
+    head = deep["reading"] - depths[1] * layer
+    dense = head + setting.layers * layer
+    student = (deep["step"] - dense) / deep["reading"]  # forward and backward, in forwards
+    facts = inspect_layers(setting.dense)
+    each = sum(one.parameters for one in facts.layers) / setting.layers
+    own: Any = setting.dense.get_output_embeddings()
+    sizes = {facts.model_type: (setting.layers, each, facts.parameters - setting.layers * each), **LARGE}
+    for name, (layers, parameters, rest) in sizes.items():
+        of_head = own.weight.numel() if name == facts.model_type else rest / 2
+        a, h = layer * parameters / each, head * of_head / own.weight.numel()
+        reading = h + layers * a
+        # Without layer i those after it are computed, from what came before; and the head.
+        scoring = reading + sum((layers - 1 - i) * a + h for i in range(1, layers - 1))
+        yield row(name, layers, layers * parameters + rest, reading, scoring, (1 + student) * reading)
+
+
+def _one_step(setting: Setting, model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """The operations of a step of distillation: the teacher reads, the student reads and learns."""
+    with torch.no_grad():
+        wanted = setting.dense(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+    said = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+    torch.nn.functional.kl_div(said, wanted, log_target=True, reduction="batchmean").backward()
+    model.zero_grad()
+
+
+def _map_run(setting: Setting, remove: int) -> tuple[PreTrainedModel, tuple[list[int], float]]:
+    """The model with a linear map for the run of least Block Influence; what went, and seconds."""
+    model, began = copy.deepcopy(setting.dense), time.monotonic()
+    table = score_layers(model, setting.calibration, "block_influence", run=remove, progress=False)
+    first = table.ranking()[0]
+    replace_by_linear_map(model, first, remove, setting.calibration)
+    gone = list(range(first, first + remove))
+    return model, (gone, round(time.monotonic() - began, 1))
+
+
+STUDIES: Mapping[str, Callable[[Setting], Iterator[Row]]] = {
+    "baseline": baseline,
+    "losses": losses,
+    "iterative": iterative,
+    "criteria": criteria,
+    "calibration": calibration,
+    "middle": middle,
+    "scale": scale,
+}
+
+
+def run_study(name: str, arguments: StudyArguments) -> list[Row]:
+    """Answer one question; called again with the same arguments, it goes on where it was stopped.
+
+    Leaves `study.json`, `table.md` and `plot.png` in the folder.
+
+    Args:
+        name (`str`): one of `STUDIES`.
+        arguments ([`StudyArguments`]): on what.
+
+    Raises:
+        LayerPruneError: no such study, or what [`Setting`] refuses.
+    """
+    if name not in STUDIES:
+        raise LayerPruneError(f"no study {name!r}: choose from {', '.join(STUDIES)}")
+    setting = Setting(name, arguments)
+    rows = list(STUDIES[name](setting))
+    _plot(name, rows, setting.folder / "plot.png")
+    (setting.folder / "table.md").write_text(markdown_table(study_rows(rows)) + "\n", encoding="utf-8")
+    result = {"study": name, "question": STUDIES[name].__doc__, "settings": asdict(arguments), "rows": rows}
+    (setting.folder / "study.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return rows
+
+
+def study_rows(rows: Sequence[Row]) -> list[list[str]]:
+    """The rows of a study as a table of text."""
+    heads = [head for head in dict.fromkeys(k for row in rows for k in row) if head != "scores"]
+
+    def cell(value: Any) -> str:
+        if isinstance(value, list):
+            return ", ".join(map(str, value))
+        if isinstance(value, float):
+            return f"{value:.4g}"
+        return "" if value is None else str(value)
+
+    return [heads, *([cell(row.get(head)) for head in heads] for row in rows)]
+
+
+def _plot(name: str, rows: Sequence[Row], path: Path) -> None:
+    if name == "baseline":
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in rows[1:]:
+            lines.setdefault(row["way"], [(0, rows[0]["loss"])]).append((row["removed"], row["loss"]))
+        plot_lines(lines, path, "layers removed", "held-out loss (nats per token)")
+    elif name == "middle":
+        lines = {
+            row["model"]: [(i / (row["layers"] - 1), s) for i, s in enumerate(row["scores"]) if s is not None]
+            for row in rows
+        }
+        plot_lines(lines, path, "depth", "rise of the loss without the layer", log=True)
+    elif name == "calibration":
+        bars = {f"{row['criterion']}: {row['texts']}": row["rank correlation"] for row in rows}
+        plot_bars(bars, path, "rank correlation")
+    elif name == "scale":
+        bars = {f"{row['model']}, {row['layers']} layers": list(row.values())[-1] for row in rows}
+        plot_bars(bars, path, "operations of scoring all layers on a token,\nin tokens of distillation")
+    else:
+        bars = {str(next(iter(row.values()))): row["healed"] for row in rows}
+        plot_bars(bars, path, "held-out loss after healing (nats per token)")

@@ -1,0 +1,160 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_layerprune import LayerPruneError, evaluate_text, remove_layers, score_layers, studies
+from hf_layerprune.cli import main
+from hf_layerprune.data import load_texts, make_batches, split_blocks, token_blocks
+from hf_layerprune.scoring import ScoreTable, rank_correlation
+from hf_layerprune.studies import STUDIES, StudyArguments, run_study
+
+from .conftest import make_model
+
+
+TEXT = "\n".join(f"Line {i} of a text that says little about the number {i * i}." for i in range(120))
+
+
+@pytest.fixture
+def arguments(tokenizer):
+    make_model().save_pretrained("model")
+    make_model(seed=1).save_pretrained("other")
+    for folder in ("model", "other"):
+        tokenizer.save_pretrained(folder)
+    Path("text.txt").write_text(TEXT)
+    Path("more.txt").write_text(TEXT[::-1])
+    return {"models": ["model"], "data": ["text.txt"], "block_length": 32, "quick": True, "tokens": 512}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_ends_in_a_table_and_a_plot_and_goes_on_where_it_was(name, arguments, monkeypatch):
+    """Stopped after its first cell, a study computes only the others, and ends as if it had not been."""
+    arguments |= {"models": ["model", "other"]} if name == "middle" else {}
+    whole = run_study(name, StudyArguments(**arguments, output_dir="whole"))
+    computed, once = [], studies.Journal.once
+
+    def stop(journal, compute):
+        if journal._path is not None and journal._path.name == "cells.jsonl":
+            if len(computed) == 1:
+                raise KeyboardInterrupt
+            computed.append(journal)
+        return once(journal, compute)
+
+    monkeypatch.setattr(studies.Journal, "once", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(name, StudyArguments(**arguments, output_dir="parts"))
+    monkeypatch.setattr(studies.Journal, "once", once)
+    first = Path("parts/cells.jsonl").read_text().splitlines()
+    assert len(first) == 2  # the head and one cell
+    again = run_study(name, StudyArguments(**arguments, output_dir="parts"))
+    assert Path("parts/cells.jsonl").read_text().splitlines()[:2] == first
+    assert plain(again) == plain(whole)
+    for file in ("study.json", "table.md", "plot.png"):
+        assert Path("whole", file).stat().st_size > 100
+    saved = json.loads(Path("whole/study.json").read_text())
+    assert saved["rows"] == json.loads(json.dumps(whole))
+    assert saved["question"] == STUDIES[name].__doc__
+
+
+def plain(rows):
+    """Rows without what no two runs share."""
+    return [{k: v for k, v in row.items() if "seconds" not in k} for row in rows]
+
+
+def parts(tokenizer):
+    return split_blocks(token_blocks(load_texts("text.txt"), tokenizer, 32), 4, 8)
+
+
+def test_the_baseline_is_the_loss_without_the_layers_it_names(arguments, tokenizer):
+    rows = run_study("baseline", StudyArguments(**arguments))
+    heldout = make_batches(parts(tokenizer)[1], 4)
+    assert rows[0]["loss"] == pytest.approx(evaluate_text(make_model(), heldout)["loss"])
+    checked = 0
+    for row in rows[1:]:
+        if "linear map" in row["way"]:
+            continue
+        model = make_model()
+        remove_layers(model, row["layers gone"])
+        assert len(row["layers gone"]) == row["removed"]
+        assert row["loss"] == pytest.approx(evaluate_text(model, heldout)["loss"], rel=1e-5)
+        checked += 1
+    assert checked == 8
+
+
+def test_calibration_correlates_the_tables_of_two_texts(arguments, tokenizer):
+    rows = run_study("calibration", StudyArguments(**arguments | {"data": ["text.txt", "more.txt"]}))
+    tables = []
+    for name in ("text.txt", "more.txt"):
+        blocks = token_blocks(load_texts(name), tokenizer, 32).select(range(4))
+        tables.append(score_layers(make_model(), make_batches(blocks, 4), "loss", progress=False))
+    assert rows[0]["rank correlation"] == pytest.approx(rank_correlation(*tables))
+    assert rows[0]["texts"] == "text.txt / more.txt"
+    assert len(rows) == 2
+
+
+def test_the_middle_is_ranked_by_thirds(arguments):
+    rows = run_study("middle", StudyArguments(**arguments | {"models": ["model", "other"]}))
+    assert [row["model"] for row in rows] == ["model", "other"]
+    for row in rows:
+        order = sorted(range(6), key=lambda layer: row["scores"][layer])
+        assert row["least important"] == order[:1]
+        for third, name in enumerate(("first third", "middle third", "last third")):
+            ranks = [order.index(layer) / 5 for layer in (2 * third, 2 * third + 1)]
+            assert row[name] == pytest.approx(sum(ranks) / 2, abs=1e-3)
+
+
+def test_what_was_reckoned_on_paper_is_what_is_counted(arguments):
+    """The operations of the dense model, not counted by the study, by its formula and by the counter."""
+    rows = {row["model"]: row for row in run_study("scale", StudyArguments(**arguments))}
+    setting = studies.Setting("scale", StudyArguments(**arguments, output_dir="counted"))
+    batch = [{"input_ids": setting.calibration[0]["input_ids"][:1]}]
+    for name, work in {
+        "reading, GFLOP a token": lambda: evaluate_text(setting.dense, batch),
+        "scoring all layers, GFLOP a token": lambda: score_layers(
+            setting.dense, batch, "loss", progress=False
+        ),
+    }.items():
+        with studies.FlopCounterMode(display=False) as counter:
+            work()
+        counted = counter.get_total_flops() / 32 / 1e9
+        assert rows["llama"][name] == pytest.approx(counted, rel=0.15), name
+    assert rows["7B"]["parameters, millions"] == pytest.approx(6738.4, abs=1)
+    assert rows["70B"]["parameters, millions"] == pytest.approx(68976.6, abs=10)
+    assert 12 < rows["7B"]["reading, GFLOP a token"] < 22  # twice its parameters, and attention (much here)
+
+
+def test_mistakes_are_said(arguments, capsys):
+    with pytest.raises(LayerPruneError, match="remove is 4, of 6 layers"):
+        run_study("losses", StudyArguments(**arguments, remove=4))
+    with pytest.raises(LayerPruneError, match="choose from baseline, losses"):
+        run_study("loses", StudyArguments(**arguments))
+    assert main(["study"]) == 2
+    assert "Give the name of a study: baseline" in capsys.readouterr().err
+    assert (
+        main(
+            ["study", "middle", "--models", "model", "--data", "text.txt", "--quick", "--block_length", "32"]
+        )
+        == 0
+    )
+    assert "| middle third |" in capsys.readouterr().out
+    assert Path("study-middle/plot.png").is_file()
+
+
+def test_quick_changes_only_what_was_not_given():
+    quick = StudyArguments(quick=True, tokens=99)
+    assert (quick.tokens, quick.remove, quick.calibration_blocks) == (99, 2, 4)
+    assert StudyArguments().tokens == 262_144
+
+
+def test_a_text_in_thirds_is_compared_with_itself(arguments):
+    rows = run_study("calibration", StudyArguments(**arguments))
+    assert len(rows) == 6
+    assert rows[0]["texts"] == "text.txt, part 1 / text.txt, part 2"
+    assert all(-1 <= row["rank correlation"] <= 1 for row in rows)
+    assert torch.is_grad_enabled()
+
+
+def test_tables_go_through_the_journal_unchanged():
+    table = ScoreTable("loss", {1: 0.5, 2: 0.25}, -1.0, [0, 1, 2, 3])
+    assert ScoreTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
