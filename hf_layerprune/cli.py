@@ -194,6 +194,22 @@ class EvaluateArguments:
     json: str | None = field(default=None, metadata={"help": "Write the numbers to this file."})
 
 
+@dataclass
+class CardArguments:
+    """What is said in a model card."""
+
+    evaluation: str | None = field(
+        default=None, metadata={"help": "What evaluate --json wrote of the dense model first, and of this."}
+    )
+    base_model: str | None = field(
+        default=None, metadata={"help": "Hub id of the original, where it was a folder."}
+    )
+    repository: str | None = field(default=None, metadata={"help": "Hub id to load the model by."})
+    license: str | None = field(default=None, metadata={"help": "Licence, as the hub names it."})
+    language: str | None = field(default=None, metadata={"help": "Language, as en."})
+    datasets: list[str] | None = field(default=None, metadata={"help": "Ids of what it was healed on."})
+
+
 def inspect(arguments: list[str]) -> None:
     """List the layers of MODEL and which can be removed, from its config alone."""
     name, source, output = _parse("inspect", arguments, [ModelArguments, InspectArguments])
@@ -516,7 +532,39 @@ def evaluate(arguments: list[str]) -> None:
     compare_models(results)
     print(markdown_table(evaluation_rows(results)))
     if output.json:
-        _write_json(output.json, results)
+        _write_json(output.json, {"text": Path(text.data).name, "models": results})
+
+
+def card(arguments: list[str]) -> None:
+    """Write the card of the run in folder MODEL anew; with --evaluation, also what it can do."""
+    folder, output = _parse("card", arguments, [CardArguments])
+    from .record import read_record, write_record
+    from .report import write_card
+
+    record = read_record(folder)
+    if record is None:
+        raise LayerPruneError(f"{folder} holds no layer_pruning.json: give the folder of a run.")
+    if output.base_model:
+        record["model"]["name"] = output.base_model
+    if output.evaluation:
+        record["evaluation"] = _evaluation_of(folder, output)
+    write_record(record, folder)
+    names = {"license": output.license, "dataset": output.datasets, "language": output.language}
+    write_card(record, Path(folder), output.repository, **names)
+    print(f"{Path(folder) / 'README.md'}")
+
+
+def _evaluation_of(folder: str, output: CardArguments) -> dict[str, Any]:
+    """What `evaluate --json` found of the dense model, its first, and of that in `folder`."""
+    try:
+        results = json.loads(Path(output.evaluation or "").read_text(encoding="utf-8"))
+        models = {Path(name).name: found for name, found in results["models"].items()}
+        name = Path(folder).resolve().name
+        if name not in models:
+            raise LayerPruneError(f"{output.evaluation} is of {', '.join(models)}, not of {name}.")
+        return {"text": results["text"], "dense": next(iter(models.values())), "model": models[name]}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise LayerPruneError(f"{output.evaluation} is not from evaluate --json: {error!r}") from error
 
 
 def study(arguments: list[str]) -> None:
@@ -553,6 +601,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "run": run,
     "evaluate": evaluate,
     "study": study,
+    "card": card,
 }
 
 

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .record import DISTILLED, Record
 from .scoring import UNITS, ScoreTable
+from .tasks import TASKS
 
 
 def table_rows(record: Record) -> list[list[str]]:
@@ -116,6 +117,35 @@ def plot_scores(record: Record, folder: Path) -> list[str]:
     return names
 
 
+def plot_record(record: Record, folder: Path) -> dict[str, str]:
+    """Draw quality against depth, and the losses of training, into `folder`; the file names and what each
+    shows, of what the record holds."""
+    drawn = {}
+    dense, phases = record["dense"] or {}, record["phases"]
+    if "perplexity" in dense and phases:
+        first = (record["model"]["layers"], dense["perplexity"])
+        lines = {"cut": [first], "healed": [first]}
+        for phase in phases:
+            for name in lines:
+                if phase[name]:
+                    lines[name].append((len(phase["kept"]), phase[name]["perplexity"]))
+        some = {name: points for name, points in lines.items() if len(points) > 1}
+        plot_lines(some, folder / "quality.png", "decoder layers", "held-out perplexity")
+        drawn["quality.png"] = "Quality against depth"
+    names = ("loss", "kl", "hidden", "ce")
+    curves = {
+        name: [(entry["step"], float(entry[name])) for entry in record["log"] if name in entry]
+        for name in names
+    }
+    curves = {name: points for name, points in curves.items() if len(points) > 1}
+    if curves.get("kl") == curves.get("loss"):
+        curves.pop("kl", None)
+    if curves:
+        plot_lines(curves, folder / "losses.png", "step", "training loss")
+        drawn["losses.png"] = "Losses of training"
+    return drawn
+
+
 def plot_phases(tables: list[ScoreTable], path: str | Path) -> None:
     """Draw the scores of several removals, one after another, as a heat map: a row for each removal, a column
     for each original layer. Layers that were gone or no candidates are left white, the one that went next
@@ -210,6 +240,32 @@ def write_card(
     healed = (phases[-1]["healed"] if phases else None) or {}
     extra = [tags] if isinstance(tags, str) else tags or []
     distilled = ["knowledge-distillation"] if record["method"] == DISTILLED else []
+    measured = record.get("evaluation")
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="held-out-text",
+            dataset_name="held-out text of the run",
+            metric_type=metric,
+            metric_value=round(value, 4),
+        )
+        for metric, value in healed.items()
+        if metric in ("perplexity", "loss", "accuracy")
+    ]
+    for task, found in measured["model"].get("tasks", {}).items() if measured else ():
+        known = TASKS.get(task)
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=(known.dataset or task) if known else task,
+                dataset_name=task,
+                dataset_config=known.config if known else None,
+                dataset_split=(known.split or None) if known else None,
+                metric_type="acc_norm" if known and known.normalize else "acc",
+                metric_value=round(found["accuracy"], 4),
+                metric_name=f"accuracy on {found['questions']} questions, zero-shot",
+            )
+        )
     data = ModelCardData(
         language=language,
         license=license,
@@ -220,18 +276,7 @@ def write_card(
         datasets=dataset,
         tags=sorted({"hf_layerprune", "layer-pruning", *distilled, *extra}),
         model_name=name,
-        eval_results=[
-            EvalResult(
-                task_type="text-generation",
-                dataset_type="held-out-text",
-                dataset_name="held-out text of the run",
-                metric_type=metric,
-                metric_value=round(value, 4),
-            )
-            for metric, value in healed.items()
-            if metric in ("perplexity", "loss", "accuracy")
-        ]
-        or None,
+        eval_results=results or None,
     )
     card = ModelCard.from_template(
         data,
@@ -244,6 +289,11 @@ def write_card(
         kept=kept,
         record=record,
         table=markdown_table(table_rows(record)),
+        measured=markdown_table(evaluation_rows({base: measured["dense"], name: measured["model"]}))
+        if measured
+        else None,
+        text=measured and measured["text"],
+        drawn=plot_record(record, folder),
         plots=plot_scores(record, folder),
         recipe=yaml.safe_dump(record["recipe"], sort_keys=False) if "recipe" in record else None,
     )

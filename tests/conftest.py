@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import warnings
+from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is first imported
@@ -106,6 +107,18 @@ def model(request):
 @pytest.fixture
 def llama():
     return make_model("llama")
+
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 40
+
+
+@pytest.fixture
+def folder(tokenizer):
+    """A folder with the tiny Llama and its tokenizer, beside it text.txt."""
+    make_model().save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    Path("text.txt").write_text(TEXT)
+    return "model"
 
 
 @pytest.fixture(scope="session")

@@ -15,19 +15,8 @@ from hf_layerprune import MultipleChoice, remove_layers, stability
 from hf_layerprune.checkpoint import load_tokenizer
 from hf_layerprune.cli import COMMANDS, main
 
-from .conftest import make_model
+from .conftest import TEXT, make_model
 from .test_multiple_choice import QUESTIONS
-
-
-TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 40
-
-
-@pytest.fixture
-def folder(tokenizer):
-    make_model().save_pretrained("model")
-    tokenizer.save_pretrained("model")
-    Path("text.txt").write_text(TEXT)
-    return "model"
 
 
 DATA = ["--data", "text.txt", "--block_length", "16"]
@@ -75,7 +64,7 @@ def test_distill_removes_and_heals(how, folder, capsys):
     assert not any("lora" in name for name in saved.state_dict())
     assert "| parameters |" in capsys.readouterr().out
     assert main(["evaluate", folder, "healed", *DATA, "--json", "e.json"]) == 0
-    found = json.loads(Path("e.json").read_text())
+    found = json.loads(Path("e.json").read_text())["models"]
     assert [found[name]["layers"] for name in ("model", "healed")] == [6, 4]
 
 
@@ -193,7 +182,7 @@ def test_evaluate_says_how_far_models_answer_alike(folder, capsys):
     lines = [{"context": q.context, "choices": q.choices, "answer": q.answer} for q in QUESTIONS]
     Path("q.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert main(["evaluate", folder, "cut", *DATA, "--tasks", "questions=q.jsonl", "--json", "e.json"]) == 0
-    found = json.loads(Path("e.json").read_text())
+    found = json.loads(Path("e.json").read_text())["models"]
     task = MultipleChoice(QUESTIONS, load_tokenizer(folder))
     dense, cut = (found[name]["tasks"]["questions"] for name in ("model", "cut"))
     assert cut["stability"] == pytest.approx(stability(task.read(make_model()), task.read(model)))
@@ -220,3 +209,14 @@ def test_a_run_resumes_by_a_flag(folder, tmp_path):
     again = load_file("healed/model.safetensors")
     assert all(torch.equal(again[name], value) for name, value in first.items())
     assert json.loads(Path("healed/checkpoint-4/trainer_state.json").read_text())["global_step"] == 4
+
+
+def test_optimum_has_the_same_commands(folder):
+    """By the file that the build put where optimum looks."""
+    program = Path(sys.executable).with_name("optimum-cli")
+    done = subprocess.run([program, "layerprune", "inspect", folder], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "6 of 6 layers" in done.stdout
+    done = subprocess.run([program, "layerprune", "inspect", "nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr

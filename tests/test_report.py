@@ -7,9 +7,10 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune import LayerPruneError, ScoreTable
+from hf_layerprune.cli import main
 from hf_layerprune.record import read_record, write_record
 from hf_layerprune.removal import prune_layers
-from hf_layerprune.report import markdown_table, plot_phases, table_rows, write_card
+from hf_layerprune.report import markdown_table, plot_phases, plot_record, table_rows, write_card
 
 from .conftest import logits, make_model, tokens
 from .test_callback import calibration, pruning
@@ -76,7 +77,7 @@ def test_push_to_hub_sends_a_plain_model_with_its_card(llama, tokenizer, tmp_pat
         assert f" {cell} |" in card.content
     pictures = [name for name in hub.files if name.endswith(".png")]
     phases = [f"scores_phase_{i}_layer_{layer}.png" for i, layer in enumerate(removed, 1)]
-    assert sorted(pictures) == sorted(["scores_all_phases.png", *phases])
+    assert sorted(pictures) == sorted(["losses.png", "quality.png", "scores_all_phases.png", *phases])
     assert all(f"]({name})" in card.content for name in pictures)
     assert str(tmp_path) not in card.content + json.dumps(record)
 
@@ -151,3 +152,73 @@ def test_the_card_tells_what_the_run_saw(llama):
         card = Path("README.md").read_text()
         assert ("- Layer 3 cost too much.\n\n- Nothing came back.\n" in card) == bool(wrong)
         assert ("It ended.\n" in card) == bool(wrong)
+
+
+def test_a_card_says_what_was_measured(folder, capsys):
+    """`evaluate`, then `card`: tasks in the hub's schema, and the table beside the dense model."""
+    data = ["--data", "text.txt", "--block_length", "16"]
+    flags = ["--target_layers", "4", "--output_dir", "cut", "--calibration_blocks", "4"]
+    assert main(["prune", folder, *data, *flags]) == 0
+    rows = [{"text": f"The dog barked {i} times, and then it barked"} for i in range(3)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tasks = ["--tasks", "lambada_openai=rows.jsonl", "--json", "e.json", "--max_blocks", "4"]
+    assert main(["evaluate", folder, "cut", *data, *tasks]) == 0
+    table = capsys.readouterr().out.partition("|  ")[2].splitlines()[3]
+    before = json.loads(Path("cut/layer_pruning.json").read_text())
+    words = [
+        "--base_model",
+        "someone/tiny",
+        "--license",
+        "mit",
+        "--datasets",
+        "a/b",
+        "--repository",
+        "me/cut",
+    ]
+    assert main(["card", "cut", "--evaluation", "e.json", *words]) == 0
+    card = ModelCard.load("cut/README.md")
+    assert card.data.base_model == "someone/tiny"
+    assert card.data.license == "mit"
+    assert card.data.datasets == ["a/b"]
+    result = card.data.eval_results[-1]
+    assert (result.dataset_type, result.dataset_config) == ("EleutherAI/lambada_openai", "default")
+    found = json.loads(Path("e.json").read_text())["models"]["cut"]
+    assert result.metric_value == pytest.approx(found["tasks"]["lambada_openai"]["accuracy"], abs=1e-4)
+    assert result.metric_type == "acc"
+    assert table in card.content
+    assert 'from_pretrained("me/cut")' in card.content
+    after = read_record("cut")
+    assert after["evaluation"]["model"] == found
+    assert {k: v for k, v in after.items() if k not in ("model", "evaluation")} == {
+        k: v for k, v in before.items() if k != "model"
+    }
+    assert main(["card", "cut"]) == 0  # as it is, from the record alone
+    assert ModelCard.load("cut/README.md").data.eval_results[-1].metric_value == result.metric_value
+
+
+def test_a_card_of_what_is_no_run_is_refused(folder, capsys):
+    assert main(["card", folder]) == 2
+    assert "holds no layer_pruning.json" in capsys.readouterr().err
+    write_record({"format": 1}, folder)
+    Path("e.json").write_text('{"text": "t", "models": {"other": {}}}')
+    assert main(["card", folder, "--evaluation", "e.json"]) == 2
+    assert "e.json is of other, not of model" in capsys.readouterr().err
+    Path("e.json").write_text("{}")
+    assert main(["card", folder, "--evaluation", "e.json"]) == 2
+    assert "e.json is not from evaluate --json" in capsys.readouterr().err
+
+
+def test_quality_and_losses_are_drawn_where_they_are_known(llama, tmp_path):
+    record = prune_layers(
+        llama, target_layers=4, calibration=calibration(), evaluation=lambda model: {"perplexity": 9.0}
+    )
+    assert list(plot_record(record, tmp_path)) == ["quality.png"]
+    record["log"] = [{"loss": "2.5", "kl": "2.0", "step": 1}, {"loss": "1.5", "kl": "1.0", "step": 2}]
+    assert list(plot_record(record, tmp_path)) == ["quality.png", "losses.png"]
+    write_card(record, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    for name in ("quality.png", "losses.png"):
+        assert f"]({name})" in card
+        assert (tmp_path / name).stat().st_size > 1000
+    record |= {"dense": None, "log": []}
+    assert plot_record(record, tmp_path) == {}
