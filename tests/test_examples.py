@@ -1,10 +1,13 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, pipeline
+
+from hf_layerprune import remove_layers
 
 from .conftest import make_model
 
@@ -42,3 +45,32 @@ def test_the_config_for_deepspeed_is_one():
     config = load_config_from_file(str(EXAMPLES / "deepspeed.yaml"))
     assert (config.distributed_type, config.deepspeed_config["zero_stage"]) == ("DEEPSPEED", 3)
     assert config.deepspeed_config["zero3_save_16bit_model"] is True  # else no plain model is left
+
+
+@pytest.fixture
+def cut(tokenizer):
+    remove_layers(model := make_model(), [2, 3])
+    model.save_pretrained("cut")
+    tokenizer.save_pretrained("cut")
+    return model
+
+
+def test_a_cut_model_is_exported_with_equal_logits(cut):
+    command = [sys.executable, str(EXAMPLES / "onnx_export.py"), "cut", "exported"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    scale, difference = map(
+        float, re.search(r"4 layers; logits of up to (\S+) differ by (\S+)", done.stdout).groups()
+    )
+    assert scale > 1
+    assert difference < 1e-5 * scale
+
+
+def test_a_pipeline_loads_a_cut_model(cut, tokenizer):
+    generate = pipeline("text-generation", "cut")
+    said = generate("The sky", max_new_tokens=5, do_sample=False, return_tensors=True)[0][
+        "generated_token_ids"
+    ]
+    ids = tokenizer("The sky", return_tensors="pt")["input_ids"]
+    expected = cut.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=257)[0].tolist()
+    assert said in (expected, expected[ids.shape[1] :])
