@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .evaluation import mean_difference, share_kept
 from .record import DISTILLED, Record
 from .scoring import UNITS, ScoreTable
 from .tasks import TASKS
@@ -97,6 +98,55 @@ def _measures(found: Mapping[str, Any]) -> dict[str, str]:
         cells["kept above chance"] = "{share:.1%} ± {standard_error:.1%}".format(**found["kept"])
     steady = {name: task["stability"] for name, task in tasks.items() if "stability" in task}
     return cells | {f"stability, {name}": _with_error(*one.values()) for name, one in steady.items()}
+
+
+def results_rows(records: Mapping[str, Record]) -> list[list[str]]:
+    """Runs of one dense model side by side as a table of text, from their records with an `evaluation` (see
+    `hf-layerprune card`): a row for the dense model, one for each run, in the order given. "Ahead of" is the
+    mean of tasks less that of the first run of as many layers, with the paired standard error."""
+    first = next(iter(records.values()))
+    heads = ["", "layers", "healing tokens", "perplexity", "copied", "mean of tasks", "kept above chance"]
+    leaders: dict[int, tuple[str, Any]] = {}
+
+    def row(name: str, tokens: str, found: Mapping[str, Any], ahead: str) -> list[str]:
+        kept = share_kept(first["evaluation"]["dense"], found)
+        cells = [name, str(found["layers"]), tokens, f"{found['perplexity']:.2f}"]
+        cells += [f"{found['copying']['copied']:.3f}", f"{found['mean']:.3f}"]
+        return [*cells, "{share:.1%} ± {standard_error:.1%}".format(**kept), ahead]
+
+    rows = [row("dense", "", first["evaluation"]["dense"], "")]
+    for name, record in records.items():
+        found = record["evaluation"]["model"]
+        leader, best = leaders.setdefault(found["layers"], (name, found))
+        ahead = "" if leader == name else "{:+.3f} ± {:.3f}".format(*mean_difference(best, found))
+        rows.append(row(name, f"{healing_tokens(record):,}", found, ahead))
+    return [[*heads, f"ahead of {next(iter(records))}"], *rows]
+
+
+def healing_tokens(record: Record) -> int:
+    """On how many tokens a run of a recipe trained in all."""
+    recipe, steps = record["recipe"], record["training"].get("max_steps", 0)
+    batch = recipe.get("per_device_train_batch_size", 8) * recipe.get("gradient_accumulation_steps", 1)
+    return max(0, steps) * batch * recipe.get("block_length", 256)
+
+
+def plot_results(records: Mapping[str, Record], path: str | Path) -> None:
+    """Draw what runs of one dense model keep above chance, with two standard errors, against their depth."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    axes = figure.subplots()
+    dense = next(iter(records.values()))["evaluation"]["dense"]
+    for place, record in enumerate(records.values()):
+        found = record["evaluation"]["model"]
+        kept = share_kept(dense, found)
+        error = 200 * kept["standard_error"]
+        axes.errorbar(place, 100 * kept["share"], error, fmt="o", capsize=3, color=f"C{found['layers'] % 10}")
+    axes.axhline(100, color="gray", linestyle=":")
+    axes.set_xticks(range(len(records)), list(records), rotation=40, ha="right", fontsize=8)
+    axes.set_ylabel("kept of the dense model's mean\naccuracy above chance (%)")
+    axes.grid(axis="y", alpha=0.3)
+    figure.savefig(path, dpi=120)
 
 
 def _with_error(value: float, error: float) -> str:
