@@ -462,10 +462,10 @@ def run(arguments: list[str]) -> None:
         on_cpu = [] if torch.cuda.is_available() else ["--use_cpu", "True"]  # bf16 wants to hear it
         words = on_cpu + recipe_words(arguments[0], types) + arguments[1:]
     recipe, source, text, how, size, phases, args = _parse("run", words, types, model=False)
-    resume = True if phases.resume else args.resume_from_checkpoint
+    resume = True if phases.resume or args.resume_from_checkpoint == "True" else args.resume_from_checkpoint
     idle = {name: getattr(phases, name) for name in ("teacher", "lora_rank")}  # which distill knows
     if recipe.select != "phases":
-        idle |= vars(phases) | {"resume": resume, "layers_per_phase": size.layers_per_phase - 1}
+        idle |= vars(phases) | {"resume": False, "layers_per_phase": size.layers_per_phase - 1}
     idle = {name: value for name, value in idle.items() if value}
     if idle:
         raise LayerPruneError(

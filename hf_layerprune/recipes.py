@@ -18,11 +18,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, defa
 
 from .arguments import DistillationTrainingArguments
 from .callback import LayerPruningCallback
+from .checkpoint import last_checkpoint
 from .data import make_batches
 from .errors import LayerPruneError
 from .evaluation import evaluate_text
 from .lineage import get_lineage
-from .record import Record, changed_settings, peak_memory_mb, start_record, write_record
+from .record import Record, changed_settings, peak_memory_mb, read_record, start_record, write_record
 from .removal import (
     MAX_GAP,
     SELECTIONS,
@@ -36,7 +37,7 @@ from .replacement import KINDS, replace_by_linear_map, replace_run
 from .report import write_card
 from .saving import save_model
 from .scoring import ScoreTable
-from .surgery import without_layers
+from .surgery import remove_layers, without_layers
 from .trainable import trained_parameters
 from .trainer import DistillationTrainer
 
@@ -169,7 +170,7 @@ def run_recipe(
         calibration, heldout, train (`Dataset`): blocks to score on, to measure on and to train on.
         criterion, racing, protected (*optional*): see [`LayerPruningCallback`].
         phases (`dict`, *optional*): for `select="phases"`, other settings of [`LayerPruningCallback`].
-        resume (*optional*): for `select="phases"`, see [`~transformers.Trainer.train`].
+        resume (*optional*): see [`~transformers.Trainer.train`]; not for a replacement that is trained alone.
         resolved (`dict`, *optional*): the recipe's fields, for record and card.
 
     Returns:
@@ -196,7 +197,7 @@ def run_recipe(
         _train(model, None, args, train, pruning, resume)
         record = pruning.record
     else:
-        record = _remove_and_heal(model, recipe, args, choice, train)
+        record = _remove_and_heal(model, recipe, args, choice, train, resume)
     model.config.use_cache = caches
     healing = "healed by distillation" if args.kl_weight or args.hidden_weight else "healed on text"
     record["method"] = {
@@ -219,23 +220,33 @@ def _remove_and_heal(
     args: DistillationTrainingArguments,
     choice: dict[str, Any],
     train: Dataset,
+    resume: str | bool | None,
 ) -> Record:
     """Remove all layers first, and train what is left after that."""
     check_plan(model, recipe.keep, choice["protected"])
     began = time.monotonic()
     replaces = recipe.replacement != "none"
     alone = replaces and recipe.replacement_loss != "none"  # what replaces is all that is trained
+    found = last_checkpoint(str(args.output_dir)) if resume is True else resume
+    if resume and alone:
+        raise LayerPruneError("What trains a replacement alone is short, and does not resume: begin anew.")
     if alone:
         for name, value in REPLACEMENT_LOSSES[recipe.replacement_loss].items():
             setattr(args, name, value)
     teaches = bool(args.max_steps and (args.kl_weight or args.hidden_weight))
     teacher = copy.deepcopy(model) if teaches else None
     trained: list[nn.Parameter] = []
-    if replaces:
+    cut = read_record(str(args.output_dir)) if found else None
+    if cut is not None:  # the weights are the checkpoint's, what it knows not of is how deep the model is
+        left = cut["phases"][-1]["kept"]
+        remove_layers(model, [i for i, one in enumerate(get_lineage(model).kept) if one not in left])
+        record = cut | {"resumed_at": Path(str(found)).name}
+    elif replaces:
         record, trained = _replace(model, recipe, choice)
     else:
         record = prune_layers(model, **choice, select=recipe.select)
     if args.max_steps:
+        write_record(record | {"finished": False}, str(args.output_dir))
         if alone:
             for parameter in model.parameters():
                 parameter.requires_grad_(any(parameter is one for one in trained))
@@ -247,10 +258,10 @@ def _remove_and_heal(
                     kept = get_lineage(one).kept
                     after = [i for i, original in enumerate(kept) if original > last]
                     shortened.enter_context(without_layers(one, after))
-            record["log"] = _train(model, teacher, args, train)
+            record["log"] = _train(model, teacher, args, train, resume=found)
         record["training"] = changed_settings(args)
         record["phases"][-1]["healed"] = run_evaluation(choice["evaluation"], model)
-    record["seconds"] = round(time.monotonic() - began, 2)
+    record |= {"seconds": round(time.monotonic() - began, 2), "finished": True}  # since it was resumed
     record["phases"][-1]["seconds"] = record["seconds"]
     record["peak_memory_mb"] = peak_memory_mb()
     return record

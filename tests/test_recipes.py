@@ -1,4 +1,5 @@
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from hf_layerprune.cli import main
 from hf_layerprune.data import load_texts, make_batches, split_blocks, token_blocks
 from hf_layerprune.evaluation import evaluate_text
 from hf_layerprune.recipes import shipped_recipes
-from hf_layerprune.record import read_record
+from hf_layerprune.record import read_record, write_record
 from hf_layerprune.replacement import replace_by_linear_map, replace_run
 
 from .conftest import logits, make_model, tokens
@@ -279,7 +280,7 @@ def test_a_recipe_of_ones_own_and_its_way_into_record_and_card(folder):
         ("select: phases\nlora_rank: 4", "no use for lora_rank with select phases"),
         ("select: greedy\nsteps_per_phase: 4", "no use for steps_per_phase with select greedy"),
         ("select: one_shot\nlayers_per_phase: 0.3", "no use for layers_per_phase with select one_shot"),
-        ("select: run\nresume: true", "no use for resume with select run"),
+        ("select: run\nreplacement: layer\nresume: true", "does not resume"),
     ],
 )
 def test_mistakes_in_a_recipe_are_told(folder, capsys, text, message):
@@ -420,3 +421,24 @@ def test_the_default_is_a_linear_map_and_a_plain_loop_against_the_original(folde
 
     model = compare(by_hand(reference, list(reference.parameters()), loss))
     torch.testing.assert_close(logits(model, tokens()), logits(reference, tokens()), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("recipe", ["default", "layerchop"])
+def test_removal_at_once_resumes_in_training_to_the_same_weights(folder, recipe):
+    words = [recipe, *DATA, *SMALL, *SHORT, "--save_strategy", "steps", "--save_steps", "2"]
+    assert run(*words) == 0
+    first, record = result()
+    for gone in ("checkpoint-4", "checkpoint-6"):
+        shutil.rmtree(Path("out", gone))
+    for gone in ("model.safetensors", "config.json"):
+        Path("out", gone).unlink()
+    write_record(record | {"finished": False, "log": []}, "out")
+    assert run(*words, "--resume") == 0
+    again, resumed = result()
+    assert resumed["resumed_at"] == "checkpoint-2"
+    assert resumed["finished"]
+    weights = first.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in again.state_dict().items())
+    assert [e["loss"] for e in resumed["log"] if "loss" in e] == [
+        e["loss"] for e in record["log"] if "loss" in e
+    ]

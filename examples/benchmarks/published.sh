@@ -34,4 +34,10 @@ method deepest-23 23 deepest "${healing[@]}"
 method replaceme-23 23 replaceme
 method default-27 27 default "${healing[@]}"
 method default-25 25 default "${healing[@]}"
-method default-23-long 23 default "${healing[@]}" --max_steps 1000
+
+# Longer, in as many sittings as it takes.
+long=$output/default-23-long
+resume=()
+if compgen -G "$long/checkpoint-*" > /dev/null; then resume=(--resume); fi
+method default-23-long 23 default "${healing[@]}" --max_steps 1000 --save_strategy steps --save_steps 50 \
+  --save_total_limit 1 "${resume[@]}"
