@@ -191,7 +191,13 @@ class EvaluateArguments:
             "choices": ["auto", "float32", "bfloat16", "float16"],
         },
     )
-    json: str | None = field(default=None, metadata={"help": "Write the numbers to this file."})
+    json: str | None = field(
+        default=None,
+        metadata={
+            "help": "Write the numbers to this file. What it holds already, of the same model, text and "
+            "questions, is not measured again, so that a long evaluation goes on where it was stopped."
+        },
+    )
 
 
 @dataclass
@@ -507,6 +513,7 @@ def evaluate(arguments: list[str]) -> None:
     from .data import make_batches
     from .evaluation import compare_models, evaluate_model
     from .report import evaluation_rows, markdown_table
+    from .scoring import fingerprint
     from .tasks import load_task, split_name
 
     _check_folder_of(output.json)
@@ -517,18 +524,24 @@ def evaluate(arguments: list[str]) -> None:
         questions = {split_name(task)[0]: load_task(task, output.limit) for task in output.tasks}
     for name in names:
         load_lineage(name, source.trust_remote_code)  # a wrong name is found before the long work
+    earlier = _read_json(output.json)["models"] if output.json and Path(output.json).exists() else {}
     results: dict[str, dict[str, Any]] = {}
     for name in names:
         model, tokenizer = _load(name, source, output.dtype)
         batches = make_batches(_blocks(text, model, tokenizer, output.max_blocks), 4)
-        results[name] = evaluate_model(model, tokenizer, batches, questions)
-        if Path(name).is_dir():
-            size = sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
-            results[name]["file_mb"] = round(size / 2**20, 1)
-        if output.lm_eval and output.tasks:
+        mark = fingerprint([model], batches, [output.lm_eval, output.limit, output.tasks, questions])
+        known = next((found for found in earlier.values() if found["fingerprint"] == mark), None)
+        results[name] = known or evaluate_model(model, tokenizer, batches, questions)
+        if output.lm_eval and output.tasks and not known:
             from .harness import read_through_harness
 
             results[name] |= read_through_harness(model, tokenizer, output.tasks, output.limit)
+        results[name]["fingerprint"] = mark
+        if Path(name).is_dir():
+            size = sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
+            results[name]["file_mb"] = round(size / 2**20, 1)
+        if output.json:
+            _write_json(output.json, {"text": Path(text.data).name, "models": earlier | results})
     compare_models(results)
     print(markdown_table(evaluation_rows(results)))
     if output.json:
@@ -555,16 +568,25 @@ def card(arguments: list[str]) -> None:
 
 
 def _evaluation_of(folder: str, output: CardArguments) -> dict[str, Any]:
-    """What `evaluate --json` found of the dense model, its first, and of that in `folder`."""
+    """What `evaluate --json` found of the dense model, its first, and of that in `folder`, in short."""
+    results = _read_json(output.evaluation or "")
+    models = {Path(name).name: found for name, found in results["models"].items()}
+    name = Path(folder).resolve().name
+    if name not in models:
+        raise LayerPruneError(f"{output.evaluation} is of {', '.join(models)}, not of {name}.")
+    for found in models.values():
+        for task in found.get("tasks", {}).values():
+            task.pop("perplexities", None)
+    return {"text": results["text"], "dense": next(iter(models.values())), "model": models[name]}
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    """What `evaluate --json` wrote."""
     try:
-        results = json.loads(Path(output.evaluation or "").read_text(encoding="utf-8"))
-        models = {Path(name).name: found for name, found in results["models"].items()}
-        name = Path(folder).resolve().name
-        if name not in models:
-            raise LayerPruneError(f"{output.evaluation} is of {', '.join(models)}, not of {name}.")
-        return {"text": results["text"], "dense": next(iter(models.values())), "model": models[name]}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise LayerPruneError(f"{output.evaluation} is not from evaluate --json: {error!r}") from error
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {"text": found["text"], "models": dict(found["models"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LayerPruneError(f"{path} is not from evaluate --json: {error!r}") from error
 
 
 def study(arguments: list[str]) -> None:

@@ -61,7 +61,7 @@ def evaluate_model(
 def compare_models(results: Mapping[str, dict[str, Any]]) -> None:
     """Add in place, to the results of models from [`evaluate_model`], what each keeps of the first: `kept`
     ([`share_kept`]), `difference` ([`mean_difference`]) and, where the perplexities of the choices are known,
-    each task's `stability`, for which these are taken out."""
+    each task's `stability`."""
     first, *_ = results.values()
     if "tasks" not in first:
         return
@@ -72,9 +72,6 @@ def compare_models(results: Mapping[str, dict[str, Any]]) -> None:
         for name, task in one["tasks"].items():
             if "perplexities" in task:
                 task["stability"] = stability(_answers(first["tasks"][name]), _answers(task))
-    for one in results.values():
-        for task in one["tasks"].values():
-            task.pop("perplexities", None)
 
 
 def _answers(task: Mapping[str, Any]) -> list[Answer]:

@@ -201,7 +201,7 @@ def score_layers(
     settings = [criterion, run, racing, sorted(cuts), pattern, seed, list(map(_task_name, tasks))]
     while True:
         rounds = {"task": 1, "positional": 0}.get(criterion, len(on_device))
-        work = "" if journal is None else _fingerprint([model, teacher], on_device, settings)
+        work = "" if journal is None else fingerprint([model, teacher], on_device, settings)
         notes, size = Journal(journal, work), rounds * len(cuts)
         try:
             with (
@@ -323,9 +323,8 @@ def _task_name(task: Any) -> str:
     return getattr(task, "__qualname__", type(task).__qualname__)
 
 
-def _fingerprint(models: list[Any], batches: list[Any], settings: list[Any]) -> str:
-    """What a table is of: configs, some weights of each tensor, the calibration as it is batched, and
-    settings."""
+def fingerprint(models: list[Any], batches: list[Any], settings: list[Any]) -> str:
+    """What a result is of: configs, some weights of each tensor, the text as it is batched, and settings."""
     present = [model for model in models if model is not None]
     digest = hashlib.sha256(repr((settings, [model.config.to_dict() for model in present])).encode())
     tensors = [tensor for model in present for tensor in model.state_dict().values()]

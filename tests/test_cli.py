@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_layerprune import MultipleChoice, remove_layers, stability
+from hf_layerprune import MultipleChoice, evaluation, remove_layers, stability
 from hf_layerprune.checkpoint import load_tokenizer
 from hf_layerprune.cli import COMMANDS, main
 
@@ -220,3 +220,38 @@ def test_optimum_has_the_same_commands(folder):
     done = subprocess.run([program, "layerprune", "inspect", "nowhere"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+def test_what_was_evaluated_is_not_measured_again(folder, capsys, monkeypatch):
+    remove_layers(model := make_model(), [2, 3])
+    model.save_pretrained("cut")
+    load_tokenizer(folder).save_pretrained("cut")
+    Path("rows.jsonl").write_text(
+        "".join(json.dumps({"text": f"The dog barked {i} times"}) + "\n" for i in "abc")
+    )
+    measured, evaluate_model = [], evaluation.evaluate_model
+
+    def measure(model, *args):
+        measured.append(model.config.num_hidden_layers)
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return evaluate_model(model, *args)
+
+    monkeypatch.setattr(evaluation, "evaluate_model", measure)
+    flags = [*DATA, "--max_blocks", "4", "--tasks", "lambada_openai=rows.jsonl", "--json", "e.json"]
+    assert main(["evaluate", folder, "cut", *flags]) == 0
+    table = capsys.readouterr().out
+    assert main(["evaluate", folder, "cut", *flags]) == 0
+    assert capsys.readouterr().out == table
+    assert measured == [6, 4]
+    model.model.norm.weight.data += 1  # in the same folder, another model
+    model.save_pretrained("cut")
+    with pytest.raises(KeyboardInterrupt):
+        main(["evaluate", folder, "cut", *flags])
+    assert main(["evaluate", folder, "cut", *flags]) == 0
+    assert measured == [6, 4, 4, 4]
+    assert main(["evaluate", folder, "cut", *flags, "--limit", "2"]) == 0
+    assert measured == [6, 4, 4, 4, 6, 4]
+    Path("e.json").write_text("[]")
+    assert main(["evaluate", folder, *flags]) == 2
+    assert "e.json is not from evaluate --json" in capsys.readouterr().err
