@@ -188,8 +188,8 @@ def plot_record(record: Record, folder: Path) -> dict[str, str]:
         for name in names
     }
     curves = {name: points for name, points in curves.items() if len(points) > 1}
-    if curves.get("kl") == curves.get("loss"):
-        curves.pop("kl", None)
+    if len(curves) == 2:  # the loss, and the only part of it
+        curves = {"loss": curves["loss"]} if "loss" in curves else curves
     if curves:
         plot_lines(curves, folder / "losses.png", "step", "training loss")
         drawn["losses.png"] = "Losses of training"
@@ -230,6 +230,7 @@ def plot_lines(
 ) -> None:
     """Draw named lines of points."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7.5, 4), layout="constrained")
     axes = figure.subplots()
@@ -237,6 +238,8 @@ def plot_lines(
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+    if all(isinstance(place, int) for points in lines.values() for place, _ in points):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if log:
         axes.set_yscale("log")
     axes.legend(fontsize=8)

@@ -1,9 +1,12 @@
+import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import hf_layerprune
+from hf_layerprune.cli import main
 from hf_layerprune.record import read_record
 from hf_layerprune.report import markdown_table, table_rows
 
@@ -56,3 +59,24 @@ def test_the_table_in_the_readme_is_that_of_the_recorded_run():
     table = markdown_table(table_rows(read_record(folder)))
     assert table in (ROOT / "README.md").read_text()
     assert table in (folder / "README.md").read_text()
+
+
+def test_the_results_in_the_readme_are_those_of_the_records():
+    path = ROOT / "examples" / "benchmarks" / "published.py"
+    specification = importlib.util.spec_from_file_location("published", path)
+    published = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(published)
+    readme = (ROOT / "README.md").read_text()
+    assert published.with_table(readme) == readme
+    assert len(published.published_records()) >= 8
+
+
+def test_the_published_cards_are_those_of_their_records(capsys):
+    folders = [folder for folder in (ROOT / "model_cards").iterdir() if folder.is_dir()]
+    for folder in folders:
+        written = (folder / "README.md").read_text()
+        shutil.copytree(folder, folder.name)
+        assert main(["card", folder.name, "--license", "apache-2.0", "--language", "en"]) == 0
+        assert Path(folder.name, "README.md").read_text() == written
+        assert {path.name for path in Path(folder.name).iterdir()} == {path.name for path in folder.iterdir()}
+    assert folders
