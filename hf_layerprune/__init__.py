@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .checkpoint import load_model as load_model
     from .checkpoint import load_pruned_adapter as load_pruned_adapter
     from .errors import LayerPruneError as LayerPruneError
+    from .evaluation import evaluate_model as evaluate_model
     from .evaluation import evaluate_text as evaluate_text
     from .evaluation import stability as stability
     from .inspection import inspect_layers as inspect_layers
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from .lineage import get_lineage as get_lineage
     from .multiple_choice import MultipleChoice as MultipleChoice
     from .multiple_choice import Question as Question
+    from .replacement import replace_by_linear_map as replace_by_linear_map
+    from .replacement import replace_run as replace_run
     from .saving import save_adapter as save_adapter
     from .saving import save_model as save_model
     from .scoring import ScoreTable as ScoreTable
@@ -40,6 +43,7 @@ _HOMES = {
     "MultipleChoice": "multiple_choice",
     "Question": "multiple_choice",
     "ScoreTable": "scoring",
+    "evaluate_model": "evaluation",
     "evaluate_text": "evaluation",
     "get_lineage": "lineage",
     "inspect_layers": "inspection",
@@ -48,6 +52,8 @@ _HOMES = {
     "load_pruned_adapter": "checkpoint",
     "rank_correlation": "scoring",
     "remove_layers": "surgery",
+    "replace_by_linear_map": "replacement",
+    "replace_run": "replacement",
     "save_adapter": "saving",
     "save_model": "saving",
     "score_layers": "scoring",
