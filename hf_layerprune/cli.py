@@ -195,7 +195,7 @@ class EvaluateArguments:
         default=None,
         metadata={
             "help": "Write the numbers to this file. What it holds already, of the same model, text and "
-            "questions, is not measured again, so that a long evaluation goes on where it was stopped."
+            "questions, is not measured again (but by lm-eval), so that long evaluations go on after a stop."
         },
     )
 
@@ -524,7 +524,8 @@ def evaluate(arguments: list[str]) -> None:
         questions = {split_name(task)[0]: load_task(task, output.limit) for task in output.tasks}
     for name in names:
         load_lineage(name, source.trust_remote_code)  # a wrong name is found before the long work
-    earlier = _read_json(output.json)["models"] if output.json and Path(output.json).exists() else {}
+    there = output.json and Path(output.json).exists() and not output.lm_eval  # which reads files of its own
+    earlier = _read_json(output.json or "")["models"] if there else {}
     results: dict[str, dict[str, Any]] = {}
     for name in names:
         model, tokenizer = _load(name, source, output.dtype)

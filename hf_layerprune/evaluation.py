@@ -34,6 +34,8 @@ def evaluate_model(
         batches (sequence of dict): `input_ids` `(batch, length)` of whole passages.
         questions (mapping of `str` to sequence of [`Question`], *optional*): of tasks named in `TASKS`.
     """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     found: dict[str, Any] = {
         "layers": len(get_lineage(model).kept),
         "parameters": model.num_parameters(),
