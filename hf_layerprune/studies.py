@@ -216,10 +216,10 @@ def iterative(setting: Setting) -> Iterator[Row]:
         model, found = setting.cut(criterion, select, setting.remove)
         return {"cut": setting.loss(model), **setting.heal(model), **found}
 
-    def by_phases() -> Row:
-        model = copy.deepcopy(setting.dense)
+    def by_phases(restart: bool) -> Row:
+        model, depth = copy.deepcopy(setting.dense), setting.layers - setting.remove
         pruning = LayerPruningCallback(
-            target_layers=setting.layers - setting.remove, calibration=setting.calibration
+            target_layers=depth, calibration=setting.calibration, restart_learning_rate=restart
         )
         found = setting.heal(model, pruning)
         gone = [one["original"] for phase in pruning.record["phases"] for one in phase["removals"]]
@@ -231,7 +231,8 @@ def iterative(setting: Setting) -> Iterator[Row]:
         return {"cut": cut, **setting.heal(model), "layers gone": gone, "seconds to score": seconds}
 
     ways: dict[str, Callable[[], Row]] = {
-        "iterative": by_phases,
+        "iterative, a schedule for each phase": lambda: by_phases(True),
+        "iterative, one schedule": lambda: by_phases(False),
         "one-shot, greedy": lambda: at_once("greedy", "loss"),
         "one-shot, by one table": lambda: at_once("one_shot", "loss"),
         "one-shot, linear map": mapped,

@@ -26,6 +26,8 @@ method() { # NAME KEEP RECIPE FLAGS...
 
 method default-23 23 default "${healing[@]}"
 method iterative-23 23 iterative-small "${healing[@]}" --steps_per_phase 35 --calibration_blocks 32
+method iterative-23-one-schedule 23 iterative-small "${healing[@]}" --steps_per_phase 35 --calibration_blocks 32 \
+  --restart_learning_rate False
 method shortgpt-23 23 shortgpt "${healing[@]}"
 method sleb-23 23 sleb "${healing[@]}" --racing 0.95 --calibration_blocks 32
 method streamline-23 23 streamline "${healing[@]}"
