@@ -68,7 +68,7 @@ def compare_models(results: Mapping[str, dict[str, Any]]) -> None:
     if "tasks" not in first:
         return
     for one in results.values():
-        if first["above_chance"] > 0:
+        if tasks_done(first):
             one["kept"] = share_kept(first, one)
         one["difference"] = dict(zip(("mean", "standard_error"), mean_difference(first, one), strict=True))
         for name, task in one["tasks"].items():
@@ -230,7 +230,7 @@ def task_scores(right: Mapping[str, Sequence[bool]], chances: Mapping[str, float
 
     Returns:
         `dict`: `tasks`, for each `accuracy`, `standard_error`, `chance`, `questions` and `right`, a string
-        of ones and zeros; `mean` with its `standard_error`, and `above_chance`, that of accuracy less chance.
+        of ones and zeros; `mean` with its `standard_error`.
     """
     tasks: dict[str, dict[str, Any]] = {}
     for name, answers in right.items():
@@ -247,12 +247,25 @@ def task_scores(right: Mapping[str, Sequence[bool]], chances: Mapping[str, float
         "tasks": tasks,
         "mean": statistics.fmean(task["accuracy"] for task in tasks.values()),
         "standard_error": math.sqrt(sum(error**2 for error in errors)) / len(errors),
-        "above_chance": statistics.fmean(task["accuracy"] - task["chance"] for task in tasks.values()),
     }
 
 
+def tasks_done(dense: Mapping[str, Any]) -> list[str]:
+    """The tasks in which a model is better than guessing by more than two standard errors. What it cannot do
+    itself, as a small one BoolQ, says nothing of what is kept of it.
+
+    Args:
+        dense (`dict`): from [`task_scores`].
+    """
+    return [
+        name
+        for name, task in dense["tasks"].items()
+        if task["accuracy"] - task["chance"] > 2 * task["standard_error"]
+    ]
+
+
 def share_kept(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> dict[str, float]:
-    """What a pruned model keeps of the dense one's aggregate above chance.
+    """What a pruned model keeps of the dense one's mean accuracy above chance, in the tasks that this does.
 
     Args:
         dense, pruned (`dict`): from [`task_scores`], of the same questions.
@@ -262,34 +275,44 @@ def share_kept(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> dict[str,
         questions in pairs (delta method), so that what both find hard does not count.
 
     Raises:
-        LayerPruneError: not the same tasks and questions, or the dense model is not better than chance.
+        LayerPruneError: not the same tasks and questions, or the dense model is better than chance in none.
     """
-    base = dense["above_chance"]
-    if not base > 0:
+    names = tasks_done(dense)
+    if not names:
         raise LayerPruneError(
-            "The first model is not better than chance, so that no share of it can be kept."
+            "The first model is better than chance in no task: no share of that can be kept."
         )
-    share = pruned["above_chance"] / base
-    both = _pairs(dense, pruned)
-    spread = sum(np.var(after - share * before, ddof=1) / len(before) for before, after in both)
-    return {"share": share, "standard_error": math.sqrt(spread) / len(both) / base}
+    both = _pairs(dense, pruned, names)
+    before, after = (
+        sum(one["tasks"][name]["accuracy"] - one["tasks"][name]["chance"] for name in names)
+        for one in (dense, pruned)
+    )
+    share = after / before
+    spread = sum(np.var(two - share * one, ddof=1) / len(one) for one, two in both)
+    return {"share": share, "standard_error": math.sqrt(spread) / before}
 
 
-def mean_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[float, float]:
+def mean_difference(
+    first: Mapping[str, Any], second: Mapping[str, Any], names: Sequence[str] | None = None
+) -> tuple[float, float]:
     """How much higher the aggregate of the second of two models is, and the paired standard error of that.
 
     Args:
         first, second (`dict`): from [`task_scores`], of the same questions.
+        names (sequence of `str`, *optional*): of the tasks; left out, all.
 
     Raises:
         LayerPruneError: not the same tasks and questions.
     """
-    both = _pairs(first, second)
-    spread = sum(np.var(after - before, ddof=1) / len(before) for before, after in both)
-    return second["mean"] - first["mean"], math.sqrt(spread) / len(both)
+    both = _pairs(first, second, list(first["tasks"]) if names is None else names)
+    spread = sum(np.var(two - one, ddof=1) / len(one) for one, two in both)
+    mean = statistics.fmean(float(np.mean(two - one)) for one, two in both)
+    return mean, math.sqrt(spread) / len(both)
 
 
-def _pairs(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[np.ndarray, np.ndarray]]:
+def _pairs(
+    first: Mapping[str, Any], second: Mapping[str, Any], names: Sequence[str]
+) -> list[tuple[np.ndarray, np.ndarray]]:
     sizes = [{name: task["questions"] for name, task in one["tasks"].items()} for one in (first, second)]
     if sizes[0] != sizes[1]:
         raise LayerPruneError(f"Not the same questions: {sizes[0]} and {sizes[1]}.")
@@ -297,7 +320,7 @@ def _pairs(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[np
     def right(one: Mapping[str, Any], name: str) -> np.ndarray:
         return np.array([*map(float, one["tasks"][name]["right"])])
 
-    return [(right(first, name), right(second, name)) for name in sizes[0]]
+    return [(right(first, name), right(second, name)) for name in names]
 
 
 def measure_quality(model: PreTrainedModel, batches: Sequence[Batch], task: Any = None) -> float:

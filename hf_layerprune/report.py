@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .evaluation import mean_difference, share_kept
+from .evaluation import mean_difference, share_kept, tasks_done
 from .record import DISTILLED, Record
 from .scoring import UNITS, ScoreTable
 from .tasks import TASKS
@@ -102,23 +102,27 @@ def _measures(found: Mapping[str, Any]) -> dict[str, str]:
 
 def results_rows(records: Mapping[str, Record]) -> list[list[str]]:
     """Runs of one dense model side by side as a table of text, from their records with an `evaluation` (see
-    `hf-layerprune card`): a row for the dense model, one for each run, in the order given. "Ahead of" is the
-    mean of tasks less that of the first run of as many layers, with the paired standard error."""
+    `hf-layerprune card`): a row for the dense model, one for each run, in the order given, and the tasks that
+    the dense model does ([`tasks_done`]). "Ahead of" is their mean less that of the first run of as many
+    layers, with the paired standard error."""
     first = next(iter(records.values()))
-    heads = ["", "layers", "healing tokens", "perplexity", "copied", "mean of tasks", "kept above chance"]
+    dense = first["evaluation"]["dense"]
+    done = tasks_done(dense)
+    heads = ["", "layers", "healing tokens", "perplexity", "copied", *done, "kept above chance"]
     leaders: dict[int, tuple[str, Any]] = {}
 
     def row(name: str, tokens: str, found: Mapping[str, Any], ahead: str) -> list[str]:
-        kept = share_kept(first["evaluation"]["dense"], found)
-        cells = [name, str(found["layers"]), tokens, f"{found['perplexity']:.2f}"]
-        cells += [f"{found['copying']['copied']:.3f}", f"{found['mean']:.3f}"]
+        kept = share_kept(dense, found)
+        cells = [name, str(found["layers"]), tokens, f"{found['perplexity']:.1f}"]
+        cells += [f"{found['copying']['right']:.3f}"]
+        cells += [f"{found['tasks'][task]['accuracy']:.3f}" for task in done]
         return [*cells, "{share:.1%} ± {standard_error:.1%}".format(**kept), ahead]
 
-    rows = [row("dense", "", first["evaluation"]["dense"], "")]
+    rows = [row("dense", "", dense, "")]
     for name, record in records.items():
         found = record["evaluation"]["model"]
         leader, best = leaders.setdefault(found["layers"], (name, found))
-        ahead = "" if leader == name else "{:+.3f} ± {:.3f}".format(*mean_difference(best, found))
+        ahead = "" if leader == name else "{:+.3f} ± {:.3f}".format(*mean_difference(best, found, done))
         rows.append(row(name, f"{healing_tokens(record):,}", found, ahead))
     return [[*heads, f"ahead of {next(iter(records))}"], *rows]
 

