@@ -108,7 +108,7 @@ def results_rows(records: Mapping[str, Record]) -> list[list[str]]:
     first = next(iter(records.values()))
     dense = first["evaluation"]["dense"]
     done = tasks_done(dense)
-    heads = ["", "layers", "healing tokens", "perplexity", "copied", *done, "kept above chance"]
+    heads = ["", "layers", "healing tokens", "perplexity", "copying", *done, "kept above chance"]
     leaders: dict[int, tuple[str, Any]] = {}
 
     def row(name: str, tokens: str, found: Mapping[str, Any], ahead: str) -> list[str]:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from hf_layerprune.cli import main as hf_layerprune
+from hf_layerprune.evaluation import share_kept
 from hf_layerprune.record import Record, read_record
 from hf_layerprune.report import markdown_table, plot_results, results_rows
 
@@ -27,8 +28,9 @@ def published_records() -> dict[str, Record]:
     runs = {name: record for name, record in found.items() if record and "evaluation" in record}
 
     def place(name: str) -> tuple[int, bool, float]:
-        measured = runs[name]["evaluation"]["model"]
-        return measured["layers"], not name.startswith("default"), -measured["mean"]
+        measured = runs[name]["evaluation"]
+        kept = share_kept(measured["dense"], measured["model"])["share"]
+        return measured["model"]["layers"], not name.startswith("default"), -kept
 
     return {name: runs[name] for name in sorted(runs, key=place)}
 
