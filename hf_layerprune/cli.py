@@ -544,6 +544,10 @@ def evaluate(arguments: list[str]) -> None:
         if output.json:
             _write_json(output.json, {"text": Path(text.data).name, "models": earlier | results})
     compare_models(results)
+    for task, _, file in (task.partition("=") for task in output.tasks):
+        for found in results.values():
+            if task in found["tasks"]:  # of a group, lm-eval names the members
+                found["tasks"][task]["source"] = "/".join(Path(file).parts[-2:]) or None
     print(markdown_table(evaluation_rows(results)))
     if output.json:
         _write_json(output.json, {"text": Path(text.data).name, "models": results})

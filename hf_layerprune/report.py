@@ -85,7 +85,8 @@ def _measures(found: Mapping[str, Any]) -> dict[str, str]:
     cells |= {
         "perplexity": f"{found['perplexity']:.2f}",
         "bits per byte": f"{found['bits_per_byte']:.3f}",
-        "copied": _with_error(found["copying"]["copied"], found["copying"]["standard_error"]),
+        "copied in one go": _with_error(found["copying"]["copied"], found["copying"]["standard_error"]),
+        "copied token by token": f"{found['copying']['right']:.3f}",
         "tokens/s read": f"{found['tokens_per_second']:.0f}",
         "tokens/s generated": f"{found['generated_per_second']:.1f}",
     }
@@ -310,17 +311,18 @@ def write_card(
         if metric in ("perplexity", "loss", "accuracy")
     ]
     for task, found in measured["model"].get("tasks", {}).items() if measured else ():
-        known = TASKS.get(task)
+        known, file = TASKS.get(task), found.get("source")
+        asked = f"{found['questions']} questions" + (f" of {file}" if file else "")
         results.append(
             EvalResult(
                 task_type="text-generation",
                 dataset_type=(known.dataset or task) if known else task,
                 dataset_name=task,
                 dataset_config=known.config if known else None,
-                dataset_split=(known.split or None) if known else None,
+                dataset_split=(known.split or None) if known and not file else None,
                 metric_type="acc_norm" if known and known.normalize else "acc",
                 metric_value=round(found["accuracy"], 4),
-                metric_name=f"accuracy on {found['questions']} questions, zero-shot",
+                metric_name=f"accuracy, zero-shot, {asked}",
             )
         )
     data = ModelCardData(

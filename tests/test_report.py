@@ -182,6 +182,10 @@ def test_a_card_says_what_was_measured(folder, capsys):
     assert card.data.datasets == ["a/b"]
     result = card.data.eval_results[-1]
     assert (result.dataset_type, result.dataset_config) == ("EleutherAI/lambada_openai", "default")
+    assert (result.dataset_split, result.metric_name) == (
+        None,
+        "accuracy, zero-shot, 3 questions of rows.jsonl",
+    )
     found = json.loads(Path("e.json").read_text())["models"]["cut"]
     assert result.metric_value == pytest.approx(found["tasks"]["lambada_openai"]["accuracy"], abs=1e-4)
     assert result.metric_type == "acc"
