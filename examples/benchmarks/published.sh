@@ -37,6 +37,11 @@ method replaceme-23 23 replaceme
 method default-27 27 default "${healing[@]}"
 method default-25 25 default "${healing[@]}"
 
+# The first three again, with the text in another order.
+method default-23-seed-7 23 default "${healing[@]}" --seed 7
+method sleb-23-seed-7 23 sleb "${healing[@]}" --racing 0.95 --calibration_blocks 32 --seed 7
+method shortgpt-23-seed-7 23 shortgpt "${healing[@]}" --seed 7
+
 # Longer, in as many sittings as it takes.
 long=$output/default-23-long
 resume=()
