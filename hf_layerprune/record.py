@@ -66,6 +66,21 @@ def start_record(
         },
         "pruning": settings,
         "training": {} if args is None else changed_settings(args),
+        **surroundings(model),
+        "dense": None,
+        "phases": [],
+        "evaluations": [],
+        "log": [],
+        "stopped": None,
+        "seconds": 0.0,
+        "peak_memory_mb": 0,
+        "finished": False,
+    }
+
+
+def surroundings(model: PreTrainedModel) -> dict[str, Any]:
+    """On what something is measured: versions and machine."""
+    return {
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "hf-layerprune")},
@@ -75,14 +90,6 @@ def start_record(
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             "cpu_threads": torch.get_num_threads(),
         },
-        "dense": None,
-        "phases": [],
-        "evaluations": [],
-        "log": [],
-        "stopped": None,
-        "seconds": 0.0,
-        "peak_memory_mb": 0,
-        "finished": False,
     }
 
 

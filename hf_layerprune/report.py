@@ -1,6 +1,7 @@
 """What a person looks at after a run, all from its record: a table, pictures, the model card."""
 
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .evaluation import mean_difference, share_kept, tasks_done
+from .losses import DIVERGENCES, HIDDEN_ERRORS
 from .record import DISTILLED, Record
 from .scoring import UNITS, ScoreTable
 from .tasks import TASKS
@@ -136,7 +138,7 @@ def healing_tokens(record: Record) -> int:
 
 
 def plot_results(records: Mapping[str, Record], path: str | Path) -> None:
-    """Draw what runs of one dense model keep above chance, with two standard errors, against their depth."""
+    """Draw what runs of one dense model keep above chance, with two standard errors, run by run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 4), layout="constrained")
@@ -187,7 +189,7 @@ def plot_record(record: Record, folder: Path) -> dict[str, str]:
         some = {name: points for name, points in lines.items() if len(points) > 1}
         plot_lines(some, folder / "quality.png", "decoder layers", "held-out perplexity")
         drawn["quality.png"] = "Quality against depth"
-    names = ("loss", "kl", "hidden", "ce")
+    names = ("loss", *DIVERGENCES, "ce", *(f"hidden_{kind}" for kind in HIDDEN_ERRORS))
     curves = {
         name: [(entry["step"], float(entry[name])) for entry in record["log"] if name in entry]
         for name in names
@@ -245,8 +247,9 @@ def plot_lines(
     axes.set_ylabel(y)
     if all(isinstance(place, int) for points in lines.values() for place, _ in points):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if log:
-        axes.set_yscale("log")
+    if log:  # but for those that are not above zero
+        heights = [abs(height) for points in lines.values() for _, height in points]
+        axes.set_yscale("symlog", linthresh=statistics.median(heights) or 1.0)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,19 +26,22 @@ from .inspection import inspect_layers
 from .journal import Journal
 from .lineage import get_lineage
 from .quickstart import MODEL_NAME, load_embedded_model, split_topics
+from .record import surroundings
 from .removal import prune_layers
 from .replacement import replace_by_linear_map
 from .report import markdown_table, plot_bars, plot_lines
 from .saving import check_writable
-from .scoring import ScoreTable, rank_correlation, score_layers
+from .scoring import ScoreTable, fingerprint, rank_correlation, score_layers
 from .trainer import DistillationTrainer
 
 
+WHOLE = {"tokens": 262_144, "calibration_blocks": 32, "heldout_blocks": 32}
 QUICK = {"remove": 2, "tokens": 4096, "calibration_blocks": 4, "heldout_blocks": 8}
 # What is extrapolated to: layers, parameters of each, and of embedding and head (Llama 2, 2307.09288).
 LARGE = {"7B": (32, 202_383_360, 262_144_000), "70B": (80, 855_654_400, 524_288_000)}
 
 Row = dict[str, Any]
+Cut = Callable[[int], tuple[PreTrainedModel, Row]]  # so many layers; what was chosen
 
 
 @dataclass
@@ -54,6 +58,10 @@ class StudyArguments:
             "help": "Text, as for other commands; `calibration` takes several. Default: Python's help topics."
         },
     )
+    heldout: str | None = field(
+        default=None,
+        metadata={"help": "Text to measure on. Default: a part of the first data, which flatters healing."},
+    )
     output_dir: str | None = field(
         default=None, metadata={"help": "A folder; called again, a study goes on. Default: study-NAME."}
     )
@@ -63,18 +71,23 @@ class StudyArguments:
     remove: int | None = field(
         default=None, metadata={"help": "Layers to remove. Default: a quarter of the model's."}
     )
-    tokens: int = field(default=262_144, metadata={"help": "Tokens of healing in each run."})
-    calibration_blocks: int = field(default=32, metadata={"help": "Blocks to score on."})
-    heldout_blocks: int = field(default=32, metadata={"help": "Blocks to measure perplexity on."})
+    tokens: int | None = field(
+        default=None, metadata={"help": f"Tokens of healing in each run. Default: {WHOLE['tokens']}."}
+    )
+    calibration_blocks: int | None = field(
+        default=None, metadata={"help": f"Blocks to score on. Default: {WHOLE['calibration_blocks']}."}
+    )
+    heldout_blocks: int | None = field(
+        default=None, metadata={"help": f"Blocks to measure on. Default: {WHOLE['heldout_blocks']}."}
+    )
     block_length: int = field(default=256, metadata={"help": "Tokens in a block."})
     batch_size: int = field(default=4, metadata={"help": "Blocks in a training step."})
     learning_rate: float = field(default=3e-4, metadata={"help": "The highest, of a cosine schedule."})
     seed: int = field(default=0, metadata={"help": "Of the order of the text."})
 
     def __post_init__(self) -> None:
-        defaults = {name: one.default for name, one in self.__dataclass_fields__.items()}
-        for name, value in QUICK.items() if self.quick else ():
-            if getattr(self, name) == defaults[name]:
+        for name, value in (QUICK if self.quick else WHOLE).items():
+            if getattr(self, name) is None:
                 setattr(self, name, value)
 
 
@@ -97,26 +110,27 @@ class Setting:
         self.remove = arguments.remove or max(1, self.layers // 4)
         if not 1 <= self.remove <= self.layers - 3:
             raise LayerPruneError(f"remove is {self.remove}, of {self.layers} layers: leave three at least.")
-        self.blocks = [
-            token_blocks(texts, self.tokenizer, arguments.block_length) for texts in self._texts().values()
-        ]
-        sizes = arguments.calibration_blocks, arguments.heldout_blocks
+        names = [Path(source).name for source in arguments.data]
+        self.names = (names if len(set(names)) == len(names) else arguments.data) or ["help topics"]
+        self.texts = [load_texts(source) for source in arguments.data] or [_help_topics()]
+        self.blocks = [self.cut_up(texts) for texts in self.texts]
+        sizes: Any = arguments.calibration_blocks, arguments.heldout_blocks
         calibration, heldout, self.train = split_blocks(self.blocks[0], *sizes)
+        if arguments.heldout:
+            heldout = self.cut_up(load_texts(arguments.heldout))
+            heldout = heldout.select(range(min(sizes[1], len(heldout))))
         self.calibration, self.heldout = make_batches(calibration, 4), make_batches(heldout, 4)
-        self.steps = max(1, arguments.tokens // (arguments.batch_size * arguments.block_length))
-        work = {"study": name} | {k: v for k, v in asdict(arguments).items() if k != "output_dir"}
-        self.journal = Journal(self.folder / "cells.jsonl", json.dumps(work))
+        tokens: Any = arguments.tokens
+        self.steps = max(1, tokens // (arguments.batch_size * arguments.block_length))
+        settings = [name, {k: v for k, v in asdict(arguments).items() if k != "output_dir"}]
+        ids = [{"input_ids": torch.tensor(blocks[:]["input_ids"])} for blocks in self.blocks]
+        self.journal = Journal(
+            self.folder / "cells.jsonl", fingerprint([self.dense], [*ids, *self.heldout], settings)
+        )
 
-    def _texts(self) -> dict[str, list[str]]:
-        if self.arguments.data:
-            return {Path(source).name: load_texts(source) for source in self.arguments.data}
-        parts = split_topics()
-        return {"help topics": parts["train"] + parts["heldout"] + parts["calibration"]}
-
-    @property
-    def names(self) -> list[str]:
-        """Of the texts."""
-        return [Path(source).name for source in self.arguments.data] or ["help topics"]
+    def cut_up(self, texts: list[str], tokenizer: PreTrainedTokenizerBase | None = None) -> Dataset:
+        """Texts as blocks of the study's length."""
+        return token_blocks(texts, tokenizer or self.tokenizer, self.arguments.block_length)
 
     def loss(self, model: PreTrainedModel) -> float:
         """Of held-out text, in nats per token."""
@@ -130,6 +144,25 @@ class Setting:
         seconds = round(time.monotonic() - began, 1)
         gone = [removal["original"] for phase in record["phases"] for removal in phase["removals"]]
         return model, {"layers gone": gone, "seconds to score": seconds}
+
+    def cut_with_map(self, remove: int) -> tuple[PreTrainedModel, Row]:
+        """The model with a linear map for the run of least Block Influence, and what was chosen."""
+        model, began = copy.deepcopy(self.dense), time.monotonic()
+        table = score_layers(model, self.calibration, "block_influence", run=remove, progress=False)
+        first = table.ranking()[0]
+        replace_by_linear_map(model, first, remove, self.calibration)
+        seconds = round(time.monotonic() - began, 1)
+        return model, {"layers gone": list(range(first, first + remove)), "seconds to score": seconds}
+
+    def cut_loss(self, cut: Cut, remove: int) -> Row:
+        """What one way of cutting costs."""
+        model, found = cut(remove)
+        return {"loss": self.loss(model), **found}
+
+    def cut_and_heal(self, cut: Cut, **changes: Any) -> Row:
+        """What one way of cutting costs, and what is left of that after training."""
+        model, found = cut(self.remove)
+        return {"cut": self.loss(model), **self.heal(model, **changes), **found}
 
     def heal(self, model: PreTrainedModel, *callbacks: Any, **changes: Any) -> Row:
         """Train a model against the dense one, in place; how long that took and what it left."""
@@ -168,29 +201,24 @@ def load(name: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
+def _help_topics() -> list[str]:
+    return [text for part in split_topics().values() for text in part]
+
+
 def baseline(setting: Setting) -> Iterator[Row]:
     """Remove more and more layers without training: what does each way of choosing cost?"""
-    ways = {
-        "sleb (greedy, loss)": ("loss", "greedy"),
-        "shortgpt (one shot, Block Influence)": ("block_influence", "one_shot"),
-        "run of least Block Influence": ("block_influence", "run"),
-        "deepest": ("positional", "one_shot"),
+    ways: dict[str, Cut] = {
+        "sleb (greedy, loss)": partial(setting.cut, "loss", "greedy"),
+        "shortgpt (one shot, Block Influence)": partial(setting.cut, "block_influence", "one_shot"),
+        "run of least Block Influence": partial(setting.cut, "block_influence", "run"),
+        "deepest": partial(setting.cut, "positional", "one_shot"),
+        "replaceme (linear map)": setting.cut_with_map,
     }
     yield {"removed": 0, "way": "dense", "loss": setting.journal.once(lambda: setting.loss(setting.dense))}
     for remove in range(1, setting.remove + 1):
-        for way, (criterion, select) in ways.items():
-
-            def measured(criterion: str = criterion, select: str = select, remove: int = remove) -> Row:
-                model, found = setting.cut(criterion, select, remove)
-                return {"loss": setting.loss(model), **found}
-
-            yield {"removed": remove, "way": way, **setting.journal.once(measured)}
-
-        def mapped(remove: int = remove) -> Row:
-            found, seconds = _map_run(setting, remove)
-            return {"loss": setting.loss(found), "layers gone": seconds[0], "seconds to score": seconds[1]}
-
-        yield {"removed": remove, "way": "replaceme (linear map)", **setting.journal.once(mapped)}
+        for way, cut in ways.items():
+            measured = setting.journal.once(partial(setting.cut_loss, cut, remove))
+            yield {"removed": remove, "way": way, **measured}
 
 
 def losses(setting: Setting) -> Iterator[Row]:
@@ -200,21 +228,13 @@ def losses(setting: Setting) -> Iterator[Row]:
     for weight in (0.01, 0.1, 1.0, 10.0, 100.0):
         grid[f"{weight:g} KL + hidden"] = {"kl_weight": weight, "hidden_weight": 1.0}
     grid["paper"] = {"loss_preset": "paper"}
+    cut = partial(setting.cut, "block_influence", "run")
     for name, changes in grid.items():
-
-        def measured(changes: Row = changes) -> Row:
-            model, found = setting.cut("block_influence", "run", setting.remove)
-            return {"cut": setting.loss(model), **setting.heal(model, **changes), **found}
-
-        yield {"losses": name, **setting.journal.once(measured)}
+        yield {"losses": name, **setting.journal.once(partial(setting.cut_and_heal, cut, **changes))}
 
 
 def iterative(setting: Setting) -> Iterator[Row]:
     """Iterative or one-shot, at equal tokens: is scoring again worth what it costs?"""
-
-    def at_once(select: str, criterion: str) -> Row:
-        model, found = setting.cut(criterion, select, setting.remove)
-        return {"cut": setting.loss(model), **setting.heal(model), **found}
 
     def by_phases(restart: bool) -> Row:
         model, depth = copy.deepcopy(setting.dense), setting.layers - setting.remove
@@ -225,17 +245,12 @@ def iterative(setting: Setting) -> Iterator[Row]:
         gone = [one["original"] for phase in pruning.record["phases"] for one in phase["removals"]]
         return {"cut": None, **found, "layers gone": gone, "seconds to score": None}
 
-    def mapped() -> Row:
-        model, (gone, seconds) = _map_run(setting, setting.remove)
-        cut = setting.loss(model)
-        return {"cut": cut, **setting.heal(model), "layers gone": gone, "seconds to score": seconds}
-
-    ways: dict[str, Callable[[], Row]] = {
-        "iterative, a schedule for each phase": lambda: by_phases(True),
-        "iterative, one schedule": lambda: by_phases(False),
-        "one-shot, greedy": lambda: at_once("greedy", "loss"),
-        "one-shot, by one table": lambda: at_once("one_shot", "loss"),
-        "one-shot, linear map": mapped,
+    ways = {
+        "iterative, a schedule for each phase": partial(by_phases, True),
+        "iterative, one schedule": partial(by_phases, False),
+        "one-shot, greedy": partial(setting.cut_and_heal, partial(setting.cut, "loss", "greedy")),
+        "one-shot, by one table": partial(setting.cut_and_heal, partial(setting.cut, "loss", "one_shot")),
+        "one-shot, linear map": partial(setting.cut_and_heal, setting.cut_with_map),
     }
     for name, measured in ways.items():
         yield {"way": name, **setting.journal.once(measured)}
@@ -246,17 +261,13 @@ def criteria(setting: Setting) -> Iterator[Row]:
     for name in CRITERIA:
         if name == "task":
             continue
-
-        def measured(name: str = name) -> Row:
-            model, found = setting.cut(name, "greedy", setting.remove)
-            return {"cut": setting.loss(model), **setting.heal(model), **found}
-
-        yield {"criterion": name, **setting.journal.once(measured)}
+        cut = partial(setting.cut, name, "greedy")
+        yield {"criterion": name, **setting.journal.once(partial(setting.cut_and_heal, cut))}
 
 
 def calibration(setting: Setting) -> Iterator[Row]:
     """How much does the ranking of the layers depend on the text? Of one text, its thirds are compared."""
-    count = setting.arguments.calibration_blocks
+    count: Any = setting.arguments.calibration_blocks
     names, parts = setting.names, [blocks.select(range(count)) for blocks in setting.blocks]
     if len(parts) == 1:
         third = len(setting.blocks[0]) // 3
@@ -284,13 +295,15 @@ def calibration(setting: Setting) -> Iterator[Row]:
 def middle(setting: Setting) -> Iterator[Row]:
     """Are the middle layers the least important? The mean rank of each third, 0 the least, 1 the most."""
     models = setting.arguments.models or [MODEL_NAME]
+    sizes: Any = setting.arguments.calibration_blocks, setting.arguments.heldout_blocks
     for i, name in enumerate(models):
 
         def measured(i: int = i, name: str = name) -> Row:
-            model, tokenizer = (setting.dense, setting.tokenizer) if i == 0 else load(name)
-            texts = next(iter(setting._texts().values()))
-            blocks = token_blocks(texts, tokenizer, setting.arguments.block_length)
-            some = split_blocks(blocks, setting.arguments.calibration_blocks, 1)[0]
+            if i == 0:
+                return score_layers(setting.dense, setting.calibration, "loss", protected=[]).to_dict()
+            model, tokenizer = load(name)
+            blocks = setting.cut_up(setting.texts[0], tokenizer)
+            some = split_blocks(blocks, *sizes)[0]
             return score_layers(model, make_batches(some, 4), "loss", protected=[]).to_dict()
 
         table = ScoreTable.from_dict(setting.journal.once(measured))
@@ -373,16 +386,6 @@ def _one_step(setting: Setting, model: PreTrainedModel, ids: torch.Tensor) -> No
     model.zero_grad()
 
 
-def _map_run(setting: Setting, remove: int) -> tuple[PreTrainedModel, tuple[list[int], float]]:
-    """The model with a linear map for the run of least Block Influence; what went, and seconds."""
-    model, began = copy.deepcopy(setting.dense), time.monotonic()
-    table = score_layers(model, setting.calibration, "block_influence", run=remove, progress=False)
-    first = table.ranking()[0]
-    replace_by_linear_map(model, first, remove, setting.calibration)
-    gone = list(range(first, first + remove))
-    return model, (gone, round(time.monotonic() - began, 1))
-
-
 STUDIES: Mapping[str, Callable[[Setting], Iterator[Row]]] = {
     "baseline": baseline,
     "losses": losses,
@@ -412,7 +415,20 @@ def run_study(name: str, arguments: StudyArguments) -> list[Row]:
     rows = list(STUDIES[name](setting))
     _plot(name, rows, setting.folder / "plot.png")
     (setting.folder / "table.md").write_text(markdown_table(study_rows(rows)) + "\n", encoding="utf-8")
-    result = {"study": name, "question": STUDIES[name].__doc__, "settings": asdict(arguments), "rows": rows}
+    settings = asdict(arguments) | {
+        "models": [Path(one).name for one in arguments.models] or [MODEL_NAME],
+        "data": setting.names,
+        "heldout": arguments.heldout and Path(arguments.heldout).name,
+        "output_dir": None,
+        "remove": setting.remove,
+    }
+    result = {
+        "study": name,
+        "question": STUDIES[name].__doc__,
+        "settings": settings,
+        **surroundings(setting.dense),
+        "rows": rows,
+    }
     (setting.folder / "study.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     return rows
 

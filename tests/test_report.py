@@ -6,7 +6,7 @@ import transformers.trainer
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
-from hf_layerprune import LayerPruneError, ScoreTable
+from hf_layerprune import LayerPruneError, ScoreTable, report
 from hf_layerprune.cli import main
 from hf_layerprune.record import read_record, write_record
 from hf_layerprune.removal import prune_layers
@@ -211,6 +211,15 @@ def test_a_card_of_what_is_no_run_is_refused(folder, capsys):
     Path("e.json").write_text("{}")
     assert main(["card", folder, "--evaluation", "e.json"]) == 2
     assert "e.json is not from evaluate --json" in capsys.readouterr().err
+
+
+def test_every_part_of_the_loss_that_a_trainer_logs_is_drawn(llama, tmp_path, monkeypatch):
+    trainer = make_trainer(llama, max_steps=2, hidden_weight=1.0, ce_weight=0.1, divergence="jsd")
+    trainer.train()
+    drawn = []
+    monkeypatch.setattr(report, "plot_lines", lambda lines, *args: drawn.append(lines))
+    plot_record({"dense": None, "phases": [], "log": trainer.state.log_history}, tmp_path)
+    assert list(drawn[0]) == ["loss", "jsd", "ce", "hidden_mse"]
 
 
 def test_quality_and_losses_are_drawn_where_they_are_known(llama, tmp_path):

@@ -55,6 +55,8 @@ def test_every_study_ends_in_a_table_and_a_plot_and_goes_on_where_it_was(name, a
     saved = json.loads(Path("whole/study.json").read_text())
     assert saved["rows"] == json.loads(json.dumps(whole))
     assert saved["question"] == STUDIES[name].__doc__
+    assert saved["settings"]["models"][0] == "model"
+    assert saved["versions"]["torch"] == torch.__version__
 
 
 def plain(rows):
@@ -144,7 +146,26 @@ def test_mistakes_are_said(arguments, capsys):
 def test_quick_changes_only_what_was_not_given():
     quick = StudyArguments(quick=True, tokens=99)
     assert (quick.tokens, quick.remove, quick.calibration_blocks) == (99, 2, 4)
-    assert StudyArguments().tokens == 262_144
+    assert StudyArguments(quick=True, tokens=262_144).tokens == StudyArguments().tokens == 262_144
+
+
+def test_a_study_measures_on_the_text_it_is_given_and_starts_afresh_with_another(
+    arguments, tokenizer, caplog
+):
+    rows = run_study("baseline", StudyArguments(**arguments, heldout="more.txt", output_dir="found"))
+    other = make_batches(token_blocks(load_texts("more.txt"), tokenizer, 32).select(range(8)), 4)
+    assert rows[0]["loss"] == pytest.approx(evaluate_text(make_model(), other)["loss"])
+    Path("more.txt").write_text(TEXT[::-1].upper())
+    again = run_study("baseline", StudyArguments(**arguments, heldout="more.txt", output_dir="found"))
+    assert again[0]["loss"] != rows[0]["loss"]
+    assert "starts afresh" in caplog.text
+
+
+def test_texts_of_one_name_are_told_apart(arguments):
+    Path("a").mkdir()
+    Path("a/text.txt").write_text(TEXT[::-1])
+    rows = run_study("calibration", StudyArguments(**arguments | {"data": ["text.txt", "a/text.txt"]}))
+    assert [row["texts"] for row in rows] == ["text.txt / a/text.txt"] * 2
 
 
 def test_a_text_in_thirds_is_compared_with_itself(arguments):
