@@ -520,7 +520,11 @@ def evaluate(arguments: list[str]) -> None:
     if output.limit is not None and output.limit < 2:
         raise LayerPruneError(f"limit is {output.limit}: it must be at least 2.")
     questions = {}
-    if not output.lm_eval:
+    if output.lm_eval and output.tasks:
+        from .harness import known_tasks
+
+        known_tasks(output.tasks)
+    else:
         questions = {split_name(task)[0]: load_task(task, output.limit) for task in output.tasks}
     for name in names:
         load_lineage(name, source.trust_remote_code)  # a wrong name is found before the long work

@@ -50,6 +50,22 @@ def read_through_harness(
     return task_scores(right, chances)
 
 
+def known_tasks(tasks: Sequence[str]) -> Any:
+    """lm-eval's manager of tasks, which knows these; see [`read_through_harness`]."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise LayerPruneError("lm-eval is not installed: pip install hf-layerprune[eval]") from error
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    manager = TaskManager()
+    names, files = zip(*(task.partition("=")[::2] for task in tasks), strict=True)
+    if unknown := [name for name in names if name not in manager.all_tasks]:
+        raise LayerPruneError(f"lm-eval has no task {', '.join(unknown)}: `lm-eval ls tasks` lists its own.")
+    if missing := [file for file in files if file and not Path(file).is_file()]:
+        raise LayerPruneError(f"No such file: {missing[0]}")
+    return manager
+
+
 def harness_samples(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -58,18 +74,11 @@ def harness_samples(
     batch_size: int = 8,
 ) -> dict[str, list[dict[str, Any]]]:
     """What lm-eval logs of each question of each task, in their order; see [`read_through_harness`]."""
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise LayerPruneError("lm-eval is not installed: pip install hf-layerprune[eval]") from error
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    manager = known_tasks(tasks)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    names = [task.partition("=")[0] for task in tasks]
-    manager = TaskManager()
-    if unknown := [name for name in names if name not in manager.all_tasks]:
-        raise LayerPruneError(f"lm-eval has no task {', '.join(unknown)}: `lm-eval ls tasks` lists its own.")
     # A group of one's own is how lm-eval takes other settings for a task that it knows.
     group: Any = {"group": "layerprune", "task": [_settings(task) for task in tasks]}
     with undisturbed(model):
@@ -91,8 +100,6 @@ def _settings(task: str) -> dict[str, Any]:
     name, _, file = task.partition("=")
     if not file:
         return {"task": name}
-    if not Path(file).is_file():
-        raise LayerPruneError(f"No such file: {file}")
     settings = {
         "task": name,
         "dataset_path": "json",

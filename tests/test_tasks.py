@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_layerprune import LayerPruneError, MultipleChoice
+from hf_layerprune import LayerPruneError, MultipleChoice, evaluation
+from hf_layerprune.cli import main
 from hf_layerprune.evaluation import task_scores
 from hf_layerprune.harness import read_through_harness
 from hf_layerprune.tasks import TASKS, chance, load_task
@@ -108,6 +109,17 @@ def test_tasks_that_lm_eval_does_not_know_are_refused(files, llama, tokenizer):
         read_through_harness(llama, tokenizer, ["helaswag=hellaswag.jsonl"])
     with pytest.raises(LayerPruneError, match=r"No such file: none\.jsonl"):
         read_through_harness(llama, tokenizer, ["hellaswag=none.jsonl"])
+
+
+def test_what_lm_eval_does_not_know_is_said_before_any_model_is_read(
+    files, llama, tokenizer, monkeypatch, capsys
+):
+    llama.save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    monkeypatch.setattr(evaluation, "evaluate_model", lambda *args: pytest.fail("read"))
+    words = ["evaluate", "model", "--data", "piqa.jsonl", "--data_field", "goal", "--lm_eval", "True"]
+    assert main([*words, "--tasks", "helaswag=hellaswag.jsonl"]) == 2
+    assert "lm-eval has no task helaswag" in capsys.readouterr().err
 
 
 def test_a_row_of_another_task_is_refused(files):
