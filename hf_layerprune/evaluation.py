@@ -189,7 +189,8 @@ def stability(original: Sequence[Answer], pruned: Sequence[Answer]) -> dict[str,
     """How far a pruned model answers as the original does (LLM-Streamline, 2403.19135, section 3.4).
 
     The questions on which both are right, or both wrong, count by a softmax over the questions of how far
-    the original model's perplexities of the choices spread (their standard deviation). The released code
+    the original model's perplexities of the choices spread (their standard deviation). Where these are large,
+    one question decides: then it is 0 or 1, and the share kept ([`share_kept`]) says more. The released code
     sums the first weights instead of those of the questions that match, and differs where these do.
 
     Args:
