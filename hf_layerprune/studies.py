@@ -327,22 +327,25 @@ def scale(setting: Setting) -> Iterator[Row]:
 
     Two depths of the model give the operations of one layer and of the head. They grow with their
     parameters; what attention does besides, which grows with the length of a text, is taken to do so too."""
-    few = [{"input_ids": batch["input_ids"][:1]} for batch in setting.calibration[:1]]
-    tokens = few[0]["input_ids"].numel()
+    text = [{"input_ids": batch["input_ids"][:1]} for batch in setting.calibration[:1]]
 
-    def count(work: Callable[[], Any]) -> float:
-        with FlopCounterMode(display=False) as counter:
-            work()
-        return counter.get_total_flops() / tokens
+    def count(work: Callable[[list[Any]], Any]) -> float:
+        """For a token: what a second batch adds, since some operations are done once for all."""
+        totals = []
+        for batches in (text, text * 2):
+            with FlopCounterMode(display=False) as counter:
+                work(batches)
+            totals.append(counter.get_total_flops())
+        return (totals[1] - totals[0]) / text[0]["input_ids"].numel()
 
     def at(depth: int) -> Row:
         model, _ = setting.cut("positional", "one_shot", setting.layers - depth)
         return {
             "layers": depth,
             "parameters": model.num_parameters(),
-            "reading": count(lambda: evaluate_text(model, few)),
-            "scoring": count(lambda: score_layers(model, few, "loss", progress=False)),
-            "step": count(lambda: _one_step(setting, model, few[0]["input_ids"])),
+            "reading": count(lambda batches: evaluate_text(model, batches)),
+            "scoring": count(lambda batches: score_layers(model, batches, "loss", progress=False)),
+            "step": count(lambda batches: _distil(setting, model, batches)),
         }
 
     def row(name: str, layers: int, parameters: float, reading: float, scoring: float, step: float) -> Row:
@@ -377,13 +380,14 @@ def scale(setting: Setting) -> Iterator[Row]:
         yield row(name, layers, layers * parameters + rest, reading, scoring, (1 + student) * reading)
 
 
-def _one_step(setting: Setting, model: PreTrainedModel, ids: torch.Tensor) -> None:
-    """The operations of a step of distillation: the teacher reads, the student reads and learns."""
-    with torch.no_grad():
-        wanted = setting.dense(input_ids=ids, use_cache=False).logits.log_softmax(-1)
-    said = model(input_ids=ids, use_cache=False).logits.log_softmax(-1)
-    torch.nn.functional.kl_div(said, wanted, log_target=True, reduction="batchmean").backward()
-    model.zero_grad()
+def _distil(setting: Setting, model: PreTrainedModel, batches: list[Any]) -> None:
+    """The operations of distillation: the teacher reads, the student reads and learns."""
+    for batch in batches:
+        with torch.no_grad():
+            wanted = setting.dense(**batch, use_cache=False).logits.log_softmax(-1)
+        said = model(**batch, use_cache=False).logits.log_softmax(-1)
+        torch.nn.functional.kl_div(said, wanted, log_target=True, reduction="batchmean").backward()
+        model.zero_grad()
 
 
 STUDIES: Mapping[str, Callable[[Setting], Iterator[Row]]] = {

@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hf_layerprune import LayerPruneError, evaluate_text, remove_layers, score_layers, studies
 from hf_layerprune.cli import main
@@ -84,6 +86,39 @@ def test_the_baseline_is_the_loss_without_the_layers_it_names(arguments, tokeniz
     assert checked == 8
 
 
+def test_each_loss_heals_in_its_own_way(arguments, tokenizer):
+    """Text alone as a plain Trainer heals on it, the others otherwise."""
+    rows = run_study("losses", StudyArguments(**arguments))
+    assert len({round(row["healed"], 6) for row in rows}) == len(rows)
+    (alone,) = [row for row in rows if row["losses"] == "text alone"]
+    model, (_, heldout, train) = make_model(), parts(tokenizer)
+    remove_layers(model, alone["layers gone"])
+    heldout = make_batches(heldout, 4)
+    assert alone["cut"] == pytest.approx(evaluate_text(model, heldout)["loss"])
+    args = TrainingArguments(
+        "out",
+        max_steps=4,
+        per_device_train_batch_size=4,
+        learning_rate=3e-4,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        seed=0,
+        bf16=True,
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+    )
+    Trainer(model, args, train_dataset=train, data_collator=default_data_collator).train()
+    assert alone["healed"] == pytest.approx(evaluate_text(model, heldout)["loss"], abs=0.005)  # bfloat16
+    assert alone["healed"] < alone["cut"] - 0.05
+
+
+def test_a_schedule_for_each_phase_is_another_run(arguments):
+    rows = run_study("iterative", StudyArguments(**arguments))
+    assert len({round(row["healed"], 6) for row in rows}) == len(rows)
+    assert [len(row["layers gone"]) for row in rows] == [2] * len(rows)
+
+
 def test_calibration_correlates_the_tables_of_two_texts(arguments, tokenizer):
     rows = run_study("calibration", StudyArguments(**arguments | {"data": ["text.txt", "more.txt"]}))
     tables = []
@@ -95,10 +130,13 @@ def test_calibration_correlates_the_tables_of_two_texts(arguments, tokenizer):
     assert len(rows) == 2
 
 
-def test_the_middle_is_ranked_by_thirds(arguments):
+def test_the_middle_is_ranked_by_thirds(arguments, tokenizer):
     rows = run_study("middle", StudyArguments(**arguments | {"models": ["model", "other"]}))
     assert [row["model"] for row in rows] == ["model", "other"]
-    for row in rows:
+    batches = make_batches(parts(tokenizer)[0], 4)
+    for seed, row in enumerate(rows):
+        expected = score_layers(make_model(seed=seed), batches, protected=[], progress=False).scores
+        assert dict(enumerate(row["scores"])) == pytest.approx(expected)
         order = sorted(range(6), key=lambda layer: row["scores"][layer])
         assert row["least important"] == order[:1]
         for third, name in enumerate(("first third", "middle third", "last third")):
@@ -106,21 +144,25 @@ def test_the_middle_is_ranked_by_thirds(arguments):
             assert row[name] == pytest.approx(sum(ranks) / 2, abs=1e-3)
 
 
+def operations(work):
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
 def test_what_was_reckoned_on_paper_is_what_is_counted(arguments):
     """The operations of the dense model, not counted by the study, by its formula and by the counter."""
     rows = {row["model"]: row for row in run_study("scale", StudyArguments(**arguments))}
     setting = studies.Setting("scale", StudyArguments(**arguments, output_dir="counted"))
-    batch = [{"input_ids": setting.calibration[0]["input_ids"][:1]}]
-    for name, work in {
-        "reading, GFLOP a token": lambda: evaluate_text(setting.dense, batch),
-        "scoring all layers, GFLOP a token": lambda: score_layers(
-            setting.dense, batch, "loss", progress=False
-        ),
-    }.items():
-        with studies.FlopCounterMode(display=False) as counter:
-            work()
-        counted = counter.get_total_flops() / 32 / 1e9
-        assert rows["llama"][name] == pytest.approx(counted, rel=0.15), name
+    ids = setting.calibration[0]["input_ids"][:1]
+    full = operations(lambda: setting.dense(input_ids=ids)) / 32 / 1e9
+    assert rows["llama"]["reading, GFLOP a token"] == pytest.approx(full, rel=0.05)
+    often = [{"input_ids": ids}] * 20  # so that what is done once is little of it
+    scoring = operations(lambda: score_layers(setting.dense, often, progress=False)) / 640 / 1e9
+    assert rows["llama"]["scoring all layers, GFLOP a token"] == pytest.approx(scoring, rel=0.1)
+    for name in ("llama", "7B", "70B"):  # the teacher reads, the student reads, and backward is twice that
+        times = rows[name]["distilling, GFLOP a token"] / rows[name]["reading, GFLOP a token"]
+        assert times == pytest.approx(4, rel=0.1), name
     assert rows["7B"]["parameters, millions"] == pytest.approx(6738.4, abs=1)
     assert rows["70B"]["parameters, millions"] == pytest.approx(68976.6, abs=10)
     assert 12 < rows["7B"]["reading, GFLOP a token"] < 22  # twice its parameters, and attention (much here)
