@@ -28,6 +28,8 @@ method default-23 23 default "${healing[@]}"
 method iterative-23 23 iterative-small "${healing[@]}" --steps_per_phase 35 --calibration_blocks 32
 method iterative-23-one-schedule 23 iterative-small "${healing[@]}" --steps_per_phase 35 --calibration_blocks 32 \
   --restart_learning_rate False
+method iterative-23-early 23 iterative-small "${healing[@]}" --steps_per_phase 8 --calibration_blocks 32 \
+  --restart_learning_rate False # what is left over heals the last phase
 method shortgpt-23 23 shortgpt "${healing[@]}"
 method sleb-23 23 sleb "${healing[@]}" --racing 0.95 --calibration_blocks 32
 method streamline-23 23 streamline "${healing[@]}"
