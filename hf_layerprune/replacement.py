@@ -21,6 +21,7 @@ KINDS = ("none", "layer", "ffn", "swiglu", "linear")
 FEED_FORWARD = ("mlp", "feed_forward", "ffn")
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 OUTPUTS = ("o_proj", "out_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h", "fc_out", "fc2", "wo", "w2")
+RIDGES = [10.0**power for power in range(-6, 4)]
 GATES = ("gate_proj", "gate_up_proj", "w1")
 
 
@@ -76,7 +77,7 @@ def replace_run(
 
 
 def replace_by_linear_map(
-    model: PreTrainedModel, first: int, count: int, batches: Iterable[Batch], ridge: float = 1e-4
+    model: PreTrainedModel, first: int, count: int, batches: Iterable[Batch], ridge: float | None = None
 ) -> nn.Parameter:
     """Let a linear map stand for a run of layers, in place, found without training (ReplaceMe, 2505.02819,
     section 3): the least-squares fit of what the run gave, made of what the feed-forward part before it
@@ -86,7 +87,9 @@ def replace_by_linear_map(
         model (`PreTrainedModel`): a causal language model.
         first, count (`int`): the run, which another layer must come before.
         batches (iterable of dict): calibration text, read batch by batch; only sums are kept.
-        ridge (`float`, *optional*, defaults to 1e-4): of the mean square of the inputs, added to each.
+        ridge (`float`, *optional*): how strongly the map is drawn to the identity, which leaves the run
+            out, as a share of the inputs' mean square. Left out, that of `RIDGES` with which the map of
+            either half of the text fits the other best: of little text a free fit is worse than none.
 
     Returns:
         `nn.Parameter`: the weight with the map in it.
@@ -103,8 +106,8 @@ def replace_by_linear_map(
     if not isinstance(output, (nn.Linear, Conv1D)):
         raise LayerPruneError(f"A linear map cannot be multiplied into a {type(output).__name__}.")
     width: int = output.weight.shape[0 if isinstance(output, nn.Linear) else 1]
-    gram = torch.zeros((width, width), dtype=torch.float64, device=model.device)
-    cross = torch.zeros_like(gram)
+    # Of each half of the text.
+    grams, crosses = torch.zeros((2, 2, width, width), dtype=torch.float64, device=model.device)
     said: list[torch.Tensor] = []
     handle = part.register_forward_hook(lambda module, args, found: said.append(hidden(found)))
     batch: Batch = {}
@@ -112,12 +115,15 @@ def replace_by_linear_map(
         with undisturbed(model):
             for batch in batches:
                 gave, rest, wanted = _around(model, batch, first, count, said)
-                gram += gave.T @ gave
-                cross += gave.T @ (wanted - rest)
+                parts = gave.tensor_split(2), (wanted - rest - gave).tensor_split(2)
+                for half, (few, missing) in enumerate(zip(*parts, strict=True)):
+                    grams[half] += few.T @ few
+                    crosses[half] += few.T @ missing
             if not batch:
                 raise LayerPruneError("No calibration batches to fit a linear map on.")
-            size = ridge * gram.diagonal().mean() + torch.finfo(torch.float64).tiny
-            solution = torch.linalg.solve(gram + size * torch.eye(width).to(gram), cross)
+            size = best_ridge(grams, crosses) if ridge is None else ridge
+            solution = least_squares(grams.sum(0), crosses.sum(0), size)
+            solution.diagonal().add_(1)
             kept = {name: value.clone() for name, value in output.state_dict().items()}
             _multiply(output, solution)
             expected = rest + gave @ solution
@@ -135,6 +141,27 @@ def replace_by_linear_map(
     remove_layers(model, range(first, first + count))
     weight: Any = output.weight
     return weight
+
+
+def best_ridge(grams: torch.Tensor, crosses: torch.Tensor) -> float:
+    """Of `RIDGES`, the one with which the fit of either half of a text leaves the least error in the other.
+
+    Args:
+        grams, crosses (`torch.Tensor`): `(2, width, width)`, of each half inputs by inputs, and by targets.
+    """
+
+    def error(ridge: float) -> float:
+        fits = [least_squares(grams[half], crosses[half], ridge) for half in (0, 1)]
+        others = zip(fits, grams.flip(0), crosses.flip(0), strict=True)
+        return sum(float((fit * (gram @ fit - 2 * cross)).sum()) for fit, gram, cross in others)
+
+    return min(RIDGES, key=error)
+
+
+def least_squares(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor:
+    """The matrix `(width, width)` that makes targets of inputs, from their sums of products."""
+    size = ridge * gram.diagonal().mean() + torch.finfo(torch.float64).tiny
+    return torch.linalg.solve(gram + size * torch.eye(len(gram)).to(gram), cross)
 
 
 def _around(

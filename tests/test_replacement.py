@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from hf_layerprune import LayerPruneError, get_lineage, remove_layers
 from hf_layerprune.decoder import find_decoder
-from hf_layerprune.replacement import replace_by_linear_map, replace_run
+from hf_layerprune.replacement import RIDGES, best_ridge, replace_by_linear_map, replace_run
 
 from .conftest import CONFIGS, logits, make_model, tokens
 from .test_trainer import examples, make_trainer
@@ -191,6 +191,46 @@ def test_the_linear_map_is_that_of_least_squares(family, tmp_path):
     assert torch.equal(
         logits(type(model).from_pretrained(tmp_path).eval(), tokens()), logits(model, tokens())
     )
+
+
+@torch.no_grad()
+def test_the_map_of_little_text_is_no_worse_than_none():
+    """Of fewer tokens than it is wide, a free fit is; the ridge is drawn to leaving the run out."""
+    few, other = [{"input_ids": tokens(2, 12, seed=1)}], {"input_ids": tokens(8, 24, seed=2)}
+
+    def error(ridge):
+        model = make_model(hidden_size=64)
+        wanted = states(model, other["input_ids"])[5]
+        if ridge == "no map":
+            remove_layers(model, [2, 3, 4])
+        else:
+            replace_by_linear_map(model, 2, 3, few, ridge)
+        return float(F.mse_loss(states(model, other["input_ids"])[2], wanted))
+
+    assert error(None) <= 1.02 * error("no map")
+    assert error(1e-9) > 1.1 * error("no map")
+    assert error(1e9) == pytest.approx(error("no map"), rel=1e-3)
+
+
+def test_the_ridge_is_that_with_which_either_half_fits_the_other_best():
+    random = np.random.default_rng(0)
+    inputs = [random.normal(size=(30, 8)) for _ in range(2)]
+    targets = [one @ random.normal(size=(8, 8)) * 0.1 + random.normal(size=(30, 8)) for one in inputs]
+
+    def error(ridge):
+        total = 0.0
+        for one, other in ((0, 1), (1, 0)):
+            size = ridge * np.mean(np.square(inputs[one]).sum(0))
+            rows = np.vstack([inputs[one], np.sqrt(size) * np.eye(8)])
+            fit = np.linalg.lstsq(rows, np.vstack([targets[one], np.zeros((8, 8))]), rcond=None)[0]
+            total += np.square(targets[other] - inputs[other] @ fit).sum()
+        return total
+
+    grams = torch.tensor(np.stack([one.T @ one for one in inputs]))
+    crosses = torch.tensor(np.stack([one.T @ two for one, two in zip(inputs, targets, strict=True)]))
+    chosen = best_ridge(grams, crosses)
+    assert chosen == min(RIDGES, key=error)
+    assert RIDGES[0] < chosen < RIDGES[-1]
 
 
 @pytest.mark.parametrize(
