@@ -106,28 +106,28 @@ def _measures(found: Mapping[str, Any]) -> dict[str, str]:
 def results_rows(records: Mapping[str, Record]) -> list[list[str]]:
     """Runs of one dense model side by side as a table of text, from their records with an `evaluation` (see
     `hf-layerprune card`): a row for the dense model, one for each run, in the order given, and the tasks that
-    the dense model does ([`tasks_done`]). "Ahead of" is their mean less that of the first run of as many
-    layers, with the paired standard error."""
+    the dense model does ([`tasks_done`]). "Less the first's" is their mean less that of the first run of as
+    many layers, with the paired standard error."""
     first = next(iter(records.values()))
     dense = first["evaluation"]["dense"]
     done = tasks_done(dense)
     heads = ["", "layers", "healing tokens", "perplexity", "copying", *done, "kept above chance"]
     leaders: dict[int, tuple[str, Any]] = {}
 
-    def row(name: str, tokens: str, found: Mapping[str, Any], ahead: str) -> list[str]:
+    def row(name: str, tokens: str, found: Mapping[str, Any], less: str) -> list[str]:
         kept = share_kept(dense, found)
         cells = [name, str(found["layers"]), tokens, f"{found['perplexity']:.1f}"]
         cells += [f"{found['copying']['right']:.3f}"]
         cells += [f"{found['tasks'][task]['accuracy']:.3f}" for task in done]
-        return [*cells, "{share:.1%} ± {standard_error:.1%}".format(**kept), ahead]
+        return [*cells, "{share:.1%} ± {standard_error:.1%}".format(**kept), less]
 
     rows = [row("dense", "", dense, "")]
     for name, record in records.items():
         found = record["evaluation"]["model"]
         leader, best = leaders.setdefault(found["layers"], (name, found))
-        ahead = "" if leader == name else "{:+.3f} ± {:.3f}".format(*mean_difference(best, found, done))
-        rows.append(row(name, f"{healing_tokens(record):,}", found, ahead))
-    return [[*heads, f"ahead of {next(iter(records))}"], *rows]
+        less = "" if leader == name else "{:+.3f} ± {:.3f}".format(*mean_difference(best, found, done))
+        rows.append(row(name, f"{healing_tokens(record):,}", found, less))
+    return [[*heads, "less the first's"], *rows]
 
 
 def healing_tokens(record: Record) -> int:
@@ -255,18 +255,19 @@ def plot_lines(
     figure.savefig(path, dpi=120)
 
 
-def plot_bars(bars: Mapping[str, float], path: str | Path, x: str) -> None:
-    """Draw named numbers as bars from left to right; where they are alike, not from zero."""
+def plot_points(points: Mapping[str, float], path: str | Path, x: str) -> None:
+    """Draw named numbers one below another."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 1 + 0.3 * len(bars)), layout="constrained")
+    figure = Figure(figsize=(7.5, 1 + 0.3 * len(points)), layout="constrained")
     axes = figure.subplots()
-    drawn = axes.barh(list(bars), list(bars.values()))
-    axes.bar_label(drawn, [f" {value:.3g}" for value in bars.values()], fontsize=8)
-    low, high = min(bars.values()), max(bars.values())
-    if low > 0.5 * high > 0:
-        axes.set_xlim(low - 0.3 * (high - low) - 1e-9, high + 0.15 * (high - low) + 1e-9)
+    axes.plot(list(points.values()), list(points), "o")
+    for place, value in enumerate(points.values()):
+        spot: dict[str, Any] = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(f"{value:.4g}", (value, place), fontsize=8, **spot)
+    axes.margins(x=0.12)
     axes.invert_yaxis()
+    axes.grid(alpha=0.3)
     axes.set_xlabel(x)
     figure.savefig(path, dpi=120)
 
@@ -300,7 +301,7 @@ def write_card(
     removed = [removal["original"] for phase in phases for removal in phase["removals"]]
     healed = (phases[-1]["healed"] if phases else None) or {}
     extra = [tags] if isinstance(tags, str) else tags or []
-    distilled = ["knowledge-distillation"] if record["method"] == DISTILLED else []
+    distilled = ["knowledge-distillation"] if record["method"]["healing"] == DISTILLED["healing"] else []
     measured = record.get("evaluation")
     results = [
         EvalResult(

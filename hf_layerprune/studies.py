@@ -29,7 +29,7 @@ from .quickstart import MODEL_NAME, load_embedded_model, split_topics
 from .record import surroundings
 from .removal import prune_layers
 from .replacement import replace_by_linear_map
-from .report import markdown_table, plot_bars, plot_lines
+from .report import markdown_table, plot_lines, plot_points
 from .saving import check_writable
 from .scoring import ScoreTable, fingerprint, rank_correlation, score_layers
 from .trainer import DistillationTrainer
@@ -464,11 +464,11 @@ def _plot(name: str, rows: Sequence[Row], path: Path) -> None:
         }
         plot_lines(lines, path, "depth", "rise of the loss without the layer", log=True)
     elif name == "calibration":
-        bars = {f"{row['criterion']}: {row['texts']}": row["rank correlation"] for row in rows}
-        plot_bars(bars, path, "rank correlation")
+        points = {f"{row['criterion']}: {row['texts']}": row["rank correlation"] for row in rows}
+        plot_points(points, path, "rank correlation")
     elif name == "scale":
-        bars = {f"{row['model']}, {row['layers']} layers": list(row.values())[-1] for row in rows}
-        plot_bars(bars, path, "operations of scoring all layers on a token,\nin tokens of distillation")
+        points = {f"{row['model']}, {row['layers']} layers": list(row.values())[-1] for row in rows}
+        plot_points(points, path, "operations of scoring all layers on a token,\nin tokens of distillation")
     else:
-        bars = {str(next(iter(row.values()))): row["healed"] for row in rows}
-        plot_bars(bars, path, "held-out loss after healing (nats per token)")
+        points = {str(next(iter(row.values()))): row["healed"] for row in rows}
+        plot_points(points, path, "held-out loss after healing (nats per token)")

@@ -61,13 +61,13 @@ def test_the_table_in_the_readme_is_that_of_the_recorded_run():
     assert table in (folder / "README.md").read_text()
 
 
-def test_the_results_in_the_readme_are_those_of_the_records():
+def test_the_figures_in_the_readme_are_those_of_the_records():
     path = ROOT / "examples" / "benchmarks" / "published.py"
     specification = importlib.util.spec_from_file_location("published", path)
     published = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(published)
     readme = (ROOT / "README.md").read_text()
-    assert published.with_table(readme) == readme
+    assert published.with_figures(readme) == readme
     assert len(published.published_records()) >= 8
 
 

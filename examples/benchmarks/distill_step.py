@@ -1,6 +1,6 @@
 """How fast is a step of distillation, and what memory does it need above the weights?
 
-    python examples/benchmarks/distill_step.py TEXT.jsonl [BATCH] [LENGTH] [STEPS] [NAME=PYTHON ...]
+    python examples/benchmarks/distill_step.py TEXT.jsonl FOUND.json [BATCH] [LENGTH] [STEPS] [NAME=PYTHON...]
 
 Each way runs in a process of its own, one after the other: SmolLM2-135M with layers 14 and 17 removed learns
 from the whole one, in bfloat16 autocast, with plain SGD, so that no optimizer's memory counts. A NAME=PYTHON
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from transformers import (
 )
 
 
+PACKAGES = {"trl": "trl", "modelopt": "nvidia-modelopt", "silverspoon": "silverspoon-kd"}
 OURS = ("plain Trainer, no teacher", "all", "all, compiled", "around_cuts", "last 4", "lora", "written")
 
 
@@ -144,6 +146,7 @@ def run_one(name, folder, batch, length, steps):
         "seconds": statistics.median(clock.steps[1:]),
         "weights_mb": sum(held.values()) / 2**20,
         "peak_mb": clock.peak(),
+        "version": version(PACKAGES[name]) if name in PACKAGES else None,
     }
     print(json.dumps(found))
 
@@ -176,6 +179,7 @@ def prepare(folder, text, batch, length, steps):
     from hf_layerprune import remove_layers, save_model
     from hf_layerprune.data import load_texts, token_blocks
     from hf_layerprune.quickstart import load_embedded_model
+    from hf_layerprune.record import surroundings
 
     model, tokenizer = load_embedded_model()
     tokenizer.save_pretrained(folder / "whole")
@@ -184,17 +188,23 @@ def prepare(folder, text, batch, length, steps):
     save_model(model, folder / "cut", verify=False)
     blocks = token_blocks(load_texts(text), tokenizer, length, limit=batch * steps)
     (folder / "blocks.json").write_text(json.dumps(list(blocks["input_ids"])))
+    return surroundings(model)
 
 
 def main():
-    text, *rest = sys.argv[1:]
+    text, target, *rest = sys.argv[1:]
     peers = dict(one.split("=", 1) for one in rest if "=" in one)
     sizes = [int(one) for one in rest if "=" not in one]
     batch, length, steps = [*sizes, *(4, 256, 6)[len(sizes) :]]
     ways = dict.fromkeys(OURS, sys.executable) | peers
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder, text, batch, length, steps)
+        measured = {
+            "batch": batch,
+            "length": length,
+            **prepare(folder, text, batch, length, steps),
+            "rows": [],
+        }
         most, rate = bound(folder, batch * length)
         print(f"{batch} x {length} tokens, {torch.get_num_threads()} threads, {steps} steps", end="; ")
         print(f"matrix products at {rate / 1e9:.0f} GFLOP/s bound a full step at {most:.0f} tokens/s")
@@ -208,6 +218,8 @@ def main():
             found = json.loads(done.stdout.strip().splitlines()[-1])
             speed = batch * length / found["seconds"]
             print(f"{way:26s} {speed:9.0f} {found['weights_mb']:11.0f} {found['peak_mb']:14.0f}", flush=True)
+            measured["rows"].append({"way": way, "tokens_per_second": round(speed, 1), **found})
+    Path(target).write_text(json.dumps(measured, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,19 @@
-"""Cards and records of the runs of published.sh into model_cards/, and README's table and plot from them.
+"""Cards and records of the runs of published.sh into model_cards/, and README's figures from their records.
 
     python examples/benchmarks/published.py [OUTPUT EVALUATION.json...]
 
-Without arguments, table and plot alone, from the records that are in model_cards/.
+Without arguments, README's figures alone: of the records in model_cards/, and of what the other scripts and
+`hf-layerprune study` wrote into measured/ here.
 """
 
 import json
+import re
 import shutil
+import statistics
 import sys
+import textwrap
 from pathlib import Path
+from typing import Any
 
 from hf_layerprune.cli import main as hf_layerprune
 from hf_layerprune.evaluation import share_kept
@@ -19,33 +24,96 @@ from hf_layerprune.report import markdown_table, plot_results, results_rows
 ROOT = Path(__file__).parents[2]
 CARDS = ROOT / "model_cards"
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
-START, END = "<!-- results -->\n", "<!-- end of results -->"
+MEASURED = Path(__file__).parent / "measured"
+
+STEPS = {  # distill_step.py's ways in README's words
+    "all": "`DistillationTrainer`, all trained",
+    "all, compiled": "with `torch_compile=True`",
+    "around_cuts": 'with `trainable="around_cuts"`',
+    "lora": "with `peft_config`",
+    "written": "with written teacher outputs (64 tokens)",
+    "modelopt": "nvidia-modelopt {version} `KDTrainer`",
+    "trl": "trl {version} `GKDTrainer`, on given text",
+    "silverspoon": "silverspoon-kd {version}",
+    "plain Trainer, no teacher": "plain `Trainer`, no teacher",
+}
 
 
 def published_records() -> dict[str, Record]:
-    """The runs in model_cards/ that were evaluated, by depth, the default recipe first, then the best."""
+    """The runs in model_cards/ that were evaluated, by depth, the default one first, then the best."""
     found = {folder.name: read_record(folder) for folder in CARDS.iterdir() if folder.is_dir()}
     runs = {name: record for name, record in found.items() if record and "evaluation" in record}
 
     def place(name: str) -> tuple[int, bool, float]:
-        measured = runs[name]["evaluation"]
-        kept = share_kept(measured["dense"], measured["model"])["share"]
-        return measured["model"]["layers"], not name.startswith("default"), -kept
+        found = runs[name]["evaluation"]
+        layers = found["model"]["layers"]
+        return layers, name != f"default-{layers}", -share_kept(found["dense"], found["model"])["share"]
 
     return {name: runs[name] for name in sorted(runs, key=place)}
 
 
-def with_table(readme: str) -> str:
-    """README with the table of these records in its place."""
-    before, _, rest = readme.partition(START)
-    return (
-        before
-        + START
-        + markdown_table(results_rows(published_records()))
-        + "\n"
-        + END
-        + rest.partition(END)[2]
+def measured(name: str) -> dict[str, Any]:
+    return json.loads((MEASURED / name).read_text())
+
+
+def scoring() -> str:
+    """How long each way of scoring took, and how often racing chose what the full scores choose."""
+    found = measured("score_speed.json")
+    took = {row["way"]: row for row in found["rows"]}
+    samples, full = found["samples"], took["cached states"]
+    same = sum(one["full"] == one["racing"] for one in samples)
+    near = sum(one["within an error"] for one in samples)
+    raced = statistics.median(one["ratio"] for one in samples)
+    other = took["block influence"]["layer"]
+    chose = "the same layer" if other == full["layer"] else f"layer {other}, not {full['layer']}"
+    sentences = (
+        f"{found['sequences']} C4 sequences of {found['length']} tokens, {found['machine']['cpu_threads']} "
+        f"threads, one run: full passes with the model's own loss {took['naive']['seconds']:.0f} s, cached "
+        f"states {full['seconds']:.0f} s, racing {took['racing 0.95']['seconds']:.0f} s, block influence "
+        f"{took['block influence']['seconds']:.0f} s (which chose {chose}). On {len(samples)} other samples "
+        f"racing chose the layer of the full scores {same} times, and one within a standard error of it "
+        f"{near} times, {raced:.1f} times as fast as cached states (median)."
     )
+    return textwrap.fill(sentences, 120)
+
+
+def distilling() -> str:
+    """Speed and memory of a step of distillation, ours and others', as a table."""
+    rows = {row["way"]: row for row in measured("distill_step.json")["rows"]}
+    keys = ("tokens_per_second", "weights_mb", "peak_mb")
+    table = [["", "tokens/s", "weights MB", "peak above MB"]]
+    for way, words in STEPS.items():
+        table.append([words.format(**rows[way]), *(f"{rows[way][key]:.0f}" for key in keys)])
+    return markdown_table(table)
+
+
+def healing() -> str:
+    """What each loss leaves after the same steps, from the study of losses."""
+    found = measured("losses/study.json")
+    rows, settings = found["rows"], found["settings"]
+    each = ", ".join(f"{row['losses']} {row['healed']:.3f}" for row in rows)
+    sentences = (
+        f"{settings['remove']} layers gone, {settings['tokens']:,} tokens, loss on {settings['heldout']} "
+        f"{rows[0]['cut']:.3f} when cut; healed by {each}."
+    )
+    return textwrap.fill(sentences, 120)
+
+
+def with_figures(readme: str) -> str:
+    """README with what was measured in its places."""
+    figures = {
+        "results": markdown_table(results_rows(published_records())),
+        "scoring": scoring(),
+        "distilling": distilling(),
+        "healing": healing(),
+    }
+    for name, figure in figures.items():
+        place = re.compile(rf"^( *)<!-- {name} -->\n.*?<!-- end of {name} -->", re.M | re.S)
+        (indent,) = place.findall(readme)
+        lines = [f"<!-- {name} -->", *figure.splitlines(), f"<!-- end of {name} -->"]
+        text = "\n".join(indent + line for line in lines)
+        readme = place.sub(lambda _, text=text: text, readme)
+    return readme
 
 
 def add_card(folder: Path, evaluation: str) -> None:
@@ -66,7 +134,7 @@ def main(output: Path | None, evaluations: list[str]) -> None:
             add_card(output / name, evaluation)
     plot_results(published_records(), CARDS / "results.png")
     readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text()))
+    readme.write_text(with_figures(readme.read_text()))
 
 
 if __name__ == "__main__":

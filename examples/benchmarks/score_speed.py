@@ -1,16 +1,18 @@
 """How fast is each way to find the least important layer of SmolLM2-135M, and do they find the same one?
 
-    python examples/benchmarks/score_speed.py TEXT.jsonl [SEQUENCES] [LENGTH] [SAMPLES]
+    python examples/benchmarks/score_speed.py TEXT.jsonl FOUND.json [SEQUENCES] [LENGTH] [SAMPLES]
 
 All ways read the same sequences, side by side in one run: leave-one-out with a full pass for each layer,
 the same from cached states, racing, block influence, and where it is installed optipfair's importance. Then
 racing is compared with the full scores on as many other samples of the text as asked for.
 """
 
+import json
 import resource
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -19,12 +21,14 @@ from hf_layerprune.criteria import unit_losses
 from hf_layerprune.data import load_texts, make_batches, token_blocks
 from hf_layerprune.quickstart import load_embedded_model
 from hf_layerprune.reading import Reader, targets_of
+from hf_layerprune.record import surroundings
 from hf_layerprune.scoring import undisturbed
 from hf_layerprune.surgery import possible_cuts
 
 
-text = sys.argv[1]
-sequences, length, samples = (int(x) for x in [*sys.argv[2:], "128", "128", "20"][:3])
+text, target = sys.argv[1:3]
+sizes = [int(size) for size in sys.argv[3:]]
+sequences, length, samples = [*sizes, *(128, 128, 20)[len(sizes) :]]
 
 model, tokenizer = load_embedded_model()
 model = model.to("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
@@ -92,31 +96,37 @@ except ImportError:
 else:
     ways = {"optipfair": optipfair, **ways}
 print(f"{sequences} sequences of {length} tokens, {torch.get_num_threads()} threads", flush=True)
-found, seconds = {}, {}
+found, seconds, rows = {}, {}, []
 for name, way in ways.items():
     began = time.perf_counter()
     found[name] = way()
     seconds[name] = time.perf_counter() - began
     table = found[name]
     best = table.ranking()[0] if name.startswith("racing") else min(table, key=table.get)
+    rows.append({"way": name, "seconds": round(seconds[name], 1), "layer": best, "peak_mb": round(peak())})
     print(f"{name:16s} {seconds[name]:7.1f} s   layer {best:2d}   peak {peak():.0f} MiB", flush=True)
 for name in ways:
     print(f"naive / {name}: {seconds['naive'] / seconds[name]:.2f}")
 largest = max(abs(found["naive, our loss"][i] - found["cached states"][i]) for i in found["naive"])
 print(f"largest difference between cached scores and those of full passes: {largest:.1g}", flush=True)
 
-same, within, ratios = 0, 0, []
+compared = []
 for seed in range(1, samples + 1):
     batches = sample(seed)
     began = time.perf_counter()
     full = score_layers(model, batches, progress=False)
     half = time.perf_counter()
     raced = score_layers(model, batches, racing=0.95, progress=False)
-    ratios.append((half - began) / (time.perf_counter() - half))
+    ratio = (half - began) / (time.perf_counter() - half)
     best, chosen = full.ranking()[0], raced.ranking()[0]
-    same += best == chosen
-    within += full.scores[chosen] <= full.scores[best] + full.errors[best]
-    print(f"sample {seed}: full {best}, racing {chosen}, cached / racing {ratios[-1]:.2f}", flush=True)
+    within = full.scores[chosen] <= full.scores[best] + full.errors[best]
+    compared.append({"full": best, "racing": chosen, "within an error": within, "ratio": round(ratio, 2)})
+    print(f"sample {seed}: full {best}, racing {chosen}, cached / racing {ratio:.2f}", flush=True)
 if samples:
-    print(f"racing chose the same layer in {same} of {samples}, one within a standard error in {within};")
-    print(f"cached / racing: median {statistics.median(ratios):.2f}")
+    same = sum(one["full"] == one["racing"] for one in compared)
+    near = sum(one["within an error"] for one in compared)
+    print(f"racing chose the same layer in {same} of {samples}, one within a standard error in {near};")
+    print(f"cached / racing: median {statistics.median(one['ratio'] for one in compared):.2f}")
+measured = {"sequences": sequences, "length": length, **surroundings(model), "rows": rows}
+measured |= {"largest difference": largest, "samples": compared}
+Path(target).write_text(json.dumps(measured, indent=1) + "\n")
