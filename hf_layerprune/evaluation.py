@@ -127,7 +127,7 @@ def evaluate_text(
 
 
 def copying(model: PreTrainedModel, batches: Iterable[Batch], given: int = 8) -> dict[str, float]:
-    """How far `model` goes on with a passage that it has just read: it falls long before perplexity moves.
+    """How far `model` goes on with a passage that it has just read, as one mistake ends it.
 
     Each passage, a row of `input_ids`, is read twice; of the second time the first tokens are given. Where
     twice its length is more than the model reads, its first half is the passage.

@@ -58,10 +58,10 @@ def known_tasks(tasks: Sequence[str]) -> Any:
         raise LayerPruneError("lm-eval is not installed: pip install hf-layerprune[eval]") from error
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     manager = TaskManager()
-    names, files = zip(*(task.partition("=")[::2] for task in tasks), strict=True)
-    if unknown := [name for name in names if name not in manager.all_tasks]:
+    parts = [task.partition("=") for task in tasks]
+    if unknown := [name for name, _, _ in parts if name not in manager.all_tasks]:
         raise LayerPruneError(f"lm-eval has no task {', '.join(unknown)}: `lm-eval ls tasks` lists its own.")
-    if missing := [file for file in files if file and not Path(file).is_file()]:
+    if missing := [file for _, _, file in parts if file and not Path(file).is_file()]:
         raise LayerPruneError(f"No such file: {missing[0]}")
     return manager
 

@@ -107,14 +107,22 @@ class Setting:
         check_writable(self.folder)
         self.dense, self.tokenizer = load(next(iter(arguments.models), None))
         self.layers = len(get_lineage(self.dense).kept)
-        self.remove = arguments.remove or max(1, self.layers // 4)
+        self.remove = max(1, self.layers // 4) if arguments.remove is None else arguments.remove
         if not 1 <= self.remove <= self.layers - 3:
-            raise LayerPruneError(f"remove is {self.remove}, of {self.layers} layers: leave three at least.")
+            raise LayerPruneError(
+                f"remove is {self.remove}, of {self.layers} layers: let one go at least, and leave three."
+            )
         names = [Path(source).name for source in arguments.data]
         self.names = (names if len(set(names)) == len(names) else arguments.data) or ["help topics"]
         self.texts = [load_texts(source) for source in arguments.data] or [_help_topics()]
         self.blocks = [self.cut_up(texts) for texts in self.texts]
         sizes: Any = arguments.calibration_blocks, arguments.heldout_blocks
+        for source, blocks in zip(self.names, self.blocks, strict=True):
+            if len(blocks) < sizes[0]:
+                raise LayerPruneError(
+                    f"{source} makes {len(blocks)} blocks, and calibration_blocks is {sizes[0]}: give more "
+                    "text, or ask for fewer."
+                )
         calibration, heldout, self.train = split_blocks(self.blocks[0], *sizes)
         if arguments.heldout:
             heldout = self.cut_up(load_texts(arguments.heldout))
@@ -123,10 +131,10 @@ class Setting:
         tokens: Any = arguments.tokens
         self.steps = max(1, tokens // (arguments.batch_size * arguments.block_length))
         settings = [name, {k: v for k, v in asdict(arguments).items() if k != "output_dir"}]
-        ids = [{"input_ids": torch.tensor(blocks[:]["input_ids"])} for blocks in self.blocks]
-        self.journal = Journal(
-            self.folder / "cells.jsonl", fingerprint([self.dense], [*ids, *self.heldout], settings)
-        )
+        few = [blocks.select(range(0, len(blocks), 1 + len(blocks) // 100)) for blocks in self.blocks]
+        text = [batch for some in few for batch in make_batches(some, 4)]
+        mark = fingerprint([self.dense], [*text, *self.heldout], [*settings, *map(len, self.blocks)])
+        self.journal = Journal(self.folder / "cells.jsonl", mark)
 
     def cut_up(self, texts: list[str], tokenizer: PreTrainedTokenizerBase | None = None) -> Dataset:
         """Texts as blocks of the study's length."""
