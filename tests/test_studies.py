@@ -205,7 +205,10 @@ def test_a_study_measures_on_the_text_it_is_given_and_starts_afresh_with_another
     Path("more.txt").write_text(TEXT[::-1].upper())
     again = run_study("baseline", StudyArguments(**arguments, heldout="more.txt", output_dir="found"))
     assert again[0]["loss"] != rows[0]["loss"]
-    assert "starts afresh" in caplog.text
+    assert caplog.text.count("starts afresh") == 1
+    Path("text.txt").write_text(TEXT.upper())
+    run_study("baseline", StudyArguments(**arguments, heldout="more.txt", output_dir="found"))
+    assert caplog.text.count("starts afresh") == 2
 
 
 def test_texts_of_one_name_are_told_apart(arguments):
