@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -69,21 +70,25 @@ def score(arguments: list[str]) -> None:
         settings = {"run": output.run, "racing": how.racing, "protected": how.protected}
         return score_layers(model, batches, how.criterion, journal=journal, **settings)
 
+    if output.compare and not is_table:
+        _blocks(replace(text, data=output.compare), model, tokenizer, how.calibration_blocks)
     table = table_of(text, output.json and output.json + ".part")
+    if output.plot:
+        table.plot(output.plot)
+    if output.json:
+        _write_json(output.json, table.to_dict())
     for layer in table.ranking():
         line = f"layer {layer:3d}   {how.criterion} {table.scores[layer]:9.5f}"
         error = table.errors.get(layer)
         print(line if error is None else f"{line} +- {error:.5f}")
     if output.compare:
         other = other or table_of(replace(text, data=output.compare))
+        if other.run != table.run:
+            raise LayerPruneError(f"{output.compare} scores runs of {other.run} layers, not of {table.run}.")
         few = max(1, len(table.scores) // 4)
         least = [{one.kept[layer] for layer in one.ranking()[:few]} for one in (table, other)]
         print(f"\nCompared with {output.compare}: rank correlation {rank_correlation(table, other):.3f};")
         print(f"of the {few} least important layers of each, {len(least[0] & least[1])} are the same.")
-    if output.plot:
-        table.plot(output.plot)
-    if output.json:
-        _write_json(output.json, table.to_dict())
 
 
 def prune(arguments: list[str]) -> None:
@@ -319,7 +324,7 @@ def evaluate(arguments: list[str]) -> None:
     """What one or more MODELs can do on a text and in tasks, side by side; the first is the dense one."""
     types = [ModelArguments, TextArguments, EvaluateArguments]
     names, source, text, output = _parse("evaluate", arguments, types, several=True)
-    from .checkpoint import load_lineage
+    from .checkpoint import load_lineage, load_tokenizer
     from .data import make_batches
     from .evaluation import compare_models, evaluate_model
     from .report import evaluation_rows, markdown_table
@@ -330,6 +335,9 @@ def evaluate(arguments: list[str]) -> None:
     if output.limit is not None and output.limit < 2:
         raise LayerPruneError(f"limit is {output.limit}: it must be at least 2.")
     questions = {}
+    twice = [name for name, times in Counter(map(_task_name, output.tasks)).items() if times > 1]
+    if twice:
+        raise LayerPruneError(f"tasks has {twice[0]} more than once: put all its rows into one file.")
     if output.lm_eval and output.tasks:
         from .harness import known_tasks
 
@@ -338,6 +346,7 @@ def evaluate(arguments: list[str]) -> None:
         questions = {split_name(task)[0]: load_task(task, output.limit) for task in output.tasks}
     for name in names:
         load_lineage(name, source.trust_remote_code)  # a wrong name is found before the long work
+        load_tokenizer(name, source.trust_remote_code)
     there = output.json and Path(output.json).exists() and not output.lm_eval  # which reads files of its own
     earlier = _read_json(output.json or "")["models"] if there else {}
     results: dict[str, dict[str, Any]] = {}
@@ -345,7 +354,7 @@ def evaluate(arguments: list[str]) -> None:
         model, tokenizer = _load(name, source, output.dtype)
         batches = make_batches(_blocks(text, model, tokenizer, output.max_blocks), 4)
         mark = fingerprint([model], batches, [output.lm_eval, output.limit, output.tasks, questions])
-        known = next((found for found in earlier.values() if found["fingerprint"] == mark), None)
+        known = next((found for found in earlier.values() if found.get("fingerprint") == mark), None)
         results[name] = known or evaluate_model(model, tokenizer, batches, questions)
         if output.lm_eval and output.tasks and not known:
             from .harness import read_through_harness
@@ -389,21 +398,30 @@ def card(arguments: list[str]) -> None:
 def _evaluation_of(folder: str, output: CardArguments) -> dict[str, Any]:
     """What `evaluate --json` found of the dense model, its first, and of that in `folder`, in short."""
     results = _read_json(output.evaluation or "")
-    models = {Path(name).name: found for name, found in results["models"].items()}
+    (first, dense), *others = results["models"].items()
     name = Path(folder).resolve().name
-    if name not in models:
-        raise LayerPruneError(f"{output.evaluation} is of {', '.join(models)}, not of {name}.")
-    for found in models.values():
-        for task in found.get("tasks", {}).values():
+    found = next((found for other, found in others if Path(other).name == name), None)
+    if found is None:
+        names = ", ".join(Path(other).name for other, _ in others) or f"{Path(first).name} alone"
+        raise LayerPruneError(
+            f"{output.evaluation} is of {names}, not of {name}: evaluate the dense model first, and this one."
+        )
+    if "tasks" in found and "difference" not in found:
+        raise LayerPruneError(f"{output.evaluation} was not finished: call evaluate again, which goes on.")
+    for one in (dense, found):
+        for task in one.get("tasks", {}).values():
             task.pop("perplexities", None)
-    return {"text": results["text"], "dense": next(iter(models.values())), "model": models[name]}
+    return {"text": results["text"], "dense": dense, "model": found}
 
 
 def _read_json(path: str) -> dict[str, Any]:
     """What `evaluate --json` wrote."""
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-        return {"text": found["text"], "models": dict(found["models"])}
+        models = dict(found["models"])
+        if not models:
+            raise ValueError("no models")
+        return {"text": found["text"], "models": models}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LayerPruneError(f"{path} is not from evaluate --json: {error!r}") from error
 
@@ -509,9 +527,9 @@ def _load_model(name: str, source: ModelArguments, dtype: str = "auto") -> Any:
 
 
 def _blocks(text: TextArguments, model: Any, tokenizer: Any, limit: int | None = None) -> Any:
-    from .data import load_texts, token_blocks
+    from .data import check_block_length, load_texts, token_blocks
 
-    _check_length(text, model)
+    check_block_length(text.block_length, model)
     texts = load_texts(text.data, text.data_field, text.data_split, text.data_config)
     return token_blocks(texts, tokenizer, text.block_length, limit)
 
@@ -520,7 +538,7 @@ def _parts(
     text: TextArguments, model: Any, tokenizer: Any, calibration: int, heldout: int, args: Any
 ) -> tuple[Any, Any, Any]:
     """Blocks to score on, to measure on, and to train on."""
-    from .data import split_blocks, stream_blocks
+    from .data import check_block_length, split_blocks, stream_blocks
 
     if not text.streaming:
         return split_blocks(_blocks(text, model, tokenizer), calibration, heldout)
@@ -528,18 +546,14 @@ def _parts(
         raise LayerPruneError("A stream has no known end: say how long to train with max_steps.")
     if args.max_steps == 0:
         return split_blocks(_blocks(text, model, tokenizer, calibration + heldout), calibration, heldout)
-    _check_length(text, model)
+    check_block_length(text.block_length, model)
     source = (text.data, text.data_field, text.data_split, text.data_config)
     head, train = stream_blocks(tokenizer, text.block_length, calibration + heldout, *source)
     return *split_blocks(head, calibration, heldout)[:2], train
 
 
-def _check_length(text: TextArguments, model: Any) -> None:
-    longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if longest is not None and text.block_length > longest:
-        raise LayerPruneError(
-            f"block_length is {text.block_length}, but the model reads {longest} tokens at most."
-        )
+def _task_name(task: str) -> str:
+    return task.partition("=")[0]
 
 
 def _check_folder_of(path: str | None) -> None:

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, default_data_collator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
 
 from .errors import LayerPruneError
 
@@ -181,6 +181,22 @@ def _cut(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) 
         )
 
 
+def check_block_length(length: int, model: PreTrainedModel) -> None:
+    """Check that `model` reads so many tokens.
+
+    Raises:
+        LayerPruneError: it reads less.
+    """
+    longest = most_tokens(model)
+    if longest is not None and length > longest:
+        raise LayerPruneError(f"block_length is {length}, but the model reads {longest} tokens at most.")
+
+
+def most_tokens(model: PreTrainedModel) -> int | None:
+    """How many tokens a model reads at most, None where its config does not say."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 def split_blocks(blocks: Dataset, calibration: int, heldout: int) -> tuple[Dataset, Dataset, Dataset]:
     """Take blocks for calibration and for evaluation, spread evenly over all; the rest is for training.
 
@@ -210,8 +226,10 @@ def make_batches(
     """Batches of a data set of examples, in its order; ready batches (a list, a loader) stay as they are.
 
     Raises:
-        LayerPruneError: there is nothing in it.
+        LayerPruneError: there is nothing in it, or a batch is to hold nothing.
     """
+    if batch_size < 1:
+        raise LayerPruneError(f"The batch size is {batch_size}: it must be at least 1.")
     if isinstance(data, DataLoader):
         data = list(data)
     ready = isinstance(data, (list, tuple)) and data and torch.is_tensor(data[0].get("input_ids"))

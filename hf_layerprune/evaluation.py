@@ -33,9 +33,19 @@ def evaluate_model(
         model, tokenizer: a causal language model and its tokenizer.
         batches (sequence of dict): `input_ids` `(batch, length)` of whole passages.
         questions (mapping of `str` to sequence of [`Question`], *optional*): of tasks named in `TASKS`.
+
+    Raises:
+        LayerPruneError: a question that cannot be asked, or text too short to be copied, before the rest.
     """
+    tasks = {
+        name: MultipleChoice(asked, tokenizer, normalize=TASKS[name].normalize)
+        for name, asked in (questions or {}).items()
+    }
+    for task in tasks.values():
+        task.check_length(model)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    copied = copying(model, batches[: 1 + 31 // len(batches[0]["input_ids"])])
     found: dict[str, Any] = {
         "layers": len(get_lineage(model).kept),
         "parameters": model.num_parameters(),
@@ -43,16 +53,13 @@ def evaluate_model(
         "dtype": str(model.dtype).removeprefix("torch."),
         **evaluate_text(model, batches, tokenizer),
         "generated_per_second": generation_speed(model, batches[0]),
-        "copying": copying(model, batches[: 1 + 31 // len(batches[0]["input_ids"])]),
+        "copying": copied,
     }
     if torch.cuda.is_available():
         found["peak_memory_mb"] = torch.cuda.max_memory_allocated() // 2**20
     if questions:
-        answers: dict[str, list[Answer]] = {}
         with undisturbed(model):
-            for name, asked in questions.items():
-                task = MultipleChoice(asked, tokenizer, normalize=TASKS[name].normalize)
-                answers[name] = task.read(model)
+            answers = {name: task.read(model) for name, task in tasks.items()}
         right = {name: [one.right for one in given] for name, given in answers.items()}
         found |= task_scores(right, {name: chance(asked) for name, asked in questions.items()})
         for name, given in answers.items():
@@ -68,6 +75,7 @@ def compare_models(results: Mapping[str, dict[str, Any]]) -> None:
     if "tasks" not in first:
         return
     for one in results.values():
+        one.pop("kept", None)  # of another first model, where this one was measured before
         if tasks_done(first):
             one["kept"] = share_kept(first, one)
         one["difference"] = dict(zip(("mean", "standard_error"), mean_difference(first, one), strict=True))

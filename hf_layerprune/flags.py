@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from .errors import LayerPruneError
+
 
 @dataclass
 class ModelArguments:
@@ -99,6 +101,10 @@ class SizeArguments:
     )
 
     def __post_init__(self) -> None:
+        if not 0 < self.layers_per_phase < float("inf"):
+            raise LayerPruneError(
+                f"layers_per_phase is {self.layers_per_phase}: give a number of layers, or a share below 1."
+            )
         if self.layers_per_phase >= 1 and self.layers_per_phase == int(self.layers_per_phase):
             self.layers_per_phase = int(self.layers_per_phase)
 

@@ -44,6 +44,10 @@ def read_through_harness(
         metric = next((one for one in names_here if one in samples[0]), None)
         if metric is None:
             raise LayerPruneError(f"lm-eval gives no accuracy for {name}: choose tasks with right answers.")
+        if any(sample[metric] not in (0, 1) for sample in samples):
+            raise LayerPruneError(
+                f"{metric} of lm-eval's {name} is not right or wrong but a share: choose other tasks."
+            )
         right[name] = [bool(sample[metric]) for sample in samples]
         choices = [len(sample["resps"]) for sample in samples]
         chances[name] = sum(1 / count for count in choices if count > 1) / len(choices)

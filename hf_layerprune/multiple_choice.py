@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .data import Batch
+from .data import Batch, most_tokens
 from .errors import LayerPruneError
 from .reading import ROWS, Reader
 
@@ -127,6 +127,7 @@ class MultipleChoice:
 
     def __call__(self, model: PreTrainedModel) -> float:
         """The share of right answers."""
+        self.check_length(model)
         with torch.no_grad():
             reader = Reader(model, self.example(model))
             return torch.cat([right_answers(reader, batch) for batch in self.batches(reader)]).mean().item()
@@ -134,6 +135,7 @@ class MultipleChoice:
     def read(self, model: PreTrainedModel) -> list["Answer"]:
         """What a model says of each question, in the order in which they were given."""
         found: dict[int, Answer] = {}
+        self.check_length(model)
         with torch.no_grad():
             reader = Reader(model, self.example(model))
             packed = _can_pack(reader, self.encoded[-1])
@@ -147,6 +149,19 @@ class MultipleChoice:
                 for question, one, few in zip(questions, right, perplexities, strict=True):
                     found[question.number] = Answer(one == 1, few.tolist())
         return [found[number] for number in sorted(found)]
+
+    def check_length(self, model: PreTrainedModel) -> None:
+        """Check that `model` reads the longest question.
+
+        Raises:
+            LayerPruneError: it does not.
+        """
+        longest = max(len(one.shared) + max(map(len, one.rests)) for one in self.encoded)
+        most = most_tokens(model)
+        if most is not None and longest > most:
+            raise LayerPruneError(
+                f"A question has {longest} tokens, but the model reads {most} at most: leave such out."
+            )
 
     def example(self, model: PreTrainedModel) -> torch.Tensor:
         """The tokens `(1, length)` of a question and a choice."""

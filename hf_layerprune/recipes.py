@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import difflib
 import json
+import re
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,12 +19,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, defa
 
 from .arguments import DistillationTrainingArguments
 from .callback import LayerPruningCallback
-from .checkpoint import last_checkpoint
 from .data import make_batches
 from .errors import LayerPruneError
 from .evaluation import evaluate_text
 from .lineage import get_lineage
-from .record import Record, changed_settings, peak_memory_mb, read_record, start_record, write_record
+from .record import (
+    Record,
+    changed_settings,
+    checkpoint_of,
+    peak_memory_mb,
+    read_record,
+    start_record,
+    write_record,
+)
 from .removal import (
     MAX_GAP,
     SELECTIONS,
@@ -48,6 +56,16 @@ REPLACEMENT_LOSSES = {
     "lm": {"kl_weight": 0.0, "ce_weight": 1.0, "hidden_weight": 0.0},
     "kl": {"kl_weight": 1.0, "ce_weight": 0.0, "hidden_weight": 0.0},
 }
+OF_THE_MACHINE = ("use_cpu", "dataloader_pin_memory")
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 5e-5 as the number that it is in YAML 1.2; PyYAML takes it for a word."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
 
 
 @dataclass
@@ -114,7 +132,7 @@ def recipe_words(recipe: str, types: Sequence[Any]) -> list[str]:
             f"No recipe {recipe!r}: give a YAML file, or one of {', '.join(shipped_recipes())}."
         )
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+        fields = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise LayerPruneError(f"{path} is no plain YAML: {' '.join(str(error).split())}") from error
     if not isinstance(fields, dict):
@@ -136,14 +154,16 @@ def recipe_words(recipe: str, types: Sequence[Any]) -> list[str]:
 
 
 def resolved_fields(parts: Sequence[Any], args: DistillationTrainingArguments) -> dict[str, Any]:
-    """What a recipe came to: the fields of its parts that are not at their default, without folders."""
+    """What a recipe came to: the fields of its parts that are not at their default, without folders and what
+    is of this machine."""
     found: dict[str, Any] = {}
     for part in parts:
         for one in dataclasses.fields(part):
             value = getattr(part, one.name)
             if value != one.default and one.name not in ("teacher", "resume"):
-                found[one.name] = Path(value).name if one.name in ("model", "data") else value
-    return found | changed_settings(args)
+                local = one.name in ("model", "data") and Path(value).exists()
+                found[one.name] = Path(value).name if local else value
+    return found | {k: v for k, v in changed_settings(args).items() if k not in OF_THE_MACHINE}
 
 
 def run_recipe(
@@ -179,6 +199,16 @@ def run_recipe(
     Raises:
         LayerPruneError: settings that cannot work, before any long work.
     """
+    if args.max_steps and isinstance(train, Dataset) and not len(train):
+        raise LayerPruneError(
+            "Calibration and evaluation take all blocks of the text, none is left to train on: give more "
+            "text, or ask for fewer blocks."
+        )
+    if args.eval_strategy != "no":
+        raise LayerPruneError("run measures before, between and after training: leave eval_strategy out.")
+    if resume and recipe.replacement != "none" and recipe.replacement_loss != "none":
+        raise LayerPruneError("What trains a replacement alone is short, and does not resume: begin anew.")
+    found = checkpoint_of(str(args.output_dir)) if resume is True else resume or None
     heldout_batches = make_batches(heldout, args.per_device_eval_batch_size)
     choice: dict[str, Any] = {
         "target_layers": recipe.keep,
@@ -189,16 +219,17 @@ def run_recipe(
         "pattern": recipe.pattern,
         "evaluation": lambda model: evaluate_text(model, heldout_batches),
     }
-    caches = model.config.use_cache  # which training may switch off
+    caches = getattr(model.config, "use_cache", None)  # which training may switch off
     if recipe.select == "phases":
         if not args.max_steps:
             raise LayerPruneError("select phases trains between removals: set max_steps or steps_per_phase.")
         pruning = LayerPruningCallback(**choice, **(phases or {}))
-        _train(model, None, args, train, pruning, resume)
+        _train(model, None, args, train, pruning, found)
         record = pruning.record
     else:
-        record = _remove_and_heal(model, recipe, args, choice, train, resume)
-    model.config.use_cache = caches
+        record = _remove_and_heal(model, recipe, args, choice, train, found)
+    if caches is not None:
+        model.config.use_cache = caches
     healing = "healed by distillation" if args.kl_weight or args.hidden_weight else "healed on text"
     record["method"] = {
         "name": recipe.title,
@@ -208,7 +239,8 @@ def run_recipe(
     folder = Path(str(args.output_dir))
     save_model(model, folder, verify=args.verify_save, legacy_rope=args.legacy_rope)
     tokenizer.save_pretrained(folder)
-    record["recipe"] = resolved
+    if resolved is not None:
+        record["recipe"] = resolved
     write_record(record, folder)
     write_card(record, folder)
     return record
@@ -220,27 +252,25 @@ def _remove_and_heal(
     args: DistillationTrainingArguments,
     choice: dict[str, Any],
     train: Dataset,
-    resume: str | bool | None,
+    checkpoint: str | None,
 ) -> Record:
-    """Remove all layers first, and train what is left after that."""
+    """Remove all layers first, and train what is left after that, from a checkpoint if there is one."""
     check_plan(model, recipe.keep, choice["protected"])
     began = time.monotonic()
     replaces = recipe.replacement != "none"
     alone = replaces and recipe.replacement_loss != "none"  # what replaces is all that is trained
-    found = last_checkpoint(str(args.output_dir)) if resume is True else resume
-    if resume and alone:
-        raise LayerPruneError("What trains a replacement alone is short, and does not resume: begin anew.")
     if alone:
         for name, value in REPLACEMENT_LOSSES[recipe.replacement_loss].items():
             setattr(args, name, value)
     teaches = bool(args.max_steps and (args.kl_weight or args.hidden_weight))
     teacher = copy.deepcopy(model) if teaches else None
     trained: list[nn.Parameter] = []
-    cut = read_record(str(args.output_dir)) if found else None
+    cut = read_record(str(args.output_dir)) if checkpoint else None
     if cut is not None:  # the weights are the checkpoint's, what it knows not of is how deep the model is
+        _check_same(cut, recipe, choice)
         left = cut["phases"][-1]["kept"]
         remove_layers(model, [i for i, one in enumerate(get_lineage(model).kept) if one not in left])
-        record = cut | {"resumed_at": Path(str(found)).name}
+        record = cut | {"resumed_at": Path(str(checkpoint)).name}
     elif replaces:
         record, trained = _replace(model, recipe, choice)
     else:
@@ -258,13 +288,26 @@ def _remove_and_heal(
                     kept = get_lineage(one).kept
                     after = [i for i, original in enumerate(kept) if original > last]
                     shortened.enter_context(without_layers(one, after))
-            record["log"] = _train(model, teacher, args, train, resume=found)
+            record["log"] = _train(model, teacher, args, train, checkpoint=checkpoint)
         record["training"] = changed_settings(args)
         record["phases"][-1]["healed"] = run_evaluation(choice["evaluation"], model)
     record |= {"seconds": round(time.monotonic() - began, 2), "finished": True}  # since it was resumed
     record["phases"][-1]["seconds"] = record["seconds"]
     record["peak_memory_mb"] = peak_memory_mb()
     return record
+
+
+def _check_same(cut: Record, recipe: RecipeArguments, choice: dict[str, Any]) -> None:
+    """Check that a run goes on as it began."""
+    asked = {name: choice[name] for name in ("target_layers", "criterion")}
+    asked |= {"select": recipe.select, "replacement": recipe.replacement}
+    for name, value in asked.items():
+        began = cut["pruning"].get(name, "none")
+        if began != value:
+            raise LayerPruneError(
+                f"The run to resume began with {name} {began}, not {value}: resume it as it began, or "
+                "begin a new one in another folder."
+            )
 
 
 def _replace(
@@ -314,20 +357,25 @@ def _train(
     args: DistillationTrainingArguments,
     train: Dataset,
     pruning: LayerPruningCallback | None = None,
-    resume: str | bool | None = None,
+    checkpoint: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Train, with a teacher where one is asked for, else on the labels alone; the log."""
+    """Train, with a teacher where one is asked for, else on the labels alone; the log. The model is then as
+    it was before, without the Trainer's mixed precision."""
     callbacks: list[Any] = [] if pruning is None else [pruning]
+    kind: Any
+    settings: dict[str, Any]
     taught = args.kl_weight or args.hidden_weight
-    trainer: Trainer
     if taught or (pruning is not None and args.trainable != "all"):  # which is chosen anew after each removal
-        settings = {"train_dataset": train, "callbacks": callbacks}
-        trainer = DistillationTrainer(model, args, teacher_model=teacher, **settings)
+        kind, settings = DistillationTrainer, {"teacher_model": teacher}
     else:
         chosen = {id(parameter) for parameter in trained_parameters(model, args.trainable)}
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in chosen)
-        collate = default_data_collator
-        trainer = Trainer(model, args, data_collator=collate, train_dataset=train, callbacks=callbacks)
-    trainer.train(resume_from_checkpoint=resume)
+        kind, settings = Trainer, {"data_collator": default_data_collator}
+    try:
+        trainer = kind(model, args, train_dataset=train, callbacks=callbacks, **settings)
+    except ValueError as error:  # the Trainer refused an argument
+        raise LayerPruneError(str(error)) from error
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     return trainer.state.log_history

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import platform
 import resource
@@ -14,11 +15,13 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from .arguments import DistillationTrainingArguments
-from .checkpoint import is_whole
+from .checkpoint import is_whole, last_checkpoint
 from .errors import LayerPruneError
 from .lineage import get_lineage
 from .saving import check_writable
 
+
+logger = logging.getLogger(__name__)
 
 RECORD_NAME = "layer_pruning.json"
 # What a run did, by how it healed.
@@ -143,6 +146,21 @@ def check_folder_is_free(folder: str | Path) -> None:
         )
 
 
+def checkpoint_of(folder: str | Path) -> str | None:
+    """The checkpoint from which the run in `folder` goes on; None of one that broke off before its first,
+    which begins again.
+
+    Raises:
+        LayerPruneError: there is no such run, or it is finished.
+    """
+    found, begun = last_checkpoint(folder), read_record(folder)
+    if found is None and (begun is None or begun["finished"]):
+        raise LayerPruneError(f"No checkpoint to resume from in {folder}.")
+    if found is None:
+        logger.warning("The run in %s came to no checkpoint: it begins again.", folder)
+    return found
+
+
 def peak_memory_mb() -> int:
     """The most memory this process has held so far: on the GPU if there is one, else resident."""
     if torch.cuda.is_available():
@@ -162,7 +180,7 @@ def changed_settings(args: Any) -> dict[str, Any]:
         value = values[field.name]
         private = field.name.endswith(("_dir", "_token", "run_name", "hub_model_id"))
         filled_in = default is None and not value  # by transformers, when it was left out
-        plain = isinstance(value, (int, float, str)) or field.name == "hidden_layers"
+        plain = isinstance(value, (int, float, str)) or field.name in ("hidden_layers", "lr_scheduler_kwargs")
         if plain and value != default and not private and not filled_in:
             changed[field.name] = value
     return {**changed, "seed": args.seed, "max_steps": args.max_steps}

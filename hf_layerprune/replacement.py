@@ -60,6 +60,8 @@ def replace_run(
         raise LayerPruneError(
             f"{layers} layers cannot stand in for {count}: it must be at least 1 and fewer."
         )
+    with without_layers(model, run[:-layers]):  # refused before a weight is changed
+        pass
     stack = find_decoder(model).layers
     standing = [stack[layer] for layer in run[-layers:]]
     if kind == "layer":
@@ -67,6 +69,15 @@ def replace_run(
             {name: value.clone() for name, value in stack[layer].state_dict().items()}
             for layer in run[:layers]
         ]
+        for module, state in zip(standing, weights, strict=True):
+            shapes = [
+                {name: one.shape for name, one in each.items()} for each in (module.state_dict(), state)
+            ]
+            if shapes[0] != shapes[1]:
+                raise LayerPruneError(
+                    f"Layers {run[0]} to {run[-1]} of this {model.config.model_type} model are of different "
+                    "kinds, so that the first cannot stand for the last: choose another replacement."
+                )
         for module, state in zip(standing, weights, strict=True):
             module.load_state_dict(state)
         trained = [parameter for module in standing for parameter in module.parameters()]
@@ -100,6 +111,8 @@ def replace_by_linear_map(
     check_layers(model, range(first, first + count))
     if first < 1:
         raise LayerPruneError("A linear map is multiplied into the layer before the run: start it later.")
+    with without_layers(model, range(first, first + count)):  # refused before a weight is changed
+        pass
     before = find_decoder(model).layers[first - 1]
     part = _part(model, before, FEED_FORWARD)
     output: Any = _part(model, part, OUTPUTS)
@@ -199,6 +212,8 @@ def _feed_forward_only(model: PreTrainedModel, layer: int, kind: str) -> list[nn
             f"{'' if gated else 'not '}gated, and so must be what is stored as one: choose "
             f"{'swiglu' if gated else 'ffn'}."
         )
+    with without_layers(model, layer):  # refused before a weight is changed
+        pass
     attention = _part(model, module, ATTENTION)
     output = _part(model, part, OUTPUTS)
     kept = {name: value.clone() for name, value in module.state_dict().items()}

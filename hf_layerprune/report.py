@@ -133,8 +133,9 @@ def results_rows(records: Mapping[str, Record]) -> list[list[str]]:
 def healing_tokens(record: Record) -> int:
     """On how many tokens a run of a recipe trained in all."""
     recipe, steps = record["recipe"], record["training"].get("max_steps", 0)
+    steps = max((entry.get("step", 0) for entry in record["log"]), default=max(0, steps))
     batch = recipe.get("per_device_train_batch_size", 8) * recipe.get("gradient_accumulation_steps", 1)
-    return max(0, steps) * batch * recipe.get("block_length", 256)
+    return steps * batch * recipe.get("block_length", 256)
 
 
 def plot_results(records: Mapping[str, Record], path: str | Path) -> None:
@@ -295,7 +296,7 @@ def write_card(
     """
     base = finetuned_from or record["model"]["name"]
     on_hub = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not Path(base).exists()
-    name = model_name or Path(folder).name
+    name = model_name or Path(folder).resolve().name
     phases = record["phases"]
     kept = phases[-1]["kept"] if phases else list(range(record["model"]["layers"]))
     removed = [removal["original"] for phase in phases for removal in phase["removals"]]
@@ -352,7 +353,9 @@ def write_card(
         kept=kept,
         record=record,
         table=markdown_table(table_rows(record)),
-        measured=markdown_table(evaluation_rows({base: measured["dense"], name: measured["model"]}))
+        measured=markdown_table(
+            evaluation_rows({f"{base} (dense)": measured["dense"], name: measured["model"]})
+        )
         if measured
         else None,
         text=measured and measured["text"],

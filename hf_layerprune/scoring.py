@@ -306,7 +306,8 @@ def check_choices(
 def _small_enough(model: PreTrainedModel, batches: list[Any], cache_mb: int) -> list[Any]:
     """The batches in parts of which the states after all layers fit into so many MiB, or of one row."""
     embeddings: Any = model.get_input_embeddings().weight
-    state = embeddings.shape[-1] * embeddings.element_size() * len(get_lineage(model).kept)
+    # By the original depth, so that the parts stay the same when layers go, and their prefixes are theirs.
+    state = embeddings.shape[-1] * embeddings.element_size() * get_lineage(model).original
     rows = [cache_mb * 2**20 // (state * batch["input_ids"].shape[1]) for batch in batches]
     return [part for batch, most in zip(batches, rows, strict=True) for part in _split(batch, most)]
 

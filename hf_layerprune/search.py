@@ -20,7 +20,8 @@ class Selection:
 
     Args:
         layers (`list[int]`): present indices, in order.
-        cost (`float`): what the model loses without them, in the criterion's unit.
+        cost (`float`): what the model loses without them, in the criterion's unit: for `"loss"` and `"task"`
+            together, for others the sum of what each takes away from those left before it.
         steps (`list[tuple[list[int], float]]`): each set on the way, with its cost.
     """
 
@@ -54,7 +55,8 @@ def select_layers(
         criterion (`str`, *optional*, defaults to `"loss"`): see [`score_layers`].
         contiguous (`bool`, *optional*, defaults to `False`): start from a run.
         refine (`bool`, *optional*, defaults to `True`): exchange layers after that; only for `"loss"` and
-            `"task"`, whose quality says whether it helps.
+            `"task"`, whose quality says whether it helps, and not with `racing`, which reads but a part of
+            the text.
         protected (iterable of `int`, *optional*): layers that stay; left out, the first and the last.
         progress (`bool`, *optional*, defaults to `True`): show bars.
         settings: other arguments of [`score_layers`].
@@ -66,7 +68,7 @@ def select_layers(
     fixed = {0, len(kept) - 1} if protected is None else check_layers(model, protected)
     if type(remove) is not int or not 1 <= remove <= len(kept) - len(fixed) - (not fixed):
         raise LayerPruneError(f"remove is {remove!r}, but {len(kept) - len(fixed)} layers are not protected.")
-    measured = criterion in ("loss", "task")
+    measured = criterion in ("loss", "task") and settings.get("racing") is None
 
     def table(gone: Sequence[int], run: int = 1) -> tuple[ScoreTable, dict[int, int]]:
         """Scores of what is left without some layers, and which layer each of its indices is."""

@@ -19,7 +19,7 @@ from .arguments import DistillationTrainingArguments
 from .callback import LayerPruningCallback
 from .checkpoint import load_model, load_tokenizer
 from .criteria import CRITERIA
-from .data import load_texts, make_batches, split_blocks, token_blocks
+from .data import check_block_length, load_texts, make_batches, split_blocks, token_blocks
 from .errors import LayerPruneError
 from .evaluation import evaluate_text
 from .inspection import inspect_layers
@@ -89,6 +89,9 @@ class StudyArguments:
         for name, value in (QUICK if self.quick else WHOLE).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        for name in ("tokens", "calibration_blocks", "heldout_blocks", "block_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise LayerPruneError(f"{name} is {getattr(self, name)}: it must be at least 1.")
 
 
 class Setting:
@@ -114,6 +117,7 @@ class Setting:
             )
         names = [Path(source).name for source in arguments.data]
         self.names = (names if len(set(names)) == len(names) else arguments.data) or ["help topics"]
+        check_block_length(arguments.block_length, self.dense)
         self.texts = [load_texts(source) for source in arguments.data] or [_help_topics()]
         self.blocks = [self.cut_up(texts) for texts in self.texts]
         sizes: Any = arguments.calibration_blocks, arguments.heldout_blocks
@@ -157,19 +161,26 @@ class Setting:
         """The model with a linear map for the run of least Block Influence, and what was chosen."""
         model, began = copy.deepcopy(self.dense), time.monotonic()
         table = score_layers(model, self.calibration, "block_influence", run=remove, progress=False)
-        first = table.ranking()[0]
+        first, kept = table.ranking()[0], get_lineage(model).kept
         replace_by_linear_map(model, first, remove, self.calibration)
         seconds = round(time.monotonic() - began, 1)
-        return model, {"layers gone": list(range(first, first + remove)), "seconds to score": seconds}
+        return model, {"layers gone": kept[first : first + remove], "seconds to score": seconds}
 
     def cut_loss(self, cut: Cut, remove: int) -> Row:
-        """What one way of cutting costs."""
-        model, found = cut(remove)
+        """What one way of cutting costs; nothing where this model cannot be cut so."""
+        try:
+            model, found = cut(remove)
+        except LayerPruneError as error:
+            return {"loss": None, "not possible": str(error)}
         return {"loss": self.loss(model), **found}
 
     def cut_and_heal(self, cut: Cut, **changes: Any) -> Row:
-        """What one way of cutting costs, and what is left of that after training."""
-        model, found = cut(self.remove)
+        """What one way of cutting costs, and what is left of that after training; nothing where this model
+        cannot be cut so."""
+        try:
+            model, found = cut(self.remove)
+        except LayerPruneError as error:
+            return {"cut": None, "healed": None, "not possible": str(error)}
         return {"cut": self.loss(model), **self.heal(model, **changes), **found}
 
     def heal(self, model: PreTrainedModel, *callbacks: Any, **changes: Any) -> Row:
@@ -196,6 +207,7 @@ class Setting:
                 model, args, teacher_model=teacher, train_dataset=self.train, callbacks=list(callbacks)
             )
             trainer.train()
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         model.float()
         return {"healed": self.loss(model), "seconds": round(time.monotonic() - began, 1)}
 
@@ -310,6 +322,7 @@ def middle(setting: Setting) -> Iterator[Row]:
             if i == 0:
                 return score_layers(setting.dense, setting.calibration, "loss", protected=[]).to_dict()
             model, tokenizer = load(name)
+            check_block_length(setting.arguments.block_length, model)
             blocks = setting.cut_up(setting.texts[0], tokenizer)
             some = split_blocks(blocks, *sizes)[0]
             return score_layers(model, make_batches(some, 4), "loss", protected=[]).to_dict()
@@ -390,7 +403,7 @@ def scale(setting: Setting) -> Iterator[Row]:
 
 def _distil(setting: Setting, model: PreTrainedModel, batches: list[Any]) -> None:
     """The operations of distillation: the teacher reads, the student reads and learns."""
-    for batch in batches:
+    for batch in [{"input_ids": one["input_ids"].to(model.device)} for one in batches]:
         with torch.no_grad():
             wanted = setting.dense(**batch, use_cache=False).logits.log_softmax(-1)
         said = model(**batch, use_cache=False).logits.log_softmax(-1)
@@ -462,7 +475,7 @@ def study_rows(rows: Sequence[Row]) -> list[list[str]]:
 def _plot(name: str, rows: Sequence[Row], path: Path) -> None:
     if name == "baseline":
         lines: dict[str, list[tuple[float, float]]] = {}
-        for row in rows[1:]:
+        for row in [row for row in rows[1:] if row["loss"] is not None]:
             lines.setdefault(row["way"], [(0, rows[0]["loss"])]).append((row["removed"], row["loss"]))
         plot_lines(lines, path, "layers removed", "held-out loss (nats per token)")
     elif name == "middle":
@@ -478,5 +491,5 @@ def _plot(name: str, rows: Sequence[Row], path: Path) -> None:
         points = {f"{row['model']}, {row['layers']} layers": list(row.values())[-1] for row in rows}
         plot_points(points, path, "operations of scoring all layers on a token,\nin tokens of distillation")
     else:
-        points = {str(next(iter(row.values()))): row["healed"] for row in rows}
+        points = {str(next(iter(row.values()))): row["healed"] for row in rows if row["healed"] is not None}
         plot_points(points, path, "held-out loss after healing (nats per token)")

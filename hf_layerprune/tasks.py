@@ -66,7 +66,12 @@ def last_word(row: Row) -> Question:
 
 
 def own(row: Row) -> Question:
-    return Question(row["context"], list(row["choices"]), row.get("answer", 0))
+    choices, answer = row["choices"], row.get("answer", 0)
+    if not isinstance(choices, list) or not all(isinstance(one, str) and one.strip() for one in choices):
+        raise ValueError("choices must be a list of texts, none empty")
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise ValueError(f"answer is {answer!r}: it must be the index of the right choice, from 0")
+    return Question(row["context"], choices, answer)
 
 
 def _without_brackets(text: str) -> str:

@@ -35,7 +35,7 @@ from .leave_one_out import captured, hidden, replayed
 from .lineage import Lineage, get_lineage
 from .losses import LAST, cross_entropy, divergence, hidden_error, hidden_pairs, likeliest, token_mask
 from .reading import Reader
-from .record import Record, read_record
+from .record import Record, checkpoint_of, read_record
 from .report import write_card
 from .rotary import legacy_rotary
 from .saving import check_writable, save_adapter, save_model, saving, write_pruned_base
@@ -436,12 +436,7 @@ class DistillationTrainer(Trainer):
         """
         folder, output_dir = resume_from_checkpoint or None, str(self.args.output_dir)
         if folder is True:
-            folder = last_checkpoint(output_dir)
-            begun = read_record(output_dir)
-            if folder is None and (begun is None or begun["finished"]):
-                raise LayerPruneError(f"No checkpoint to resume from in {output_dir}.")
-            if folder is None:
-                logger.warning("The run in %s came to no checkpoint: it begins again.", output_dir)
+            folder = checkpoint_of(output_dir)
         if folder:
             if not is_whole(folder):
                 raise LayerPruneError(

@@ -263,3 +263,20 @@ def test_what_was_evaluated_is_not_measured_again(folder, capsys, monkeypatch):
     Path("e.json").write_text("[]")
     assert main(["evaluate", folder, *flags]) == 2
     assert "e.json is not from evaluate --json" in capsys.readouterr().err
+
+
+def test_a_task_is_asked_once(folder, capsys):
+    words = ["evaluate", folder, *DATA, "--tasks", "questions=a.jsonl", "questions=b.jsonl"]
+    assert main(words) == 2
+    assert "tasks has questions more than once" in capsys.readouterr().err
+
+
+def test_what_cannot_be_compared_costs_no_scores(folder, capsys, monkeypatch):
+    words = ["score", folder, *DATA, "--calibration_blocks", "4"]
+    assert main([*words, "--run", "2", "--json", "runs.json"]) == 0
+    assert main([*words, "--json", "one.json", "--compare", "runs.json"]) == 2
+    assert "runs.json scores runs of 2 layers, not of 1" in capsys.readouterr().err
+    assert json.loads(Path("one.json").read_text())["scores"]
+    assert main([*words, "--json", "two.json", "--compare", "none.txt"]) == 2
+    assert "No such file: none.txt" in capsys.readouterr().err
+    assert not Path("two.json").exists()

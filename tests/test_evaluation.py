@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from hf_layerprune import LayerPruneError, MultipleChoice, evaluate_text, remove_layers, stability
+from hf_layerprune import (
+    LayerPruneError,
+    MultipleChoice,
+    evaluate_text,
+    evaluation,
+    remove_layers,
+    stability,
+)
 from hf_layerprune.data import make_batches, token_blocks
 from hf_layerprune.evaluation import (
     compare_models,
@@ -17,7 +24,7 @@ from hf_layerprune.evaluation import (
     task_scores,
     tasks_done,
 )
-from hf_layerprune.multiple_choice import Answer
+from hf_layerprune.multiple_choice import Answer, Question
 
 from .conftest import logits, make_model, tokens
 from .test_multiple_choice import QUESTIONS, likelihoods
@@ -229,3 +236,19 @@ def test_the_share_that_is_kept_stands_beside_the_models():
     assert models["dense"]["kept"]["share"] == pytest.approx(1)
     assert models["cut"]["kept"]["share"] == pytest.approx(0.12 / 0.3)
     assert models["cut"]["difference"]["mean"] == pytest.approx(-0.09)  # of both tasks
+
+
+def test_what_is_kept_of_another_model_is_forgotten():
+    one = {"layers": 1, **task_scores({"a": [True] * 40 + [False] * 10}, {"a": 0.5})}
+    weak = {"layers": 1, **task_scores({"a": [True] * 25 + [False] * 25}, {"a": 0.5})}
+    compare_models({"dense": one, "same": one})
+    assert "kept" in one
+    compare_models({"weak": weak, "same": one})
+    assert "kept" not in one
+
+
+def test_a_question_longer_than_the_model_reads_is_told_before_the_rest(llama, tokenizer, monkeypatch):
+    monkeypatch.setattr(evaluation, "evaluate_text", lambda *args: pytest.fail("read"))
+    long = [Question("word " * 20, [" yes", " no"])]  # a hundred tokens, of 64
+    with pytest.raises(LayerPruneError, match=r"A question has \d+ tokens, but the model reads 64 at most"):
+        evaluate_model(llama, tokenizer, [{"input_ids": tokens(2, 24)}], {"questions": long})

@@ -294,3 +294,15 @@ def test_a_forward_of_a_layers_own_is_put_back(llama):
                 raise error
         assert vars(layer)["forward"] is own
         assert "forward" not in vars(llama.model.layers[1])
+
+
+def test_prefixes_are_of_the_same_parts_when_layers_have_gone(llama):
+    """A batch is read in parts of as many rows as fit, which must not be more when fewer layers are left."""
+    given, prefixes = [{"input_ids": tokens(48, 32)}], Prefixes()
+    settings = {"cache_mb": 1, "progress": False}
+    parts = [len(_small_enough(make_model(num_hidden_layers=count), given, 1)) for count in (6, 5)]
+    assert parts[0] > parts[1]  # as a model of that depth would be read
+    score_layers(llama, given, prefixes=prefixes, **settings)
+    remove_layers(llama, 3)
+    found = score_layers(llama, given, prefixes=prefixes, **settings)
+    assert found == score_layers(llama, given, **settings)

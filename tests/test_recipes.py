@@ -442,3 +442,57 @@ def test_removal_at_once_resumes_in_training_to_the_same_weights(folder, recipe)
     assert [e["loss"] for e in resumed["log"] if "loss" in e] == [
         e["loss"] for e in record["log"] if "loss" in e
     ]
+
+
+def test_a_recipes_own_schedule_is_kept_and_runs_again_from_the_card(folder):
+    """PyYAML takes 5e-5, which is a number in YAML 1.2, for a word."""
+    assert run("streamline", *DATA, *SMALL, *SHORT) == 0
+    model, record = result()
+    assert record["recipe"]["lr_scheduler_kwargs"] == {"min_lr": 5e-5}
+    assert not {"use_cpu", "dataloader_pin_memory"} & set(record["recipe"])
+    Path("again.yaml").write_text(yaml.safe_dump(record["recipe"]))
+    words = ["--model", "model", "--data", "text.txt", "--output_dir", "again"]
+    assert run("again.yaml", *words) == 0
+    again = AutoModelForCausalLM.from_pretrained("again").eval()
+    assert torch.equal(logits(again, tokens()), logits(model, tokens()))
+
+
+def test_what_is_healed_is_measured_as_what_was_cut(folder, tokenizer):
+    """In the model's own precision, not in that of the training."""
+    assert run("shortgpt", *DATA, *SMALL, *SHORT, "--bf16", "True") == 0
+    model, record = result()
+    held = make_batches(blocks(tokenizer)[1], 8)
+    assert record["phases"][-1]["healed"]["loss"] == pytest.approx(
+        evaluate_text(model, held)["loss"], abs=1e-6
+    )
+
+
+def test_a_run_goes_on_only_as_it_began_and_until_it_is_finished(folder, capsys):
+    words = ["default", *DATA, *SMALL, *SHORT, "--save_strategy", "steps", "--save_steps", "2"]
+    assert run(*words) == 0
+    assert run(*words, "--keep", "4", "--resume") == 2
+    assert "began with target_layers 3, not 4" in capsys.readouterr().err
+    assert run(*words, "--criterion", "loss", "--resume") == 2
+    assert "began with criterion block_influence, not loss" in capsys.readouterr().err
+    for checkpoint in Path("out").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    for recipe in ("default", "layerchop"):
+        assert run(recipe, *words[1:], "--resume") == 2
+        assert "No checkpoint to resume from in out" in capsys.readouterr().err
+    assert result()[1]["finished"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--calibration_blocks", "10", "--heldout_blocks", "BLOCKS"], "none is left to train on"),
+        (["--eval_strategy", "steps"], "leave eval_strategy out"),
+        (["--report_to", "nothing"], "nothing is not supported"),
+        (["--per_device_eval_batch_size", "0"], "batch size is 0"),
+    ],
+)
+def test_what_cannot_be_trained_is_told(folder, tokenizer, capsys, flags, message):
+    count = len(token_blocks(load_texts("text.txt"), tokenizer, 16)) - 10
+    flags = [str(count) if word == "BLOCKS" else word for word in flags]
+    assert run("shortgpt", *DATA, *SMALL, *SHORT, *flags) == 2
+    assert message in capsys.readouterr().err

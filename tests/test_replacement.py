@@ -248,3 +248,12 @@ def test_where_no_linear_map_fits_nothing_changes(family, first, message):
         replace_by_linear_map(model, first, 3, BATCHES)
     assert torch.equal(logits(model, tokens()), before)
     torch.testing.assert_close(model.state_dict(), weights, rtol=0, atol=0)
+
+
+def test_layers_of_other_kinds_cannot_be_inherited_and_nothing_changes():
+    model = tiny_model("deepseek_v3")  # two dense layers first, then sparse ones
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(LayerPruneError, match="are of different kinds"):
+        replace_run(model, 1, 3, "layer")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert len(get_lineage(model).kept) == len(find_decoder(model).layers)

@@ -10,7 +10,14 @@ from hf_layerprune import LayerPruneError, ScoreTable, report
 from hf_layerprune.cli import main
 from hf_layerprune.record import read_record, write_record
 from hf_layerprune.removal import prune_layers
-from hf_layerprune.report import markdown_table, plot_phases, plot_record, table_rows, write_card
+from hf_layerprune.report import (
+    healing_tokens,
+    markdown_table,
+    plot_phases,
+    plot_record,
+    table_rows,
+    write_card,
+)
 
 from .conftest import logits, make_model, tokens
 from .test_callback import calibration, pruning
@@ -207,7 +214,7 @@ def test_a_card_of_what_is_no_run_is_refused(folder, capsys):
     write_record({"format": 1}, folder)
     Path("e.json").write_text('{"text": "t", "models": {"other": {}}}')
     assert main(["card", folder, "--evaluation", "e.json"]) == 2
-    assert "e.json is of other, not of model" in capsys.readouterr().err
+    assert "e.json is of other alone, not of model" in capsys.readouterr().err
     Path("e.json").write_text("{}")
     assert main(["card", folder, "--evaluation", "e.json"]) == 2
     assert "e.json is not from evaluate --json" in capsys.readouterr().err
@@ -236,3 +243,32 @@ def test_quality_and_losses_are_drawn_where_they_are_known(llama, tmp_path):
         assert (tmp_path / name).stat().st_size > 1000
     record |= {"dense": None, "log": []}
     assert plot_record(record, tmp_path) == {}
+
+
+def test_a_card_tells_two_models_of_one_name_apart(folder, capsys):
+    data = ["--data", "text.txt", "--block_length", "16"]
+    flags = ["--target_layers", "4", "--output_dir", f"cut/{folder}", "--calibration_blocks", "4"]
+    assert main(["prune", folder, *data, *flags]) == 0
+    words = ["evaluate", folder, f"cut/{folder}", *data, "--max_blocks", "4", "--json", "e.json"]
+    assert main(words) == 0
+    assert main(["card", f"cut/{folder}", "--evaluation", "e.json"]) == 0
+    measured = read_record(f"cut/{folder}")["evaluation"]
+    assert (measured["dense"]["layers"], measured["model"]["layers"]) == (6, 4)
+    lines = Path("cut", folder, "README.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    assert ["layers", "6", "4"] in rows
+
+
+def test_an_evaluation_that_was_stopped_is_refused(folder, capsys):
+    write_record({"format": 1}, folder)
+    model = {"layers": 1, "tasks": {}}
+    Path("e.json").write_text(json.dumps({"text": "t", "models": {"dense": model, folder: model}}))
+    assert main(["card", folder, "--evaluation", "e.json"]) == 2
+    assert "e.json was not finished" in capsys.readouterr().err
+
+
+def test_healing_tokens_are_of_the_steps_that_were_taken():
+    recipe = {"block_length": 16, "per_device_train_batch_size": 2}
+    by_epochs = {"recipe": recipe, "training": {"max_steps": -1}, "log": [{"step": 5}, {"step": 7}]}
+    assert healing_tokens(by_epochs) == 7 * 32
+    assert healing_tokens(by_epochs | {"training": {"max_steps": 0}, "log": []}) == 0

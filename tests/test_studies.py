@@ -229,3 +229,22 @@ def test_a_text_in_thirds_is_compared_with_itself(arguments):
 def test_tables_go_through_the_journal_unchanged():
     table = ScoreTable("loss", {1: 0.5, 2: 0.25}, -1.0, [0, 1, 2, 3])
     assert ScoreTable.from_dict(json.loads(json.dumps(table.to_dict()))) == table
+
+
+def test_a_way_that_a_model_does_not_take_is_left_out(arguments, monkeypatch):
+    def refuse(*args):
+        raise LayerPruneError("no linear map")
+
+    monkeypatch.setattr(studies, "replace_by_linear_map", refuse)
+    for name in ("baseline", "iterative"):
+        rows = run_study(name, StudyArguments(**arguments, output_dir=name))
+        assert rows[-1]["not possible"] == "no linear map"
+        assert "no linear map" in Path(name, "table.md").read_text()
+        assert Path(name, "plot.png").stat().st_size > 1000
+
+
+def test_blocks_longer_than_the_model_reads_are_refused(arguments):
+    with pytest.raises(LayerPruneError, match="block_length is 65, but the model reads 64"):
+        run_study("losses", StudyArguments(**arguments | {"block_length": 65}))
+    with pytest.raises(LayerPruneError, match="batch_size is 0"):
+        StudyArguments(batch_size=0)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_layerprune import LayerPruneError, MultipleChoice, evaluation
+from hf_layerprune import LayerPruneError, MultipleChoice, evaluation, harness
 from hf_layerprune.cli import main
 from hf_layerprune.evaluation import task_scores
 from hf_layerprune.harness import read_through_harness
@@ -125,3 +125,27 @@ def test_what_lm_eval_does_not_know_is_said_before_any_model_is_read(
 def test_a_row_of_another_task_is_refused(files):
     with pytest.raises(LayerPruneError, match=r"piqa\.jsonl, row 1: no row of sciq"):
         load_task("sciq=piqa.jsonl")
+
+
+def test_shares_are_not_taken_for_right_answers(llama, tokenizer, monkeypatch):
+    samples = {"truthfulqa_mc2": [{"acc": 0.31, "resps": [1, 2]}, {"acc": 0.7, "resps": [1, 2]}]}
+    monkeypatch.setattr(harness, "harness_samples", lambda *args: samples)
+    with pytest.raises(LayerPruneError, match="acc of lm-eval's truthfulqa_mc2 is not right or wrong"):
+        read_through_harness(llama, tokenizer, ["truthfulqa_mc2"])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"context": "1+1=", "choices": [1, 2]},
+        {"context": "1+1=", "choices": "yes"},
+        {"context": "1+1=", "choices": ["2", " "]},
+        {"context": "1+1=", "choices": ["2", "3"], "answer": "1"},
+        {"context": "1+1=", "choices": ["2", "3"], "answer": 2},
+        {"context": "1+1=", "choices": []},
+    ],
+)
+def test_a_question_of_ones_own_that_cannot_be_asked_is_refused(tmp_path, row):
+    (tmp_path / "own.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(LayerPruneError, match="row 1: no row of questions"):
+        load_task(f"questions={tmp_path / 'own.jsonl'}")
