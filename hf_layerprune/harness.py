@@ -59,7 +59,7 @@ def known_tasks(tasks: Sequence[str]) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise LayerPruneError("lm-eval is not installed: pip install hf-layerprune[eval]") from error
+        raise LayerPruneError("lm-eval is not installed: pip install 'hf-layerprune[eval]'") from error
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     manager = TaskManager()
     parts = [task.partition("=") for task in tasks]

@@ -254,7 +254,7 @@ def losses(setting: Setting) -> Iterator[Row]:
 
 
 def iterative(setting: Setting) -> Iterator[Row]:
-    """Iterative or one-shot, at equal tokens: is scoring again worth what it costs?"""
+    """Iterative or one-shot, at equal tokens: is scoring again, which counts in its seconds, worth it?"""
 
     def by_phases(restart: bool) -> Row:
         model, depth = copy.deepcopy(setting.dense), setting.layers - setting.remove

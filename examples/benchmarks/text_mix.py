@@ -2,8 +2,10 @@
 
     python examples/benchmarks/text_mix.py DATA mix.jsonl
 
-DATA holds folders of JSON lines: wikipedia_en_2015, books_public_domain and instruct to take passages from,
-and those of the evaluation sets, whose texts are not to be trained on.
+DATA holds folders of JSON lines. To take passages from: wikipedia_en_2015 (articles of the English Wikipedia,
+`text`), books_public_domain (books of Standard Ebooks, `text`) and instruct (Dolly, GPTeacher's role play and
+Alpaca with GPT-4's answers: `instruction`, `input`, `output`). Of the evaluation sets, on whose texts nothing
+is trained: hellaswag, arc_easy, piqa, lambada_openai, sciq and boolq as on the hub, and c4_sample, from C4.
 """
 
 import gzip
@@ -59,6 +61,10 @@ def word_runs(text: str) -> set[str]:
 def main(data: Path, output: Path) -> None:
     forbidden: set[str] = set()
     for name in EVALUATION:
+        if not any((data / name).glob("*.jsonl")):
+            raise SystemExit(
+                f"{data / name} holds no JSON lines: its texts could not be kept out of the mix."
+            )
         for path in sorted((data / name).glob("*.jsonl")):
             for row in rows(path):
                 forbidden.update(*map(word_runs, strings(row)))
