@@ -148,6 +148,8 @@ class DistillationTrainingArguments(TrainingArguments):
             raise LayerPruneError(
                 "balance_hidden needs a hidden_weight, and kl_weight or ce_weight to be relative to."
             )
+        if self.hidden_weight and self.hidden_layers == []:
+            raise LayerPruneError("hidden_layers names none, and hidden_weight compares them: leave one out.")
         check_trainable(self.trainable)
         choices_of = {"divergence": DIVERGENCES, "hidden_loss": HIDDEN_ERRORS, "export": EXPORTS}
         for name, choices in choices_of.items():

@@ -57,7 +57,7 @@ from .removal import (
 )
 from .saving import check_reload, write_pruned_base
 from .schedule import RestartedSchedule, phase_sizes
-from .scoring import LEAVE_ONE_OUT, ScoreTable, check_choices
+from .scoring import LEAVE_ONE_OUT, ScoreTable, check_choices, reads_text
 
 
 logger = logging.getLogger(__name__)
@@ -327,6 +327,8 @@ class LayerPruningCallback(TrainerCallback):
             )
             self._look_at(removals, model)
             self._report(args, state, control, model, _scalars(table, removals[-1]))
+        if self._recovery and not removals:
+            self._recovery.drop(len(phases) + 1)
         if removals:
             entry = phase_entry(model, state.global_step, removals, self.evaluation)
             entry["tokens"] = state.num_input_tokens_seen
@@ -363,10 +365,17 @@ class LayerPruningCallback(TrainerCallback):
             return
         if not self._has_recovered(model):
             control.should_training_stop, control.should_save = True, False
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
             return
         self._end_phase(model, args)
         control.should_evaluate |= args.eval_strategy != "no"
         control.should_save |= args.save_strategy != "no"
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if "undone" in self.record:  # the optimizer knows nothing of the layers that are back
+            control.should_save = False
 
     def on_log(
         self,
@@ -532,7 +541,7 @@ class LayerPruningCallback(TrainerCallback):
 
     def _calibration_batches(self, args: TrainingArguments, train_dataloader: Any) -> list[Batch]:
         if self.calibration is None:
-            if callable(self.task) or self.criterion == "positional":
+            if not reads_text(self.criterion, self.task):
                 return []
             raise LayerPruneError(
                 f"The criterion {self.criterion!r} scores on text: give `calibration`, a data set like "

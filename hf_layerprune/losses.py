@@ -151,12 +151,12 @@ def hidden_error(student: torch.Tensor, teacher: torch.Tensor, kind: str = "mse"
     """Difference of hidden states, summed over positions.
 
     Args:
-        student, teacher (`torch.Tensor`): `(positions, hidden)`.
+        student, teacher (`torch.Tensor`): `(positions, hidden)`, or `(positions, streams, hidden)`.
         kind (`str`, *optional*, defaults to `"mse"`): `"mse"`, the squared error, mean over features;
             `"normalized_mse"`, the same relative to the teacher's mean square, so that models and layers
             compare; `"cosine"`, one minus the cosine.
     """
-    student, teacher = student.float(), teacher.float()
+    student, teacher = student.float().flatten(1), teacher.float().flatten(1)
     if kind == "cosine":
         return (1 - F.cosine_similarity(student, teacher, dim=-1)).sum()
     error = (student - teacher).square().mean(-1)

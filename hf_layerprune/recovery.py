@@ -77,9 +77,13 @@ class Recovery:
 
     def forget(self, phases: int) -> None:
         """Remove the copies from before so many phases, which all won back enough."""
+        for number in range(1, phases + 1):
+            self.drop(number)
+
+    def drop(self, number: int) -> None:
+        """Remove the copy from before a phase."""
         if PartialState().is_main_process:
-            for number in range(1, phases + 1):
-                shutil.rmtree(self._copy(number), ignore_errors=True)
+            shutil.rmtree(self._copy(number), ignore_errors=True)
 
     def _copy(self, number: int) -> Path:
         return self._folder / f"before_phase_{number}"

@@ -12,7 +12,7 @@ from .errors import LayerPruneError
 from .leave_one_out import Prefixes
 from .lineage import get_lineage
 from .record import Record, peak_memory_mb, start_record
-from .scoring import ScoreTable, check_choices, score_layers, undisturbed
+from .scoring import ScoreTable, check_choices, reads_text, score_layers, undisturbed
 from .surgery import check_layers, possible_cuts, remove_layers
 
 
@@ -67,7 +67,7 @@ def prune_layers(
         )
     scoring: dict[str, Any] = {"racing": racing, "teacher": teacher, "pattern": pattern, "seed": seed}
     fixed = check_plan(model, target_layers, protected)
-    batches = make_batches(calibration, 4) if calibration or not callable(task) else []
+    batches = make_batches(calibration, 4) if calibration or reads_text(criterion, task) else []
     settings = {"target_layers": target_layers, "criterion": criterion, "protected_originals": fixed}
     settings["select"] = select
     record = start_record(model, settings | plain_settings(scoring))

@@ -5,7 +5,7 @@ import json
 import logging
 import random
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -171,6 +171,10 @@ def score_layers(
             no calibration, or a score that is not a number.
     """
     tasks = check_choices(criterion, task, teacher, pattern, racing)
+    if teacher is not None and teacher.device != model.device:
+        raise LayerPruneError(
+            f"The teacher is on {teacher.device}, the model on {model.device}: move the teacher there."
+        )
     if type(cache_mb) is not int or cache_mb < 1:
         raise LayerPruneError(f"cache_mb is {cache_mb!r}: it must be a whole number of at least 1.")
     kept = get_lineage(model).kept
@@ -188,8 +192,7 @@ def score_layers(
     if any(not torch.is_tensor(batch.get("input_ids")) or batch["input_ids"].dim() != 2 for batch in given):
         raise LayerPruneError("Each calibration batch needs input_ids, a tensor of shape (batch, length).")
     on_device = [{k: v.to(model.device) for k, v in batch.items() if torch.is_tensor(v)} for batch in given]
-    reads = criterion != "positional" and (not tasks or any(hasattr(one, "compute") for one in tasks))
-    if reads and not on_device:
+    if reads_text(criterion, tasks) and not on_device:
         raise LayerPruneError("No calibration batches to score with.")
     if any(batch["input_ids"].shape[1] < 2 for batch in on_device):
         raise LayerPruneError("Calibration batches of one token have nothing to predict.")
@@ -207,6 +210,7 @@ def score_layers(
             with (
                 tqdm(total=size, desc=f"scoring ({criterion})", disable=not progress, leave=False) as bar,
                 undisturbed(model),
+                nullcontext() if teacher is None else undisturbed(teacher),
             ):
                 request = Request(
                     model, on_device, cuts, run, bar, notes, racing, tasks, teacher, pattern, seed, prefixes
@@ -301,6 +305,12 @@ def check_choices(
             f"{', '.join(LEAVE_ONE_OUT)}, and for tasks of MultipleChoice."
         )
     return tasks
+
+
+def reads_text(criterion: str, task: Any) -> bool:
+    """Whether a criterion reads calibration text: tasks that are functions of the model do not."""
+    tasks = task if isinstance(task, (list, tuple)) else [] if task is None else [task]
+    return criterion != "positional" and (not tasks or any(hasattr(one, "compute") for one in tasks))
 
 
 def _small_enough(model: PreTrainedModel, batches: list[Any], cache_mb: int) -> list[Any]:

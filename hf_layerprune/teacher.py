@@ -19,7 +19,7 @@ from .teacher_outputs import HEAD, TeacherOutputs
 
 
 def make_teacher(
-    teacher: PreTrainedModel | str | None,
+    teacher: PreTrainedModel | str | Path | None,
     student: PreTrainedModel,
     hidden_states: bool,
     adapters: bool = False,
@@ -51,7 +51,8 @@ def make_teacher(
         weights = _tensors(student) if adapters else []
         teacher = copy.deepcopy(student, {id(tensor): tensor for tensor in weights})
         return teacher.eval().requires_grad_(False)
-    if isinstance(teacher, str):
+    if isinstance(teacher, (str, Path)):
+        teacher = str(teacher)
         if (Path(teacher) / HEAD).exists():
             said = TeacherOutputs(teacher)
             _check(said.vocabulary, said.width, said.lineage, student, hidden_states, tokens)

@@ -129,6 +129,10 @@ def _read(
     said &= said.flip(1).cumsum(1).flip(1) > 1
     with captured(reader.model, layers.values()) as seen:
         states = reader.states(batch)[said]
+    if any(hidden(after).dim() != 3 for _, after in seen.values()):
+        raise LayerPruneError(
+            "The layers of this model pass on several streams, which cannot be kept: leave hidden_layers out."
+        )
     parts = [likeliest(rows, top_k, temperature) for rows in reader.rows(states)]
     found = {name: seen[layer] for name, layer in layers.items()}
     return {

@@ -1,11 +1,12 @@
 """A Trainer whose loss is the distance to another model."""
 
 import copy
+import inspect
 import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,8 @@ class DistillationTrainer(Trainer):
         peft_config: Any = None,
         **kwargs: Any,
     ) -> None:
+        names = list(inspect.signature(Trainer.__init__).parameters)[3:]
+        kwargs |= dict(zip(names, others, strict=False))
         for name in ("compute_loss_func", "model_init"):
             if kwargs.get(name) is not None:
                 raise LayerPruneError(f"DistillationTrainer has no use for `{name}`: leave it out.")
@@ -129,7 +132,7 @@ class DistillationTrainer(Trainer):
         # The Trainer switches it off in the config, but not for generation.
         self._use_cache = getattr(model.config, "use_cache", None) or model.generation_config.use_cache
         adapted: Any = model if peft_config is None else add_adapters(model, peft_config)
-        super().__init__(adapted, args, *others, **kwargs)
+        super().__init__(adapted, args, **kwargs)
         model.add_model_tags(list(self._tag_names))
         if args.torch_compile:  # layer by layer, see _compiled: a whole compiled model does not see layers go
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
@@ -137,7 +140,11 @@ class DistillationTrainer(Trainer):
         # Never inside self.model: it would be trained, saved and broadcast with it.
         self.teacher = teacher
         if isinstance(teacher, PreTrainedModel):
-            self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+            # Under FSDP accelerate would leave it where it is; what is quantised has its place.
+            place = None if getattr(teacher, "is_quantized", False) else True
+            self.teacher = self.accelerator.prepare_model(
+                teacher, device_placement=place, evaluation_mode=True
+            )
         self._made_readers: tuple[Reader | TeacherOutputs, Reader] | None = None
         self._loss_only = False
         self._balance = -1, 0.0  # for this step, what hidden_weight is times
@@ -162,8 +169,11 @@ class DistillationTrainer(Trainer):
         when evaluating, the mean cross-entropy. See [`~transformers.Trainer.compute_loss`]."""
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
+        inputs.pop("skip_logits", None)  # from evaluation with Liger's kernels, for a forward with labels
         mask = token_mask(inputs["input_ids"], labels, inputs.get("attention_mask"))
         tokens = inputs["input_ids"] if labels is None else labels
+        if not model.training:
+            mask[self._own_rows(len(mask)) :] = False
         training, student = model.training, self.accelerator.unwrap_model(model)
         pairs = self._hidden_pairs(student)
         if training:
@@ -292,6 +302,8 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """See [`~transformers.Trainer.prediction_step`]. Logits are made whole only where asked for."""
         self._loss_only = prediction_loss_only
+        if "labels" not in inputs:  # without them the Trainer would measure nothing
+            inputs = {**inputs, "labels": inputs["input_ids"]}
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         finally:
@@ -352,6 +364,8 @@ class DistillationTrainer(Trainer):
     def _choose_trained(self, student: Any) -> None:
         if self._may_train is None:
             self._may_train = [p for p in student.parameters() if p.requires_grad]
+        present = {id(parameter) for parameter in student.parameters()}
+        self._may_train = [p for p in self._may_train if id(p) in present]  # and those gone are free
         chosen = {id(parameter) for parameter in trained_parameters(student, self.args.trainable)}
         for parameter in self._may_train:
             parameter.requires_grad_(id(parameter) in chosen)
@@ -407,11 +421,25 @@ class DistillationTrainer(Trainer):
             logger.warning(sign)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Add the loss terms of the evaluation, mean per token, to its metrics."""
+        """Add the loss terms of the evaluation, mean per token, to its metrics. The loss is one of them, the
+        same with any batch size and number of processes."""
         self._terms["eval"].clear()
-        output = super().evaluation_loop(*args, **kwargs)
-        terms = self._drain("eval", f"{kwargs.get('metric_key_prefix', 'eval')}_")
+        # Before training the Trainer has not yet put the student into the precision of training.
+        wrapped = hasattr(self.accelerator.unwrap_model(self.model), "_original_forward")
+        with nullcontext() if wrapped else self.accelerator.autocast():
+            output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        terms = self._drain("eval", f"{prefix}_")
+        terms |= {f"{prefix}_loss": terms[f"{prefix}_ce"]} if f"{prefix}_ce" in terms else {}
         return output._replace(metrics={**(output.metrics or {}), **terms})
+
+    def _own_rows(self, rows: int) -> int:
+        """How many of the rows of an evaluation batch are no repeats, with which accelerate fills up the last
+        one so that all processes have as many."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        return min(max(0, state.remainder - rows * self.accelerator.process_index), rows)
 
     def _note(self, mode: str, sums: dict[str, torch.Tensor], tokens: torch.Tensor, count: Any) -> None:
         # In training both are divided by the step's tokens, so that every step weighs the same.
@@ -513,8 +541,9 @@ class DistillationTrainer(Trainer):
                     super()._save(output_dir, state_dict)
             elif re.fullmatch(PREFIX_CHECKPOINT_DIR + r"-\d+", Path(folder).name):
                 super()._save(output_dir, state_dict)
-                write_pruned_base(model, Path(folder))
-            else:
+                if self.args.should_save:
+                    write_pruned_base(model, Path(folder))
+            elif self.args.should_save:
                 if self.args.export == "adapter":
                     save_adapter(model, folder, verify=verify)
                 else:  # a copy, as the teacher reads the same weights

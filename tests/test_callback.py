@@ -7,13 +7,20 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_layerprune import LayerPruneError, LayerPruningCallback, get_lineage, score_layers
+from hf_layerprune import (
+    LayerPruneError,
+    LayerPruningCallback,
+    MultipleChoice,
+    get_lineage,
+    score_layers,
+)
 from hf_layerprune.decoder import find_decoder
 from hf_layerprune.losses import divergence
 from hf_layerprune.removal import prune_layers
 from hf_layerprune.surgery import remove_layers
 
 from .conftest import logits, make_model, tokens
+from .test_multiple_choice import QUESTIONS
 from .test_trainer import examples, make_trainer
 from .tiny_models import tiny_model
 
@@ -478,3 +485,12 @@ def test_layers_go_by_a_pattern(llama):
     assert callback.record["pruning"]["pattern"] == "input"
     with pytest.raises(LayerPruneError, match="Unknown pattern 'sideways'"):
         pruning(criterion="positional", pattern="sideways")
+
+
+def test_what_reads_no_text_needs_no_calibration(llama, tokenizer):
+    tasks = [MultipleChoice(QUESTIONS, tokenizer), MultipleChoice(QUESTIONS[:4], tokenizer)]
+    callback = LayerPruningCallback(target_layers=5, criterion="task", task=tasks)
+    plain_trainer(llama, callback).train()
+    assert len(get_lineage(llama).kept) == 5
+    prune_layers(llama, target_layers=4, criterion="positional")
+    assert len(get_lineage(llama).kept) == 4

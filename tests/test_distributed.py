@@ -47,7 +47,7 @@ def pruning():
 def run(settings):
     """Train as `settings` say, with or without layers going, and leave the weights and the log."""
     settings = dict(settings)
-    resume = settings.pop("resume", None)
+    resume, evaluated = settings.pop("resume", None), settings.pop("evaluated", None)
     kind, name = settings.pop("kind"), settings["output_dir"]
     if settings.pop("sharded", False):
         shard()
@@ -72,12 +72,13 @@ def run(settings):
         trainer = make_trainer(student, dataset(), teacher_model=teacher, callbacks=callbacks, **settings)
     start = {key: value.clone() for key, value in student.state_dict().items()}
     trainer.train(resume_from_checkpoint=resume)
+    metrics = trainer.evaluate(dataset().select(range(evaluated))) if evaluated else {}
     end = {key: whole(value) for key, value in student.state_dict().items()}
     change = {key: value - start[key] for key, value in end.items()}
     mine = {key: value.contiguous() for key, value in end.items()}
     save_file(mine, f"{name}-{trainer.accelerator.process_index}.safetensors")
     if trainer.is_world_process_zero():
-        found = {"kept": get_lineage(student).kept, "log": trainer.state.log_history}
+        found = {"kept": get_lineage(student).kept, "log": trainer.state.log_history, "eval": metrics}
         found["moved"] = max(value.abs().max().item() for value in change.values())
         Path(f"{name}.json").write_text(json.dumps(found))
     return trainer
@@ -168,3 +169,20 @@ def test_two_processes_learn_what_one_does(kind, settings):
         launch(two | {"resume": "two/checkpoint-2"})
         again = load_file("two-0.safetensors")
         assert all(torch.equal(again[name], value) for name, value in found.items())
+
+
+@pytest.mark.parametrize("rows", [3, 5])
+def test_an_evaluation_is_the_same_in_two_processes_and_with_other_batches(rows):
+    """The last batch is filled up with rows that were read before, which must not count."""
+    settings = {"kind": "distilled", "max_steps": 1, "evaluated": rows, "learning_rate": 0.0} | ALL_TERMS
+    launch(
+        settings | {"output_dir": "two", "per_device_eval_batch_size": 2, "per_device_train_batch_size": 4}
+    )
+    found = [json.loads(Path("two.json").read_text())["eval"]]
+    for size in (1, 4):
+        run(settings | {"output_dir": "one", "per_device_eval_batch_size": size})
+        found.append(json.loads(Path("one.json").read_text())["eval"])
+    names = ["eval_loss", "eval_kl", "eval_ce", "eval_hidden_mse"]
+    assert [pytest.approx([one[name] for name in names], rel=1e-4) for one in found[1:]] == [
+        [found[0][name] for name in names]
+    ] * 2

@@ -10,6 +10,7 @@ import torch
 from hf_layerprune.lineage import Lineage
 from hf_layerprune.losses import (
     DIVERGENCES,
+    HIDDEN_ERRORS,
     LAST,
     cross_entropy,
     divergence,
@@ -160,3 +161,11 @@ def test_liger_computes_the_same():
         assert expected > 1
         assert total == pytest.approx(expected, rel=1e-5)
         assert apart < 1e-5
+
+
+@pytest.mark.parametrize("kind", HIDDEN_ERRORS)
+def test_states_of_several_streams_count_as_one(kind):
+    """As those that layers of DeepSeek V4 pass on: the mean is over all features of a position."""
+    student, teacher = torch.randn(2, 5, 3, 4).unbind()
+    expected = hidden_error(student.reshape(5, 12), teacher.reshape(5, 12), kind)
+    assert hidden_error(student, teacher, kind) == expected

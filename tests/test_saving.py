@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_layerprune import LayerPruneError, remove_layers, save_model
+from hf_layerprune import LayerPruneError, remove_layers, save_model, saving
 
 from .conftest import logits, make_model, tokens
 from .tiny_models import tiny_model
@@ -166,3 +166,15 @@ def test_short_and_mixed_models_are_saved(tmp_path):
 def test_adapters_are_not_saved_as_a_model(tmp_path):
     with pytest.raises(LayerPruneError, match="use save_adapter"):
         save_model(get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"])), tmp_path)
+
+
+def test_without_memory_for_a_second_model_the_save_stands(llama, tmp_path, monkeypatch, caplog):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    again = make_model()
+    monkeypatch.setattr(again, "to", full)
+    monkeypatch.setattr(saving, "load_again", lambda *args: again)
+    save_model(llama, tmp_path / "saved")
+    assert "there is no memory to compare its logits" in caplog.text
+    assert (tmp_path / "saved" / "model.safetensors").is_file()

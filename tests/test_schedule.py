@@ -262,3 +262,38 @@ def test_layers_are_not_put_back_under_adapters(llama):
         pruning(min_recovery=-1.0)
     with pytest.raises(LayerPruneError, match="leave min_recovery out"):
         pruning(criterion="kl", min_recovery=0.5)
+
+
+@pytest.mark.parametrize("saves", [{"save_strategy": "steps", "save_steps": 1}, {"save_strategy": "epoch"}])
+def test_what_is_put_back_is_not_the_best_of_the_phase_that_failed(llama, saves):
+    before = logits(llama, tokens())
+    task = task_of(0.9, 0.9, 0.5, 0.4, 0.3, 0.2, 0.5, 0.6)
+    settings = {"target_layers": 4, "steps_per_phase": 3, "min_recovery": 5.0, "criterion": "task"}
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
+    best = best if "save_steps" in saves else {"num_train_epochs": 4, "max_steps": -1}
+    callback = pruning(task=task, **settings)
+    if "save_steps" not in saves:  # three steps are an epoch
+        best |= {"per_device_train_batch_size": 8}
+    trainer = make_trainer(
+        llama,
+        examples(24),
+        eval_dataset=examples(8),
+        callbacks=[callback],
+        **{"max_steps": 6} | saves | best,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert torch.equal(logits(llama.eval(), tokens()), before)
+    assert callback.record["finished"]
+    assert "Phase 1 did not win back" in callback.record["stopped"]
+    depths = [
+        json.loads(path.read_text())["num_hidden_layers"] for path in Path("out").glob("check*/config.json")
+    ]
+    assert set(depths) <= {5}  # of the cut model alone, whose optimizer it is
+
+
+def test_a_floor_that_ends_the_removals_leaves_no_copy_behind(llama):
+    callback = pruning(target_layers=4, min_recovery=1e-9, quality_floor=1e9)
+    plain_trainer(llama, callback).train()
+    assert len(get_lineage(llama).kept) == 6
+    assert not list(Path("out").glob("before*"))

@@ -389,3 +389,12 @@ def test_scoring_that_runs_out_of_memory_goes_on_with_smaller_batches(criterion,
     most = 0
     with pytest.raises(RuntimeError, match="out of memory"):
         score_layers(llama, batches, criterion, progress=False)
+
+
+def test_a_teacher_scores_without_its_dropout_and_is_left_as_it_was():
+    model, teacher = make_model("gpt2"), make_model("gpt2", seed=1)
+    expected = score_layers(model, batches(), "kl", teacher=teacher.eval(), progress=False)
+    assert score_layers(model, batches(), "kl", teacher=teacher.train(), progress=False) == expected
+    assert teacher.training
+    with pytest.raises(LayerPruneError, match="The teacher is on meta, the model on cpu"):
+        score_layers(model, batches(), "kl", teacher=teacher.to("meta"))

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,3 +74,12 @@ def test_a_teacher_whose_weights_are_shared_out_is_refused(llama):
         student = llama if given else teacher
         with pytest.raises(LayerPruneError, match="load it before the training arguments are made"):
             make_teacher(given, student, False)
+
+
+def test_adapters_on_eight_bits_are_saved_and_checked(eight_bits):
+    settings = {"peft_config": LoraConfig(target_modules="all-linear", r=4), "export": "adapter"}
+    trainer = make_trainer(eight_bits, max_steps=1, **settings)
+    remove_layers(trainer.model, [2])
+    trainer.train()
+    trainer.save_model()
+    assert Path("out/pruned_base.json").is_file()

@@ -643,3 +643,69 @@ def test_what_was_chosen_is_told(caplog):
     assert f"Training {trained} of {whole} parameters" in told
     assert "The first 1 of 3 layers run once for teacher and student" in told
     assert f"Teacher: the student's own weights, {size:.1f} MB that are not held twice." in told
+
+
+def test_what_has_no_labels_is_evaluated_on_its_own_tokens(llama):
+    remove_layers(llama, 2)
+    trainer = make_trainer(llama, teacher_model=make_model())
+    expected = trainer.evaluate(examples())
+    trainer.data_collator = lambda rows: {"input_ids": default_data_collator(rows)["input_ids"]}
+    found = trainer.evaluate(examples())
+    for name in ("eval_loss", "eval_kl"):
+        assert found[name] == pytest.approx(expected[name])
+
+
+def test_the_models_are_not_told_to_skip_their_logits(llama):
+    """As Trainer does in evaluation with Liger's kernels, whose forward then wants labels."""
+    trainer = make_trainer(llama)
+    seen = []
+    llama.model.register_forward_pre_hook(lambda m, args, given: seen.append(set(given)), with_kwargs=True)
+    llama.eval()
+    batch = {"input_ids": tokens(2, 12), "labels": tokens(2, 12)}
+    loss = trainer.compute_loss(llama, batch | {"skip_logits": True})
+    assert loss == trainer.compute_loss(llama, batch)
+    assert not any("skip_logits" in given for given in seen)
+
+
+def test_weights_of_layers_that_went_are_free(llama):
+    gone = []
+
+    class Cut(TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **kwargs):
+            if state.global_step in (1, 2):
+                gone.append(weakref.ref(model.model.layers[2].mlp.up_proj.weight))
+                drop = list(model.model.layers[2].parameters())
+                remove_layers(model, [2])
+                for parameter in drop:
+                    kwargs["optimizer"].state.pop(parameter, None)
+                for group in kwargs["optimizer"].param_groups:
+                    group["params"] = [p for p in group["params"] if not any(p is one for one in drop)]
+
+    trainer = make_trainer(llama, teacher_model=make_model(), max_steps=4, callbacks=[Cut()])
+    trainer.train()
+    gc.collect()
+    assert [one() for one in gone] == [None, None]
+
+
+def test_arguments_may_be_given_in_trainers_order(llama, tokenizer):
+    args = DistillationTrainingArguments(output_dir="out", report_to="none", use_cpu=True)
+    trainer = DistillationTrainer(llama, args, default_data_collator, examples(), None, tokenizer)
+    assert trainer.processing_class is tokenizer
+    with pytest.raises(LayerPruneError, match="no use for `compute_loss_func`"):
+        DistillationTrainer(llama, args, None, examples(), None, None, None, lambda *args: 0.0)
+    with pytest.raises(LayerPruneError, match="hidden_layers names none"):
+        DistillationTrainingArguments(output_dir="out", hidden_weight=1.0, hidden_layers=[])
+
+
+def test_a_teacher_is_a_path_too(llama):
+    llama.save_pretrained("teacher")
+    trainer = make_trainer(llama, teacher_model=Path("teacher"))
+    assert torch.equal(logits(trainer.teacher, tokens()), logits(llama, tokens()))
+
+
+def test_of_several_processes_only_one_writes_adapters(llama, monkeypatch):
+    trainer = make_trainer(llama, peft_config=LoraConfig(r=2, target_modules=["q_proj"]))
+    monkeypatch.setattr(type(trainer.args), "should_save", property(lambda self: False))
+    for folder in ("checkpoint-1", "out"):
+        trainer._save(folder)
+        assert not list(Path(folder).glob("*"))
