@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Every method at 23 of the 30 layers of SmolLM2-135M: the same text, the same tokens, the same schedule.
+# Every method at 23 of the 30 layers of SmolLM2-135M, the default at 25 and 27 too: the same text, tokens and
+# schedule, where not said otherwise.
 #
 #   examples/benchmarks/published.sh MODEL TEXT OUTPUT [NAME...]
 #
@@ -39,7 +40,7 @@ method replaceme-23 23 replaceme
 method default-27 27 default "${healing[@]}"
 method default-25 25 default "${healing[@]}"
 
-# The first three again, with the text in another order.
+# Those next to the default, and it, with the text in another order.
 method default-23-seed-7 23 default "${healing[@]}" --seed 7
 method sleb-23-seed-7 23 sleb "${healing[@]}" --racing 0.95 --calibration_blocks 32 --seed 7
 method shortgpt-23-seed-7 23 shortgpt "${healing[@]}" --seed 7
