@@ -400,7 +400,9 @@ def _evaluation_of(folder: str, output: CardArguments) -> dict[str, Any]:
     results = _read_json(output.evaluation or "")
     (first, dense), *others = results["models"].items()
     name = Path(folder).resolve().name
-    found = next((found for other, found in others if Path(other).name == name), None)
+    same = [pair for pair in others if Path(pair[0]).name == name]
+    here = [pair for pair in same if len(same) == 1 or Path(pair[0]).resolve() == Path(folder).resolve()]
+    found = here[0][1] if here else None
     if found is None:
         names = ", ".join(Path(other).name for other, _ in others) or f"{Path(first).name} alone"
         raise LayerPruneError(

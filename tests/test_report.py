@@ -257,6 +257,13 @@ def test_a_card_tells_two_models_of_one_name_apart(folder, capsys):
     lines = Path("cut", folder, "README.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     assert ["layers", "6", "4"] in rows
+    flags = ["--target_layers", "3", "--output_dir", f"more/{folder}", "--calibration_blocks", "4"]
+    assert main(["prune", folder, *data, *flags]) == 0
+    words.insert(3, f"more/{folder}")
+    assert main(words) == 0
+    for place, layers in (("cut", 4), ("more", 3)):
+        assert main(["card", f"{place}/{folder}", "--evaluation", "e.json"]) == 0
+        assert read_record(f"{place}/{folder}")["evaluation"]["model"]["layers"] == layers
 
 
 def test_an_evaluation_that_was_stopped_is_refused(folder, capsys):
