@@ -309,6 +309,12 @@ class DistillationTrainer(Trainer):
         finally:
             self._loss_only = False
 
+    def compute_loss_context_manager(self) -> Any:
+        """The mixed precision of training, also for parts of the model that are called by themselves:
+        accelerate puts it around the forward of the whole model alone, which for PEFT is not the one with the
+        output head. See [`~transformers.Trainer.compute_loss_context_manager`]."""
+        return self.accelerator.autocast()
+
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See [`~transformers.Trainer.training_step`].
 
