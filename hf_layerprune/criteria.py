@@ -21,7 +21,7 @@ from .journal import Journal
 from .leave_one_out import Cuts, Measure, Prefixes, Values, captured, check_all_ran, hidden, leave_out
 from .losses import cross_entropy
 from .multiple_choice import Choices, MultipleChoice, right_answers
-from .reading import ROWS, Reader, targets_of
+from .reading import Reader, targets_of
 
 
 UNIT = 64  # tokens of a sequence whose sum is one observation, for standard errors and racing
@@ -324,7 +324,7 @@ def unit_losses(reader: Reader, batch: Batch) -> torch.Tensor:
     """The next-token loss of each [`UNIT`] of the batch, in nats, `(units,)`, float64."""
     mask, tokens = targets_of(batch)
     logits = reader.rows(reader.states(batch)[:, :-1][mask])
-    targets = tokens[:, 1:][mask].split(ROWS)
+    targets = tokens[:, 1:][mask].split(reader.rows_at_once)
     # Of no positions there is one empty part of targets, and none of logits.
     found = [
         F.cross_entropy(few.float(), said, reduction="none").double()

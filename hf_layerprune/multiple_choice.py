@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .data import Batch, most_tokens
 from .errors import LayerPruneError
-from .reading import ROWS, Reader
+from .reading import Reader
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ class MultipleChoice:
         tokenizer (`PreTrainedTokenizerBase`): the model's.
         normalize (`bool`, *optional*, defaults to `True`): compare log-likelihoods per character of the
             choice (lm-eval's `acc_norm`); False compares those of the whole choice (`acc`).
-        batch_tokens (`int`, *optional*, defaults to 1024): tokens that are read at once.
+        batch_tokens (`int`, *optional*): tokens that are read at once. Default: 1,024 on a CPU, 16,384
+            elsewhere.
 
     Raises:
         LayerPruneError: no question, one without a right answer, or one with an empty choice.
@@ -108,7 +109,7 @@ class MultipleChoice:
         tokenizer: PreTrainedTokenizerBase,
         *,
         normalize: bool = True,
-        batch_tokens: int = 1024,
+        batch_tokens: int | None = None,
     ) -> None:
         if not questions:
             raise LayerPruneError("A task needs at least one question.")
@@ -139,7 +140,7 @@ class MultipleChoice:
         with torch.no_grad():
             reader = Reader(model, self.example(model))
             packed = _can_pack(reader, self.encoded[-1])
-            for questions in self._groups(packed):
+            for questions in self._groups(packed, model):
                 batch = (_packed if packed else _in_rows)(questions, model)
                 counts = torch.bincount(batch.owners).cpu()
                 sizes = [len(lengths) for lengths in batch.lengths]
@@ -172,16 +173,17 @@ class MultipleChoice:
         """All questions as the reader's model reads them."""
         packed = _can_pack(reader, self.encoded[-1])
         build = _packed if packed else _in_rows
-        batches = [build(questions, reader.model) for questions in self._groups(packed)]
+        batches = [build(questions, reader.model) for questions in self._groups(packed, reader.model)]
         random.Random(0).shuffle(batches)
         return batches
 
-    def _groups(self, packed: bool) -> Iterator[list[_Encoded]]:
+    def _groups(self, packed: bool, model: PreTrainedModel) -> Iterator[list[_Encoded]]:
         """Questions of like length, as many as may be read at once."""
+        most = self.batch_tokens or (1024 if model.device.type == "cpu" else 16_384)
         group: list[_Encoded] = []
         for question in self.encoded:
             size = question.packed_length if packed else question.length_in_rows
-            if group and (len(group) + 1) * size > self.batch_tokens:
+            if group and (len(group) + 1) * size > most:
                 yield group
                 group = []
             group.append(question)
@@ -211,7 +213,7 @@ def log_likelihoods(reader: Reader, batch: Choices) -> tuple[torch.Tensor, torch
     row, place = batch.places
     logits = reader.rows(reader.states(batch.inputs)[row, place])
     found, missed = [], []
-    for few, said in zip(logits, batch.targets.split(ROWS), strict=True):
+    for few, said in zip(logits, batch.targets.split(reader.rows_at_once), strict=True):
         found.append(few.float().log_softmax(-1).gather(-1, said[:, None])[:, 0].double())
         missed.append(few.argmax(-1) != said)
     sums = torch.zeros(sum(map(len, batch.lengths)), dtype=torch.float64, device=row.device)

@@ -16,7 +16,7 @@ from .losses import token_mask
 
 
 PIECE = 2**25  # logits made at once
-ROWS = 16  # positions whose probabilities are computed at once: so few stay in the processor's cache
+ROWS = 16  # positions whose probabilities a CPU computes at once: so few stay in its cache
 
 
 class Reader:
@@ -51,8 +51,9 @@ class Reader:
             self.in_pieces = False
         else:
             scale = float(whole.float().nan_to_num().std())
+            # In float32: under mixed precision accelerate makes only the whole model's logits so.
             self.in_pieces &= pieces.shape == whole.shape and torch.allclose(
-                pieces, whole, rtol=0, atol=0.05 * scale, equal_nan=True
+                pieces.float(), whole.float(), rtol=0, atol=0.05 * scale, equal_nan=True
             )
 
     def states(self, batch: Batch, model: nn.Module | None = None) -> torch.Tensor:
@@ -123,11 +124,17 @@ class Reader:
         return parameter
 
     def rows(self, states: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The logits of states `(positions, hidden)`, [`ROWS`] positions at a time, a piece of them made at
-        once."""
+        """The logits of states `(positions, hidden)`, [`Reader.rows_at_once`] positions at a time, a piece of
+        them made at once."""
         step = ROWS * max(1, PIECE // self.vocabulary // ROWS)
         for piece in states.split(step) if self.in_pieces else [states]:
-            yield from self.head(piece).split(ROWS)
+            yield from self.head(piece).split(self.rows_at_once)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Of how many positions [`Reader.rows`] gives the logits at once: on a CPU as many as stay in its
+        cache, elsewhere, where each call has its price, a whole piece."""
+        return ROWS if self.model.device.type == "cpu" else ROWS * max(1, PIECE // self.vocabulary // ROWS)
 
 
 class _StandingStill:

@@ -9,7 +9,8 @@ from .reading import ROWS, Reader
 from .teacher_outputs import TeacherOutputs
 
 
-TILE = 2**23  # logits that are made at once
+TILE = 2**23  # logits that a CPU makes at once
+GPU_TILE = 2**26  # and a GPU, whose launches have their price
 
 # Of the student's logits `(positions, vocabulary)` in float32, what the teacher says, and the targets
 # `(positions,)`: the sum of each loss.
@@ -68,7 +69,8 @@ def tiled_loss(
         return total, list(torch.autograd.grad(logits, [leaf, *used], slope, allow_unused=True))
 
     def compute(wanted: bool) -> tuple[torch.Tensor, list[Any]]:
-        step = max(1, TILE // student.vocabulary)
+        tile = TILE if states.device.type == "cpu" else GPU_TILE
+        step = max(1, tile // student.vocabulary)
         total = torch.zeros((), device=states.device)
         slopes: list[Any] = [torch.empty_like(states), *[None] * len(parameters)] if wanted else []
         with student.cast_once(), teacher.cast_once():
