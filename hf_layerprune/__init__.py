@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .lineage import get_lineage as get_lineage
     from .multiple_choice import MultipleChoice as MultipleChoice
     from .multiple_choice import Question as Question
+    from .reconstruction import Reconstruction as Reconstruction
+    from .reconstruction import reconstruct_layers as reconstruct_layers
     from .replacement import replace_by_linear_map as replace_by_linear_map
     from .replacement import replace_run as replace_run
     from .saving import save_adapter as save_adapter
@@ -50,7 +52,9 @@ _HOMES = {
     "last_checkpoint": "checkpoint",
     "load_model": "checkpoint",
     "load_pruned_adapter": "checkpoint",
+    "Reconstruction": "reconstruction",
     "rank_correlation": "scoring",
+    "reconstruct_layers": "reconstruction",
     "remove_layers": "surgery",
     "replace_by_linear_map": "replacement",
     "replace_run": "replacement",

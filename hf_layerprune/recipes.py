@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from datasets import Dataset
 from torch import nn
@@ -23,6 +24,7 @@ from .data import make_batches
 from .errors import LayerPruneError
 from .evaluation import evaluate_text
 from .lineage import get_lineage
+from .reconstruction import reconstruct_layers
 from .record import (
     Record,
     changed_settings,
@@ -102,9 +104,48 @@ class RecipeArguments:
             "choices": [*REPLACEMENT_LOSSES, "none"],
         },
     )
+    reconstruction_layers: int = field(
+        default=0,
+        metadata={
+            "help": "Layers on each side of every cut to train on the teacher's hidden states, before the "
+            "other training. Default: 0, none."
+        },
+    )
+    reconstruction_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Training tokens to reconstruct layers on. Default: all that the other training reads."
+        },
+    )
+    reconstruction_epochs: int = field(
+        default=4, metadata={"help": "How often reconstruction reads these tokens."}
+    )
+    reconstruction_learning_rate: float = field(
+        default=1e-3, metadata={"help": "Peak learning rate of reconstruction."}
+    )
     heldout_blocks: int = field(default=16, metadata={"help": "Blocks of the text to measure perplexity on."})
 
     def __post_init__(self) -> None:
+        if self.reconstruction_layers < 0:
+            raise LayerPruneError(
+                f"reconstruction_layers is {self.reconstruction_layers}. Choose 0 or more layers on each "
+                "side of a cut."
+            )
+        if self.reconstruction_epochs < 1 or not 0 < self.reconstruction_learning_rate < float("inf"):
+            raise LayerPruneError(
+                f"reconstruction_epochs is {self.reconstruction_epochs} and reconstruction_learning_rate is "
+                f"{self.reconstruction_learning_rate}. Choose at least 1 epoch and a rate above 0."
+            )
+        if self.reconstruction_layers and self.select == "phases":
+            raise LayerPruneError(
+                "reconstruction_layers needs all layers removed at once, but select is phases. Set select to "
+                "greedy, least or run, or leave reconstruction_layers out."
+            )
+        if self.reconstruction_layers and self.replacement not in ("none", "linear"):
+            raise LayerPruneError(
+                f"reconstruction_layers is set, but replacement {self.replacement} trains its own layer. Use "
+                "replacement none or linear."
+            )
         if self.replacement != "none" and self.select != "run":
             raise LayerPruneError(f"replacement {self.replacement} stands in for a run: set select to run.")
         if self.replacement == "linear" and self.replacement_loss == "mse":
@@ -256,6 +297,8 @@ def _remove_and_heal(
 ) -> Record:
     """Remove all layers first, and train what is left after that, from a checkpoint if there is one."""
     check_plan(model, recipe.keep, choice["protected"])
+    if recipe.reconstruction_layers:
+        train = _rows_read(recipe, args, train)
     began = time.monotonic()
     replaces = recipe.replacement != "none"
     alone = replaces and recipe.replacement_loss != "none"  # what replaces is all that is trained
@@ -263,7 +306,8 @@ def _remove_and_heal(
         for name, value in REPLACEMENT_LOSSES[recipe.replacement_loss].items():
             setattr(args, name, value)
     teaches = bool(args.max_steps and (args.kl_weight or args.hidden_weight))
-    teacher = copy.deepcopy(model) if teaches else None
+    reconstructs = recipe.reconstruction_layers > 0 and not checkpoint
+    teacher = copy.deepcopy(model) if teaches or reconstructs else None
     trained: list[nn.Parameter] = []
     cut = read_record(str(args.output_dir)) if checkpoint else None
     if cut is not None:  # the weights are the checkpoint's, what it knows not of is how deep the model is
@@ -275,6 +319,9 @@ def _remove_and_heal(
         record, trained = _replace(model, recipe, choice)
     else:
         record = prune_layers(model, **choice, select=recipe.select)
+    if reconstructs:
+        assert teacher is not None
+        record["reconstruction"] = _reconstruct(model, teacher, recipe, args, train)
     if args.max_steps:
         write_record(record | {"finished": False}, str(args.output_dir))
         if alone:
@@ -295,6 +342,49 @@ def _remove_and_heal(
     record["phases"][-1]["seconds"] = record["seconds"]
     record["peak_memory_mb"] = peak_memory_mb()
     return record
+
+
+def _reconstruct(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    recipe: RecipeArguments,
+    args: DistillationTrainingArguments,
+    train: Dataset,
+) -> dict[str, Any]:
+    """Train the layers next to the cuts on the teacher's hidden states; what came of it, for the record."""
+    began = time.monotonic()
+    length = len(train[0]["input_ids"])
+    tokens = recipe.reconstruction_tokens or len(train) * length
+    found = reconstruct_layers(
+        model,
+        teacher,
+        make_batches(train.select(range(min(len(train), max(1, tokens // length)))), args.train_batch_size),
+        layers_before=recipe.reconstruction_layers,
+        layers_after=recipe.reconstruction_layers,
+        epochs=recipe.reconstruction_epochs,
+        learning_rate=recipe.reconstruction_learning_rate,
+        autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+        seed=args.seed,
+        progress=not args.disable_tqdm,
+    )
+    return found.to_dict() | {"seconds": round(time.monotonic() - began, 2)}
+
+
+def _rows_read(recipe: RecipeArguments, args: DistillationTrainingArguments, train: Dataset) -> Dataset:
+    """The rows of the text that the training after reconstruction reads: so both see the same tokens.
+
+    Raises:
+        LayerPruneError: the text is read bit by bit.
+    """
+    if not isinstance(train, Dataset):
+        raise LayerPruneError(
+            "reconstruction_layers reads its tokens several times, but the data is streamed. Leave streaming "
+            "out, or set reconstruction_layers to 0."
+        )
+    rows = len(train)
+    if args.max_steps > 0:
+        rows = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return train.shuffle(seed=args.seed).select(range(min(rows, len(train))))
 
 
 def _check_same(cut: Record, recipe: RecipeArguments, choice: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import yaml
 from transformers import AutoModelForCausalLM
 
-from hf_layerprune import get_lineage, remove_layers, score_layers
+from hf_layerprune import get_lineage, reconstruct_layers, remove_layers, score_layers
 from hf_layerprune.cli import main
 from hf_layerprune.data import load_texts, make_batches, split_blocks, token_blocks
 from hf_layerprune.evaluation import evaluate_text
@@ -495,4 +495,61 @@ def test_what_cannot_be_trained_is_told(folder, tokenizer, capsys, flags, messag
     count = len(token_blocks(load_texts("text.txt"), tokenizer, 16)) - 10
     flags = [str(count) if word == "BLOCKS" else word for word in flags]
     assert run("shortgpt", *DATA, *SMALL, *SHORT, *flags) == 2
+    assert message in capsys.readouterr().err
+
+
+RECONSTRUCTED = ["--reconstruction_layers", "1", "--reconstruction_epochs", "3"]
+
+
+def test_reconstruction_comes_between_cut_and_distillation(folder, tokenizer, trained):
+    """On the tokens that distillation reads, or on the first of them."""
+    words = [*SHORT, "--max_steps", "3", *RECONSTRUCTED, "--reconstruction_learning_rate", "2e-3"]
+    assert run("default", *DATA, *SMALL, *words, "--kl_weight", "0", "--ce_weight", "1e-30") == 0
+    calibration, _, text = blocks(tokenizer)
+    reference, original = trained(), trained()
+    batches = make_batches(calibration, 4)
+    first = score_layers(reference, batches, "block_influence", run=3, progress=False).ranking()[0]
+    replace_by_linear_map(reference, first, 3, batches)
+    rows = make_batches(text.shuffle(seed=42).select(range(12)), 4)
+    settings = {"epochs": 3, "learning_rate": 2e-3, "seed": 42, "progress": False}
+    expected = reconstruct_layers(reference, original, rows, **settings)
+    model, record = result()
+    found = record["reconstruction"]
+    assert found["tokens"] == 3 * 4 * 16
+    assert found["kl_after"] == pytest.approx(expected.kl_after, rel=1e-3)
+    assert found["windows"][0]["error_after"] < found["windows"][0]["error_before"]
+    assert found["seconds"] > 0
+    for name in ("reconstruction_layers", "reconstruction_epochs", "reconstruction_learning_rate"):
+        assert name in record["recipe"]
+    assert get_lineage(model).kept == get_lineage(reference).kept
+
+
+def test_reconstruction_alone_trains_nothing_else(folder, tokenizer, trained):
+    words = [*SHORT, "--max_steps", "0", *RECONSTRUCTED, "--reconstruction_tokens", "256"]
+    assert run("shortgpt", *DATA, *SMALL, *words) == 0
+    model, record = result()
+    whole, kept = trained(), record["phases"][-1]["kept"]
+    assert record["reconstruction"]["tokens"] == 256
+    trained_layers = {layer for one in record["reconstruction"]["windows"] for layer in one["layers"]}
+    for place, layer in enumerate(kept):
+        pairs = zip(
+            model.model.layers[place].parameters(), whole.model.layers[layer].parameters(), strict=True
+        )
+        assert all(torch.equal(a, b) for a, b in pairs) == (layer not in trained_layers)
+    assert torch.equal(model.model.embed_tokens.weight, whole.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["default", "--reconstruction_layers", "-1"], "reconstruction_layers is -1"),
+        (["iterative-small", *RECONSTRUCTED], "but select is phases"),
+        (["streamline", *RECONSTRUCTED], "trains its own layer"),
+        (["default", *RECONSTRUCTED, "--streaming", "True"], "the data is streamed"),
+        (["default", *RECONSTRUCTED, "--reconstruction_epochs", "0"], "at least 1 epoch"),
+    ],
+)
+def test_reconstruction_that_cannot_be_is_told(folder, capsys, words, message):
+    recipe, *flags = words
+    assert run(recipe, *DATA, *SMALL, *SHORT, *flags) == 2
     assert message in capsys.readouterr().err
