@@ -1,7 +1,8 @@
 """A mix of encyclopedia, books and instructions to heal on, without any passage of the evaluation sets.
 
-    python examples/benchmarks/text_mix.py DATA mix.jsonl
+    python examples/benchmarks/text_mix.py DATA mix.jsonl [CHARACTERS]
 
+CHARACTERS defaults to 12,000,000. Where a source has less than its share, Wikipedia makes up for it.
 DATA holds folders of JSON lines. To take passages from: wikipedia_en_2015 (articles of the English Wikipedia,
 `text`), books_public_domain (books of Standard Ebooks, `text`) and instruct (Dolly, GPTeacher's role play and
 Alpaca with GPT-4's answers: `instruction`, `input`, `output`). Of the evaluation sets, on whose texts nothing
@@ -58,7 +59,17 @@ def word_runs(text: str) -> set[str]:
     return {" ".join(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1)}
 
 
-def main(data: Path, output: Path) -> None:
+def wikipedia(data: Path, characters: float) -> list[str]:
+    """Passages from as many files as hold so many characters."""
+    found: list[str] = []
+    for path in sorted((data / "wikipedia_en_2015").glob("train-*.jsonl.gz")):
+        if sum(map(len, found)) >= characters:
+            break
+        found += [piece for row in rows(path) for piece in passages(row["text"])]
+    return found
+
+
+def main(data: Path, output: Path, characters: float = CHARACTERS) -> None:
     forbidden: set[str] = set()
     for name in EVALUATION:
         if not any((data / name).glob("*.jsonl")):
@@ -68,20 +79,21 @@ def main(data: Path, output: Path) -> None:
         for path in sorted((data / name).glob("*.jsonl")):
             for row in rows(path):
                 forbidden.update(*map(word_runs, strings(row)))
-    wikipedia = (row["text"] for row in rows(data / "wikipedia_en_2015" / "train-00.jsonl.gz"))
     books = (row["text"] for row in rows(data / "books_public_domain" / "books.jsonl.gz"))
     instruct = (row for path in sorted((data / "instruct").glob("*.jsonl")) for row in rows(path))
     sources = {
-        "wikipedia": [piece for text in wikipedia for piece in passages(text)],
         "books": [piece for text in books for piece in passages(text)],
         "instruct": [instruction(row) for row in instruct],
     }
+    wanted = {name: min(SHARES[name] * characters, sum(map(len, sources[name]))) for name in sources}
+    wanted["wikipedia"] = characters - sum(wanted.values())
+    sources = {"wikipedia": wikipedia(data, wanted["wikipedia"])} | sources
     chosen = []
     for name, pieces in sources.items():
         random.Random(0).shuffle(pieces)
         size, taken, dropped = 0, 0, 0
         for piece in pieces:
-            if size >= SHARES[name] * CHARACTERS:
+            if size >= wanted[name]:
                 break
             if word_runs(piece) & forbidden:
                 dropped += 1
@@ -95,4 +107,4 @@ def main(data: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:3]))
+    main(*map(Path, sys.argv[1:3]), *map(float, sys.argv[3:]))
