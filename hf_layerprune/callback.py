@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.integrations import get_reporting_integration_callbacks
 
-from .adapters import adapter_configs
+from .adapters import adapter_configs, base_of
 from .arguments import DistillationTrainingArguments
 from .backend import (
     check_backend,
@@ -57,7 +57,7 @@ from .removal import (
 )
 from .saving import check_reload, write_pruned_base
 from .schedule import RestartedSchedule, phase_sizes
-from .scoring import LEAVE_ONE_OUT, ScoreTable, check_choices, reads_text
+from .scoring import LEAVE_ONE_OUT, ScoreTable, check_choices, check_criterion_fits, reads_text
 
 
 logger = logging.getLogger(__name__)
@@ -190,6 +190,7 @@ class LayerPruningCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         assert model is not None
+        check_criterion_fits(base_of(model), self.criterion, self.task)
         check_backend(args, model, optimizer)
         if self.min_recovery is not None and (adapter_configs(model) or is_sharded(model)):
             raise LayerPruneError(

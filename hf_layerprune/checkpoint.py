@@ -2,22 +2,32 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import cached_file
+from transformers.utils import (
+    CHAT_TEMPLATE_FILE,
+    FEATURE_EXTRACTOR_NAME,
+    LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+    PROCESSOR_NAME,
+    VIDEO_PROCESSOR_NAME,
+    cached_file,
+)
 
-from .decoder import find_decoder
+from .decoder import check_reads_text, find_decoder
 from .errors import LayerPruneError
 from .lineage import Lineage, get_lineage, read_lineage
 from .surgery import keep_lineage
@@ -25,9 +35,22 @@ from .surgery import keep_lineage
 
 PRUNED_BASE = "pruned_base.json"
 
+# What lies beside the weights of models that read more than text, and of sentence-transformers' models.
+COMPANIONS = (
+    FEATURE_EXTRACTOR_NAME,
+    VIDEO_PROCESSOR_NAME,
+    PROCESSOR_NAME,
+    CHAT_TEMPLATE_FILE,
+    LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+)
+
 
 def load_model(name: str, **options: Any) -> PreTrainedModel:
-    """Load a causal language model from a folder or a hub id.
+    """Load a model from a folder or a hub id, as the class that its config names in `architectures`: a causal
+    language model, classifier, encoder, embedding or vision-language model.
 
     Args:
         name (`str`): the folder or hub id.
@@ -35,13 +58,18 @@ def load_model(name: str, **options: Any) -> PreTrainedModel:
             `trust_remote_code=True`.
 
     Raises:
-        LayerPruneError: no model there, it cannot be reached, or its weights do not fit its config.
+        LayerPruneError: no model there, it cannot be reached, it is of a kind that is not supported, or its
+            weights do not fit its config.
     """
-    trust = {"trust_remote_code": options.get("trust_remote_code", False)}
-    get_lineage(_load(AutoConfig, name, "model", **trust))  # nothing is built of a hostile count
+    trust = options.get("trust_remote_code", False)
+    _, cls = load_class(name, trust)
     # Tensors of another shape shall be reported, as missing ones are, and not end in a traceback.
-    options |= trust | {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, report = _load(AutoModelForCausalLM, name, "model", **options)
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    if not issubclass(cls, PreTrainedModel):
+        options["trust_remote_code"] = trust
+    else:
+        options.pop("trust_remote_code", None)
+    model, report = _load(cls, name, "model", **options)
     lacking = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
     if lacking:
         raise LayerPruneError(
@@ -61,17 +89,49 @@ def load_model(name: str, **options: Any) -> PreTrainedModel:
     return model
 
 
+def load_class(name: str, trust_remote_code: bool = False) -> tuple[PreTrainedConfig, Any]:
+    """Read the config of a model in a folder or on the hub, and find the class that its `architectures` name,
+    without loading weights.
+
+    Returns:
+        `tuple[PreTrainedConfig, type]`: the config and the class. It is an auto class where the model comes
+            with code of its own or names no class of transformers.
+
+    Raises:
+        LayerPruneError: no config there, or the model is of a kind that is not supported.
+    """
+    config = _load(AutoConfig, name, "model", trust_remote_code=trust_remote_code)
+    names = getattr(config, "architectures", None)
+    named = names[0] if isinstance(names, (list, tuple)) and names and isinstance(names[0], str) else ""
+    cls: Any = getattr(transformers, named, None) if named else None
+    if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel) and _is_for(cls, config)):
+        cls = AutoModelForCausalLM
+    if trust_remote_code:  # Code of its own goes before the class of transformers that has its name.
+        own = getattr(config, "auto_map", None) or {}
+        autos = [auto for auto, code in own.items() if isinstance(code, str) and code.split(".")[-1] == named]
+        cls = next((getattr(transformers, auto) for auto in autos if hasattr(transformers, auto)), cls)
+    check_reads_text(cls, config, name)
+    get_lineage(config)  # nothing is built of a hostile count
+    return config, cls
+
+
+def _is_for(cls: Any, config: PreTrainedConfig) -> bool:
+    """Whether a class of models is built from configs such as this one."""
+    return isinstance(cls.config_class, type) and isinstance(config, cls.config_class)
+
+
 def load_skeleton(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """A model without weights, on the meta device, from its config in a folder or on the hub.
 
     Raises:
-        LayerPruneError: no config there, or none that a causal language model can be built of.
+        LayerPruneError: no config there, or none that a supported model can be built of.
     """
-    config = _load(AutoConfig, name, "model config", trust_remote_code=trust_remote_code)
-    get_lineage(config)
+    config, cls = load_class(name, trust_remote_code)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            if issubclass(cls, PreTrainedModel):
+                return cls(config)
+            return cls.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise LayerPruneError(
             f"No model can be built from the config of {name!r}: {one_line(error)}"
@@ -85,6 +145,46 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
         LayerPruneError: there is none, or it cannot be reached.
     """
     return _load(AutoTokenizer, name, "tokenizer", trust_remote_code=trust_remote_code)
+
+
+def copy_companions(name: str, folder: str | Path) -> list[str]:
+    """Copy the files of a model's processor (pictures, video, chat template) and of sentence-transformers.
+
+    Args:
+        name (`str`): folder or hub id of the model.
+        folder (`str` or `Path`): where to. Files that are there stay as they are.
+
+    Returns:
+        `list[str]`: the names of the files that were copied.
+    """
+    modules = _companion(name, "modules.json")
+    parts = [] if modules is None else json.loads(modules.read_text(encoding="utf-8"))
+    # The other modules stand in folders of their own, such as the pooling of an embedding model.
+    inner = [
+        f"{part['path']}/{file}"
+        for part in parts
+        if re.fullmatch(r"\w+", part.get("path", ""))  # and nowhere else: the file may be somebody else's
+        for file in _OF_A_MODULE
+    ]
+    copied = []
+    for file in (*COMPANIONS, *inner):
+        source, target = _companion(name, file), Path(folder) / file
+        if source is not None and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+            copied.append(file)
+    return copied
+
+
+_OF_A_MODULE = ("config.json", "model.safetensors", "pytorch_model.bin")
+
+
+def _companion(name: str, file: str) -> Path | None:
+    """Where a file of a model lies; None if it has none."""
+    try:
+        return Path(str(cached_file(name, file)))
+    except OSError:
+        return None
 
 
 def load_lineage(folder: str | Path, trust_remote_code: bool = False) -> Lineage:

@@ -17,6 +17,7 @@ from .flags import (
     EvaluateArguments,
     InspectArguments,
     ModelArguments,
+    OptionalTextArguments,
     PhaseArguments,
     PruneArguments,
     PruneOutput,
@@ -63,16 +64,16 @@ def score(arguments: list[str]) -> None:
     _check_folder_of(output.json)
     is_table = output.compare is not None and output.compare.endswith(".json")
     other = read_table(output.compare) if is_table else None
-    model, tokenizer = _load(name, source)
+    config, tokenizer = _check_model(name, source, "score", how.criterion)
+    texts = [text] if is_table or not output.compare else [text, replace(text, data=output.compare)]
+    blocks = [_blocks(one, config, tokenizer, how.calibration_blocks) for one in texts]
+    model = _load_model(name, source)
 
-    def table_of(text: Any, journal: str | None = None) -> Any:
-        batches = make_batches(_blocks(text, model, tokenizer, how.calibration_blocks), 4)
+    def table_of(blocks: Any, journal: str | None = None) -> Any:
         settings = {"run": output.run, "racing": how.racing, "protected": how.protected}
-        return score_layers(model, batches, how.criterion, journal=journal, **settings)
+        return score_layers(model, make_batches(blocks, 4), how.criterion, journal=journal, **settings)
 
-    if output.compare and not is_table:
-        _blocks(replace(text, data=output.compare), model, tokenizer, how.calibration_blocks)
-    table = table_of(text, output.json and output.json + ".part")
+    table = table_of(blocks[0], output.json and output.json + ".part")
     if output.plot:
         table.plot(output.plot)
     if output.json:
@@ -82,7 +83,7 @@ def score(arguments: list[str]) -> None:
         error = table.errors.get(layer)
         print(line if error is None else f"{line} +- {error:.5f}")
     if output.compare:
-        other = other or table_of(replace(text, data=output.compare))
+        other = other or table_of(blocks[1])
         if other.run != table.run:
             raise LayerPruneError(f"{output.compare} scores runs of {other.run} layers, not of {table.run}.")
         few = max(1, len(table.scores) // 4)
@@ -95,7 +96,9 @@ def prune(arguments: list[str]) -> None:
     """Remove the least important layers of MODEL one by one, without training."""
     types = [ModelArguments, TextArguments, CriterionArguments, PruneArguments, PruneOutput]
     name, source, text, how, what, output = _parse("prune", arguments, types)
+    from .checkpoint import copy_companions
     from .data import make_batches, split_blocks
+    from .decoder import predicts_next_token
     from .evaluation import evaluate_text
     from .record import check_folder_is_free, write_record
     from .removal import prune_layers
@@ -103,10 +106,15 @@ def prune(arguments: list[str]) -> None:
     from .saving import save_model
 
     check_folder_is_free(output.output_dir)
-    model, tokenizer = _load(name, source)
-    blocks = _blocks(text, model, tokenizer, how.calibration_blocks + what.heldout_blocks)
+    config, tokenizer = _check_model(name, source, "prune", how.criterion)
+    blocks = _blocks(text, config, tokenizer, how.calibration_blocks + what.heldout_blocks)
     calibration, heldout, _ = split_blocks(blocks, how.calibration_blocks, what.heldout_blocks)
     heldout_batches = make_batches(heldout, 4)
+    model = _load_model(name, source)
+
+    def evaluation(model: Any) -> dict[str, float]:
+        return evaluate_text(model, heldout_batches)
+
     record = prune_layers(
         model,
         target_layers=what.target_layers,
@@ -114,14 +122,16 @@ def prune(arguments: list[str]) -> None:
         racing=how.racing,
         calibration=calibration,
         protected=how.protected,
-        evaluation=lambda model: evaluate_text(model, heldout_batches),
+        evaluation=evaluation if predicts_next_token(model) else None,  # of what else is there no perplexity
     )
     save_model(model, output.output_dir, verify=output.verify_save, legacy_rope=output.legacy_rope)
     tokenizer.save_pretrained(output.output_dir)
+    copy_companions(name, output.output_dir)
     write_record(record, output.output_dir)
     write_card(record, Path(output.output_dir))
     print(markdown_table(table_rows(record)))
-    print(f"\nSaved in {output.output_dir}. It was not healed: `hf-layerprune distill` does both.")
+    advice = "train it on your task" if record["dense"] is None else "`hf-layerprune distill` does both"
+    print(f"\nSaved in {output.output_dir}. It was not healed: {advice}.")
 
 
 def teach(arguments: list[str]) -> None:
@@ -131,8 +141,9 @@ def teach(arguments: list[str]) -> None:
     from .data import make_batches
     from .teacher_outputs import TeacherOutputs, write_teacher_outputs
 
-    model, tokenizer = _load(name, source)
-    batches = make_batches(_blocks(text, model, tokenizer), output.batch_size)
+    config, tokenizer = _check_model(name, source, "teach")
+    batches = make_batches(_blocks(text, config, tokenizer), output.batch_size)
+    model = _load_model(name, source)
     settings = {"temperature": output.temperature, "hidden_layers": output.hidden_layers}
     write_teacher_outputs(model, batches, output.output_dir, output.top_k, **settings)
     size = sum(file.stat().st_size for file in Path(output.output_dir).iterdir()) / 2**20
@@ -144,6 +155,7 @@ def distill(arguments: list[str]) -> None:
     """Remove layers of MODEL while the original teaches what is left (2511.05085)."""
     from .arguments import DistillationTrainingArguments
     from .callback import LayerPruningCallback
+    from .checkpoint import copy_companions
     from .data import make_batches
     from .evaluation import evaluate_text
     from .record import check_folder_is_free
@@ -163,14 +175,15 @@ def distill(arguments: list[str]) -> None:
     resume = True if phases.resume or args.resume_from_checkpoint == "True" else args.resume_from_checkpoint
     if not resume:
         check_folder_is_free(args.output_dir)
-    model, tokenizer = _load(name, source, dtype="float32")
+    config, tokenizer = _check_model(name, source, "distill")
     sizes = how.calibration_blocks, what.heldout_blocks
-    calibration, heldout, train = _parts(text, model, tokenizer, *sizes, args)
+    calibration, heldout, train = _parts(text, config, tokenizer, *sizes, args)
     if not text.streaming and not len(train):
         raise LayerPruneError(
             f"Calibration and evaluation take all {sum(sizes)} blocks of the text, none is left to "
             "train on: give more text, or ask for fewer blocks."
         )
+    model = _load_model(name, source, dtype="float32")
     heldout_batches = make_batches(heldout, args.per_device_eval_batch_size)
     pruning = LayerPruningCallback(
         target_layers=what.target_layers,
@@ -206,6 +219,7 @@ def distill(arguments: list[str]) -> None:
         raise LayerPruneError(str(error)) from error
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
+    copy_companions(name, args.output_dir)
     trainer.create_model_card()
     print(markdown_table(table_rows(pruning.record)))
     print(f"\nSaved in {args.output_dir}.")
@@ -217,16 +231,15 @@ def phases(arguments: list[str]) -> None:
     arguments, command = arguments[:at], arguments[at + 1 :]
     types = [ModelArguments, TextArguments, CriterionArguments, PruneArguments, SizeArguments, PruneOutput]
     name, source, text, how, what, size, output = _parse("phases", arguments, types)
-    from .checkpoint import load_skeleton, load_tokenizer
+    from .checkpoint import copy_companions
     from .data import make_batches, split_blocks
     from .evaluation import evaluate_text
     from .phases import run_phases
     from .report import markdown_table, table_rows, write_card
     from .saving import save_model
 
-    tokenizer = load_tokenizer(name, source.trust_remote_code)
-    skeleton = load_skeleton(name, source.trust_remote_code)
-    blocks = _blocks(text, skeleton, tokenizer, how.calibration_blocks + what.heldout_blocks)
+    config, tokenizer = _check_model(name, source, "phases")
+    blocks = _blocks(text, config, tokenizer, how.calibration_blocks + what.heldout_blocks)
     calibration, heldout, _ = split_blocks(blocks, how.calibration_blocks, what.heldout_blocks)
     heldout_batches = make_batches(heldout, 4)
 
@@ -248,6 +261,7 @@ def phases(arguments: list[str]) -> None:
     last = Path(output.output_dir) / f"phase_{len(record['phases'])}" / "healed"
     save_model(load(str(last)), output.output_dir, verify=output.verify_save, legacy_rope=output.legacy_rope)
     tokenizer.save_pretrained(output.output_dir)
+    copy_companions(name, output.output_dir)
     write_card(record, Path(output.output_dir))
     print(markdown_table(table_rows(record)))
     print(f"\nSaved in {output.output_dir}; what each phase left is in its folder there.")
@@ -258,6 +272,8 @@ def run(arguments: list[str]) -> None:
     import torch
 
     from .arguments import DistillationTrainingArguments
+    from .checkpoint import copy_companions
+    from .decoder import layer_count, text_config
     from .recipes import RecipeArguments, recipe_words, resolved_fields, run_recipe, shipped_recipes
     from .record import check_folder_is_free
     from .report import markdown_table, table_rows
@@ -294,12 +310,13 @@ def run(arguments: list[str]) -> None:
         )
     if not resume:
         check_folder_is_free(args.output_dir)
-    model, tokenizer = _load(recipe.model, source, dtype="float32")
+    config, tokenizer = _check_model(recipe.model, source, "run")
     if recipe.select == "phases" and args.max_steps < 0 and phases.steps_per_phase:
-        count = model.config.get_text_config(decoder=True).num_hidden_layers
+        count = layer_count(text_config(config))
         args.max_steps = phases.steps_per_phase * len(phase_sizes(count, recipe.keep, size.layers_per_phase))
     sizes = how.calibration_blocks, recipe.heldout_blocks
-    calibration, heldout, train = _parts(text, model, tokenizer, *sizes, args)
+    calibration, heldout, train = _parts(text, config, tokenizer, *sizes, args)
+    model = _load_model(recipe.model, source, dtype="float32")
     names = ("steps_per_phase", "tokens_per_phase", "restart_learning_rate", "quality_floor", "min_recovery")
     record = run_recipe(
         model,
@@ -316,15 +333,15 @@ def run(arguments: list[str]) -> None:
         resume=resume,
         resolved=resolved_fields([recipe, text, how, size, phases], args),
     )
+    copy_companions(recipe.model, args.output_dir)
     print(markdown_table(table_rows(record)))
     print(f"\nSaved in {args.output_dir}.")
 
 
 def evaluate(arguments: list[str]) -> None:
     """What one or more MODELs can do on a text and in tasks, side by side; the first is the dense one."""
-    types = [ModelArguments, TextArguments, EvaluateArguments]
+    types = [ModelArguments, OptionalTextArguments, EvaluateArguments]
     names, source, text, output = _parse("evaluate", arguments, types, several=True)
-    from .checkpoint import load_lineage, load_tokenizer
     from .data import make_batches
     from .evaluation import compare_models, evaluate_model
     from .report import evaluation_rows, markdown_table
@@ -332,6 +349,8 @@ def evaluate(arguments: list[str]) -> None:
     from .tasks import load_task, split_name
 
     _check_folder_of(output.json)
+    if text.data is None and not output.tasks:
+        raise LayerPruneError("There is nothing to measure: give a text with --data, or --tasks, or both.")
     if output.limit is not None and output.limit < 2:
         raise LayerPruneError(f"limit is {output.limit}: it must be at least 2.")
     questions = {}
@@ -344,15 +363,18 @@ def evaluate(arguments: list[str]) -> None:
         known_tasks(output.tasks)
     else:
         questions = {split_name(task)[0]: load_task(task, output.limit) for task in output.tasks}
-    for name in names:
-        load_lineage(name, source.trust_remote_code)  # a wrong name is found before the long work
-        load_tokenizer(name, source.trust_remote_code)
+    tokenizers, blocks = {}, {}
+    for name in names:  # a wrong name and a wrong text are found before the long work
+        config, tokenizers[name] = _check_model(name, source, "evaluate")
+        if text.data is not None:
+            blocks[name] = _blocks(text, config, tokenizers[name], output.max_blocks)
     there = output.json and Path(output.json).exists() and not output.lm_eval  # which reads files of its own
     earlier = _read_json(output.json or "")["models"] if there else {}
     results: dict[str, dict[str, Any]] = {}
+    read = None if text.data is None else Path(text.data).name
     for name in names:
-        model, tokenizer = _load(name, source, output.dtype)
-        batches = make_batches(_blocks(text, model, tokenizer, output.max_blocks), 4)
+        model, tokenizer = _load_model(name, source, output.dtype), tokenizers[name]
+        batches = make_batches(blocks[name], 4) if name in blocks else []
         mark = fingerprint([model], batches, [output.lm_eval, output.limit, output.tasks, questions])
         known = next((found for found in earlier.values() if found.get("fingerprint") == mark), None)
         results[name] = known or evaluate_model(model, tokenizer, batches, questions)
@@ -365,7 +387,7 @@ def evaluate(arguments: list[str]) -> None:
             size = sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
             results[name]["file_mb"] = round(size / 2**20, 1)
         if output.json:
-            _write_json(output.json, {"text": Path(text.data).name, "models": earlier | results})
+            _write_json(output.json, {"text": read, "models": earlier | results})
     compare_models(results)
     for task, _, file in (task.partition("=") for task in output.tasks):
         for found in results.values():
@@ -373,7 +395,7 @@ def evaluate(arguments: list[str]) -> None:
                 found["tasks"][task]["source"] = "/".join(Path(file).parts[-2:]) or None
     print(markdown_table(evaluation_rows(results)))
     if output.json:
-        _write_json(output.json, {"text": Path(text.data).name, "models": results})
+        _write_json(output.json, {"text": read, "models": results})
 
 
 def card(arguments: list[str]) -> None:
@@ -513,10 +535,24 @@ def _parse(
     return [rest.model, *parsed] if model else [*parsed, rest][: len(types)]
 
 
-def _load(name: str, source: ModelArguments, dtype: str = "auto") -> tuple[Any, Any]:
-    from .checkpoint import load_tokenizer
+def _check_model(
+    name: str, source: ModelArguments, command: str, criterion: str | None = None
+) -> tuple[Any, Any]:
+    """The config and the tokenizer of a model of which no weights are loaded yet.
 
-    return _load_model(name, source, dtype), load_tokenizer(name, source.trust_remote_code)
+    Raises:
+        LayerPruneError: there is none, or `command`, with this criterion, cannot use a model of its kind.
+    """
+    from .checkpoint import load_class, load_tokenizer
+    from .decoder import check_next_token
+    from .scoring import check_criterion_fits
+
+    config, cls = load_class(name, source.trust_remote_code)
+    if criterion is None:
+        check_next_token(cls, command)
+    else:
+        check_criterion_fits(cls, criterion)
+    return config, load_tokenizer(name, source.trust_remote_code)
 
 
 def _load_model(name: str, source: ModelArguments, dtype: str = "auto") -> Any:
@@ -528,27 +564,27 @@ def _load_model(name: str, source: ModelArguments, dtype: str = "auto") -> Any:
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _blocks(text: TextArguments, model: Any, tokenizer: Any, limit: int | None = None) -> Any:
+def _blocks(text: TextArguments, config: Any, tokenizer: Any, limit: int | None = None) -> Any:
     from .data import check_block_length, load_texts, token_blocks
 
-    check_block_length(text.block_length, model)
+    check_block_length(text.block_length, config)
     texts = load_texts(text.data, text.data_field, text.data_split, text.data_config)
     return token_blocks(texts, tokenizer, text.block_length, limit)
 
 
 def _parts(
-    text: TextArguments, model: Any, tokenizer: Any, calibration: int, heldout: int, args: Any
+    text: TextArguments, config: Any, tokenizer: Any, calibration: int, heldout: int, args: Any
 ) -> tuple[Any, Any, Any]:
     """Blocks to score on, to measure on, and to train on."""
     from .data import check_block_length, split_blocks, stream_blocks
 
     if not text.streaming:
-        return split_blocks(_blocks(text, model, tokenizer), calibration, heldout)
+        return split_blocks(_blocks(text, config, tokenizer), calibration, heldout)
     if args.max_steps < 0:
         raise LayerPruneError("A stream has no known end: say how long to train with max_steps.")
     if args.max_steps == 0:
-        return split_blocks(_blocks(text, model, tokenizer, calibration + heldout), calibration, heldout)
-    check_block_length(text.block_length, model)
+        return split_blocks(_blocks(text, config, tokenizer, calibration + heldout), calibration, heldout)
+    check_block_length(text.block_length, config)
     source = (text.data, text.data_field, text.data_split, text.data_config)
     head, train = stream_blocks(tokenizer, text.block_length, calibration + heldout, *source)
     return *split_blocks(head, calibration, heldout)[:2], train

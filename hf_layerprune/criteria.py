@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .data import Batch
-from .decoder import find_decoder, text_config
+from .decoder import find_decoder, predicts_next_token, text_config
 from .errors import LayerPruneError
 from .journal import Journal
 from .leave_one_out import Cuts, Measure, Prefixes, Values, captured, check_all_ran, hidden, leave_out
@@ -173,16 +173,24 @@ def hidden_mse(request: Request) -> Found:
     """Squared error of the last hidden state without the layers, relative to its own square (so that models
     compare), mean over tokens."""
 
+    places = _predicting if predicts_next_token(request.model) else _real
+
+    def tokens(batch: Batch) -> torch.Tensor:
+        mask = places(batch)
+        return _by_unit(mask, torch.ones(int(mask.sum()), dtype=torch.float64, device=mask.device))
+
     def refer(reader: Reader, batch: Batch) -> tuple[Any, torch.Tensor]:
-        return reader.states(batch), torch.zeros_like(_tokens(batch), dtype=torch.float64)
+        return reader.states(batch), torch.zeros_like(tokens(batch), dtype=torch.float64)
 
     def compare(reader: Reader, batch: Batch, reference: Any) -> torch.Tensor:
-        mask, _ = targets_of(batch)
-        own = reference[:, :-1][mask].float()
-        error = (reader.states(batch)[:, :-1][mask].float() - own).square().sum(-1)
+        mask = places(batch)
+        length = mask.shape[1]
+        own = reference[:, :length][mask].float()
+        error = (reader.states(batch)[:, :length][mask].float() - own).square().sum(-1)
         return _by_unit(mask, (error / own.square().sum(-1)).double())
 
-    return Found.of(_read(request, refer, compare))
+    example = request.batches[0]["input_ids"][:1]
+    return Found.of(_leave_out(request, request.batches, Measure(tokens, refer, compare), example))
 
 
 def taylor(request: Request) -> Found:
@@ -349,8 +357,18 @@ def _tokens(batch: Batch) -> torch.Tensor:
     return _by_unit(mask, torch.ones(int(mask.sum()), dtype=torch.float64, device=mask.device))
 
 
+def _predicting(batch: Batch) -> torch.Tensor:
+    """The positions `(batch, length - 1)` that predict a token that counts."""
+    return targets_of(batch)[0]
+
+
+def _real(batch: Batch) -> torch.Tensor:
+    """The positions `(batch, length)` that are no padding."""
+    return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+
+
 def _by_unit(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """The sum over each unit of the values at the positions in `mask` `(batch, length - 1)`."""
+    """The sum over each unit of the values at the positions in `mask` `(batch, places)`."""
     units = -(-mask.shape[1] // UNIT)
     row, place = mask.nonzero(as_tuple=True)
     sums = torch.zeros(len(mask) * units, dtype=torch.float64, device=mask.device)
@@ -390,7 +408,7 @@ def _between(
         with captured(request.model, ends) as states:
             reader.states(batch)
         check_all_ran(states, ends)
-        real = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        real = _real(batch)
         counts = tokens(real).double().tolist()
         values.tokens += counts
         values.whole += [0.0] * len(counts)

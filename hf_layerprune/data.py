@@ -1,5 +1,8 @@
 """Text, from wherever it comes, as blocks of tokens and as batches."""
 
+import codecs
+import gzip
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -9,16 +12,24 @@ import torch
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+)
+from transformers.utils import logging
 
 from .errors import LayerPruneError
 
+
+logger: Any = logging.get_logger(__name__)  # transformers', which can say a thing once
 
 Batch = Mapping[str, torch.Tensor]
 
 # Which loader of the datasets library reads which kind of file.
 LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".txt": ("text", {"sample_by": "document"}),
+    ".txt": ("text", {"sample_by": "document", "encoding": "utf-8-sig"}),
     ".jsonl": ("json", {}),
     ".jsonl.gz": ("json", {}),
 }
@@ -40,10 +51,27 @@ def load_texts(
         LayerPruneError: no such file or data set, no such field, or no text in it.
     """
     dataset = _load(source, field, split, config)
-    texts = [text for text in dataset[field] if isinstance(text, str) and text.strip()]
+    texts = list(_documents(dataset[field], source, field))
     if not texts:
         raise LayerPruneError(f"There is no text in {source}.")
     return texts
+
+
+def _documents(values: Iterable[Any], source: str, field: str) -> Iterator[str]:
+    """The values that are text and not empty; how many are not is logged, also when no more are asked for."""
+    read, skipped = 0, 0
+    try:
+        for value in values:
+            read += 1
+            if isinstance(value, str) and value.strip():
+                yield value
+            else:
+                skipped += 1
+    finally:
+        if skipped:
+            logger.warning_once(
+                f"{source}: {skipped} of {read} rows have no text in {field!r} and are skipped."
+            )
 
 
 def load_rows(source: str, split: str = "train", config: str | None = None, streaming: bool = False) -> Any:
@@ -62,6 +90,8 @@ def load_rows(source: str, split: str = "train", config: str | None = None, stre
         raise LayerPruneError(f"No such file: {source}")
     if kind is None and path.exists():
         raise LayerPruneError(f"Cannot read {source}: expected a file ending in {', '.join(LOADERS)}.")
+    if kind is not None:
+        _check_utf8(path, STREAM_CHECKED if streaming else None)
     try:
         if kind is not None:
             loader, options = LOADERS[kind]
@@ -70,6 +100,36 @@ def load_rows(source: str, split: str = "train", config: str | None = None, stre
         return load_dataset(source, config, split=split, streaming=streaming)
     except (DatasetGenerationError, DatasetNotFoundError, OSError, RuntimeError, ValueError) as error:
         raise _unreadable(source, error) from error
+
+
+STREAM_CHECKED = 2**24  # bytes of a stream that are looked at before it is read
+
+
+def _check_utf8(path: Path, most: int | None) -> None:
+    """Check that a file, or its first `most` bytes, is text in UTF-8.
+
+    Raises:
+        LayerPruneError: it is not.
+    """
+    decoder, read, start = codecs.getincrementaldecoder("utf-8")(), 0, b""
+    try:
+        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
+            while (most is None or read < most) and (piece := file.read(2**20)):
+                start = start or piece[:2]
+                if "\0" in decoder.decode(piece):  # as every second byte of English in UTF-16 is
+                    raise UnicodeError("it holds zero bytes")
+                read += len(piece)
+            if most is None:
+                decoder.decode(b"", final=True)
+    except UnicodeError as error:
+        marked = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or "zero bytes" in str(error)
+        encoding = "UTF-16" if marked else "ISO-8859-1"
+        raise LayerPruneError(
+            f"{path} is not UTF-8 ({error}), but text files must be. Convert the file, for example: "
+            f"iconv -f {encoding} -t UTF-8 {path.name} > NEW_FILE"
+        ) from error
+    except (OSError, EOFError, zlib.error):  # no file, or none of gzip, which its loader says
+        return
 
 
 def _unreadable(source: str, error: Exception) -> LayerPruneError:
@@ -128,7 +188,7 @@ def _stream(
 ) -> Iterator[dict[str, list[int]]]:
     field = texts["field"]
     rows = (row[field] for row in _load(**texts, streaming=True))
-    documents = (text for text in rows if isinstance(text, str) and text.strip())
+    documents = _documents(rows, texts["source"], field)
     for block in islice(_cut(documents, tokenizer, length), skip, None):
         yield {"input_ids": block, "labels": block}
 
@@ -161,9 +221,11 @@ def _cut(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) 
     """The blocks of [`token_blocks`], one after another; its errors, too."""
     if length < 2:
         raise LayerPruneError(f"A block of {length} tokens has nothing to predict: use 2 or more.")
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    # What the tokenizer itself puts before a text; Gemma, for one, reads badly without it.
-    start = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id][:1]
+    last = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    end = [] if last is None else [last]
+    # What the tokenizer itself puts before a text; Gemma, for one, reads badly without it. BERT has [CLS].
+    first = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
+    start = [token for token in tokenizer("")["input_ids"] if token in first][:1]
     size = length - len(start)
     tokens, found = list[int](), False
     for text in texts:
@@ -181,8 +243,8 @@ def _cut(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) 
         )
 
 
-def check_block_length(length: int, model: PreTrainedModel) -> None:
-    """Check that `model` reads so many tokens.
+def check_block_length(length: int, model: PreTrainedModel | PreTrainedConfig) -> None:
+    """Check that `model`, or the model that a config describes, reads so many tokens.
 
     Raises:
         LayerPruneError: it reads less.
@@ -192,9 +254,10 @@ def check_block_length(length: int, model: PreTrainedModel) -> None:
         raise LayerPruneError(f"block_length is {length}, but the model reads {longest} tokens at most.")
 
 
-def most_tokens(model: PreTrainedModel) -> int | None:
-    """How many tokens a model reads at most, None where its config does not say."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+def most_tokens(model: PreTrainedModel | PreTrainedConfig) -> int | None:
+    """How many tokens a model reads at most, by its config; None where the config does not say."""
+    config = model if isinstance(model, PreTrainedConfig) else model.config
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def split_blocks(blocks: Dataset, calibration: int, heldout: int) -> tuple[Dataset, Dataset, Dataset]:

@@ -1,5 +1,7 @@
 """Where a causal language model keeps its decoder layers, and where its config counts them."""
 
+import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,20 @@ COUNT_FIELDS = ("decoder_layers", "num_decoder_layers", "num_layers", "num_hidde
 
 # Module attributes that hold a layer's own position (key/value cache slot, attention kind).
 INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number")
+
+SUPPORTED = (
+    "causal language models, text encoders, classifiers, reward and embedding models, and the text layers of "
+    "vision-language models"
+)
+
+# What a class is called, by what its name says.
+_KINDS = {
+    "SequenceClassification|RewardModel": "a sequence classifier",
+    "TokenClassification": "a token classifier",
+    "QuestionAnswering": "a question-answering model",
+    "MaskedLM|PreTraining": "a masked language model",
+    "MultipleChoice": "a multiple-choice model",
+}
 
 
 @dataclass(frozen=True)
@@ -99,6 +115,78 @@ def count_fields(config: PreTrainedConfig) -> list[str]:
     first = next(name for name in COUNT_FIELDS if type(getattr(config, name, None)) is int)
     names = {config.attribute_map.get(first, first), *COUNT_FIELDS}
     return [name for name in sorted(names) if vars(config).get(name) == layer_count(config)]
+
+
+def predicts_next_token(model: Any) -> bool:
+    """Whether a model, or a class of models, gives logits of the next token, as causal language models and
+    vision-language models do.
+
+    Args:
+        model (`PreTrainedModel` or a subclass): the model or its class.
+    """
+    cls = model if isinstance(model, type) else type(model)
+    if not issubclass(cls, PreTrainedModel):  # an auto class; what is no model at all is refused elsewhere
+        return not re.search("|".join(_KINDS), cls.__name__)
+    if cls.can_generate():
+        return True
+    known = next(base for base in cls.__mro__ if base.__module__.startswith("transformers."))
+    if not known.__name__.endswith("PreTrainedModel"):
+        return False
+    # Somebody's own class: only the model tells.
+    return isinstance(model, type) or model.get_output_embeddings() is not None
+
+
+def describe_class(model: Any) -> str:
+    """What kind of model something is, in words, with the name of its class."""
+    cls = model if isinstance(model, type) else type(model)
+    kinds = (kind for pattern, kind in _KINDS.items() if re.search(pattern, cls.__name__))
+    default = (
+        "a causal language model" if predicts_next_token(model) else "a model without a language-model head"
+    )
+    return f"{next(kinds, default)} ({cls.__name__})"
+
+
+def check_next_token(model: Any, what: str) -> None:
+    """Check that a model, or a class of models, predicts next tokens, which `what` is about.
+
+    Raises:
+        LayerPruneError: it does not.
+    """
+    if not predicts_next_token(model):
+        raise LayerPruneError(
+            f"{what} needs logits of the next token, but the model is {describe_class(model)}. Give a causal "
+            "language model. Other models go with score, prune and LayerPruningCallback in a plain Trainer."
+        )
+
+
+def check_reads_text(cls: Any, config: PreTrainedConfig, name: str) -> None:
+    """Check, before any weights are loaded, that a class of models reads tokens and nothing else.
+
+    Args:
+        cls (a subclass of `PreTrainedModel`): what would be loaded.
+        config (`PreTrainedConfig`): its config.
+        name (`str`): how the user calls the model.
+
+    Raises:
+        LayerPruneError: it is an encoder-decoder model, or reads pictures or sound.
+    """
+    takes = getattr(cls, "main_input_name", "input_ids")
+    is_auto = not issubclass(cls, PreTrainedModel)
+    called = config.model_type if is_auto else cls.__name__
+    is_half = not is_auto and called.endswith(("ForCausalLM", "EncoderModel"))
+    if getattr(config, "is_encoder_decoder", False) is True and not is_half:
+        kind = f"an encoder-decoder model ({called})"
+    elif takes != "input_ids":
+        kind = f"a model of {takes}, not of text ({called})"
+    elif not is_auto and "pixel_values" in _arguments(cls) and "inputs_embeds" not in _arguments(cls):
+        kind = f"a model that reads pictures beside text ({called})"
+    else:
+        return
+    raise LayerPruneError(f"{name} is {kind}, but hf_layerprune supports {SUPPORTED}.")
+
+
+def _arguments(cls: Any) -> set[str]:
+    return set(inspect.signature(cls.forward).parameters)
 
 
 @contextmanager

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .adapters import base_of
 from .criteria import next_token_metric, unit_losses
 from .data import Batch
+from .decoder import check_next_token
 from .errors import LayerPruneError
 from .lineage import get_lineage
 from .multiple_choice import Answer, MultipleChoice, Question
@@ -31,7 +33,8 @@ def evaluate_model(
 
     Args:
         model, tokenizer: a causal language model and its tokenizer.
-        batches (sequence of dict): `input_ids` `(batch, length)` of whole passages.
+        batches (sequence of dict): `input_ids` `(batch, length)` of whole passages. Left empty, only the
+            tasks are measured.
         questions (mapping of `str` to sequence of [`Question`], *optional*): of tasks named in `TASKS`.
 
     Raises:
@@ -45,16 +48,16 @@ def evaluate_model(
         task.check_length(model)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    copied = copying(model, batches[: 1 + 31 // len(batches[0]["input_ids"])])
+    copied = copying(model, batches[: 1 + 31 // len(batches[0]["input_ids"])]) if batches else None
     found: dict[str, Any] = {
         "layers": len(get_lineage(model).kept),
         "parameters": model.num_parameters(),
         "weights_mb": round(model.get_memory_footprint() / 2**20, 1),
         "dtype": str(model.dtype).removeprefix("torch."),
-        **evaluate_text(model, batches, tokenizer),
-        "generated_per_second": generation_speed(model, batches[0]),
-        "copying": copied,
     }
+    if copied is not None:
+        found |= evaluate_text(model, batches, tokenizer)
+        found |= {"generated_per_second": generation_speed(model, batches[0]), "copying": copied}
     if torch.cuda.is_available():
         found["peak_memory_mb"] = torch.cuda.max_memory_allocated() // 2**20
     if questions:
@@ -108,6 +111,7 @@ def evaluate_text(
     Raises:
         LayerPruneError: there is no token to predict.
     """
+    check_next_token(base_of(model), "evaluate_text")
     total, tokens, size, speeds = 0.0, 0, 0, []
     reader: Reader | None = None
     with undisturbed(model):
@@ -154,6 +158,7 @@ def copying(model: PreTrainedModel, batches: Iterable[Batch], given: int = 8) ->
         LayerPruneError: no passage, or one not longer than what is given of it.
     """
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    check_next_token(base_of(model), "copying")
     copied: list[float] = []
     found: list[float] = []
     with undisturbed(model):

@@ -35,6 +35,19 @@ class TextArguments:
 
 
 @dataclass
+class OptionalTextArguments(TextArguments):
+    """Text for `evaluate`, which can do without."""
+
+    data: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Text to read and copy: a .txt, .jsonl or .jsonl.gz file, or the id of a data set. "
+            "Default: only --tasks are measured."
+        },
+    )
+
+
+@dataclass
 class CriterionArguments:
     """How layers are scored."""
 

@@ -21,7 +21,7 @@ from .errors import LayerPruneError
 from .journal import Journal
 from .lineage import get_lineage
 from .losses import LAST
-from .reading import Reader
+from .reading import Reader, compared_output
 from .surgery import without_layers
 
 
@@ -301,16 +301,16 @@ def _give(output: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def can_replay(model: PreTrainedModel, input_ids: torch.Tensor, deepest: int) -> bool:
-    """Whether layers that only return what they returned before leave the logits as they are to the bit,
+    """Whether layers that only return what they returned before leave the output as it is to the bit,
     however many of the first `deepest` they are."""
     with captured(model, range(deepest)) as states:
-        expected = model(input_ids=input_ids, use_cache=False).logits
+        expected = compared_output(model, input_ids)
     check_all_ran(states, range(deepest))
     outputs = [states[layer][1] for layer in range(deepest)]
     for count in range(1, deepest + 1):
         with replayed(model, outputs[:count]):
             try:
-                found = model(input_ids=input_ids, use_cache=False).logits
+                found = compared_output(model, input_ids)
             except Exception:  # a layer missed what an earlier one should have left for it
                 return False
         if not torch.allclose(found, expected, rtol=0, atol=0, equal_nan=True):

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import ModelOutput
 
 from .adapters import base_of
 from .data import Batch
-from .decoder import is_sharded, running, text_config
+from .decoder import describe_class, is_sharded, predicts_next_token, running, text_config
+from .errors import LayerPruneError
 from .losses import token_mask
 
 
@@ -25,23 +27,28 @@ class Reader:
     Logits are made from last hidden states by the model's own forward, with the part before its head
     standing still, so that whatever it does to logits (bias, scale, soft cap) is done. Where that does not
     give the model's logits, they are made at once, and the states are the logits themselves.
+    A model without a language-model head has states only.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): a causal language model, in eval mode while this is made.
+        model (`PreTrainedModel` or `PeftModel`): a model of text, in eval mode while this is made.
         input_ids (`torch.Tensor`): `(batch, length)`, some tokens to try this with.
     """
 
     def __init__(self, model: Any, input_ids: torch.Tensor) -> None:
         self.model, self._inner = model, base_of(model)
         # Sharded weights are whole only within the model's own forward, in which all parts run.
+        self.has_logits = predicts_next_token(self._inner)
         self.in_pieces = (
-            not is_sharded(model)
+            self.has_logits
+            and not is_sharded(model)
             and "logits_to_keep" in inspect.signature(type(self._inner).forward).parameters
         )
         self._body: Any = self._inner.base_model
         self._cast: tuple[nn.Parameter, Any] | None = None
         self.vocabulary: int = text_config(self._inner.config).vocab_size
         input_ids = input_ids[:1, :8]
+        if not self.has_logits:
+            self._check_text_alone(input_ids)
         if not self.in_pieces:
             return
         whole = model(input_ids=input_ids, use_cache=False).logits
@@ -63,7 +70,10 @@ class Reader:
             batch (`dict`): `input_ids` `(batch, length)` and what else the model reads.
             model (`nn.Module`, *optional*): what wraps the reader's own, as for training on many devices.
         """
-        inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"} | {"use_cache": False}
+        inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
+        if not self.has_logits:
+            return self._body_states(inputs)
+        inputs["use_cache"] = False
         model = model or self.model
         if not self.in_pieces:
             return model(**inputs).logits
@@ -75,6 +85,27 @@ class Reader:
         finally:
             handle.remove()
         return found[0].last_hidden_state
+
+    def _body_states(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """The last hidden states of a model without a language-model head. Its own head is not run."""
+        # Sharded weights are whole only within the model's own forward.
+        runs = self._inner if is_sharded(self.model) else self._body
+        found = []
+        handle = self._body.register_forward_hook(lambda module, args, output: found.append(output))
+        try:
+            runs(**inputs, **cache_off(runs))
+        finally:
+            handle.remove()
+        return found[0].last_hidden_state
+
+    def _check_text_alone(self, input_ids: torch.Tensor) -> None:
+        try:
+            self._body_states({"input_ids": input_ids})
+        except Exception as error:  # whatever else it reads
+            raise LayerPruneError(
+                f"{describe_class(self._inner)} cannot be scored with text: it does not read tokens alone or "
+                f"has no last hidden state ({' '.join(str(error).split())[:200]})."
+            ) from error
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
         """The logits `(positions, vocabulary)` of states `(positions, hidden)`."""
@@ -148,6 +179,33 @@ class _StandingStill:
 
     def __getattr__(self, name: str) -> None:
         return None
+
+
+def cache_off(module: nn.Module) -> dict[str, Any]:
+    """The argument of a forward pass without a key/value cache; none where the model has no cache."""
+    reads = inspect.signature(type(module).forward).parameters
+    return {"use_cache": False} if "use_cache" in reads or predicts_next_token(module) else {}
+
+
+def compared_output(model: Any, input_ids: torch.Tensor, forward: Any = None) -> torch.Tensor:
+    """The output of a model for tokens, to compare it with another model's: the logits, or without a
+    language-model head all floating-point tensors that the model returns, flattened row by row.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): the model, in eval mode.
+        input_ids (`torch.Tensor`): `(batch, length)`.
+        forward (`Callable`, *optional*): what to call in place of the model.
+    """
+    inner, forward = base_of(model), forward or model
+    if predicts_next_token(inner):
+        return forward(input_ids=input_ids, use_cache=False).logits
+    # Row by row: classifiers cannot tell where several rows end without a padding token.
+    rows = [forward(input_ids=row, **cache_off(inner)) for row in input_ids.split(1)]
+    return torch.stack([torch.cat([part.flatten() for part in _tensors(row)]) for row in rows])
+
+
+def _tensors(output: ModelOutput) -> list[torch.Tensor]:
+    return [value for value in output.to_tuple() if torch.is_tensor(value) and value.is_floating_point()]
 
 
 def targets_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

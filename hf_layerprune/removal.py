@@ -12,7 +12,7 @@ from .errors import LayerPruneError
 from .leave_one_out import Prefixes
 from .lineage import get_lineage
 from .record import Record, peak_memory_mb, start_record
-from .scoring import ScoreTable, check_choices, reads_text, score_layers, undisturbed
+from .scoring import ScoreTable, check_choices, check_criterion_fits, reads_text, score_layers, undisturbed
 from .surgery import check_layers, possible_cuts, remove_layers
 
 
@@ -58,6 +58,7 @@ def prune_layers(
     """
     began = time.monotonic()
     check_choices(criterion, task, teacher, "output" if pattern == MAX_GAP else pattern, racing)
+    check_criterion_fits(model, criterion, task)
     if select not in SELECTIONS:
         raise LayerPruneError(f"select is {select!r}: choose from {', '.join(SELECTIONS)}.")
     if pattern == MAX_GAP and (criterion != "positional" or select != "one_shot" or protected is not None):

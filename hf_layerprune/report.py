@@ -1,5 +1,6 @@
 """What a person looks at after a run, all from its record: a table, pictures, the model card."""
 
+import json
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -84,14 +85,15 @@ def _measures(found: Mapping[str, Any]) -> dict[str, str]:
     }
     cells |= {"file MB": f"{found['file_mb']:.0f}"} if "file_mb" in found else {}
     cells |= {"peak memory MB": str(found["peak_memory_mb"])} if "peak_memory_mb" in found else {}
-    cells |= {
-        "perplexity": f"{found['perplexity']:.2f}",
-        "bits per byte": f"{found['bits_per_byte']:.3f}",
-        "copied in one go": _with_error(found["copying"]["copied"], found["copying"]["standard_error"]),
-        "copied token by token": f"{found['copying']['right']:.3f}",
-        "tokens/s read": f"{found['tokens_per_second']:.0f}",
-        "tokens/s generated": f"{found['generated_per_second']:.1f}",
-    }
+    if "perplexity" in found:  # not where only tasks were measured
+        cells |= {
+            "perplexity": f"{found['perplexity']:.2f}",
+            "bits per byte": f"{found['bits_per_byte']:.3f}",
+            "copied in one go": _with_error(found["copying"]["copied"], found["copying"]["standard_error"]),
+            "copied token by token": f"{found['copying']['right']:.3f}",
+            "tokens/s read": f"{found['tokens_per_second']:.0f}",
+            "tokens/s generated": f"{found['generated_per_second']:.1f}",
+        }
     tasks = found.get("tasks", {})
     cells |= {name: _with_error(task["accuracy"], task["standard_error"]) for name, task in tasks.items()}
     if tasks:
@@ -304,6 +306,7 @@ def write_card(
     extra = [tags] if isinstance(tags, str) else tags or []
     distilled = ["knowledge-distillation"] if record["method"]["healing"] == DISTILLED["healing"] else []
     measured = record.get("evaluation")
+    auto_class, pipeline = _how_to_load(folder)
     results = [
         EvalResult(
             task_type="text-generation",
@@ -334,7 +337,7 @@ def write_card(
         language=language,
         license=license,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=pipeline,
         base_model=base if on_hub else None,
         base_model_relation="finetune" if on_hub else None,
         datasets=dataset,
@@ -347,6 +350,7 @@ def write_card(
         template_str=files("hf_layerprune").joinpath("model_card.md").read_text(encoding="utf-8"),
         name=name,
         source=repository or name,
+        auto_class=auto_class,
         base=base if on_hub else Path(base).name,
         on_hub=on_hub,
         removed=removed,
@@ -364,6 +368,28 @@ def write_card(
         recipe=yaml.safe_dump(record["recipe"], sort_keys=False) if "recipe" in record else None,
     )
     card.save(folder / "README.md")
+
+
+# How a class of models is loaded, and what the hub calls what it does, by the end of its name.
+_AUTO_CLASSES = {
+    "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
+    "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
+    "ForQuestionAnswering": ("AutoModelForQuestionAnswering", "question-answering"),
+    "ForMaskedLM": ("AutoModelForMaskedLM", "fill-mask"),
+    "ForPreTraining": ("AutoModelForPreTraining", "fill-mask"),
+    "ForConditionalGeneration": ("AutoModelForImageTextToText", "image-text-to-text"),
+    "LMHeadModel": ("AutoModelForCausalLM", "text-generation"),
+    "Model": ("AutoModel", "feature-extraction"),
+}
+
+
+def _how_to_load(folder: Path) -> tuple[str, str]:
+    """The auto class that loads the model in `folder`, and the hub's name of its task."""
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    named = (config.get("architectures") or [""])[0]
+    known = (found for end, found in _AUTO_CLASSES.items() if named.endswith(end))
+    return next(known, ("AutoModelForCausalLM", "text-generation"))
 
 
 def _number(values: dict[str, float] | None, name: str | None) -> str:

@@ -19,6 +19,7 @@ from .checkpoint import PRUNED_BASE, load_pruned_adapter, one_line
 from .decoder import text_config
 from .errors import LayerPruneError
 from .lineage import get_lineage, lineage_entry
+from .reading import compared_output
 from .rotary import legacy_rotary
 from .scoring import undisturbed
 
@@ -198,8 +199,8 @@ def _check_same(model: Any, again: Any, folder: Path) -> None:
     try:
         with undisturbed(model):
             # Not through the precision context in which accelerate wraps a model in training.
-            live = getattr(model, "_original_forward", model)(input_ids=tokens, use_cache=False).logits
-            saved = again.eval().to(base.device)(input_ids=tokens, use_cache=False).logits
+            live = compared_output(model, tokens, getattr(model, "_original_forward", None))
+            saved = compared_output(again.eval().to(base.device), tokens)
     except torch.OutOfMemoryError:
         logger.warning("What was saved in %s loads; there is no memory to compare its logits.", folder)
         clear_device_cache(garbage_collection=True)

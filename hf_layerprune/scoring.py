@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from .adapters import base_of
 from .criteria import CRITERIA, PATTERNS, Request, next_token_metric
 from .data import Batch
+from .decoder import check_reads_text, describe_class, predicts_next_token
 from .errors import LayerPruneError
 from .journal import Journal
 from .leave_one_out import Prefixes
@@ -40,6 +41,7 @@ UNITS = {
     "positional": "place",
 }
 LEAVE_ONE_OUT = ("loss", "kl", "hidden_mse")
+OF_NEXT_TOKENS = ("loss", "kl", "taylor")  # what only a causal language model can be scored by
 BY_LAYER = ("scores", "refused", "errors", "seen")
 
 
@@ -135,7 +137,9 @@ def score_layers(
     """Score how much each decoder layer of `model` matters. The model is not changed.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): a causal language model; with adapters as they are.
+        model (`PreTrainedModel` or `PeftModel`): a causal language model; with adapters as they are. Other
+            models of text (encoders, classifiers, reward and embedding models) by the criteria that need no
+            next token: `"block_influence"`, `"angular"`, `"hidden_mse"`, `"positional"` and `"task"`.
         batches (iterable of dict): calibration: `input_ids` `(batch, length)`, and where needed
             `attention_mask` and `labels` (-100 is not counted) of the same shape.
         criterion (`str`, *optional*, defaults to `"loss"`): one of `CRITERIA`: `"loss"`, `"kl"`,
@@ -171,6 +175,10 @@ def score_layers(
             no calibration, or a score that is not a number.
     """
     tasks = check_choices(criterion, task, teacher, pattern, racing)
+    base = base_of(model)
+    if isinstance(base, PreTrainedModel):
+        check_reads_text(type(base), base.config, "This model")
+        check_criterion_fits(base, criterion, tasks)
     if teacher is not None and teacher.device != model.device:
         raise LayerPruneError(
             f"The teacher is on {teacher.device}, the model on {model.device}: move the teacher there."
@@ -196,6 +204,13 @@ def score_layers(
         raise LayerPruneError("No calibration batches to score with.")
     if any(batch["input_ids"].shape[1] < 2 for batch in on_device):
         raise LayerPruneError("Calibration batches of one token have nothing to predict.")
+    if not predicts_next_token(model):  # labels are of its own head, which no criterion reads
+        on_device = [{k: v for k, v in batch.items() if k != "labels"} for batch in on_device]
+    elif any("labels" in batch and batch["labels"].shape != batch["input_ids"].shape for batch in on_device):
+        raise LayerPruneError(
+            "The calibration has labels of another shape than its input_ids. A causal language model needs "
+            "one label for each token: leave the labels out, or give one for each token."
+        )
     tasks = [next_token_metric(one, on_device) if hasattr(one, "compute") else one for one in tasks]
     if criterion in LEAVE_ONE_OUT:
         on_device = _small_enough(model, on_device, cache_mb)
@@ -305,6 +320,28 @@ def check_choices(
             f"{', '.join(LEAVE_ONE_OUT)}, and for tasks of MultipleChoice."
         )
     return tasks
+
+
+def check_criterion_fits(model: Any, criterion: str, task: Any = None) -> None:
+    """Check that a model, or a class of models, can be scored by a criterion.
+
+    Args:
+        model (`PreTrainedModel` or a subclass): the model, or its class before its weights are loaded.
+        criterion, task: as for [`score_layers`].
+
+    Raises:
+        LayerPruneError: it needs next tokens, which the model does not predict.
+    """
+    if predicts_next_token(model):
+        return
+    tasks = task if isinstance(task, (list, tuple)) else [] if task is None else [task]
+    asking = [one for one in tasks if isinstance(one, MultipleChoice) or hasattr(one, "compute")]
+    if criterion in OF_NEXT_TOKENS or asking:
+        what = f"criterion {criterion!r}" if not asking else f"the task {type(asking[0]).__name__}"
+        raise LayerPruneError(
+            f"The {what} needs logits of the next token, but the model is {describe_class(model)}. Use "
+            "block_influence, angular, hidden_mse or positional, or in Python a task score(model)."
+        )
 
 
 def reads_text(criterion: str, task: Any) -> bool:

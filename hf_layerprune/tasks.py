@@ -99,7 +99,10 @@ def split_name(task: str) -> tuple[str, str | None]:
     """
     name, _, file = task.partition("=")
     if name not in TASKS:
-        raise LayerPruneError(f"There is no task {name!r} built in, only {', '.join(TASKS)}.")
+        raise LayerPruneError(
+            f"There is no task {name!r} built in, only {', '.join(TASKS)}. lm-eval has many more: add "
+            "--lm_eval True to read the tasks through it."
+        )
     if not file and not TASKS[name].dataset:
         raise LayerPruneError(f"Say where they are: {name}=FILE.")
     return name, file or None

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .data import Batch
-from .decoder import text_config
+from .decoder import check_next_token, text_config
 from .errors import LayerPruneError
 from .leave_one_out import captured, hidden
 from .lineage import Lineage, get_lineage
@@ -54,6 +54,7 @@ def write_teacher_outputs(
     Raises:
         LayerPruneError: a setting cannot be, or the folder holds something else.
     """
+    check_next_token(teacher, "write_teacher_outputs")
     settings = _settings(teacher, top_k, temperature, hidden_layers)
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):

@@ -17,7 +17,13 @@ from datasets import Dataset
 from safetensors import SafetensorError
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel, Trainer
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    default_data_collator,
+)
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import (
@@ -29,7 +35,7 @@ from transformers.trainer_utils import (
 from .adapters import adapter_configs, base_of
 from .arguments import DistillationTrainingArguments
 from .checkpoint import is_whole, last_checkpoint, load_lineage, one_line
-from .decoder import find_decoder, is_sharded, running, text_config
+from .decoder import check_next_token, find_decoder, is_sharded, running, text_config
 from .diagnosis import drowned_logits
 from .errors import LayerPruneError
 from .leave_one_out import captured, hidden, replayed
@@ -109,9 +115,13 @@ class DistillationTrainer(Trainer):
             )
         if args.legacy_rope:
             legacy_rotary(model.config)  # whether it can be done is told before any work
+        if isinstance(model, PreTrainedModel):
+            check_next_token(model, "DistillationTrainer")
         if adapter_configs(model):
             raise LayerPruneError("Give the model without its adapters, and these as peft_config=.")
         tokenizer: Any = kwargs.get("processing_class")
+        if kwargs.get("data_collator") is None:
+            kwargs["data_collator"] = _collator_without_padding(tokenizer)
         teacher = make_teacher(
             teacher_model,
             model,
@@ -605,6 +615,18 @@ class DistillationTrainer(Trainer):
         elif self.is_world_process_zero():
             folder = Path(str(self.args.output_dir))
             write_card(record, folder, self.hub_model_id, *args, **kwargs)
+
+
+def _collator_without_padding(tokenizer: Any) -> Any:
+    """The collator for a tokenizer without a padding token, as Llama's and GPT-2's; None where there is one.
+    Rows of unequal length are padded with the end-of-text token, which the attention mask hides."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or tokenizer.pad_token is not None:
+        return None
+    if tokenizer.eos_token is None:
+        return default_data_collator
+    padding = copy.deepcopy(tokenizer)  # the user's is saved as it is
+    padding.pad_token = tokenizer.eos_token
+    return DataCollatorWithPadding(padding)
 
 
 def _what_teaches(

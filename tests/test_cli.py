@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 import signal
@@ -280,3 +281,39 @@ def test_what_cannot_be_compared_costs_no_scores(folder, capsys, monkeypatch):
     assert main([*words, "--json", "two.json", "--compare", "none.txt"]) == 2
     assert "No such file: none.txt" in capsys.readouterr().err
     assert not Path("two.json").exists()
+
+
+@pytest.fixture
+def folder_without_pad(folder, tokenizer):
+    plain = copy.deepcopy(tokenizer)
+    plain.pad_token = None
+    plain.save_pretrained(folder)
+    return folder
+
+
+TRAINING = ["--max_steps", "2", "--use_cpu", "--report_to", "none", "--disable_tqdm", "true"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["score"],
+        ["prune", "--target_layers", "5", "--output_dir", "out"],
+        ["distill", "--target_layers", "5", "--output_dir", "out", *TRAINING],
+        ["distill", "--target_layers", "5", "--output_dir", "out", "--lora_rank", "2", *TRAINING],
+        ["run", "default", "--keep", "5", "--output_dir", "out", *TRAINING],
+        ["run", "iterative", "--keep", "5", "--output_dir", "out", "--steps_per_phase", "1", *TRAINING[2:]],
+        ["teach", "--output_dir", "out"],
+        ["evaluate", "--tasks", "questions=rows.jsonl"],
+    ],
+)
+def test_no_command_needs_a_padding_token(words, folder_without_pad):
+    rows = [{"context": "The quick", "choices": [" brown fox", " dog"], "answer": i % 2} for i in range(4)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    command, *flags = words
+    where = ["--model", folder_without_pad] if command == "run" else [folder_without_pad]
+    name, flags = (flags[:1], flags[1:]) if command == "run" else ([], flags)
+    few = [] if command in ("teach", "evaluate") else ["--calibration_blocks", "4"]
+    assert main([command, *name, *where, *DATA, *flags, *few]) == 0
+    if Path("out/tokenizer_config.json").exists():
+        assert load_tokenizer("out").pad_token is None

@@ -22,6 +22,7 @@ from hf_layerprune import (
     DistillationTrainer,
     DistillationTrainingArguments,
     LayerPruneError,
+    LayerPruningCallback,
     get_lineage,
     remove_layers,
 )
@@ -709,3 +710,44 @@ def test_of_several_processes_only_one_writes_adapters(llama, monkeypatch):
     for folder in ("checkpoint-1", "out"):
         trainer._save(folder)
         assert not list(Path(folder).glob("*"))
+
+
+@pytest.fixture
+def without_pad(tokenizer):
+    plain = copy.deepcopy(tokenizer)
+    plain.pad_token = None
+    return plain
+
+
+@pytest.mark.parametrize("lengths", [[12, 12, 12, 12], [12, 5, 9, 7]])
+def test_a_tokenizer_without_a_padding_token_trains(llama, without_pad, lengths):
+    rows = [row[:length].tolist() for row, length in zip(tokens(4, 12), lengths, strict=True)]
+    data = Dataset.from_dict({"input_ids": rows})
+    args = {"output_dir": "out", "max_steps": 2, "report_to": "none", "use_cpu": True, "save_strategy": "no"}
+    pruning = LayerPruningCallback(target_layers=5, calibration=data)
+    trainer = DistillationTrainer(
+        llama,
+        DistillationTrainingArguments(**args, disable_tqdm=True),
+        train_dataset=data,
+        eval_dataset=data,
+        processing_class=without_pad,
+        callbacks=[pruning],
+    )
+    trainer.train()
+    measured = trainer.evaluate()["eval_loss"]
+    losses = [
+        float(llama(torch.tensor([row]), labels=torch.tensor([row])).loss) * (len(row) - 1) for row in rows
+    ]
+    assert measured == pytest.approx(sum(losses) / sum(len(row) - 1 for row in rows), rel=1e-4)
+    assert without_pad.pad_token is None  # it is saved as it came
+
+
+def test_a_tokenizer_without_any_special_token_trains_rows_of_one_length(llama, without_pad):
+    without_pad.eos_token = None
+    args = DistillationTrainingArguments(
+        "out", max_steps=1, report_to="none", use_cpu=True, save_strategy="no"
+    )
+    data = Dataset.from_dict({"input_ids": tokens(4, 12).tolist()})
+    trainer = DistillationTrainer(llama, args, train_dataset=data, processing_class=without_pad)
+    trainer.train()
+    assert trainer.state.global_step == 1
