@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from .checkpoint import last_checkpoint as last_checkpoint
     from .checkpoint import load_model as load_model
     from .checkpoint import load_pruned_adapter as load_pruned_adapter
+    from .data import load_texts as load_texts
+    from .data import make_batches as make_batches
+    from .data import token_blocks as token_blocks
     from .errors import LayerPruneError as LayerPruneError
     from .evaluation import evaluate_model as evaluate_model
     from .evaluation import evaluate_text as evaluate_text
@@ -52,6 +55,8 @@ _HOMES = {
     "last_checkpoint": "checkpoint",
     "load_model": "checkpoint",
     "load_pruned_adapter": "checkpoint",
+    "load_texts": "data",
+    "make_batches": "data",
     "Reconstruction": "reconstruction",
     "rank_correlation": "scoring",
     "reconstruct_layers": "reconstruction",
@@ -63,6 +68,7 @@ _HOMES = {
     "score_layers": "scoring",
     "select_layers": "search",
     "stability": "evaluation",
+    "token_blocks": "data",
     "write_teacher_outputs": "teacher_outputs",
 }
 

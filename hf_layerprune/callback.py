@@ -5,7 +5,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from .backend import (
     parameter_keepers,
 )
 from .checkpoint import load_lineage
-from .data import Batch, make_batches
+from .data import Batch, columns_read, make_batches, most_tokens, take_rows
 from .decoder import is_sharded
 from .diagnosis import exploded, no_recovery, steep_fall
 from .errors import LayerPruneError
@@ -84,8 +84,9 @@ class LayerPruningCallback(TrainerCallback):
         criterion (`str`, *optional*, defaults to `"loss"`):
             What makes a layer important: `"loss"`, `"kl"`, `"block_influence"`, `"task"` or another one of
             [`score_layers`].
-        calibration (`Dataset` or list of batches, *optional*):
-            Text to score with: a data set like the training one, or ready batches.
+        calibration (*optional*):
+            Text to score with: a data set like the training one, ready batches, or another form that
+            [`make_batches`] knows. Text is tokenised with the Trainer's `processing_class`.
         task (`Callable` or `evaluate.EvaluationModule`, *optional*):
             For `criterion="task"`: a function `score(model) -> float`, higher is better, or a metric.
         racing, teacher, pattern, seed (*optional*):
@@ -219,7 +220,8 @@ class LayerPruningCallback(TrainerCallback):
         )
         self._restart_learning_rate(state, model)
         self._neighbours = neighbours(self)
-        self._batches = self._calibration_batches(args, train_dataloader)
+        tokenizer = kwargs.get("processing_class")
+        self._batches = self._calibration_batches(args, train_dataloader, model, tokenizer)
         self._recovery = None
         if self.min_recovery is not None:
             self._recovery = Recovery(self.min_recovery, str(args.output_dir), self._batches, self.task)
@@ -540,7 +542,9 @@ class LayerPruningCallback(TrainerCallback):
             "min_recovery": self.min_recovery,
         }
 
-    def _calibration_batches(self, args: TrainingArguments, train_dataloader: Any) -> list[Batch]:
+    def _calibration_batches(
+        self, args: TrainingArguments, train_dataloader: Any, model: Any, tokenizer: Any
+    ) -> list[Batch]:
         if self.calibration is None:
             if not reads_text(self.criterion, self.task):
                 return []
@@ -548,12 +552,18 @@ class LayerPruningCallback(TrainerCallback):
                 f"The criterion {self.criterion!r} scores on text: give `calibration`, a data set like "
                 "the training one or a list of batches."
             )
-        data, like = self.calibration, train_dataloader.dataset
-        if hasattr(data, "select_columns") and getattr(like, "column_names", None):
-            # The Trainer has dropped the columns that the model does not read; so do we.
-            shared = [name for name in data.column_names if name in like.column_names]
-            data = data.select_columns(shared)
-        return make_batches(data, args.per_device_eval_batch_size, train_dataloader.collate_fn)
+        if isinstance(self.calibration, Iterator):  # a later call of train() reads it again
+            self.calibration = take_rows(self.calibration)
+        # The Trainer has dropped the columns that the model does not read; so do we.
+        columns = getattr(train_dataloader.dataset, "column_names", None) or columns_read(base_of(model))
+        return make_batches(
+            self.calibration,
+            args.per_device_eval_batch_size,
+            train_dataloader.collate_fn,
+            tokenizer=tokenizer,
+            block_length=min(256, most_tokens(base_of(model)) or 256),
+            columns=columns,
+        )
 
     def _excess(self, model: PreTrainedModel) -> int:
         return len(get_lineage(model).kept) - self.target_layers

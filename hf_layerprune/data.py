@@ -2,12 +2,14 @@
 
 import codecs
 import gzip
+import inspect
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
@@ -111,19 +113,19 @@ def _check_utf8(path: Path, most: int | None) -> None:
     Raises:
         LayerPruneError: it is not.
     """
-    decoder, read, start = codecs.getincrementaldecoder("utf-8")(), 0, b""
+    decoder, read, wide = codecs.getincrementaldecoder("utf-8")(), 0, False
     try:
         with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
             while (most is None or read < most) and (piece := file.read(2**20)):
-                start = start or piece[:2]
-                if "\0" in decoder.decode(piece):  # as every second byte of English in UTF-16 is
+                wide = b"\0" in piece  # as every second byte of English in UTF-16 is
+                decoder.decode(piece)
+                if wide:
                     raise UnicodeError("it holds zero bytes")
                 read += len(piece)
             if most is None:
                 decoder.decode(b"", final=True)
     except UnicodeError as error:
-        marked = start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or "zero bytes" in str(error)
-        encoding = "UTF-16" if marked else "ISO-8859-1"
+        encoding = "UTF-16" if wide else "ISO-8859-1"
         raise LayerPruneError(
             f"{path} is not UTF-8 ({error}), but text files must be. Convert the file, for example: "
             f"iconv -f {encoding} -t UTF-8 {path.name} > NEW_FILE"
@@ -283,23 +285,261 @@ def split_blocks(blocks: Dataset, calibration: int, heldout: int) -> tuple[Datas
 
 def make_batches(
     data: Any,
-    batch_size: int,
-    collate: Callable[[list[Any]], dict[str, Any]] = default_data_collator,
+    batch_size: int = 8,
+    collate: Callable[[list[Any]], dict[str, Any]] | None = None,
+    *,
+    tokenizer: Any = None,
+    block_length: int = 256,
+    columns: Collection[str] | None = None,
 ) -> list[Batch]:
-    """Batches of a data set of examples, in its order; ready batches (a list, a loader) stay as they are.
+    """Make batches of tokens from calibration or evaluation data of any common form.
+
+    Args:
+        data: tokens or text.
+            Tokens: a data set, stream or list of rows, a tensor, one batch, or a list, generator or loader of
+            batches. Ready batches stay as they are.
+            Text: a list of strings, or rows with `text`, `messages`, or `prompt` and `completion`, as trl
+            takes them. It is cut into blocks ([`token_blocks`]), in which all tokens count.
+        batch_size (`int`, *optional*, defaults to 8): rows in a batch.
+        collate (`Callable`, *optional*): makes a batch of rows of tokens, as a Trainer's `data_collator`.
+            Left out, rows of unequal length are padded.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's own, or its processor; for text.
+        block_length (`int`, *optional*, defaults to 256): tokens in a block of text, fewer of a short text.
+        columns (collection of `str`, *optional*): the columns of rows to keep, see [`columns_read`]. Default:
+            all.
+
+    Returns:
+        `list[dict[str, torch.Tensor]]`: batches with `input_ids` `(batch, length)`.
 
     Raises:
-        LayerPruneError: there is nothing in it, or a batch is to hold nothing.
+        LayerPruneError: there is nothing in it, it is of another form, text comes without a tokenizer, or a
+            batch is to hold nothing.
+
+    Example:
+
+    ```python
+    batches = make_batches(["A text.", "Another one."], tokenizer=tokenizer)
+    batches = make_batches(load_texts("text.jsonl")[:100], tokenizer=tokenizer, block_length=512)
+    ```
     """
     if batch_size < 1:
         raise LayerPruneError(f"The batch size is {batch_size}: it must be at least 1.")
-    if isinstance(data, DataLoader):
-        data = list(data)
-    ready = isinstance(data, (list, tuple)) and data and torch.is_tensor(data[0].get("input_ids"))
-    if ready and data[0]["input_ids"].dim() == 2:
-        return list(data)
-    if len(data) == 0:
+    rows = _rows_or_batches(data)
+    if len(rows) == 0:
         raise LayerPruneError("The calibration or evaluation data is empty.")
+    rows = [rows[i] for i in range(len(rows))]
+    if _is_batch(rows[0]):
+        return [_as_batch(batch) for batch in rows]
+    if not _is_tokens(rows[0]):
+        tokenizer = tokenizer if hasattr(tokenizer, "bos_token_id") else getattr(tokenizer, "tokenizer", None)
+        rows, collate = _text_blocks(rows, tokenizer, block_length), None
+    elif columns is not None:
+        rows = [{name: value for name, value in _as_row(row).items() if name in columns} for row in rows]
+    else:
+        rows = [_as_row(row) for row in rows]
     # A generator of its own: a loader draws a seed, and scoring must not move the random state.
     own = torch.Generator()
-    return list(DataLoader(data, batch_size, collate_fn=collate, generator=own))
+    return list(DataLoader(rows, batch_size, collate_fn=collate or _padded, generator=own))
+
+
+def one_by_one(data: Any) -> Iterable[Batch]:
+    """Batches of much text: of a generator or a loader one after another, else by [`make_batches`]."""
+    return data if isinstance(data, (DataLoader, Iterator)) else make_batches(data)
+
+
+def columns_read(model: PreTrainedModel) -> set[str]:
+    """The names of what `model` reads of a row, and of its labels."""
+    return {*inspect.signature(type(model).forward).parameters, "labels", "label", "label_ids"}
+
+
+def check_token_labels(batches: Iterable[Batch]) -> None:
+    """Check that labels, where batches have any, are of single tokens.
+
+    Raises:
+        LayerPruneError: they are of something else, as of a whole row.
+    """
+    if any("labels" in batch and batch["labels"].shape != batch["input_ids"].shape for batch in batches):
+        raise LayerPruneError(
+            "The labels have another shape than input_ids. A causal language model needs one label for each "
+            "token: leave the labels out, or give one for each token."
+        )
+
+
+def take_rows(stream: Iterable[Any]) -> list[Any]:
+    """All that a stream, generator or loader gives.
+
+    Raises:
+        LayerPruneError: it gives more than [`MOST_ROWS`], and perhaps never ends.
+    """
+    rows = list(islice(stream, MOST_ROWS + 1))
+    if len(rows) > MOST_ROWS:
+        raise LayerPruneError(
+            f"The data is a {type(stream).__name__} of more than {MOST_ROWS:,} entries. Give the first ones "
+            "alone, for example data.take(1000) or itertools.islice(data, 1000)."
+        )
+    return rows
+
+
+MOST_ROWS = 10_000
+TEXT_COLUMNS = ("text", "messages", "prompt")
+
+
+def _rows_or_batches(data: Any) -> Any:
+    """The entries of data of any form: something with a length whose entries are rows or batches."""
+    if isinstance(data, (str, bytes, Path)):
+        raise LayerPruneError(
+            f"The data is the string {str(data)[:80]!r}. Give a list of texts, and a tokenizer with it: "
+            "load_texts(path) reads the texts of a file."
+        )
+    if isinstance(data, np.ndarray):
+        data = torch.from_numpy(data)
+    if torch.is_tensor(data):
+        _check_token_ids(data)
+        return [{"input_ids": row} for row in torch.atleast_2d(data)]
+    if isinstance(data, Mapping):
+        splits = [name for name, value in data.items() if isinstance(value, (Dataset, IterableDataset))]
+        if splits:
+            raise LayerPruneError(
+                f"The data has the splits {splits}. Give one of them, as data[{splits[0]!r}]."
+            )
+        return [data]
+    if isinstance(data, (DataLoader, IterableDataset, Iterator)) or not hasattr(data, "__len__"):
+        try:
+            return take_rows(data)
+        except TypeError as error:
+            raise _unknown_form(data) from error
+    return data
+
+
+def _is_batch(entry: Any) -> bool:
+    """Whether an entry is a batch of rows, not one row."""
+    value = entry.get("input_ids") if isinstance(entry, Mapping) else entry
+    if torch.is_tensor(value) or isinstance(value, np.ndarray):
+        return value.ndim == 2
+    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], (list, tuple))
+
+
+def _is_tokens(entry: Any) -> bool:
+    """Whether a row holds token ids."""
+    if isinstance(entry, Mapping):
+        return "input_ids" in entry
+    return torch.is_tensor(entry) or (
+        isinstance(entry, (list, tuple)) and bool(entry) and all(type(token) is int for token in entry)
+    )
+
+
+def _as_row(row: Any) -> dict[str, Any]:
+    """A row of tokens as a dict, without what is no number."""
+    named = row if isinstance(row, Mapping) else {"input_ids": row}
+    found = {name: value for name, value in named.items() if not isinstance(value, (str, bytes, type(None)))}
+    _check_token_ids(torch.as_tensor(found["input_ids"]))
+    return found
+
+
+def _as_batch(batch: Any) -> Batch:
+    """A ready batch: as it is, or made of lists or a bare tensor."""
+    if not isinstance(batch, Mapping):
+        batch = {"input_ids": batch}
+    if not _is_batch(batch):
+        raise LayerPruneError(
+            "Only some entries of the data are batches: input_ids must be of two dimensions."
+        )
+    if torch.is_tensor(batch["input_ids"]):
+        _check_token_ids(batch["input_ids"])
+        return {name: value for name, value in batch.items() if torch.is_tensor(value)}
+    lengths = {len(row) for row in batch["input_ids"]}
+    if len(lengths) == 1:
+        names = [name for name, value in batch.items() if np.ndim(value) and len(value)]
+        return {name: torch.as_tensor(batch[name]) for name in names}
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    return _padded(rows)
+
+
+def _check_token_ids(ids: torch.Tensor) -> None:
+    if ids.is_floating_point() or ids.dim() not in (1, 2):
+        raise LayerPruneError(
+            f"input_ids is a tensor of {ids.dtype} of shape {tuple(ids.shape)}. It must hold whole numbers, "
+            "of shape (batch, length)."
+        )
+
+
+def _padded(rows: list[Any]) -> dict[str, Any]:
+    """A batch of rows; where they are of unequal length, padded on the right and with an attention mask."""
+    lengths = [len(row["input_ids"]) for row in rows]
+    if min(lengths) == max(lengths):
+        return default_data_collator(rows)
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100, "token_type_ids": 0, "position_ids": 0}
+    padded = []
+    for row, length in zip(rows, lengths, strict=True):
+        row = {"attention_mask": [1] * length, **row}
+        more = max(lengths) - length
+        of_tokens = [name for name in row if name in fill and np.ndim(row[name]) and len(row[name]) == length]
+        padded.append(
+            row | {name: [*torch.as_tensor(row[name]).tolist(), *[fill[name]] * more] for name in of_tokens}
+        )
+    return default_data_collator(padded)
+
+
+def _text_blocks(rows: Any, tokenizer: Any, length: int) -> Dataset:
+    """Blocks of tokens of rows of text, shorter ones where there is little text."""
+    first = rows[0]
+    known = isinstance(first, str) or (
+        isinstance(first, Mapping) and any(name in first for name in TEXT_COLUMNS)
+    )
+    if not known and not _is_chat(first):
+        raise _unknown_form(first)
+    if tokenizer is None:
+        raise LayerPruneError(
+            "The data is text, which needs a tokenizer. Give tokenizer= (in training, processing_class= of "
+            "the Trainer), or give tokens: token_blocks(texts, tokenizer, 256) makes them."
+        )
+    texts = [text for text in (_text_of(row, tokenizer) for row in rows) if text.strip()]
+    if not texts:
+        raise LayerPruneError("There is no text in the calibration or evaluation data.")
+    tokens = 0
+    for text in texts:
+        tokens += len(tokenizer(text, verbose=False)["input_ids"])
+        if tokens >= length:
+            break
+    return token_blocks(texts, tokenizer, max(2, min(length, tokens)))
+
+
+def _is_chat(row: Any) -> bool:
+    return isinstance(row, (list, tuple)) and bool(row) and isinstance(row[0], Mapping) and "role" in row[0]
+
+
+def _text_of(row: Any, tokenizer: Any) -> str:
+    """The text of a row: a string, or a column of text, of chat messages, or of prompt and completion."""
+    if isinstance(row, str):
+        return row
+    if _is_chat(row):
+        return _chat_text(row, tokenizer)
+    if not isinstance(row, Mapping) or not any(name in row for name in TEXT_COLUMNS):
+        raise _unknown_form(row)
+    if isinstance(row.get("text"), str):
+        return row["text"]
+    parts = row.get("messages") or [row.get("prompt"), row.get("completion")]
+    if _is_chat(parts):
+        return _chat_text(parts, tokenizer)
+    if all(map(_is_chat, filter(None, parts))):
+        return _chat_text([message for part in parts for message in part or []], tokenizer)
+    return "".join(part for part in parts if isinstance(part, str))
+
+
+def _chat_text(messages: Any, tokenizer: Any) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # of a template, which is a small program of its own
+        reason = " ".join(str(error).split())[:200]
+        raise LayerPruneError(
+            f"The chat template of the tokenizer cannot write these messages: {reason} Give texts, or a "
+            "tokenizer with a chat template."
+        ) from error
+
+
+def _unknown_form(entry: Any) -> LayerPruneError:
+    what = f"a row with {list(entry)}" if isinstance(entry, Mapping) else f"a {type(entry).__name__}"
+    return LayerPruneError(
+        f"The calibration or evaluation data holds {what}. Each row needs input_ids, or text in a column "
+        "text, messages, or prompt and completion."
+    )

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import base_of
 from .criteria import next_token_metric, unit_losses
-from .data import Batch
+from .data import Batch, check_token_labels, columns_read, make_batches, most_tokens
 from .decoder import check_next_token
 from .errors import LayerPruneError
 from .lineage import get_lineage
@@ -25,7 +25,7 @@ from .tasks import TASKS, chance
 def evaluate_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    batches: Sequence[Batch],
+    batches: Any,
     questions: Mapping[str, Sequence[Question]] | None = None,
 ) -> dict[str, Any]:
     """What [`evaluate_text`], [`copying`] (of 32 rows), [`generation_speed`] and [`task_scores`] say of a
@@ -33,8 +33,8 @@ def evaluate_model(
 
     Args:
         model, tokenizer: a causal language model and its tokenizer.
-        batches (sequence of dict): `input_ids` `(batch, length)` of whole passages. Left empty, only the
-            tasks are measured.
+        batches: `input_ids` `(batch, length)` of whole passages, or as for [`evaluate_text`]. Left empty,
+            only the tasks are measured.
         questions (mapping of `str` to sequence of [`Question`], *optional*): of tasks named in `TASKS`.
 
     Raises:
@@ -48,6 +48,8 @@ def evaluate_model(
         task.check_length(model)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    if not isinstance(batches, (list, tuple)) or batches:
+        batches = _as_batches(model, batches, tokenizer)
     copied = copying(model, batches[: 1 + 31 // len(batches[0]["input_ids"])]) if batches else None
     found: dict[str, Any] = {
         "layers": len(get_lineage(model).kept),
@@ -92,15 +94,16 @@ def _answers(task: Mapping[str, Any]) -> list[Answer]:
 
 
 def evaluate_text(
-    model: PreTrainedModel, batches: Iterable[Batch], tokenizer: PreTrainedTokenizerBase | None = None
+    model: PreTrainedModel, batches: Any, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> dict[str, float]:
     """Perplexity of `model` on text, and its speed reading it.
 
     Args:
         model (`PreTrainedModel`): a causal language model; it is not changed.
-        batches (iterable of dict): `input_ids` `(batch, length)`, where needed `attention_mask`, `labels`.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's, for bits per byte, by which models
-            with different tokenizers compare.
+        batches: `input_ids` `(batch, length)`, where needed `attention_mask`, `labels`. Or another form that
+            [`make_batches`] knows: a data set, a tensor, a list of texts, chats.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's, for text, and for bits per byte, by
+            which models with different tokenizers compare.
 
     Returns:
         `dict[str, float]`: `perplexity`, `loss` (nats per token, mean over all tokens), `tokens` (that
@@ -114,6 +117,7 @@ def evaluate_text(
     check_next_token(base_of(model), "evaluate_text")
     total, tokens, size, speeds = 0.0, 0, 0, []
     reader: Reader | None = None
+    batches = _as_batches(model, batches, tokenizer)
     with undisturbed(model):
         for batch in batches:
             on_device = {name: value.to(model.device) for name, value in batch.items()}
@@ -136,6 +140,14 @@ def evaluate_text(
         "tokens_per_second": statistics.median(speeds),
         **({"bits_per_byte": total / math.log(2) / max(1, size)} if tokenizer is not None else {}),
     }
+
+
+def _as_batches(model: PreTrainedModel, data: Any, tokenizer: Any) -> list[Batch]:
+    length = min(256, most_tokens(base_of(model)) or 256)
+    columns = columns_read(base_of(model))
+    batches = make_batches(data, tokenizer=tokenizer, block_length=length, columns=columns)
+    check_token_labels(batches)
+    return batches
 
 
 def copying(model: PreTrainedModel, batches: Iterable[Batch], given: int = 8) -> dict[str, float]:

@@ -68,7 +68,7 @@ def prune_layers(
         )
     scoring: dict[str, Any] = {"racing": racing, "teacher": teacher, "pattern": pattern, "seed": seed}
     fixed = check_plan(model, target_layers, protected)
-    batches = make_batches(calibration, 4) if calibration or reads_text(criterion, task) else []
+    batches = make_batches(calibration, 4) if reads_text(criterion, task) else []
     settings = {"target_layers": target_layers, "criterion": criterion, "protected_originals": fixed}
     settings["select"] = select
     record = start_record(model, settings | plain_settings(scoring))

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .data import Batch
+from .data import Batch, one_by_one
 from .decoder import find_decoder
 from .errors import LayerPruneError
 from .leave_one_out import captured, hidden
@@ -126,7 +126,7 @@ def replace_by_linear_map(
     batch: Batch = {}
     try:
         with undisturbed(model):
-            for batch in batches:
+            for batch in one_by_one(batches):
                 gave, rest, wanted = _around(model, batch, first, count, said)
                 parts = gave.tensor_split(2), (wanted - rest - gave).tensor_split(2)
                 for half, (few, missing) in enumerate(zip(*parts, strict=True)):

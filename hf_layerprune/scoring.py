@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from .adapters import base_of
 from .criteria import CRITERIA, PATTERNS, Request, next_token_metric
-from .data import Batch
+from .data import Batch, check_token_labels, columns_read, make_batches, most_tokens
 from .decoder import check_reads_text, describe_class, predicts_next_token
 from .errors import LayerPruneError
 from .journal import Journal
@@ -119,9 +119,10 @@ class ScoreTable:
 
 def score_layers(
     model: Any,
-    batches: Iterable[Batch] = (),
+    batches: Any = (),
     criterion: str = "loss",
     *,
+    tokenizer: Any = None,
     run: int = 1,
     task: Any = None,
     teacher: PreTrainedModel | None = None,
@@ -140,10 +141,12 @@ def score_layers(
         model (`PreTrainedModel` or `PeftModel`): a causal language model; with adapters as they are. Other
             models of text (encoders, classifiers, reward and embedding models) by the criteria that need no
             next token: `"block_influence"`, `"angular"`, `"hidden_mse"`, `"positional"` and `"task"`.
-        batches (iterable of dict): calibration: `input_ids` `(batch, length)`, and where needed
-            `attention_mask` and `labels` (-100 is not counted) of the same shape.
+        batches: calibration: `input_ids` `(batch, length)`, and where needed `attention_mask` and `labels`
+            (-100 is not counted) of the same shape. Or another form that [`make_batches`] knows: a data set,
+            a tensor, a list of texts, chats.
         criterion (`str`, *optional*, defaults to `"loss"`): one of `CRITERIA`: `"loss"`, `"kl"`,
             `"hidden_mse"`, `"block_influence"`, `"angular"`, `"taylor"`, `"task"`, `"positional"`.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's own, where `batches` is text.
         run (`int`, *optional*, defaults to 1): score runs of so many consecutive layers, each by its first.
         task (`Callable` or `evaluate.EvaluationModule`, *optional*): for `criterion="task"`, a function
             `score(model) -> float`, higher is better, such as [`MultipleChoice`], a list of such, whose mean
@@ -196,9 +199,7 @@ def score_layers(
     model = base_of(model)
     if not cuts:
         raise LayerPruneError(next(iter(refused.values())))
-    given = list(batches)
-    if any(not torch.is_tensor(batch.get("input_ids")) or batch["input_ids"].dim() != 2 for batch in given):
-        raise LayerPruneError("Each calibration batch needs input_ids, a tensor of shape (batch, length).")
+    given = _calibration(model, batches, tokenizer) if reads_text(criterion, tasks) else []
     on_device = [{k: v.to(model.device) for k, v in batch.items() if torch.is_tensor(v)} for batch in given]
     if reads_text(criterion, tasks) and not on_device:
         raise LayerPruneError("No calibration batches to score with.")
@@ -206,11 +207,8 @@ def score_layers(
         raise LayerPruneError("Calibration batches of one token have nothing to predict.")
     if not predicts_next_token(model):  # labels are of its own head, which no criterion reads
         on_device = [{k: v for k, v in batch.items() if k != "labels"} for batch in on_device]
-    elif any("labels" in batch and batch["labels"].shape != batch["input_ids"].shape for batch in on_device):
-        raise LayerPruneError(
-            "The calibration has labels of another shape than its input_ids. A causal language model needs "
-            "one label for each token: leave the labels out, or give one for each token."
-        )
+    else:
+        check_token_labels(on_device)
     tasks = [next_token_metric(one, on_device) if hasattr(one, "compute") else one for one in tasks]
     if criterion in LEAVE_ONE_OUT:
         on_device = _small_enough(model, on_device, cache_mb)
@@ -250,6 +248,14 @@ def score_layers(
         )
     notes.finish()
     return ScoreTable(criterion, scores, found.quality, kept, refused, run, found.errors, found.seen)
+
+
+def _calibration(model: PreTrainedModel, data: Any, tokenizer: Any) -> list[Batch]:
+    """Batches of calibration data of any form, as `model` reads them."""
+    if isinstance(data, (list, tuple)) and not data:
+        return []
+    length = min(256, most_tokens(model) or 256)
+    return make_batches(data, tokenizer=tokenizer, block_length=length, columns=columns_read(model))
 
 
 def read_table(path: str | Path) -> ScoreTable:

@@ -1,12 +1,12 @@
 """Which layers to remove together, without training: one after another, or a run, and then exchanged."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from .data import Batch
+from .data import take_rows
 from .errors import LayerPruneError
 from .leave_one_out import Prefixes
 from .lineage import get_lineage
@@ -32,7 +32,7 @@ class Selection:
 
 def select_layers(
     model: PreTrainedModel,
-    batches: Iterable[Batch],
+    batches: Any,
     remove: int,
     criterion: str = "loss",
     *,
@@ -50,7 +50,7 @@ def select_layers(
 
     Args:
         model (`PreTrainedModel`): a causal language model.
-        batches (iterable of dict): calibration, as for [`score_layers`].
+        batches: calibration, as for [`score_layers`].
         remove (`int`): how many layers.
         criterion (`str`, *optional*, defaults to `"loss"`): see [`score_layers`].
         contiguous (`bool`, *optional*, defaults to `False`): start from a run.
@@ -64,7 +64,8 @@ def select_layers(
     Raises:
         LayerPruneError: so many layers cannot be removed, or as [`score_layers`].
     """
-    kept, given = get_lineage(model).kept, list(batches)
+    kept = get_lineage(model).kept
+    given = take_rows(batches) if isinstance(batches, Iterator) else batches  # it is read again and again
     fixed = {0, len(kept) - 1} if protected is None else check_layers(model, protected)
     if type(remove) is not int or not 1 <= remove <= len(kept) - len(fixed) - (not fixed):
         raise LayerPruneError(f"remove is {remove!r}, but {len(kept) - len(fixed)} layers are not protected.")

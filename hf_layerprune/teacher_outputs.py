@@ -13,7 +13,7 @@ from safetensors.torch import save
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .data import Batch
+from .data import Batch, one_by_one
 from .decoder import check_next_token, text_config
 from .errors import LayerPruneError
 from .leave_one_out import captured, hidden
@@ -71,6 +71,7 @@ def write_teacher_outputs(
     keys, files, done, waiting = found.keys, found.files, [], 0
     layers = {_name(layer): _own(layer, get_lineage(teacher)) for layer in hidden_layers}
     reader = None
+    batches = one_by_one(batches)
     with undisturbed(teacher):
         for batch in tqdm(batches, desc="Teacher outputs"):
             new = {key: row for row, key in enumerate(row_keys(batch)) if key not in keys}

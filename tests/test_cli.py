@@ -317,3 +317,67 @@ def test_no_command_needs_a_padding_token(words, folder_without_pad):
     assert main([command, *name, *where, *DATA, *flags, *few]) == 0
     if Path("out/tokenizer_config.json").exists():
         assert load_tokenizer("out").pad_token is None
+
+
+TEXTS_THAT_CANNOT_BE = {
+    "none.txt": (None, "No such file: none.txt"),
+    "wide.txt": (TEXT.encode("utf-16"), "wide.txt is not UTF-8"),
+    "short.txt": (b"short", "less than one block"),
+    "other.jsonl": (b'{"body": "x"}', "has no field 'text', only ['body']"),
+}
+
+
+@pytest.mark.parametrize("text", TEXTS_THAT_CANNOT_BE)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["score", "model"],
+        ["prune", "model", "--target_layers", "5", "--output_dir", "out"],
+        ["distill", "model", "--target_layers", "5", "--output_dir", "out"],
+        ["run", "shortgpt", "--model", "model", "--keep", "5", "--output_dir", "out"],
+        ["teach", "model", "--output_dir", "out"],
+        ["evaluate", "model"],
+    ],
+)
+def test_the_text_is_checked_before_the_weights_are_loaded(words, text, folder, capsys):
+    Path("model/model.safetensors").write_bytes(b"whoever reads this fails")
+    content, message = TEXTS_THAT_CANNOT_BE[text]
+    if content is not None:
+        Path(text).write_bytes(content)
+    assert main([*words, "--data", text, "--block_length", "16"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_score_checks_the_other_text_too(folder, capsys):
+    Path("model/model.safetensors").write_bytes(b"whoever reads this fails")
+    assert main(["score", "model", *DATA, "--calibration_blocks", "4", "--compare", "none.txt"]) == 2
+    assert "No such file: none.txt" in capsys.readouterr().err
+
+
+def test_evaluate_reads_tasks_without_a_text(folder, capsys):
+    rows = [{"context": "The quick", "choices": [" brown fox", " dog"], "answer": i % 2} for i in range(4)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tasks = ["--tasks", "questions=rows.jsonl", "--json", "e.json"]
+    remove_layers(model := make_model(), 2)
+    model.save_pretrained("cut")
+    load_tokenizer("model").save_pretrained("cut")
+    assert main(["evaluate", "model", "cut", *tasks]) == 0
+    printed = capsys.readouterr().out
+    assert "mean of tasks" in printed
+    assert "perplexity" not in printed
+    found = json.loads(Path("e.json").read_text())
+    assert found["text"] is None
+    assert "loss" not in found["models"]["cut"]
+    assert main(["evaluate", "model", "cut", *tasks]) == 0  # which measures nothing again
+    assert main(["evaluate", "model", "cut"]) == 2
+    assert "give a text with --data, or --tasks, or both" in capsys.readouterr().err
+    assert main(["prune", "model", *DATA, "--target_layers", "5", "--output_dir", "pruned"]) == 0
+    assert main(["evaluate", "model", "pruned", *tasks]) == 0
+    assert main(["card", "pruned", "--evaluation", "e.json"]) == 0
+    assert "copying on" not in Path("pruned/README.md").read_text()
+
+
+def test_a_task_that_only_lm_eval_has_says_so(folder, capsys):
+    assert main(["evaluate", "model", "--tasks", "mmlu"]) == 2
+    assert "no task 'mmlu' built in" in (error := capsys.readouterr().err)
+    assert "add --lm_eval True" in error

@@ -127,3 +127,46 @@ def test_a_stream_gives_the_same_blocks(tokenizer, kind):
     for field, message in (("words", "no field 'words'"), ("text", "No such file")):
         with pytest.raises(LayerPruneError, match=message):
             stream_blocks(tokenizer, 16, 5, f"t.{kind}" if field == "words" else "none.txt", field)
+
+
+UMLAUTS = "Grüße aus Köln. " * 40
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize(
+    ("encoding", "named"),
+    [("utf-16", "UTF-16"), ("utf-16-le", "UTF-16"), ("utf-16-be", "UTF-16"), ("latin-1", "ISO-8859-1")],
+)
+def test_a_file_that_is_not_utf8_says_so(encoding, named, name, streaming, tokenizer):
+    text = UMLAUTS if name == "a.txt" else json.dumps({"text": UMLAUTS}, ensure_ascii=False)
+    with (gzip.open if name.endswith("gz") else open)(name, "wb") as file:
+        file.write(text.encode(encoding))
+    with pytest.raises(LayerPruneError, match=rf"{name} is not UTF-8 .*iconv -f {named} -t UTF-8"):
+        stream_blocks(tokenizer, 8, 2, name) if streaming else load_texts(name)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_the_mark_of_utf8_is_no_text(name):
+    text = UMLAUTS if name == "a.txt" else json.dumps({"text": UMLAUTS}, ensure_ascii=False)
+    Path(name).write_text(text, encoding="utf-8-sig")
+    assert load_texts(name) == [UMLAUTS]
+
+
+def test_a_letter_between_two_parts_of_a_file_is_utf8():
+    Path("a.txt").write_text("a" * (2**20 - 1) + "ü")
+    assert load_texts("a.txt")[0].endswith("ü")
+
+
+def test_rows_without_text_are_counted(tokenizer, caplog):
+    rows = [{"text": "word " * 9}, {"text": None}, {"text": " "}, {"other": "x"}, {"text": "more " * 9}]
+    Path("a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    expected = "a.jsonl: 3 of 5 rows have no text in 'text' and are skipped."
+    with caplog.at_level("WARNING", "hf_layerprune"):
+        assert len(load_texts("a.jsonl")) == 2
+        assert [record.message for record in caplog.records] == [expected]
+        Path("a.jsonl").rename("b.jsonl")
+        _, rest = stream_blocks(tokenizer, 16, 2, "b.jsonl")
+        assert len(list(rest)) == len(list(rest))
+    told = [record.message for record in caplog.records]
+    assert told == [expected, expected.replace("a.", "b.")]  # once, however often it is read

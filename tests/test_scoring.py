@@ -230,8 +230,8 @@ def test_padding_changes_no_score(llama):
         ({"task": len}, "go together"),
         ({"batches": []}, "No calibration batches"),
         ({"batches": [{"labels": tokens(2, 5)}]}, "needs input_ids"),
-        ({"batches": [{"input_ids": [[1, 2, 3]]}]}, "needs input_ids, a tensor of shape"),
-        ({"batches": [{"input_ids": tokens(2, 5)[0]}]}, "needs input_ids, a tensor of shape"),
+        ({"batches": [{"input_ids": torch.rand(2, 5)}]}, "must hold whole numbers, of shape"),
+        ({"batches": [{"input_ids": tokens(2, 6).view(2, 3, 2)}]}, "must hold whole numbers, of shape"),
         ({"batches": [{"input_ids": tokens(2, 1)}]}, "nothing to predict"),
         (
             {"batches": [{"input_ids": tokens(2, 5), "labels": torch.full((2, 5), -100)}]},
