@@ -80,6 +80,8 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
             break
     depth = min((path.count(".") for path in stacks), default=0)
     outermost = [path for path in stacks if path.count(".") == depth]
+    if not outermost:
+        _check_counted(model, root, count)
     if len(outermost) != 1:
         raise LayerPruneError(
             f"Cannot tell the decoder layers of {config.model_type} ({type(model).__name__}): "
@@ -88,6 +90,24 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
         )
     parent, _, attribute = outermost[0].rpartition(".")
     return Decoder(config, root.get_submodule(parent), attribute)
+
+
+def _check_counted(model: PreTrainedModel, root: nn.Module, count: int) -> None:
+    """Refuse a model whose only stack of layers is not as long as its config says.
+
+    Raises:
+        LayerPruneError: it is one.
+    """
+    lists = [(path, module) for path, module in root.named_modules() if isinstance(module, nn.ModuleList)]
+    depth = min((path.count(".") for path, _ in lists), default=0)
+    outermost = [(path, module) for path, module in lists if path.count(".") == depth]
+    if len(outermost) == 1:
+        (path, stack), fields = outermost[0], count_fields(text_config(model.config))
+        raise LayerPruneError(
+            f"{type(model).__name__} has {len(stack)} layers in {path}, but its config counts {count}. If "
+            f"layers were cut by hand, set config.{fields[0]} = {len(stack)}, or load the model again and "
+            "use remove_layers."
+        )
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -1,6 +1,7 @@
 """Taking decoder layers out of a live model, with config and indices kept in step."""
 
 import copy
+import logging
 import math
 import re
 from collections.abc import Iterable
@@ -18,6 +19,8 @@ from .errors import LayerPruneError
 from .fields import cut_fields
 from .lineage import CONFIG_KEY, Lineage, get_lineage, lineage_entry
 
+
+logger = logging.getLogger(__name__)
 
 _ABSENT: Any = object()
 _Key = tuple[nn.Module, str]
@@ -39,11 +42,19 @@ def remove_layers(model: Any, layers: int | Iterable[int]) -> Lineage:
     Returns:
         `Lineage`: the original indices of the layers that are left.
 
+    Layers that were cut by hand before are numbered anew, with a warning.
+
     Raises:
         LayerPruneError: an index is not one of the model's layers or named twice, no layer would be
             left, or these layers cannot be removed exactly (with the reason).
     """
-    _cut(model, check_layers(model, layers))
+    renumbered = _cut(model, check_layers(model, layers)).renumbered
+    if renumbered:
+        logger.warning(
+            "Layers %s carried the numbers of other places: layers were cut by hand before. All layers are "
+            "numbered anew, so that each has its own place in the cache.",
+            renumbered,
+        )
     return get_lineage(model)
 
 
@@ -160,6 +171,7 @@ class _Edits:
     """Changes to the dicts in which Python keeps attributes; they can be taken back and made again."""
 
     def __init__(self) -> None:
+        self.renumbered: list[int] = []  # layers whose number was not that of their place before
         self._log: list[tuple[dict[str, Any], str, Any, Any]] = []
 
     def set(self, place: dict[str, Any], name: str, value: Any) -> None:
@@ -261,6 +273,12 @@ def _cut(model: Any, removed: set[int], known: set[_Key] | None = None) -> _Edit
     config, old_layers = decoder.config, decoder.layers
     kept = [i for i in range(len(old_layers)) if i not in removed]
     lineage = get_lineage(base).without(removed)
+    twice = [i for i, layer in enumerate(old_layers) if any(layer is other for other in old_layers[:i])]
+    if twice:
+        raise LayerPruneError(
+            f"Layers {twice} of this {config.model_type} model are the same modules as earlier layers. Each "
+            "layer needs its own place in the cache: put copies there, with copy.deepcopy(layer)."
+        )
     known_to_adapters: set[str] = set()
     had_cache = _has_cache(config)
     try:
@@ -281,7 +299,9 @@ def _cut(model: Any, removed: set[int], known: set[_Key] | None = None) -> _Edit
             edits.undo()
             known = _known_differences(base)
             edits.redo()
+        earlier = [difference for difference in wrong if difference.key in (known or ())]
         wrong = [difference for difference in wrong if difference.key not in (known or ())]
+        wrong += _renumber(edits, earlier, places)
         if wrong:
             reasons = "; ".join(str(difference) for difference in wrong[:3])
             raise LayerPruneError(f"a model built from the new config would differ: {reasons}.")
@@ -303,6 +323,28 @@ def _cut(model: Any, removed: set[int], known: set[_Key] | None = None) -> _Edit
         edits.undo()
         raise
     return edits
+
+
+def _renumber(edits: _Edits, earlier: list[Difference], places: dict[nn.Module, int]) -> list[Difference]:
+    """Number the layers of a stack that was cut by hand, whose modules still carry the numbers that they had.
+
+    Args:
+        edits (`_Edits`): where the numbers are set.
+        earlier (`list[Difference]`): what differed from a fresh model before the removal.
+        places (`dict`): for each module inside a kept layer, the layer's old index.
+
+    Returns:
+        `list[Difference]`: where there are such numbers, what else of the layers differed before: a config
+            that did not follow the cut.
+    """
+    inside = [difference for difference in earlier if difference.module in places]
+    stale = [
+        one for one in inside if one.name in INDEX_ATTRIBUTES and type(one.here) is type(one.there) is int
+    ]
+    for difference in stale:
+        edits.set(vars(difference.module), difference.name, difference.there)
+    edits.renumbered = sorted({places[difference.module] for difference in stale})
+    return [difference for difference in inside if difference not in stale] if stale else []
 
 
 def _check_pictures(model: PreTrainedModel) -> None:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import BartConfig
+from transformers import AutoModelForCausalLM, BartConfig
 
-from hf_layerprune import LayerPruneError, get_lineage, remove_layers
+from hf_layerprune import LayerPruneError, get_lineage, remove_layers, save_model, score_layers
 from hf_layerprune.decoder import find_decoder, layer_count, text_config
 from hf_layerprune.lineage import Lineage
 from hf_layerprune.surgery import keep_lineage, possible_cuts, without_layers
@@ -357,3 +357,55 @@ def test_a_layer_that_reads_from_another_follows_it(llama):
         remove_layers(model, 4)
     remove_layers(model, [1, 2])
     assert model.model.layers[-1].source_layer_index == 2
+
+
+def cut_by_hand(family, keep, kinds=True):
+    """A model whose list of layers and count were changed, as scripts do, and nothing else."""
+    model = make_model(family)
+    decoder = find_decoder(model)
+    setattr(decoder.parent, decoder.attribute, torch.nn.ModuleList([decoder.layers[i] for i in keep]))
+    model.config.num_hidden_layers = len(keep)
+    if getattr(model.config, "layer_types", None):
+        types = model.config.layer_types
+        model.config.layer_types = [types[i] for i in keep] if kinds else types[: len(keep)]
+    return model
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_layers_that_were_cut_by_hand_are_numbered_anew(family, caplog):
+    model = cut_by_hand(family, [0, 2, 3, 5])
+    remove_layers(model, 1)
+    assert "Layers [2, 3] carried the numbers of other places" in caplog.text
+    save_model(model, "cut")
+    again = AutoModelForCausalLM.from_pretrained("cut").eval()
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    prompt = {"input_ids": tokens(1, 6), "attention_mask": torch.ones(1, 6, dtype=torch.long)}
+    assert torch.equal(model.generate(**prompt, **settings), again.generate(**prompt, **settings))
+
+
+def test_scoring_leaves_numbers_as_they_are(caplog):
+    model = cut_by_hand("llama", [0, 2, 3, 5])
+    table = score_layers(model, [{"input_ids": tokens()}], progress=False)
+    assert sorted(table.scores) == [1, 2]
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 2, 3, 5]
+    assert not caplog.text
+
+
+def test_a_config_that_did_not_follow_a_cut_by_hand_is_refused():
+    model = cut_by_hand("gemma2", [0, 2, 3, 5], kinds=False)
+    with pytest.raises(LayerPruneError, match=r"a model built from the new config would differ: .*sliding"):
+        remove_layers(model, 1)
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 2, 3, 5]
+    model = make_model()
+    model.model.layers = model.model.layers[:4]
+    with pytest.raises(
+        LayerPruneError, match=r"has 4 layers in [a-z.]*layers, .* set config.num_hidden_layers = 4"
+    ):
+        remove_layers(model, 1)
+
+
+def test_one_layer_in_two_places_is_refused():
+    model = make_model()
+    model.model.layers[3] = model.model.layers[2]
+    with pytest.raises(LayerPruneError, match=r"Layers \[3\] .* are the same modules as earlier layers"):
+        remove_layers(model, 1)
