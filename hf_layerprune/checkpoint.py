@@ -237,7 +237,7 @@ def load_pruned_adapter(name: str, base_model: PreTrainedModel | None = None, **
 
     lineage, base_name = _read_pruned_base(name)
     if base_model is None:
-        base_model = load_model(str(base_name), **options)
+        base_model = _load_base(name, str(base_name), options)
         keep_lineage(base_model, lineage)
     if get_lineage(base_model) != lineage:
         raise LayerPruneError(
@@ -248,6 +248,19 @@ def load_pruned_adapter(name: str, base_model: PreTrainedModel | None = None, **
         return PeftModel.from_pretrained(base_model, name)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise LayerPruneError(f"Cannot load the adapters in {name}: {one_line(error)}") from error
+
+
+def _load_base(name: str, base_name: str, options: dict[str, Any]) -> PreTrainedModel:
+    """The base of the adapters in `name`, as the class that they were trained on. That of a classifier is often
+    stored as a language model, and the adapters bring the head."""
+    trust = options.get("trust_remote_code", False)
+    record = json.loads(Path(str(cached_file(name, PRUNED_BASE))).read_text(encoding="utf-8"))
+    cls: Any = getattr(transformers, str(record.get("class")), None)
+    stored = load_class(base_name, trust)[1]
+    if cls is None or not issubclass(stored, PreTrainedModel) or cls is stored:
+        return load_model(base_name, **options)
+    with_head = {"num_labels": record["num_labels"]} if "num_labels" in record else {}
+    return _load(cls, base_name, "model", **options | with_head)
 
 
 def _read_pruned_base(name: str) -> tuple[Lineage, str]:

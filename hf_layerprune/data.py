@@ -327,7 +327,10 @@ def make_batches(
     rows = _rows_or_batches(data)
     if len(rows) == 0:
         raise LayerPruneError("The calibration or evaluation data is empty.")
-    rows = [rows[i] for i in range(len(rows))]
+    try:
+        rows = [rows[i] for i in range(len(rows))]
+    except (KeyError, TypeError) as error:  # a table, a set
+        raise _unknown_form(data) from error
     if _is_batch(rows[0]):
         return [_as_batch(batch) for batch in rows]
     if not _is_tokens(rows[0]):
@@ -392,7 +395,7 @@ def _rows_or_batches(data: Any) -> Any:
             "load_texts(path) reads the texts of a file."
         )
     if isinstance(data, np.ndarray):
-        data = torch.from_numpy(data)
+        data = torch.from_numpy(data) if data.dtype.kind in "iuf" else data.tolist()
     if torch.is_tensor(data):
         _check_token_ids(data)
         return [{"input_ids": row} for row in torch.atleast_2d(data)]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from .adapters import adapter_configs, base_of
 from .checkpoint import PRUNED_BASE, load_pruned_adapter, one_line
-from .decoder import text_config
+from .decoder import predicts_next_token, text_config
 from .errors import LayerPruneError
 from .lineage import get_lineage, lineage_entry
 from .reading import compared_output
@@ -91,6 +91,9 @@ def write_pruned_base(model: Any, folder: Path, base_model: str | None = None) -
     """Note in `folder` which layers of which model the adapters of a `PeftModel` are for."""
     base = base_of(model)
     record = {"base_model": base_model or base.config._name_or_path, **lineage_entry(get_lineage(base))}
+    record["class"] = type(base).__name__
+    if not predicts_next_token(base):  # a head of which the stored base may know nothing
+        record["num_labels"] = base.config.num_labels
     _write_whole(folder / PRUNED_BASE, json.dumps(record, indent=1) + "\n")
 
 

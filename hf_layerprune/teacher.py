@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from .adapters import base_of
 from .checkpoint import load_model, one_line
-from .decoder import find_decoder, is_sharded
+from .decoder import check_next_token, find_decoder, is_sharded
 from .errors import LayerPruneError
 from .leave_one_out import can_replay, captured, hidden
 from .lineage import Lineage, get_lineage
@@ -66,6 +66,7 @@ def make_teacher(
         return make_teacher(
             load_model(teacher, dtype=student.dtype), student, hidden_states, adapters, tokens
         )
+    check_next_token(teacher, "The teacher")
     shared = {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}
     if shared:
         raise LayerPruneError(

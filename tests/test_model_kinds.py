@@ -42,7 +42,9 @@ from hf_layerprune import (
     MultipleChoice,
     evaluate_text,
     load_model,
+    load_pruned_adapter,
     remove_layers,
+    save_adapter,
     save_model,
     score_layers,
     write_teacher_outputs,
@@ -323,6 +325,7 @@ def test_what_is_of_next_tokens_refuses_other_kinds(tokenizer):
     args = DistillationTrainingArguments(output_dir="out", report_to="none", use_cpu=True)
     batches = [{"input_ids": tokens()}]
     for use in (
+        lambda: DistillationTrainer(make_model(), args, teacher_model=model),
         lambda: DistillationTrainer(model, args),
         lambda: evaluate_text(model, batches),
         lambda: write_teacher_outputs(model, batches, "outputs"),
@@ -365,3 +368,22 @@ def test_a_class_is_described_before_it_is_loaded(cls):
     from hf_layerprune.decoder import predicts_next_token
 
     assert not predicts_next_token(cls)
+
+
+@pytest.mark.parametrize("stored", ["LlamaForCausalLM", "LlamaForSequenceClassification"])
+def test_adapters_of_a_classifier_come_back_on_a_classifier(stored):
+    from peft import LoraConfig, get_peft_model
+
+    config = LlamaConfig(**GROUPED | {"pad_token_id": 1}, num_labels=3)
+    getattr(transformers, stored)(config).save_pretrained("base")
+    base = LlamaForSequenceClassification.from_pretrained("base", num_labels=3)
+    model = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", r=2))
+    remove_layers(model, 2)
+    save_adapter(model, "adapters")
+    again = load_pruned_adapter("adapters")
+    assert type(again.get_base_model()) is LlamaForSequenceClassification
+    inputs = {"input_ids": tokens(2, 8), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+    with torch.no_grad():
+        found, expected = again.eval()(**inputs).logits, model.eval()(**inputs).logits
+    assert found.shape == (2, 3)
+    assert torch.allclose(found, expected, atol=1e-5)
