@@ -251,8 +251,8 @@ def load_pruned_adapter(name: str, base_model: PreTrainedModel | None = None, **
 
 
 def _load_base(name: str, base_name: str, options: dict[str, Any]) -> PreTrainedModel:
-    """The base of the adapters in `name`, as the class that they were trained on. That of a classifier is often
-    stored as a language model, and the adapters bring the head."""
+    """The base of the adapters in `name`, as the class that they were trained on. A classifier's base is
+    often stored as a language model, and the adapters bring the head."""
     trust = options.get("trust_remote_code", False)
     record = json.loads(Path(str(cached_file(name, PRUNED_BASE))).read_text(encoding="utf-8"))
     cls: Any = getattr(transformers, str(record.get("class")), None)

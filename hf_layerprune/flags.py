@@ -54,7 +54,8 @@ class CriterionArguments:
     criterion: str = field(
         default="loss",
         metadata={
-            "help": "What makes a layer important.",
+            "help": "What makes a layer important. Classifiers, encoders, reward and embedding models go "
+            "with block_influence, angular, hidden_mse and positional.",
             "choices": ["loss", "kl", "hidden_mse", "block_influence", "angular", "taylor", "positional"],
         },
     )
