@@ -336,7 +336,7 @@ def test_what_is_of_next_tokens_refuses_other_kinds(tokenizer):
 
 
 def test_labels_of_rows_are_no_labels_of_tokens():
-    with pytest.raises(LayerPruneError, match="labels of another shape"):
+    with pytest.raises(LayerPruneError, match="one label for each token"):
         score_layers(make_model(), labelled(), progress=False)
 
 
