@@ -270,7 +270,9 @@ def test_one_after_another_is_all_at_once(name, tmp_path):
     assert get_lineage(once) == get_lineage(twice) == Lineage(7, [0, 2, 3, 4, 6])
     fields = [model.config.to_dict() for model in (once, twice)]
     assert all(fields[0][name] == value for name, value in fields[1].items() if "layer" in name)
-    assert torch.equal(logits(once, tokens()), logits(twice.eval(), tokens()))
+    # Grouped expert products of weights read from a file differ in the last bits, also of a whole model.
+    close = {"rtol": 0, "atol": 1e-5 if name == "zaya" else 0}
+    torch.testing.assert_close(logits(once, tokens()), logits(twice.eval(), tokens()), **close)
 
 
 def test_no_attention_layer_left_is_refused():
