@@ -22,6 +22,7 @@ LOSS_PRESETS = {
 
 
 EXPORTS = ("merged", "adapter")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -66,6 +67,9 @@ class DistillationTrainingArguments(TrainingArguments):
         verify_save (`bool`, *optional*, defaults to `True`):
             Load each saved model again, as one more model in memory, and stop if its logits differ. The
             weights stay on disk.
+        save_dtype (`str`, *optional*):
+            Dtype of the saved model: `"float32"`, `"bfloat16"` or `"float16"`. Left out, that of the model.
+            Checkpoints and adapters keep the dtype of training.
         legacy_rope (`bool`, *optional*, defaults to `False`):
             Write rotary settings under their old names too, for transformers 4 and converters.
     """
@@ -125,6 +129,14 @@ class DistillationTrainingArguments(TrainingArguments):
     verify_save: bool = field(
         default=True, metadata={"help": "Load each saved model again and compare its logits."}
     )
+    save_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dtype of the saved model. Default: the model's; on the command line that of the stored "
+            "MODEL.",
+            "choices": list(DTYPES),
+        },
+    )
     legacy_rope: bool = field(
         default=False, metadata={"help": "Write rotary settings as transformers 4 reads them, too."}
     )
@@ -155,6 +167,8 @@ class DistillationTrainingArguments(TrainingArguments):
         for name, choices in choices_of.items():
             if getattr(self, name) not in choices:
                 raise LayerPruneError(f"{name} is {getattr(self, name)!r}: choose from {', '.join(choices)}.")
+        if self.save_dtype is not None and self.save_dtype not in DTYPES:
+            raise LayerPruneError(f"save_dtype is {self.save_dtype!r}: choose from {', '.join(DTYPES)}.")
         if not 0 < self.jsd_beta < 1:
             raise LayerPruneError(f"jsd_beta is {self.jsd_beta}: it must be above 0 and below 1.")
         if self.top_k is not None and self.top_k < 1:

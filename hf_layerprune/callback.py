@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.integrations import get_reporting_integration_callbacks
 
-from .adapters import adapter_configs, base_of
+from .adapters import adapter_configs, base_of, keep_base_known
 from .arguments import DistillationTrainingArguments
 from .backend import (
     check_backend,
@@ -55,7 +55,7 @@ from .removal import (
     run_evaluation,
     score_present,
 )
-from .saving import check_reload, write_pruned_base
+from .saving import check_saves
 from .schedule import RestartedSchedule, phase_sizes
 from .scoring import LEAVE_ONE_OUT, ScoreTable, check_choices, check_criterion_fits, reads_text
 
@@ -115,8 +115,8 @@ class LayerPruningCallback(TrainerCallback):
             A function `evaluation(model) -> dict[str, float]` whose results go into the record: of the
             starting model, after each cut and after each healing.
         verify_save (`bool`, *optional*, defaults to `True`):
-            Load each checkpoint again, as one more model in memory, and stop if its logits differ. The
-            weights stay on disk. [`DistillationTrainer`] has a setting of its own.
+            Load each checkpoint and each saved model again, as one more model in memory, and stop if its
+            logits differ. The weights stay on disk. [`DistillationTrainer`] has a setting of its own.
 
     Raises:
         LayerPruneError: a setting that cannot work, from `trainer.train()`, before any training.
@@ -214,6 +214,10 @@ class LayerPruningCallback(TrainerCallback):
             fixed = check_plan(model, self.target_layers, self.protected)
             check_parameters_stay(model)
             self.record = start_record(model, self._settings() | {"protected_originals": fixed}, args)
+        if adapter_configs(model):
+            keep_base_known(model)
+        if self.verify_save and not isinstance(args, DistillationTrainingArguments):  # which does by itself
+            check_saves(model)
         self._plan_phases(args, state)
         self._schedule = (
             RestartedSchedule(lr_scheduler, state.max_steps) if self.restart_learning_rate else None
@@ -444,13 +448,6 @@ class LayerPruningCallback(TrainerCallback):
             write_record(self.record, folder)
             if is_sharded(model):  # one process alone cannot read with it, and may have saved only shards
                 model.config.save_pretrained(folder)
-                return
-            if isinstance(args, DistillationTrainingArguments):
-                return  # its trainer has done the rest
-            if adapter_configs(model):
-                write_pruned_base(model, folder)
-            elif self.verify_save:
-                check_reload(model, folder)
 
     def on_train_end(
         self,

@@ -27,13 +27,13 @@ from transformers.utils import (
     cached_file,
 )
 
+from .adapters import PRUNED_BASE, keep_base_known
+from .blueprint import quiet
 from .decoder import check_reads_text, find_decoder
 from .errors import LayerPruneError
 from .lineage import Lineage, get_lineage, read_lineage
 from .surgery import keep_lineage
 
-
-PRUNED_BASE = "pruned_base.json"
 
 # What lies beside the weights of models that read more than text, and of sentence-transformers' models.
 COMPANIONS = (
@@ -87,6 +87,20 @@ def load_model(name: str, **options: Any) -> PreTrainedModel:
             f"{sorted(more)[0]}, too."
         )
     return model
+
+
+def stored_dtype(name: str, trust_remote_code: bool = False) -> torch.dtype:
+    """Returns the dtype in which a model is stored: that of its config, else of its weights.
+
+    Raises:
+        LayerPruneError: no model there, or it cannot be reached.
+    """
+    config, cls = load_class(name, trust_remote_code)
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    trust = {"trust_remote_code": trust_remote_code}
+    with quiet():  # transformers then looks at the weights
+        return _load(cls, name, "model", dtype="auto", device_map="meta", **trust).dtype
 
 
 def load_class(name: str, trust_remote_code: bool = False) -> tuple[PreTrainedConfig, Any]:
@@ -237,6 +251,10 @@ def load_pruned_adapter(name: str, base_model: PreTrainedModel | None = None, **
 
     lineage, base_name = _read_pruned_base(name)
     if base_model is None:
+        if not base_name:
+            raise LayerPruneError(
+                f"{Path(name) / PRUNED_BASE} does not say where the base model is from. Pass base_model=."
+            )
         base_model = _load_base(name, str(base_name), options)
         keep_lineage(base_model, lineage)
     if get_lineage(base_model) != lineage:
@@ -245,9 +263,11 @@ def load_pruned_adapter(name: str, base_model: PreTrainedModel | None = None, **
             f"{get_lineage(base_model)}: leave it out, or cut it first."
         )
     try:
-        return PeftModel.from_pretrained(base_model, name)
+        model = PeftModel.from_pretrained(base_model, name)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise LayerPruneError(f"Cannot load the adapters in {name}: {one_line(error)}") from error
+    keep_base_known(model)
+    return model
 
 
 def _load_base(name: str, base_name: str, options: dict[str, Any]) -> PreTrainedModel:
@@ -295,6 +315,6 @@ def _load(auto_class: Any, name: str, what: str, **options: Any) -> Any:
         ) from error
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception, length: int = 300) -> str:
     """What an error says, fit to stand in the middle of a sentence."""
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error).split())[:length]

@@ -175,6 +175,7 @@ def distill(arguments: list[str]) -> None:
     resume = True if phases.resume or args.resume_from_checkpoint == "True" else args.resume_from_checkpoint
     if not resume:
         check_folder_is_free(args.output_dir)
+    _keep_dtype(args, name, source)
     config, tokenizer = _check_model(name, source, "distill")
     sizes = how.calibration_blocks, what.heldout_blocks
     calibration, heldout, train = _parts(text, config, tokenizer, *sizes, args)
@@ -231,7 +232,7 @@ def phases(arguments: list[str]) -> None:
     arguments, command = arguments[:at], arguments[at + 1 :]
     types = [ModelArguments, TextArguments, CriterionArguments, PruneArguments, SizeArguments, PruneOutput]
     name, source, text, how, what, size, output = _parse("phases", arguments, types)
-    from .checkpoint import copy_companions
+    from .checkpoint import copy_companions, stored_dtype
     from .data import make_batches, split_blocks
     from .evaluation import evaluate_text
     from .phases import run_phases
@@ -259,7 +260,8 @@ def phases(arguments: list[str]) -> None:
         evaluation=lambda model: evaluate_text(model, heldout_batches),
     )
     last = Path(output.output_dir) / f"phase_{len(record['phases'])}" / "healed"
-    save_model(load(str(last)), output.output_dir, verify=output.verify_save, legacy_rope=output.legacy_rope)
+    settings = {"legacy_rope": output.legacy_rope, "dtype": stored_dtype(name, source.trust_remote_code)}
+    save_model(load(str(last)), output.output_dir, verify=output.verify_save, **settings)
     tokenizer.save_pretrained(output.output_dir)
     copy_companions(name, output.output_dir)
     write_card(record, Path(output.output_dir))
@@ -310,6 +312,7 @@ def run(arguments: list[str]) -> None:
         )
     if not resume:
         check_folder_is_free(args.output_dir)
+    _keep_dtype(args, recipe.model, source)
     config, tokenizer = _check_model(recipe.model, source, "run")
     if recipe.select == "phases" and args.max_steps < 0 and phases.steps_per_phase:
         count = layer_count(text_config(config))
@@ -553,6 +556,16 @@ def _check_model(
     else:
         check_criterion_fits(cls, criterion)
     return config, load_tokenizer(name, source.trust_remote_code)
+
+
+def _keep_dtype(args: Any, name: str, source: ModelArguments) -> None:
+    """Let what is trained in float32 be saved in the dtype that it was stored in, unless asked otherwise."""
+    from .arguments import DTYPES
+    from .checkpoint import stored_dtype
+
+    dtype = str(stored_dtype(name, source.trust_remote_code)).removeprefix("torch.")
+    if args.save_dtype is None and dtype in DTYPES and dtype != "float32":
+        args.save_dtype = dtype
 
 
 def _load_model(name: str, source: ModelArguments, dtype: str = "auto") -> Any:

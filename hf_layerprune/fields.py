@@ -5,7 +5,7 @@ Whatever both get wrong is found when the result is compared with a freshly buil
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import chain, pairwise
 from typing import Any
 
@@ -143,3 +143,75 @@ SPECIAL: tuple[Callable[[Fields, int, Sequence[int]], Fields], ...] = (
     _linear_first,
     _rescaled_weights,
 )
+
+
+# What stands for any layer in a pattern of names.
+_ANY_LAYER = re.compile(r"\*|\.[*+]|\\d[*+]|\[0-9\][*+]|\[\^\.\][*+]")
+
+
+def cut_names(value: Any, stack: str, others: Collection[str], kept: Sequence[int]) -> Any:
+    """Returns an entry of a config, such as `llm_int8_skip_modules`, in which the names of modules follow a
+    removal. Names of layers that are gone are left out.
+
+    Args:
+        value: of the entry: lists of names and dicts by name, in any depth; anything else stays.
+        stack (`str`): the path of the list of layers, for example `"model.layers"`.
+        others (collection of `str`): paths of other lists of the same last name, whose modules keep theirs.
+        kept (sequence of `int`): the present indices of the layers that stay.
+
+    Raises:
+        LayerPruneError: a pattern of names names layers in a way that cannot follow.
+    """
+
+    def follow(name: Any) -> Any:
+        return cut_name(name, stack, others, kept) if isinstance(name, str) else inside(name)
+
+    def inside(value: Any) -> Any:
+        return cut_names(value, stack, others, kept)
+
+    if isinstance(value, dict):
+        return {follow(k): inside(v) for k, v in value.items() if follow(k) is not None}
+    if type(value) in (list, tuple, set):
+        return type(value)(new for old, new in ((old, follow(old)) for old in value) if new is not None)
+    return value
+
+
+def cut_name(name: str, stack: str, others: Collection[str], kept: Sequence[int]) -> str | None:
+    """Returns the name of a module, or a pattern of names, after a removal. None if its layer is gone.
+
+    Raises:
+        LayerPruneError: the pattern cannot follow.
+    """
+    last = stack.rpartition(".")[2]
+    parts, end, gone = [], 0, False
+    for found in re.finditer(rf"(?<!\w){re.escape(last)}\\?\.", name):
+        rest = name[found.end() :]
+        layer = re.match(r"\d+", rest)
+        if _is_of_another(name[: found.end()].rstrip("\\."), stack, others) or _ANY_LAYER.match(rest):
+            continue
+        after = rest[layer.end() :] if layer else rest
+        if not re.match(r"\\?\.|[)|$]|$", after) if layer else re.match(r"[(\[\\]", rest):
+            raise LayerPruneError(
+                f"the config names modules by the pattern {name!r}, which cannot follow a removal. Name each "
+                "layer by itself."
+            )
+        if layer:
+            gone |= int(layer[0]) not in kept
+            new = str(kept.index(int(layer[0]))) if int(layer[0]) in kept else ""
+            parts += [name[end : found.end()], new]
+            end = found.end() + layer.end()
+    if gone and "|" in name:
+        raise LayerPruneError(
+            f"the config names modules by the pattern {name!r}, of which a part would be gone. Name each "
+            "layer by itself."
+        )
+    return None if gone else "".join([*parts, name[end:]])
+
+
+def _is_of_another(path: str, stack: str, others: Collection[str]) -> bool:
+    """Whether a path, perhaps without its beginning, is one of `others` and not `stack`."""
+
+    def fits(whole: str) -> bool:
+        return f".{whole}".endswith(f".{path}") or f".{path}".endswith(f".{whole}")
+
+    return not fits(stack) and any(fits(other) for other in others)

@@ -291,7 +291,7 @@ def replayed(model: PreTrainedModel, outputs: Sequence[Any]) -> Iterator[None]:
     """Within this context the first layers compute nothing: they return these outputs again."""
 
     with ExitStack() as patches:
-        for module, output in zip(find_decoder(model).layers, outputs, strict=False):
+        for module, output in zip(find_decoder(base_of(model)).layers, outputs, strict=False):
             patches.enter_context(running(module, partial(_give, output)))
         yield
 

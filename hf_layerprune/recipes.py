@@ -278,7 +278,8 @@ def run_recipe(
         "healing": healing if args.max_steps else "not healed",
     }
     folder = Path(str(args.output_dir))
-    save_model(model, folder, verify=args.verify_save, legacy_rope=args.legacy_rope)
+    legacy, dtype = args.legacy_rope, args.save_dtype
+    save_model(model, folder, verify=args.verify_save, legacy_rope=legacy, dtype=dtype)
     tokenizer.save_pretrained(folder)
     if resolved is not None:
         record["recipe"] = resolved

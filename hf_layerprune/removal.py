@@ -12,6 +12,7 @@ from .errors import LayerPruneError
 from .leave_one_out import Prefixes
 from .lineage import get_lineage
 from .record import Record, peak_memory_mb, start_record
+from .saving import check_configs
 from .scoring import ScoreTable, check_choices, check_criterion_fits, reads_text, score_layers, undisturbed
 from .surgery import check_layers, possible_cuts, remove_layers
 
@@ -103,9 +104,10 @@ def check_plan(
         `list[int]` or `None`: the protected layers by original index; None for the first and the last.
 
     Raises:
-        LayerPruneError: the target is not below the present depth, too few layers are free to go, or
-            this model cannot be cut exactly.
+        LayerPruneError: the target is not below the present depth, too few layers are free to go, this
+            model cannot be cut exactly, or its configs cannot be saved.
     """
+    check_configs(model)
     kept = get_lineage(model).kept
     if type(target_layers) is not int or not 1 <= target_layers < len(kept):
         raise LayerPruneError(

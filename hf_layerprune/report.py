@@ -1,7 +1,6 @@
 """What a person looks at after a run, all from its record: a table, pictures, the model card."""
 
 import json
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -11,6 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .adapters import PRUNED_BASE, is_hub_id
 from .evaluation import mean_difference, share_kept, tasks_done
 from .losses import DIVERGENCES, HIDDEN_ERRORS
 from .record import DISTILLED, Record
@@ -291,13 +291,13 @@ def write_card(
 
     Args:
         record (`dict`): of the run that made the model.
-        folder (`Path`): of the model.
+        folder (`Path`): of the model, or of its adapters.
         repository (`str`, *optional*): hub id that the model is pushed to.
         language, license, tags, model_name, finetuned_from, dataset, others: what
             [`~transformers.Trainer.push_to_hub`] hands to a model card; `others` have no place in ours.
     """
     base = finetuned_from or record["model"]["name"]
-    on_hub = bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not Path(base).exists()
+    on_hub, adapter = is_hub_id(base), (folder / PRUNED_BASE).is_file()
     name = model_name or Path(folder).resolve().name
     phases = record["phases"]
     kept = phases[-1]["kept"] if phases else list(range(record["model"]["layers"]))
@@ -336,10 +336,10 @@ def write_card(
     data = ModelCardData(
         language=language,
         license=license,
-        library_name="transformers",
+        library_name="peft" if adapter else "transformers",
         pipeline_tag=pipeline,
         base_model=base if on_hub else None,
-        base_model_relation="finetune" if on_hub else None,
+        base_model_relation=("adapter" if adapter else "finetune") if on_hub else None,
         datasets=dataset,
         tags=sorted({"hf_layerprune", "layer-pruning", *distilled, *extra}),
         model_name=name,
@@ -353,6 +353,7 @@ def write_card(
         auto_class=auto_class,
         base=base if on_hub else Path(base).name,
         on_hub=on_hub,
+        adapter=adapter,
         removed=removed,
         kept=kept,
         record=record,

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.quantizers_utils import should_convert_module
 
-from .adapters import adapter_configs, adapter_differences, base_of, cut_adapter
+from .adapters import adapter_configs, adapter_differences, base_of, cut_adapter, keep_base_known
 from .blueprint import Difference, build_blueprint, differences, quiet
-from .decoder import INDEX_ATTRIBUTES, count_fields, find_decoder, layer_count
+from .decoder import INDEX_ATTRIBUTES, Decoder, count_fields, find_decoder, layer_count
 from .errors import LayerPruneError
-from .fields import cut_fields
+from .fields import cut_fields, cut_names
 from .lineage import CONFIG_KEY, Lineage, get_lineage, lineage_entry
 
 
@@ -55,6 +56,8 @@ def remove_layers(model: Any, layers: int | Iterable[int]) -> Lineage:
             "numbered anew, so that each has its own place in the cache.",
             renumbered,
         )
+    if adapter_configs(model):
+        keep_base_known(model)
     return get_lineage(model)
 
 
@@ -286,6 +289,7 @@ def _cut(model: Any, removed: set[int], known: set[_Key] | None = None) -> _Edit
             known_to_adapters = set(adapter_differences(model))
         _check_pictures(base)
         changed = _cut_config(edits, base, config, kept, lineage)
+        _cut_names(edits, base, decoder, kept)
         layers = nn.ModuleList([old_layers[i] for i in kept])
         layers.training = old_layers.training
         edits.set(decoder.parent._modules, decoder.attribute, layers)
@@ -391,6 +395,47 @@ def _cut_config(
                 if name in vars(other) and vars(other)[name] == old:
                     edits.set(vars(other), name, value)
     return changed
+
+
+def _cut_names(edits: _Edits, model: PreTrainedModel, decoder: Decoder, kept: list[int]) -> None:
+    """Let what names modules by their layer follow the removal: the config, its quantisation, and the
+    quantizer that the model was loaded with.
+
+    Raises:
+        LayerPruneError: other modules would be quantised when the model is loaded.
+    """
+    lists = {path: m for path, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    (stack,) = [path for path, m in lists.items() if m is decoder.layers]
+    others = [path for path in lists if path != stack and path.endswith(f".{decoder.attribute}")]
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    skipped = getattr(quantizer, "modules_to_not_convert", None)
+
+    def changed(holder: Any) -> dict[str, Any]:
+        values = {name: value for name, value in vars(holder).items() if not name.startswith("_")}
+        cut = {name: cut_names(value, stack, others, kept) for name, value in values.items()}
+        return {name: value for name, value in cut.items() if value != values[name]}
+
+    holders = {id(one): one for one in (model.config, decoder.config, quantizer) if one is not None}
+    for holder in holders.values():
+        settings = getattr(holder, "quantization_config", None)
+        fields = changed(holder)
+        if hasattr(settings, "__dict__") and (followed := changed(settings)):
+            new = copy.copy(settings)  # the user's own may be for other models, too
+            vars(new).update(followed)
+            fields["quantization_config"] = new
+        for name, value in fields.items():
+            edits.set(vars(holder), name, value)
+    if skipped is None:
+        return
+    now = quantizer.modules_to_not_convert
+    for new, old in enumerate(kept):
+        for path, _ in decoder.layers[old].named_modules(prefix=f"{stack}.{old}"):
+            moved = f"{stack}.{new}{path.removeprefix(f'{stack}.{old}')}"
+            if should_convert_module(path, skipped) != should_convert_module(moved, now):
+                raise LayerPruneError(
+                    f"the names of modules that are not quantised, {sorted(skipped)}, would mean others: "
+                    f"{moved}, which is {path} now. Name each layer by itself."
+                )
 
 
 def _reconcile(edits: _Edits, model: PreTrainedModel, removal: _Removal) -> list[Difference]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .adapters import base_of
+from .adapters import base_of, check_adapter_type, keep_base_known
 from .checkpoint import load_model, one_line
 from .decoder import check_next_token, find_decoder, is_sharded
 from .errors import LayerPruneError
@@ -114,6 +114,7 @@ def add_adapters(model: PreTrainedModel, peft_config: Any) -> Any:
     """
     from peft import get_peft_model
 
+    check_adapter_type(peft_config)
     own = dict(model.named_parameters())
     before = {name: (parameter.data_ptr(), parameter._version) for name, parameter in own.items()}
     try:
@@ -128,6 +129,7 @@ def add_adapters(model: PreTrainedModel, peft_config: Any) -> Any:
             f"({(changed or trained)[0]}), which the teacher reads: use another init_lora_weights or "
             "bias='none', or merge them into a model and train that."
         )
+    keep_base_known(adapted)
     return adapted
 
 

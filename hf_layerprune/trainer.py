@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerCallback,
     default_data_collator,
 )
 from transformers.modeling_outputs import CausalLMOutput
@@ -42,10 +43,19 @@ from .leave_one_out import captured, hidden, replayed
 from .lineage import Lineage, get_lineage
 from .losses import LAST, cross_entropy, divergence, hidden_error, hidden_pairs, likeliest, token_mask
 from .reading import Reader
-from .record import Record, checkpoint_of, read_record
+from .record import Record, checkpoint_of, read_record, write_record
 from .report import write_card
 from .rotary import legacy_rotary
-from .saving import check_writable, save_adapter, save_model, saving, write_pruned_base
+from .saving import (
+    cast_state,
+    check_configs,
+    check_merge,
+    check_reload,
+    check_writable,
+    save_adapter,
+    save_model,
+    saving,
+)
 from .scoring import undisturbed
 from .surgery import keep_lineage
 from .teacher import add_adapters, describe_teacher, make_teacher, shared_prefix
@@ -142,7 +152,10 @@ class DistillationTrainer(Trainer):
         # The Trainer switches it off in the config, but not for generation.
         self._use_cache = getattr(model.config, "use_cache", None) or model.generation_config.use_cache
         adapted: Any = model if peft_config is None else add_adapters(model, peft_config)
+        if peft_config is not None and args.export == "merged" and not is_sharded(adapted):
+            check_merge(adapted)
         super().__init__(adapted, args, **kwargs)
+        self.add_callback(_ConfigCheck)
         model.add_model_tags(list(self._tag_names))
         if args.torch_compile:  # layer by layer, see _compiled: a whole compiled model does not see layers go
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
@@ -547,24 +560,30 @@ class DistillationTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder, model = output_dir or str(self.args.output_dir), self.accelerator.unwrap_model(self.model)
+        is_checkpoint = re.fullmatch(PREFIX_CHECKPOINT_DIR + r"-\d+", Path(folder).name)
         verify = self.args.verify_save and self.args.should_save
         with self._plain_config():
             if is_sharded(model):  # one process alone cannot read with this model, to compare
                 super()._save(output_dir, state_dict)
             elif not adapter_configs(model):
                 legacy = self.args.legacy_rope and self.args.should_save
-                with saving(model, folder, verify=verify, legacy_rope=legacy):
-                    super()._save(output_dir, state_dict)
-            elif re.fullmatch(PREFIX_CHECKPOINT_DIR + r"-\d+", Path(folder).name):
+                dtype = None if is_checkpoint or not self.args.should_save else self.args.save_dtype
+                with saving(model, folder, verify=verify, legacy_rope=legacy, dtype=dtype):
+                    super()._save(output_dir, cast_state(model, dtype) or state_dict)
+            elif is_checkpoint:
                 super()._save(output_dir, state_dict)
-                if self.args.should_save:
-                    write_pruned_base(model, Path(folder))
+                if verify:
+                    check_reload(model, Path(folder))
             elif self.args.should_save:
                 if self.args.export == "adapter":
                     save_adapter(model, folder, verify=verify)
-                else:  # a copy, as the teacher reads the same weights
-                    merged = copy.deepcopy(model).merge_and_unload()
-                    save_model(merged, folder, verify=verify, legacy_rope=self.args.legacy_rope)
+                    record = read_record(str(self.args.output_dir))
+                    if record is not None:
+                        write_record(record, folder)
+                        write_card(record, Path(folder), self.hub_model_id)
+                else:  # in a copy, as the teacher reads the same weights
+                    legacy, dtype = self.args.legacy_rope, self.args.save_dtype
+                    save_model(model, folder, verify=verify, legacy_rope=legacy, dtype=dtype)
                 if self.processing_class is not None:
                     self.processing_class.save_pretrained(folder)
 
@@ -615,6 +634,13 @@ class DistillationTrainer(Trainer):
         elif self.is_world_process_zero():
             folder = Path(str(self.args.output_dir))
             write_card(record, folder, self.hub_model_id, *args, **kwargs)
+
+
+class _ConfigCheck(TrainerCallback):
+    """Tells what transformers will refuse to save, when the Trainer has set the special tokens."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        check_configs(model)
 
 
 def _collator_without_padding(tokenizer: Any) -> Any:

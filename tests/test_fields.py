@@ -1,7 +1,7 @@
 import pytest
 
 from hf_layerprune import LayerPruneError
-from hf_layerprune.fields import cut_fields, is_per_layer
+from hf_layerprune.fields import cut_fields, cut_name, cut_names, is_per_layer
 
 
 KEPT = [0, 1, 3, 5]  # of six layers, 2 and 4 go
@@ -70,3 +70,52 @@ def test_what_could_not_run_is_refused():
     assert cut_fields(kinds, 3, [2])["layer_types"] == ["full_attention"]
     with pytest.raises(LayerPruneError, match="cannot count cached tokens"):
         cut_fields(kinds, 3, [1, 2])
+
+
+STACK, OTHERS, LEFT = "model.layers", ["vision.encoder.layers"], [0, 2, 3, 12]
+
+
+@pytest.mark.parametrize(
+    ("name", "followed"),
+    [
+        ("model.layers.2", "model.layers.1"),
+        ("model.layers.12.mlp.up_proj", "model.layers.3.mlp.up_proj"),
+        ("layers.3.self_attn", "layers.2.self_attn"),
+        ("language_model.model.layers.2", "language_model.model.layers.1"),
+        (r"re:.*layers\.3\.mlp.*", r"re:.*layers\.2\.mlp.*"),
+        (r"model\.layers\.2\..*|model\.layers\.3\..*", r"model\.layers\.1\..*|model\.layers\.2\..*"),
+        ("model.layers.1", None),
+        ("model.layers.1.mlp", None),
+        ("lm_head", "lm_head"),
+        ("mlp.experts.1.up_proj", "mlp.experts.1.up_proj"),
+        ("model.layers.*.mlp", "model.layers.*.mlp"),
+        (r"re:.*layers\.\d+\.mlp", r"re:.*layers\.\d+\.mlp"),
+        ("model.mtp_layers.1", "model.mtp_layers.1"),
+        ("vision.encoder.layers.1.mlp", "vision.encoder.layers.1.mlp"),
+        ("encoder.layers.1.mlp", "encoder.layers.1.mlp"),
+    ],
+)
+def test_names_of_modules_follow(name, followed):
+    assert cut_name(name, STACK, OTHERS, LEFT) == followed
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"model\.layers\.(2|3)\.mlp",
+        r"layers\.[0-3]\.",
+        "model.layers.1[0-9]",
+        r"layers\.\d\.",
+        r"layers\.1\..*|layers\.2\..*",
+    ],
+)
+def test_patterns_that_cannot_follow_are_refused(pattern):
+    with pytest.raises(LayerPruneError, match=r"cannot follow|a part would be gone"):
+        cut_names({"ignore": [pattern]}, STACK, OTHERS, LEFT)
+
+
+def test_names_follow_in_lists_and_tables():
+    names = {"skip": ["model.layers.1", "model.layers.2"], "by": {"model.layers.3": {"bits": 4}}, "n": 3}
+    expected = {"skip": ["model.layers.1"], "by": {"model.layers.2": {"bits": 4}}, "n": 3}
+    assert cut_names(names, STACK, OTHERS, LEFT) == expected
+    assert cut_names(("layers.2", 2, None), STACK, OTHERS, LEFT) == ("layers.1", 2)

@@ -1,5 +1,6 @@
 import copy
 import json
+import logging
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BartConfig
+from transformers import AutoModelForCausalLM, BartConfig, BitsAndBytesConfig
 
 from hf_layerprune import LayerPruneError, get_lineage, remove_layers, save_model, score_layers
 from hf_layerprune.decoder import find_decoder, layer_count, text_config
@@ -359,6 +360,70 @@ def test_a_layer_that_reads_from_another_follows_it(llama):
         remove_layers(model, 4)
     remove_layers(model, [1, 2])
     assert model.model.layers[-1].source_layer_index == 2
+
+
+def in_eight_bits(**settings):
+    """The tiny Llama with its layers in eight bits, but for those named."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells each cast to float16
+    make_model().save_pretrained("whole")
+    config = BitsAndBytesConfig(load_in_8bit=True, **settings)
+    options = {"device_map": {"": "cpu"}, "quantization_config": config, "dtype": torch.float32}
+    return AutoModelForCausalLM.from_pretrained("whole", **options)
+
+
+def quantised(model):
+    return [type(layer.self_attn.q_proj).__name__ == "Linear8bitLt" for layer in model.model.layers]
+
+
+@pytest.mark.parametrize(("gone", "skipped"), [(1, ["model.layers.1"]), (3, ["model.layers.2"]), (2, [])])
+def test_names_of_what_is_not_quantised_follow(gone, skipped, tmp_path):
+    model = in_eight_bits(llm_int8_skip_modules=["lm_head", "model.layers.2"])
+    config, before = model.config.quantization_config, logits(model, tokens())
+    with without_layers(model, gone):
+        expected = logits(model, tokens())
+    assert model.config.quantization_config is config
+    assert torch.equal(logits(model, tokens()), before)
+    remove_layers(model, gone)
+    assert model.config.quantization_config.llm_int8_skip_modules == ["lm_head", *skipped]
+    assert config.llm_int8_skip_modules == ["lm_head", "model.layers.2"]  # it may be of another model, too
+    save_model(model, tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert quantised(again) == quantised(model)
+    assert sum(quantised(model)) == (5 if gone == 2 else 4)
+    assert torch.equal(logits(again, tokens()), expected)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([r"model\.layers\.(2|4)"], r"names modules by the pattern .* Name each layer by itself"),
+        (["model..ayers.2"], "would mean others: model.layers.1"),
+    ],
+)
+def test_names_that_cannot_follow_are_refused_before_a_removal(names, message):
+    model = in_eight_bits(llm_int8_skip_modules=["lm_head", *names])
+    before = logits(model, tokens())
+    with pytest.raises(LayerPruneError, match=message):
+        remove_layers(model, 1)
+    assert len(model.model.layers) == 6
+    assert torch.equal(logits(model, tokens()), before)
+
+
+def test_names_in_any_entry_of_a_config_follow(llama):
+    """As compressed-tensors, AutoRound and others have them, in a config that nothing is loaded with."""
+    llama.config.quantization_config = {
+        "quant_method": "x",
+        "ignore": ["lm_head", r"re:.*layers\.3\.mlp.*"],
+        "extra_config": {"model.layers.1.mlp": {"bits": 8}, "model.layers.4.mlp": {"bits": 16}},
+    }
+    llama.config.modules_to_not_convert = ["model.layers.5"]
+    remove_layers(llama, [1, 2])
+    assert llama.config.quantization_config == {
+        "quant_method": "x",
+        "ignore": ["lm_head", r"re:.*layers\.1\.mlp.*"],
+        "extra_config": {"model.layers.2.mlp": {"bits": 16}},
+    }
+    assert llama.config.modules_to_not_convert == ["model.layers.3"]
 
 
 def cut_by_hand(family, keep, kinds=True):
