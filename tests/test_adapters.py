@@ -92,11 +92,13 @@ def test_what_cannot_follow_is_refused_and_left_alone(settings, message):
     assert model.peft_config["default"].to_dict() == config
 
 
-def test_prefixes_and_adapters_that_nobody_holds_are_refused():
+def test_prefixes_and_adapters_that_nobody_holds_are_refused(monkeypatch):
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(LayerPruneError, match=r"PREFIX_TUNING.* made for the number of layers"):
         remove_layers(get_peft_model(make_model(), config), 2)
     model = make_model()
+    # transformers 5.24 asks for a version of PEFT that is not published yet.
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **settings: None)
     model.add_adapter(LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(LayerPruneError, match="get_peft_model"):
         remove_layers(model, 2)
