@@ -2,15 +2,20 @@
 
 import logging
 import signal
+import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, reduce
+from datasets import Dataset
+from torch.utils.data import Subset
 from transformers import (
     PreTrainedModel,
     TrainerCallback,
@@ -21,15 +26,19 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks
 
 from .adapters import adapter_configs
-from .arguments import DistillationTrainingArguments
+from .arguments import DistillationTrainingArguments, quieten_replicas
 from .backend import (
     check_backend,
+    check_depth_of_checkpoint,
+    check_groups_of_checkpoint,
     check_parameters_stay,
+    check_same_depth,
     drop_removed_parameters,
+    loss_is_known,
     neighbours,
     parameter_keepers,
+    trainer_of,
 )
-from .checkpoint import load_lineage
 from .data import Batch, make_batches
 from .decoder import is_sharded
 from .diagnosis import exploded, no_recovery, steep_fall
@@ -64,6 +73,7 @@ logger = logging.getLogger(__name__)
 
 TERMINATED = 128 + signal.SIGTERM  # the exit code of a process that SIGTERM ended
 SCORING_NAME = "scoring.jsonl"  # scores so far, while a phase begins
+EVALUATION_ROWS = 256  # of eval_dataset, to score with where no calibration is given
 
 
 class LayerPruningCallback(TrainerCallback):
@@ -85,7 +95,8 @@ class LayerPruningCallback(TrainerCallback):
             What makes a layer important: `"loss"`, `"kl"`, `"block_influence"`, `"task"` or another one of
             [`score_layers`].
         calibration (`Dataset` or list of batches, *optional*):
-            Text to score with: a data set like the training one, or ready batches.
+            Text to score with: a data set like the training one, or ready batches. Left out, up to 256 rows
+            of the Trainer's `eval_dataset`.
         task (`Callable` or `evaluate.EvaluationModule`, *optional*):
             For `criterion="task"`: a function `score(model) -> float`, higher is better, or a metric.
         racing, teacher, pattern, seed (*optional*):
@@ -177,6 +188,23 @@ class LayerPruningCallback(TrainerCallback):
         self.evaluation = evaluation
         self.verify_save = verify_save
         self.record: Record = {}
+        self._hooks: list[Any] = []  # until training begins
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        quieten_replicas(args)
+        self._hooks = []
+        if model is not None and not isinstance(args, DistillationTrainingArguments):  # whose trainer cuts it
+            self._hooks.append(model.register_load_state_dict_pre_hook(check_depth_of_checkpoint))
+        if optimizer is not None:  # the user's own, with groups of any kind
+            self._hooks.append(optimizer.register_load_state_dict_pre_hook(check_groups_of_checkpoint))
 
     def on_train_begin(
         self,
@@ -190,7 +218,12 @@ class LayerPruningCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         assert model is not None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        quieten_replicas(args)
         check_backend(args, model, optimizer)
+        self._loss_is_known = loss_is_known(trainer_of(self), args)
         if self.min_recovery is not None and (adapter_configs(model) or is_sharded(model)):
             raise LayerPruneError(
                 "min_recovery puts layers back, but not under adapters or in sharded models: leave it out."
@@ -298,17 +331,18 @@ class LayerPruningCallback(TrainerCallback):
             phase_sizes(excess + self.target_layers, self.target_layers, self.layers_per_phase)[0]
         ):
             self._scores = not removals
-            table = score_present(
-                model,
-                self._batches,
-                self.criterion,
-                self.record["pruning"]["protected_originals"],
-                task=self.task,
-                journal=self._journal(args, model),
-                prefixes=prefixes,
-                progress=not args.disable_tqdm and state.is_local_process_zero,
-                **self.scoring,
-            )
+            with self._journal(args, model) as journal:
+                table = score_present(
+                    model,
+                    self._batches,
+                    self.criterion,
+                    self.record["pruning"]["protected_originals"],
+                    task=self.task,
+                    journal=journal,
+                    prefixes=prefixes,
+                    progress=not args.disable_tqdm and state.is_local_process_zero,
+                    **self.scoring,
+                )
             self._scores = False
             [table] = broadcast_object_list([table])  # of one process, as all must remove the same
             if self._below_floor(table.quality, state):
@@ -343,10 +377,24 @@ class LayerPruningCallback(TrainerCallback):
         # From here on the folder holds a run; a mistake found before leaves it free for another try.
         self._write(args)
 
-    def _journal(self, args: TrainingArguments, model: PreTrainedModel) -> Path | None:
-        """Where the main process notes its scores; nowhere if it cannot go on without the others."""
-        notes = args.process_index == 0 and not is_sharded(model)
-        return Path(str(args.output_dir)) / SCORING_NAME if notes else None
+    @contextmanager
+    def _journal(self, args: TrainingArguments, model: PreTrainedModel) -> Iterator[Path | None]:
+        """Where scores are noted: by the main process in the output folder; the others have a copy, so that
+        all leave out the same work and none waits for another. Nowhere if all must run each forward pass."""
+        if is_sharded(model):
+            yield None
+            return
+        path = Path(str(args.output_dir)) / SCORING_NAME
+        found = path.read_bytes() if args.process_index == 0 and path.exists() else None
+        [found] = broadcast_object_list([found])
+        if args.process_index == 0:
+            yield path
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / SCORING_NAME
+            if found is not None:
+                copy.write_bytes(found)
+            yield copy
 
     def on_step_end(
         self,
@@ -392,7 +440,9 @@ class LayerPruningCallback(TrainerCallback):
             state.log_history[-1] |= layers
             self._report(args, state, control, model, layers)
             self._losses.append(logs["loss"])
-            sign = exploded(self._losses, logs.get("grad_norm", 0.0))
+            # With float16, gradients that are no numbers are how its loss scale is found.
+            norm = 0.0 if args.fp16 else logs.get("grad_norm", 0.0)
+            sign = exploded(self._losses, norm, self._loss_is_known)
             if not self._runs_away:  # told once a phase
                 self._tell(sign)
             self._runs_away |= sign is not None
@@ -540,19 +590,41 @@ class LayerPruningCallback(TrainerCallback):
         }
 
     def _calibration_batches(self, args: TrainingArguments, train_dataloader: Any) -> list[Batch]:
-        if self.calibration is None:
-            if not reads_text(self.criterion, self.task):
-                return []
-            raise LayerPruneError(
-                f"The criterion {self.criterion!r} scores on text: give `calibration`, a data set like "
-                "the training one or a list of batches."
-            )
-        data, like = self.calibration, train_dataloader.dataset
+        if self.calibration is None and not reads_text(self.criterion, self.task):
+            return []
+        data = self._evaluation_rows() if self.calibration is None else self.calibration
+        like = train_dataloader.dataset
         if hasattr(data, "select_columns") and getattr(like, "column_names", None):
             # The Trainer has dropped the columns that the model does not read; so do we.
             shared = [name for name in data.column_names if name in like.column_names]
             data = data.select_columns(shared)
         return make_batches(data, args.per_device_eval_batch_size, train_dataloader.collate_fn)
+
+    def _evaluation_rows(self) -> Any:
+        """Rows of the Trainer's `eval_dataset`, evenly spread, of several data sets those of the first."""
+        name = "eval_dataset"
+        data: Any = getattr(trainer_of(self), name, None)
+        if isinstance(data, Mapping) and data:
+            first, data = next(iter(data.items()))
+            name = f"eval_dataset[{first!r}]"
+        if data is None:
+            raise LayerPruneError(
+                f"The criterion {self.criterion!r} scores on text: give `calibration`, a data set like "
+                "the training one or a list of batches, or give the Trainer an eval_dataset."
+            )
+        if not hasattr(data, "__len__"):
+            data = Dataset.from_list(list(islice(data, EVALUATION_ROWS)))
+        total, rows = len(data), min(len(data), EVALUATION_ROWS)
+        if rows < total:
+            spread = [i * total // rows for i in range(rows)]
+            data = data.select(spread) if hasattr(data, "select") else Subset(data, spread)
+        logger.warning(
+            "No calibration is given, so layers are scored on %d rows of %s. Losses on these rows understate "
+            "what a removal costs. Give other text as calibration= to avoid this.",
+            rows,
+            name,
+        )
+        return data
 
     def _excess(self, model: PreTrainedModel) -> int:
         return len(get_lineage(model).kept) - self.target_layers
@@ -614,11 +686,5 @@ def _resumed_record(
         raise LayerPruneError(
             f"The run in {folder} was started with other settings than {changed}: resume with the same."
         )
-    saved, present = load_lineage(folder), get_lineage(model)
-    if saved != present:
-        raise LayerPruneError(
-            f"The checkpoint has {saved}, the model {present}, so its weights went to the wrong "
-            f"layers. Load the model with from_pretrained({str(folder)!r}) before you resume, or use "
-            "DistillationTrainer, which does."
-        )
+    check_same_depth(model, str(folder))
     return record

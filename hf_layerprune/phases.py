@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .checkpoint import load_lineage
 from .errors import LayerPruneError
+from .lineage import get_lineage
 from .record import (
     COMMANDED,
     Record,
@@ -124,8 +124,9 @@ def run_phases(
             del model
         if phases[number - 1]["healed"] is None:
             started = time.monotonic()
-            _train(command, here, number, phases[-1]["kept"])
+            _train(command, here, number)
             model = load(str(here / "healed"))
+            _check_layers(model, here / "healed", phases[-1]["kept"])
             seconds = round(time.monotonic() - started, 2)
             phases[-1] |= {"healed": run_evaluation(evaluation, model) or {}, "seconds": seconds}
             note()
@@ -136,8 +137,8 @@ def run_phases(
     return record
 
 
-def _train(command: Sequence[str], here: Path, number: int, kept: list[int]) -> None:
-    """Run the command of a phase, and check what it left."""
+def _train(command: Sequence[str], here: Path, number: int) -> None:
+    """Run the command of a phase."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # for the command
@@ -153,7 +154,11 @@ def _train(command: Sequence[str], here: Path, number: int, kept: list[int]) -> 
             f"The command ended with exit code {done.returncode}: {' '.join(words)}. Called again, the run "
             "goes on with this phase."
         )
-    lineage = load_lineage(healed)
+
+
+def _check_layers(model: PreTrainedModel, healed: Path, kept: list[int]) -> None:
+    """Check that the command of a phase left the layers that it was given."""
+    lineage = get_lineage(model)
     if lineage.kept != kept:
         raise LayerPruneError(
             f"The command was to leave a model with the layers {kept} in {healed}, but left one with "

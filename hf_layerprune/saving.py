@@ -19,6 +19,7 @@ from .checkpoint import PRUNED_BASE, load_pruned_adapter, one_line
 from .decoder import text_config
 from .errors import LayerPruneError
 from .lineage import get_lineage, lineage_entry
+from .losses import logit_spread
 from .rotary import legacy_rotary
 from .scoring import undisturbed
 
@@ -210,7 +211,7 @@ def _check_same(model: Any, again: Any, folder: Path) -> None:
             f"{one_line(error)} If that is right, save it without verify. {_ADVICE.format(folder=folder)}"
         ) from error
     live, saved = live.float(), saved.float()
-    scale = float(live.nan_to_num().std())
+    scale = logit_spread(live)
     tolerance = scale * (1e-3 if base.dtype == torch.float32 else 0.05)
     if not torch.allclose(live, saved, rtol=0, atol=tolerance, equal_nan=True):
         far = float((live - saved).abs().max()) / scale

@@ -65,7 +65,9 @@ def write_teacher_outputs(
             )
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / HEAD, json.dumps(settings, indent=1).encode())
+        # Where the teacher is from tells its tokenizer; the same one may be written from elsewhere, too.
+        head = settings | {"teacher": teacher.name_or_path}
+        _write(folder / HEAD, json.dumps(head, indent=1).encode())
         found = TeacherOutputs(folder)
     keys, files, done, waiting = found.keys, found.files, [], 0
     layers = {_name(layer): _own(layer, get_lineage(teacher)) for layer in hidden_layers}
