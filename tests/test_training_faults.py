@@ -1,10 +1,8 @@
 """Faults of training that real users met: labels, teachers, optimizers, other loops, several processes."""
 
-import contextlib
 import copy
 import json
-import logging
-import os
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -18,8 +16,6 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
-    DataCollatorForSeq2Seq,
-    LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
@@ -33,7 +29,6 @@ from hf_layerprune import (
     DistillationTrainer,
     DistillationTrainingArguments,
     LayerPruneError,
-    LayerPruningCallback,
     get_lineage,
     remove_layers,
     score_layers,
@@ -122,8 +117,9 @@ def test_looking_for_labels_moves_no_random_state():
     for draws in (False, True):
         student = make_model("gpt2", resid_pdrop=0.3)
 
-        def collate(rows, draws=draws):
-            if draws and not trainer.state.max_steps:  # before the first step
+        def collate(rows, left=[draws]):  # noqa: B006 (drawn once, before training)
+            if left[0]:
+                left[0] = False
                 torch.rand(7)
             return default_data_collator(rows)
 
@@ -222,17 +218,11 @@ def test_any_teacher_of_the_same_vocabulary_teaches_by_its_logits(kind, removed)
     if kind == "written":
         write_teacher_outputs(teacher, [{"input_ids": tokens(8, 12)}], "said", top_k=259)
         teacher = "said"
-    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
-    callbacks = [pruning(target_layers=3)]
-    trainer = (
-        make_trainer(student, teacher_model=teacher, **settings, steps=None, callbacks=None) if 0 else None
-    )
-    trainer = make_trainer(student, teacher_model=teacher, **settings)
+    trainer = make_trainer(student, teacher_model=teacher, max_steps=3)
     trainer.train()
     log = trainer.state.log_history
     assert log[0]["kl"] == pytest.approx(expected, rel=1e-4)
     assert log[2]["kl"] < log[0]["kl"]
-    assert callbacks
 
 
 def test_a_run_with_a_shallower_teacher_loses_layers_and_resumes():
@@ -302,7 +292,7 @@ def test_the_balancing_loss_is_a_term_of_every_loss(settings):
         trainer = make_trainer(student, teacher_model=teacher, **settings)
         metrics = trainer.evaluate(examples())
         trainer.train()
-        results.append((trainer.state.log_history[1], metrics))
+        results.append((trainer.state.log_history[0], metrics))
     (log, metrics), (without, other) = results
     assert log["loss"] == pytest.approx(without["loss"] + log["aux_loss"], rel=1e-5)
     assert log["aux_loss"] > 1
@@ -326,10 +316,10 @@ def test_the_balancing_loss_is_of_the_whole_accumulated_batch():
     assert logs[1]["loss"] == pytest.approx(logs[0]["loss"], rel=0.2)  # and not four times as much
 
 
-def test_a_balancing_loss_of_unknown_weight_is_refused():
+def test_a_balancing_loss_of_unknown_weight_is_refused(monkeypatch):
     model = experts()
-    del model.router_aux_loss_coef
-    model.config.router_aux_loss_coef = None
+    del model.router_aux_loss_coef, model.config.router_aux_loss_coef
+    monkeypatch.delattr(MixtralConfig, "router_aux_loss_coef", raising=False)
     with pytest.raises(LayerPruneError, match="mixtral has no router_aux_loss_coef"):
         make_trainer(model).train()
 
@@ -542,13 +532,14 @@ def test_which_loss_is_known(llama):
 
 def test_gradients_that_are_no_numbers_are_usual_with_float16(llama):
     callback = pruning()
-    plain_trainer(llama, callback, max_steps=2).train()
+    trainer = plain_trainer(llama, callback, max_steps=2)
+    trainer.train()
     for half, told in ((True, False), (False, True)):
         callback._runs_away, callback._losses = False, []
         callback.record["signs"] = []
         args = TrainingArguments(output_dir="out", use_cpu=True, report_to="none")
         args.fp16 = half
-        state, control = trainer_of(callback).state, trainer_of(callback).control
+        state, control = trainer.state, trainer.control
         callback.on_log(args, state, control, model=llama, logs={"loss": 1.0, "grad_norm": float("inf")})
         assert bool(callback.record["signs"]) == told
 
@@ -584,8 +575,8 @@ def test_the_evaluation_data_serves_as_calibration(kind, form, caplog, monkeypat
 
 
 def test_without_any_text_the_run_is_refused(llama):
-    with pytest.raises(LayerPruneError, match="give `calibration`.* or give the Trainer an eval_dataset"):
-        make_trainer(llama, callbacks=[pruning(calibration=None)]).train()
+    with pytest.raises(LayerPruneError, match=r"give `calibration`.* or give the Trainer an eval_dataset"):
+        make_trainer(llama, callbacks=[pruning(calibration=None)], max_steps=2).train()
 
 
 # The student and its teacher by name, and code of their own
@@ -649,9 +640,10 @@ def test_code_of_its_own_reaches_student_and_teacher_in_a_script(own_code):
 
 
 def test_code_of_its_own_reaches_the_teacher_on_the_command_line(own_code, capsys):
-    words = [*"distill model --teacher model --data text.jsonl --target_layers 5 --max_steps 1".split()]
-    words += [*"--block_length 8 --calibration_blocks 2 --heldout_blocks 2 --report_to none".split()]
-    words += [*"--use_cpu True --output_dir out --data text.txt --save_strategy no".split()]
+    words = shlex.split(
+        "distill model --teacher model --data text.txt --target_layers 5 --max_steps 1 --block_length 8 "
+        "--calibration_blocks 2 --heldout_blocks 2 --report_to none --use_cpu True --output_dir out"
+    )
     assert main(words) == 2
     assert "trust_remote_code" in capsys.readouterr().err
     assert main([*words, "--trust_remote_code", "True"]) == 0
@@ -738,15 +730,35 @@ def test_warnings_are_of_the_main_process_alone():
         assert done.stderr.count(text) == 1, text
 
 
+NOT_JOINED = """
+import sys
+
+sys.path.insert(0, {root!r})
+from tests.test_trainer import examples, make_model
+from hf_layerprune import DistillationTrainer, DistillationTrainingArguments
+
+args = DistillationTrainingArguments(output_dir="two", max_steps=2, report_to="none")
+DistillationTrainer(make_model(), args, train_dataset=examples()).train()
+"""
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there the processes are joined")
+def test_processes_on_a_machine_without_gpus_are_told_to_say_use_cpu():
+    done = launch(NOT_JOINED)
+    assert "The launcher started 2 processes, but each would train alone" in done.stderr
+    assert "set use_cpu=True" in done.stderr
+    assert not Path("two").exists()
+
+
 @pytest.mark.parametrize("kind", ["plain", "distillation"])
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
-def test_processes_that_are_not_joined_are_told_what_to_set(kind, name, monkeypatch, llama):
+def test_processes_that_are_not_joined_are_refused(kind, name, monkeypatch, llama):
     trainer = plain_trainer(llama, pruning())
-    make_trainer(llama)
+    args = make_trainer(llama).args
     monkeypatch.setenv(name, "2")
     with pytest.raises(
-        LayerPruneError, match="started 2 processes, but each would train alone.*use_cpu=True"
+        LayerPruneError, match=r"started 2 processes, but each would train alone.*use_cpu=True"
     ):
-        trainer.train() if kind == "plain" else make_trainer(llama)
+        trainer.train() if kind == "plain" else DistillationTrainer(llama, args)
     monkeypatch.setenv(name, "1")
-    make_trainer(llama)
+    DistillationTrainer(llama, args, train_dataset=examples())
