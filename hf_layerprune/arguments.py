@@ -7,6 +7,7 @@ from accelerate.utils import get_int_from_env
 from transformers import TrainingArguments
 
 from .errors import LayerPruneError
+from .lineage import plain_int
 from .losses import DIVERGENCES, HIDDEN_ERRORS
 from .trainable import CHOICES, check_trainable
 
@@ -160,6 +161,9 @@ class DistillationTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.hidden_layers is not None:
+            self.hidden_layers = [plain_int(layer) for layer in self.hidden_layers]
+        self.top_k = plain_int(self.top_k)
         if self.loss_preset is not None:
             if self.loss_preset not in LOSS_PRESETS:
                 raise LayerPruneError(

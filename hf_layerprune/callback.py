@@ -44,7 +44,7 @@ from .decoder import is_sharded
 from .diagnosis import exploded, no_recovery, steep_fall
 from .errors import LayerPruneError
 from .leave_one_out import Prefixes
-from .lineage import get_lineage
+from .lineage import get_lineage, plain_int
 from .record import (
     RECORD_NAME,
     Record,
@@ -153,13 +153,15 @@ class LayerPruningCallback(TrainerCallback):
         evaluation: Evaluation | None = None,
         verify_save: bool = True,
     ) -> None:
+        target_layers, layers_per_phase = plain_int(target_layers), plain_int(layers_per_phase)
+        steps_per_phase, tokens_per_phase = plain_int(steps_per_phase), plain_int(tokens_per_phase)
         for name, value in {
             "target_layers": target_layers,
             "layers_per_phase": layers_per_phase,
             "steps_per_phase": 1 if steps_per_phase is None else steps_per_phase,
             "tokens_per_phase": 1 if tokens_per_phase is None else tokens_per_phase,
         }.items():
-            is_share = name == "layers_per_phase" and type(value) is float and 0 < value < 1
+            is_share = name == "layers_per_phase" and isinstance(value, float) and 0 < value < 1
             if not is_share and (type(value) is not int or value < 1):
                 raise LayerPruneError(
                     f"{name} is {value!r}: it must be a whole number of at least 1"
@@ -182,7 +184,7 @@ class LayerPruningCallback(TrainerCallback):
         self.steps_per_phase = steps_per_phase
         self.tokens_per_phase = tokens_per_phase
         self.restart_learning_rate = restart_learning_rate
-        self.protected = None if protected is None else list(protected)
+        self.protected = None if protected is None else [plain_int(layer) for layer in protected]
         self.quality_floor = quality_floor
         self.min_recovery = min_recovery
         self.evaluation = evaluation

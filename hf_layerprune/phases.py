@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .errors import LayerPruneError
-from .lineage import get_lineage
+from .lineage import get_lineage, plain_int
 from .record import (
     COMMANDED,
     Record,
@@ -76,12 +76,13 @@ def run_phases(
             "model that it is to train and the folder where to leave it."
         )
     folder = Path(output_dir)
+    target_layers, layers_per_phase = plain_int(target_layers), plain_int(layers_per_phase)
     settings = {
         "target_layers": target_layers,
         "layers_per_phase": layers_per_phase,
         "criterion": criterion,
         "racing": racing,
-        "protected": None if protected is None else list(protected),
+        "protected": None if protected is None else [plain_int(layer) for layer in protected],
     }
     check_choices(criterion, racing=racing)
     record = read_record(folder)

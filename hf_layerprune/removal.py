@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from .data import Batch, make_batches
 from .errors import LayerPruneError
 from .leave_one_out import Prefixes
-from .lineage import get_lineage
+from .lineage import get_lineage, plain_int
 from .record import Record, peak_memory_mb, start_record
 from .scoring import ScoreTable, check_choices, reads_text, score_layers, undisturbed
 from .surgery import check_layers, possible_cuts, remove_layers
@@ -56,7 +56,7 @@ def prune_layers(
     Raises:
         LayerPruneError: the target cannot be reached, or a layer cannot be removed exactly.
     """
-    began = time.monotonic()
+    began, target_layers = time.monotonic(), plain_int(target_layers)
     check_choices(criterion, task, teacher, "output" if pattern == MAX_GAP else pattern, racing)
     if select not in SELECTIONS:
         raise LayerPruneError(f"select is {select!r}: choose from {', '.join(SELECTIONS)}.")
@@ -105,7 +105,7 @@ def check_plan(
         LayerPruneError: the target is not below the present depth, too few layers are free to go, or
             this model cannot be cut exactly.
     """
-    kept = get_lineage(model).kept
+    kept, target_layers = get_lineage(model).kept, plain_int(target_layers)
     if type(target_layers) is not int or not 1 <= target_layers < len(kept):
         raise LayerPruneError(
             f"target_layers is {target_layers!r}, but the model has {len(kept)} layers: it must be "

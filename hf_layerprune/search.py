@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from .data import Batch
 from .errors import LayerPruneError
 from .leave_one_out import Prefixes
-from .lineage import get_lineage
+from .lineage import get_lineage, plain_int
 from .scoring import ScoreTable, score_layers
 from .surgery import check_layers, without_layers
 
@@ -66,6 +66,7 @@ def select_layers(
     """
     kept, given = get_lineage(model).kept, list(batches)
     fixed = {0, len(kept) - 1} if protected is None else check_layers(model, protected)
+    remove = plain_int(remove)
     if type(remove) is not int or not 1 <= remove <= len(kept) - len(fixed) - (not fixed):
         raise LayerPruneError(f"remove is {remove!r}, but {len(kept) - len(fixed)} layers are not protected.")
     measured = criterion in ("loss", "task") and settings.get("racing") is None

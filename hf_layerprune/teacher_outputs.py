@@ -17,7 +17,7 @@ from .data import Batch
 from .decoder import text_config
 from .errors import LayerPruneError
 from .leave_one_out import captured, hidden
-from .lineage import Lineage, get_lineage
+from .lineage import Lineage, get_lineage, plain_int
 from .losses import LAST, Likeliest, likeliest
 from .reading import Reader
 from .scoring import undisturbed
@@ -54,6 +54,7 @@ def write_teacher_outputs(
     Raises:
         LayerPruneError: a setting cannot be, or the folder holds something else.
     """
+    top_k, hidden_layers = plain_int(top_k), [plain_int(layer) for layer in hidden_layers]
     settings = _settings(teacher, top_k, temperature, hidden_layers)
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):

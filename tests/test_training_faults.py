@@ -32,12 +32,14 @@ from hf_layerprune import (
     get_lineage,
     remove_layers,
     score_layers,
+    select_layers,
     write_teacher_outputs,
 )
 from hf_layerprune.backend import loss_is_known, trainer_of
 from hf_layerprune.cli import main
 from hf_layerprune.diagnosis import exploded
 from hf_layerprune.losses import DIVERGENCES, divergence, likeliest, logit_spread
+from hf_layerprune.removal import prune_layers
 
 from .conftest import LAYERS, logits, make_model, tokens
 from .test_callback import calibration, plain_trainer, pruning
@@ -762,3 +764,46 @@ def test_processes_that_are_not_joined_are_refused(kind, name, monkeypatch, llam
         trainer.train() if kind == "plain" else DistillationTrainer(llama, args)
     monkeypatch.setenv(name, "1")
     DistillationTrainer(llama, args, train_dataset=examples())
+
+
+# Layer numbers
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor, lambda number: np.array(number)])
+def test_layers_are_named_by_whole_numbers_of_any_type(kind, llama):
+    several = [kind(layer) for layer in (1, 3)]
+    both = [several, np.array([1, 3]), torch.tensor([1, 3]), {1, 3}]
+    for named, gone in [(kind(3), [3]), *((layers, [1, 3]) for layers in both)]:
+        model = make_model()
+        remove_layers(model, named)
+        assert get_lineage(model).removed == gone
+        model.save_pretrained("numbers")
+        assert get_lineage(LlamaForCausalLM.from_pretrained("numbers")).removed == gone
+    batches = [{"input_ids": tokens()}]
+    table = score_layers(llama, batches, protected=[kind(0), kind(5)], run=kind(2), progress=False)
+    assert sorted(table.scores) == [1, 2, 3]
+    assert len(select_layers(llama, batches, kind(2), protected=several, progress=False).layers) == 2
+    settings = {"target_layers": kind(4), "layers_per_phase": kind(1), "steps_per_phase": kind(1)}
+    trainer = make_trainer(
+        llama,
+        teacher_model=make_model(),
+        max_steps=2,
+        hidden_weight=0.1,
+        hidden_layers=[kind(5)],
+        top_k=kind(9),
+        save_strategy="steps",
+        save_steps=2,
+        callbacks=[pruning(protected=[kind(0), kind(5)], **settings)],
+    )
+    trainer.train()
+    assert json.loads(Path("out/layer_pruning.json").read_text())["pruning"]["protected"] == [0, 5]
+    record = prune_layers(make_model(), target_layers=kind(5), calibration=batches, protected=several)
+    assert json.loads(json.dumps(record))["pruning"]["target_layers"] == 5
+    write_teacher_outputs(make_model(), batches, "said", top_k=kind(5), hidden_layers=[kind(5)])
+
+
+@pytest.mark.parametrize("named", [True, 3.0, "3", [np.float64(3)], [True], torch.tensor(3.0), None])
+def test_what_is_no_whole_number_is_no_layer(named, llama):
+    with pytest.raises(LayerPruneError, match="No layers"):
+        remove_layers(llama, named)
+    assert len(get_lineage(llama).kept) == LAYERS
