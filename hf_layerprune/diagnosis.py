@@ -9,7 +9,7 @@ STEEP = 3.0  # times the median removal so far
 LITTLE = 0.1  # of what a removal cost
 DROWNED = 10.0  # times the other terms
 EXPLODED = 5.0  # times the lowest loss of the phase
-FAR = 1.0  # nats above it: of losses near 0 any rise is many times
+FAR = 0.5  # nats above it: of losses near 0 any rise is many times
 
 
 def steep_fall(earlier: Sequence[float], fall: float, layer: int, left: int) -> str | None:

@@ -53,6 +53,8 @@ def scaled_logits(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tenso
     """Returns `logits` `(..., vocabulary)` divided by a temperature, in float32, all finite: those of masked
     tokens lie [`LOWEST`] from the largest or further, which leaves the softmax as it is."""
     scaled = logits.float() / temperature
+    if scaled.device.type == "cpu" and not (scaled.numel() and scaled.detach().amin() < MASKED):
+        return scaled  # most models mask nothing, and there each further pass over the logits is felt
     most = scaled.detach().amax(-1, keepdim=True)
     return torch.where(scaled < MASKED, most - most.abs() + LOWEST, scaled)
 
