@@ -60,6 +60,9 @@ class DistillationTrainer(Trainer):
     by the student's lineage, so layers may be removed while it trains: see [`LayerPruningCallback`].
     Each loss term is logged under its own name. `eval_loss` is the cross-entropy on the labels, so that
     it compares with any other model's; the distillation terms are `eval_kl` and `eval_hidden_mse`.
+    It is nan where no token has a label. A mixture of experts with `output_router_logits=True` in its config
+    is trained with its balancing loss, too, logged as `aux_loss`: the mean over the accumulated batch,
+    weighted by tokens, counts `router_aux_loss_coef` times.
 
     Args:
         model (`PreTrainedModel` or `str`): the student, a model, a folder or a hub id. A folder or hub id is
