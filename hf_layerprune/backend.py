@@ -163,14 +163,12 @@ def check_groups_of_checkpoint(optimizer: Any, state: dict[str, Any]) -> None:
 
 
 def trainer_of(callback: TrainerCallback) -> Trainer | None:
-    """The Trainer that `callback` is in. It shows itself to no callback, so it is looked for among all that
-    lives."""
-    for one in gc.get_objects():
-        if issubclass(type(one), Trainer) and callback in getattr(
-            vars(one).get("callback_handler"), "callbacks", ()
-        ):
-            return one
-    return None
+    """The Trainer that `callback` is in, of several the one that trains. It shows itself to no callback, so
+    it is looked for among all that lives."""
+    trainers = [one for one in gc.get_objects() if issubclass(type(one), Trainer)]
+    handlers = [(one, vars(one).get("callback_handler")) for one in trainers]
+    found = [one for one, handler in handlers if handler is not None and callback in handler.callbacks]
+    return max(found, key=lambda one: one.is_in_train, default=None)
 
 
 def loss_is_known(trainer: Trainer | None, args: TrainingArguments) -> bool:

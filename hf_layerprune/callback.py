@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.integrations import get_reporting_integration_callbacks
 
-from .adapters import adapter_configs
+from .adapters import adapter_configs, base_of
 from .arguments import DistillationTrainingArguments, quieten_replicas
 from .backend import (
     check_backend,
@@ -67,6 +67,7 @@ from .removal import (
 from .saving import check_reload, write_pruned_base
 from .schedule import RestartedSchedule, phase_sizes
 from .scoring import LEAVE_ONE_OUT, ScoreTable, check_choices, reads_text
+from .teacher import check_tokens
 
 
 logger = logging.getLogger(__name__)
@@ -247,6 +248,9 @@ class LayerPruningCallback(TrainerCallback):
             fixed = check_plan(model, self.target_layers, self.protected)
             check_parameters_stay(model)
             self.record = start_record(model, self._settings() | {"protected_originals": fixed}, args)
+        teacher: Any = self.scoring["teacher"]
+        if teacher is not None:
+            check_tokens(teacher, base_of(model), kwargs.get("processing_class"))
         self._plan_phases(args, state)
         self._schedule = (
             RestartedSchedule(lr_scheduler, state.max_steps) if self.restart_learning_rate else None

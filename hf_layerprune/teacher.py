@@ -87,17 +87,32 @@ def make_teacher(
         )
     config = find_decoder(teacher).config
     _check(config.vocab_size, config.hidden_size, get_lineage(teacher), student, hidden_states, tokens)
-    if not _same_embeddings(teacher, student):
-        known = check_tokenizers(
-            teacher.name_or_path, config.vocab_size, student, tokenizer, trust_remote_code
-        )
-        if not known:
-            logger.warning(
-                "The tokenizers of teacher and student cannot be compared: one of the models is of no folder "
-                "with a tokenizer. Each token id must mean the same text to both. Give the teacher as a "
-                "folder or hub id, and the student's tokenizer as processing_class."
-            )
+    check_tokens(teacher, student, tokenizer, trust_remote_code)
     return teacher.eval().requires_grad_(False)
+
+
+def check_tokens(
+    teacher: PreTrainedModel, student: PreTrainedModel, tokenizer: Any, trust_remote_code: bool = False
+) -> None:
+    """Check that the same token ids mean the same text to both; say so where it cannot be known.
+
+    Args:
+        teacher, student (`PreTrainedModel`): the models.
+        tokenizer, trust_remote_code (*optional*): see [`check_tokenizers`].
+
+    Raises:
+        LayerPruneError: the tokenizers are different.
+    """
+    vocabulary = find_decoder(teacher).config.vocab_size
+    if _same_embeddings(teacher, student) or check_tokenizers(
+        teacher.name_or_path, vocabulary, student, tokenizer, trust_remote_code
+    ):
+        return
+    logger.warning(
+        "The tokenizers of teacher and student cannot be compared: one of the models is of no folder with a "
+        "tokenizer. Each token id must mean the same text to both. Give the teacher as a folder or hub id, "
+        "and the student's tokenizer as processing_class."
+    )
 
 
 def check_tokenizers(
@@ -125,6 +140,7 @@ def check_tokenizers(
     if teacher and teacher == student.name_or_path:
         return True
     theirs = find_tokenizer(teacher, trust_remote_code)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
     if not hasattr(tokenizer, "get_vocab"):
         tokenizer = find_tokenizer(student.name_or_path, trust_remote_code)
     if theirs is None or tokenizer is None:

@@ -118,10 +118,8 @@ class DistillationTrainer(Trainer):
         check_processes_joined(args)
         quieten_replicas(args)
         if isinstance(model, (str, Path)):
-            name, model = (
-                str(model),
-                load_model(str(model), dtype="float32", trust_remote_code=trust_remote_code),
-            )
+            name = str(model)
+            model = load_model(name, dtype="float32", trust_remote_code=trust_remote_code)
             if kwargs.get("processing_class") is None:
                 kwargs["processing_class"] = find_tokenizer(name, trust_remote_code)
         if args.legacy_rope:

@@ -203,6 +203,20 @@ def test_a_tokenizer_that_cannot_be_known_is_told(family, caplog, tokenizer):
     assert "cannot be compared" not in caplog.text
 
 
+def test_the_teacher_of_a_criterion_has_the_students_tokenizer_too(teacher_folder):
+    teacher = LlamaForCausalLM.from_pretrained(teacher_folder(letters(2)))
+    settings = {"max_steps": 2, "teacher_model": make_model()}
+    for given in (letters(1), letters(2)):
+        callback = pruning(criterion="kl", teacher=teacher)
+        trainer = make_trainer(make_model(), callbacks=[callback], processing_class=given, **settings)
+        if given.get_vocab() != letters(2).get_vocab():
+            with pytest.raises(LayerPruneError, match="has another tokenizer"):
+                trainer.train()
+            assert trainer.state.global_step == 0
+        else:
+            trainer.train()
+
+
 # Shallower and other teachers
 
 
