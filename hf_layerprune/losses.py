@@ -67,9 +67,11 @@ def _lumped(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 def logit_spread(logits: torch.Tensor) -> float:
-    """Returns the standard deviation of logits, without those of masked tokens (see [`MASKED`])."""
+    """Returns the standard deviation of logits, without those of masked tokens (see [`MASKED`]) and what is no
+    number; 0 if there are no others."""
     logits = logits.float()
-    return float(logits[logits > MASKED].std())
+    real = logits[logits.isfinite() & (logits > MASKED)]
+    return float(real.std()) if len(real) > 1 else 0.0
 
 
 def token_mask(

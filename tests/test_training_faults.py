@@ -495,6 +495,7 @@ def test_the_spread_of_logits_is_of_those_that_are_not_masked():
     for value in (-torch.inf, torch.finfo(torch.float32).min):
         masked = torch.cat([plain, torch.full((4, 5), value)], -1)
         assert logit_spread(masked) == logit_spread(plain) == pytest.approx(1, abs=0.2)
+    assert logit_spread(plain * torch.nan) == 0
 
 
 # Other loops
