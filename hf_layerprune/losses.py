@@ -67,7 +67,7 @@ def _lumped(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 def logit_spread(logits: torch.Tensor) -> float:
-    """Returns the standard deviation of logits, without those of masked tokens (see [`MASKED`]) and what is no
+    """Returns the standard deviation of logits, without masked tokens (see [`MASKED`]) and what is no
     number; 0 if there are no others."""
     logits = logits.float()
     real = logits[logits.isfinite() & (logits > MASKED)]
