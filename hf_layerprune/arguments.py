@@ -1,10 +1,13 @@
 """Settings of distillation, beside those of the Trainer."""
 
+import logging
 from dataclasses import dataclass, field
 
+from accelerate.utils import get_int_from_env
 from transformers import TrainingArguments
 
 from .errors import LayerPruneError
+from .lineage import plain_int
 from .losses import DIVERGENCES, HIDDEN_ERRORS
 from .trainable import CHOICES, check_trainable
 
@@ -23,6 +26,33 @@ LOSS_PRESETS = {
 
 EXPORTS = ("merged", "adapter")
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def quieten_replicas(args: TrainingArguments) -> None:
+    """Let the main process alone tell what this package does; the others tell errors. Like transformers' own
+    `log_level_replica`, it is for the whole process."""
+    if args.process_index:
+        logging.getLogger(__package__).setLevel(logging.ERROR)
+
+
+# Where launchers say how many processes they started, as accelerate reads it.
+WORLD_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
+
+
+def check_processes_joined(args: TrainingArguments) -> None:
+    """Check that the processes of a launcher train together, and not each a model of its own.
+
+    Raises:
+        LayerPruneError: they do not.
+    """
+    started = get_int_from_env(WORLD_SIZES, 1)
+    if started > 1 and args.world_size == 1:
+        raise LayerPruneError(
+            f"The launcher started {started} processes, but each would train alone and write to the same "
+            f"{args.output_dir}: they are not joined on {args.device}. On a machine without GPUs set "
+            "use_cpu=True in the training arguments (or the environment variable ACCELERATE_USE_CPU=true). "
+            "For a single process start with `python`."
+        )
 
 
 @dataclass
@@ -143,6 +173,9 @@ class DistillationTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.hidden_layers is not None:
+            self.hidden_layers = [plain_int(layer) for layer in self.hidden_layers]
+        self.top_k = plain_int(self.top_k)
         if self.loss_preset is not None:
             if self.loss_preset not in LOSS_PRESETS:
                 raise LayerPruneError(

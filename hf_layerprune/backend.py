@@ -1,6 +1,7 @@
 """What a run trains with (optimizer, processes, other callbacks), and whether layers can leave it."""
 
 import gc
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,13 +9,16 @@ import torch
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from .arguments import DistillationTrainingArguments
+from .adapters import adapter_configs
+from .arguments import DistillationTrainingArguments, check_processes_joined
+from .checkpoint import load_lineage, runs_own_code
 from .errors import LayerPruneError
 from .lineage import get_lineage
 from .surgery import possible_cuts
+from .trainable import forget_parameters
 
 
 # They keep what they know of a parameter elsewhere than in their state, or step inside backward.
@@ -29,12 +33,7 @@ def drop_removed_parameters(optimizer: Any, model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # after a forward pass, a part of it may show others for its parameters
-    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-    live = {id(parameter) for parameter in model.parameters()}
-    for group in inner.param_groups:
-        group["params"] = [p for p in group["params"] if id(p) in live]
-    for parameter in [p for p in inner.state if id(p) not in live]:
-        del inner.state[parameter]
+    forget_parameters(optimizer, model)
 
 
 def check_backend(args: TrainingArguments, model: PreTrainedModel, optimizer: Any) -> None:
@@ -48,6 +47,7 @@ def check_backend(args: TrainingArguments, model: PreTrainedModel, optimizer: An
             f"{args.n_gpu} GPUs in one process: start with `accelerate launch` or `torchrun`, or with "
             "CUDA_VISIBLE_DEVICES=0."
         )
+    check_processes_joined(args)
     flat = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
     if flat or isinstance(optimizer, DeepSpeedOptimizerWrapper):
         raise LayerPruneError(
@@ -108,6 +108,77 @@ def check_parameters_stay(model: PreTrainedModel) -> None:
             f"{made[0]} holds a part for every layer; cut in training, the optimizer would lose its state. "
             "Remove layers first (`hf-layerprune prune`), then train with the original as teacher_model."
         )
+
+
+def check_depth_of_checkpoint(model: nn.Module, *args: Any) -> None:
+    """A hook before `model` loads a state dict: check that a checkpoint from which a plain Trainer resumes
+    has the model's layers. Otherwise the Trainer would fail later, at the optimizer, without a reason.
+
+    Raises:
+        LayerPruneError: it has others.
+    """
+    # The Trainer tells no callback from where it resumes; its method that loads the weights knows.
+    frames = [frame for frame, _ in traceback.walk_stack(None)]
+    loading = [one.f_locals for one in frames if one.f_code.co_name == "_load_from_checkpoint"]
+    if loading and isinstance(folder := loading[0].get("resume_from_checkpoint"), str):
+        check_same_depth(model, folder)
+
+
+def check_same_depth(model: Any, folder: str) -> None:
+    """Check that the model in a checkpoint has the layers of `model`.
+
+    Raises:
+        LayerPruneError: it has others, with the way to make them the same.
+    """
+    saved, present = load_lineage(folder, runs_own_code(model)), get_lineage(model)
+    if saved == present:
+        return
+    more = [i for i, original in enumerate(present.kept) if original not in saved.kept]
+    advice = f"Load the model with from_pretrained({folder!r}) before you resume"
+    if adapter_configs(model):
+        advice = f"Take the same layers out of the base first, with remove_layers(model, {more})"
+    raise LayerPruneError(
+        f"The checkpoint has {saved}, the model {present}, so its weights would go to the wrong layers. "
+        f"{advice}, or use DistillationTrainer, which does this itself."
+    )
+
+
+def check_groups_of_checkpoint(optimizer: Any, state: dict[str, Any]) -> None:
+    """A hook before the user's own `optimizer` loads its state: check that the parameter groups are those of
+    the checkpoint.
+
+    Raises:
+        LayerPruneError: they are not, with the way to make them the same.
+    """
+    ours, saved = (
+        [len(one["params"]) for one in groups] for groups in (optimizer.param_groups, state["param_groups"])
+    )
+    if ours != saved:
+        raise LayerPruneError(
+            f"The optimizer has parameter groups of {ours} parameters, but the checkpoint's has groups of "
+            f"{saved}: a group whose layers were removed stays as an empty one. Make the optimizer with the "
+            'same groups (an empty one is {"params": []}), or resume with the original model in '
+            "DistillationTrainer, which makes the same layers leave model and optimizer."
+        )
+
+
+def trainer_of(callback: TrainerCallback) -> Trainer | None:
+    """The Trainer that `callback` is in, of several the one that trains. It shows itself to no callback, so
+    it is looked for among all that lives."""
+    trainers = [one for one in gc.get_objects() if issubclass(type(one), Trainer)]
+    handlers = [(one, vars(one).get("callback_handler")) for one in trainers]
+    found = [one for one, handler in handlers if handler is not None and callback in handler.callbacks]
+    return max(found, key=lambda one: one.is_in_train, default=None)
+
+
+def loss_is_known(trainer: Trainer | None, args: TrainingArguments) -> bool:
+    """Whether the loss of a Trainer is a cross-entropy or a divergence in nats, and not, as in reinforcement
+    learning, one that may take any value."""
+    if isinstance(args, DistillationTrainingArguments):
+        return True
+    own = next((c for c in type(trainer).__mro__ if "compute_loss" in vars(c)), None)
+    usual = own is Trainer or (own is not None and own.__name__ == "SFTTrainer")
+    return trainer is not None and usual and trainer.compute_loss_func is None
 
 
 def neighbours(callback: TrainerCallback) -> list[TrainerCallback]:

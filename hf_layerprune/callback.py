@@ -2,15 +2,20 @@
 
 import logging
 import signal
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, reduce
+from datasets import Dataset
+from torch.utils.data import Subset
 from transformers import (
     PreTrainedModel,
     TrainerCallback,
@@ -21,21 +26,25 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks
 
 from .adapters import adapter_configs, base_of, keep_base_known
-from .arguments import DistillationTrainingArguments
+from .arguments import DistillationTrainingArguments, quieten_replicas
 from .backend import (
     check_backend,
+    check_depth_of_checkpoint,
+    check_groups_of_checkpoint,
     check_parameters_stay,
+    check_same_depth,
     drop_removed_parameters,
+    loss_is_known,
     neighbours,
     parameter_keepers,
+    trainer_of,
 )
-from .checkpoint import load_lineage
 from .data import Batch, columns_read, make_batches, most_tokens, take_rows
 from .decoder import is_sharded
 from .diagnosis import exploded, no_recovery, steep_fall
 from .errors import LayerPruneError
 from .leave_one_out import Prefixes
-from .lineage import get_lineage
+from .lineage import get_lineage, plain_int
 from .record import (
     RECORD_NAME,
     Record,
@@ -58,12 +67,14 @@ from .removal import (
 from .saving import check_saves
 from .schedule import RestartedSchedule, phase_sizes
 from .scoring import LEAVE_ONE_OUT, ScoreTable, check_choices, check_criterion_fits, reads_text
+from .teacher import check_tokens
 
 
 logger = logging.getLogger(__name__)
 
 TERMINATED = 128 + signal.SIGTERM  # the exit code of a process that SIGTERM ended
 SCORING_NAME = "scoring.jsonl"  # scores so far, while a phase begins
+EVALUATION_ROWS = 256  # of eval_dataset, to score with where no calibration is given
 
 
 class LayerPruningCallback(TrainerCallback):
@@ -86,7 +97,8 @@ class LayerPruningCallback(TrainerCallback):
             [`score_layers`].
         calibration (*optional*):
             Text to score with: a data set like the training one, ready batches, or another form that
-            [`make_batches`] knows. Text is tokenised with the Trainer's `processing_class`.
+            [`make_batches`] knows. Text is tokenised with the Trainer's `processing_class`. Left out, up to
+            256 rows of the Trainer's `eval_dataset`.
         task (`Callable` or `evaluate.EvaluationModule`, *optional*):
             For `criterion="task"`: a function `score(model) -> float`, higher is better, or a metric.
         racing, teacher, pattern, seed (*optional*):
@@ -143,13 +155,15 @@ class LayerPruningCallback(TrainerCallback):
         evaluation: Evaluation | None = None,
         verify_save: bool = True,
     ) -> None:
+        target_layers, layers_per_phase = plain_int(target_layers), plain_int(layers_per_phase)
+        steps_per_phase, tokens_per_phase = plain_int(steps_per_phase), plain_int(tokens_per_phase)
         for name, value in {
             "target_layers": target_layers,
             "layers_per_phase": layers_per_phase,
             "steps_per_phase": 1 if steps_per_phase is None else steps_per_phase,
             "tokens_per_phase": 1 if tokens_per_phase is None else tokens_per_phase,
         }.items():
-            is_share = name == "layers_per_phase" and type(value) is float and 0 < value < 1
+            is_share = name == "layers_per_phase" and isinstance(value, float) and 0 < value < 1
             if not is_share and (type(value) is not int or value < 1):
                 raise LayerPruneError(
                     f"{name} is {value!r}: it must be a whole number of at least 1"
@@ -172,12 +186,29 @@ class LayerPruningCallback(TrainerCallback):
         self.steps_per_phase = steps_per_phase
         self.tokens_per_phase = tokens_per_phase
         self.restart_learning_rate = restart_learning_rate
-        self.protected = None if protected is None else list(protected)
+        self.protected = None if protected is None else [plain_int(layer) for layer in protected]
         self.quality_floor = quality_floor
         self.min_recovery = min_recovery
         self.evaluation = evaluation
         self.verify_save = verify_save
         self.record: Record = {}
+        self._hooks: list[Any] = []  # until training begins
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        quieten_replicas(args)
+        self._hooks = []
+        if model is not None and not isinstance(args, DistillationTrainingArguments):  # whose trainer cuts it
+            self._hooks.append(model.register_load_state_dict_pre_hook(check_depth_of_checkpoint))
+        if optimizer is not None:  # the user's own, with groups of any kind
+            self._hooks.append(optimizer.register_load_state_dict_pre_hook(check_groups_of_checkpoint))
 
     def on_train_begin(
         self,
@@ -192,7 +223,12 @@ class LayerPruningCallback(TrainerCallback):
     ) -> None:
         assert model is not None
         check_criterion_fits(base_of(model), self.criterion, self.task)
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        quieten_replicas(args)
         check_backend(args, model, optimizer)
+        self._loss_is_known = loss_is_known(trainer_of(self), args)
         if self.min_recovery is not None and (adapter_configs(model) or is_sharded(model)):
             raise LayerPruneError(
                 "min_recovery puts layers back, but not under adapters or in sharded models: leave it out."
@@ -218,6 +254,9 @@ class LayerPruningCallback(TrainerCallback):
             keep_base_known(model)
         if self.verify_save and not isinstance(args, DistillationTrainingArguments):  # which does by itself
             check_saves(model)
+        teacher: Any = self.scoring["teacher"]
+        if teacher is not None:
+            check_tokens(teacher, base_of(model), kwargs.get("processing_class"))
         self._plan_phases(args, state)
         self._schedule = (
             RestartedSchedule(lr_scheduler, state.max_steps) if self.restart_learning_rate else None
@@ -305,17 +344,18 @@ class LayerPruningCallback(TrainerCallback):
             phase_sizes(excess + self.target_layers, self.target_layers, self.layers_per_phase)[0]
         ):
             self._scores = not removals
-            table = score_present(
-                model,
-                self._batches,
-                self.criterion,
-                self.record["pruning"]["protected_originals"],
-                task=self.task,
-                journal=self._journal(args, model),
-                prefixes=prefixes,
-                progress=not args.disable_tqdm and state.is_local_process_zero,
-                **self.scoring,
-            )
+            with self._journal(args, model) as journal:
+                table = score_present(
+                    model,
+                    self._batches,
+                    self.criterion,
+                    self.record["pruning"]["protected_originals"],
+                    task=self.task,
+                    journal=journal,
+                    prefixes=prefixes,
+                    progress=not args.disable_tqdm and state.is_local_process_zero,
+                    **self.scoring,
+                )
             self._scores = False
             [table] = broadcast_object_list([table])  # of one process, as all must remove the same
             if self._below_floor(table.quality, state):
@@ -350,10 +390,24 @@ class LayerPruningCallback(TrainerCallback):
         # From here on the folder holds a run; a mistake found before leaves it free for another try.
         self._write(args)
 
-    def _journal(self, args: TrainingArguments, model: PreTrainedModel) -> Path | None:
-        """Where the main process notes its scores; nowhere if it cannot go on without the others."""
-        notes = args.process_index == 0 and not is_sharded(model)
-        return Path(str(args.output_dir)) / SCORING_NAME if notes else None
+    @contextmanager
+    def _journal(self, args: TrainingArguments, model: PreTrainedModel) -> Iterator[Path | None]:
+        """Where scores are noted: by the main process in the output folder; the others have a copy, so that
+        all leave out the same work and none waits for another. Nowhere if all must run each forward pass."""
+        if is_sharded(model):
+            yield None
+            return
+        path = Path(str(args.output_dir)) / SCORING_NAME
+        found = path.read_bytes() if args.process_index == 0 and path.exists() else None
+        [found] = broadcast_object_list([found])
+        if args.process_index == 0:
+            yield path
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / SCORING_NAME
+            if found is not None:
+                copy.write_bytes(found)
+            yield copy
 
     def on_step_end(
         self,
@@ -399,7 +453,9 @@ class LayerPruningCallback(TrainerCallback):
             state.log_history[-1] |= layers
             self._report(args, state, control, model, layers)
             self._losses.append(logs["loss"])
-            sign = exploded(self._losses, logs.get("grad_norm", 0.0))
+            # With float16, gradients that are no numbers are how its loss scale is found.
+            norm = 0.0 if args.fp16 else logs.get("grad_norm", 0.0)
+            sign = exploded(self._losses, norm, self._loss_is_known)
             if not self._runs_away:  # told once a phase
                 self._tell(sign)
             self._runs_away |= sign is not None
@@ -542,25 +598,46 @@ class LayerPruningCallback(TrainerCallback):
     def _calibration_batches(
         self, args: TrainingArguments, train_dataloader: Any, model: Any, tokenizer: Any
     ) -> list[Batch]:
-        if self.calibration is None:
-            if not reads_text(self.criterion, self.task):
-                return []
-            raise LayerPruneError(
-                f"The criterion {self.criterion!r} scores on text: give `calibration`, a data set like "
-                "the training one or a list of batches."
-            )
+        if self.calibration is None and not reads_text(self.criterion, self.task):
+            return []
         if isinstance(self.calibration, Iterator):  # a later call of train() reads it again
             self.calibration = take_rows(self.calibration)
         # The Trainer has dropped the columns that the model does not read; so do we.
         columns = getattr(train_dataloader.dataset, "column_names", None) or columns_read(base_of(model))
         return make_batches(
-            self.calibration,
+            self._evaluation_rows() if self.calibration is None else self.calibration,
             args.per_device_eval_batch_size,
             train_dataloader.collate_fn,
             tokenizer=tokenizer,
             block_length=min(256, most_tokens(base_of(model)) or 256),
             columns=columns,
         )
+
+    def _evaluation_rows(self) -> Any:
+        """Rows of the Trainer's `eval_dataset`, evenly spread, of several data sets those of the first."""
+        name = "eval_dataset"
+        data: Any = getattr(trainer_of(self), name, None)
+        if isinstance(data, Mapping) and data:
+            first, data = next(iter(data.items()))
+            name = f"eval_dataset[{first!r}]"
+        if data is None:
+            raise LayerPruneError(
+                f"The criterion {self.criterion!r} scores on text: give `calibration`, a data set like "
+                "the training one or a list of batches, or give the Trainer an eval_dataset."
+            )
+        if not hasattr(data, "__len__"):
+            data = Dataset.from_list(list(islice(data, EVALUATION_ROWS)))
+        total, rows = len(data), min(len(data), EVALUATION_ROWS)
+        if rows < total:
+            spread = [i * total // rows for i in range(rows)]
+            data = data.select(spread) if hasattr(data, "select") else Subset(data, spread)
+        logger.warning(
+            "No calibration is given, so layers are scored on %d rows of %s. Losses on these rows understate "
+            "what a removal costs. Give other text as calibration= to avoid this.",
+            rows,
+            name,
+        )
+        return data
 
     def _excess(self, model: PreTrainedModel) -> int:
         return len(get_lineage(model).kept) - self.target_layers
@@ -622,11 +699,5 @@ def _resumed_record(
         raise LayerPruneError(
             f"The run in {folder} was started with other settings than {changed}: resume with the same."
         )
-    saved, present = load_lineage(folder), get_lineage(model)
-    if saved != present:
-        raise LayerPruneError(
-            f"The checkpoint has {saved}, the model {present}, so its weights went to the wrong "
-            f"layers. Load the model with from_pretrained({str(folder)!r}) before you resume, or use "
-            "DistillationTrainer, which does."
-        )
+    check_same_depth(model, str(folder))
     return record

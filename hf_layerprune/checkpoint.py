@@ -213,6 +213,11 @@ def load_lineage(folder: str | Path, trust_remote_code: bool = False) -> Lineage
     return get_lineage(config)
 
 
+def runs_own_code(model: Any) -> bool:
+    """Whether `model` was loaded with code of its own, so that its checkpoints need that, too."""
+    return type(model.config).__module__.startswith("transformers_modules.")
+
+
 def last_checkpoint(output_dir: str | Path) -> str | None:
     """The newest checkpoint of a [`~transformers.Trainer`] in `output_dir` that was written to its end.
 

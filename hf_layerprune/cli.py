@@ -210,6 +210,7 @@ def distill(arguments: list[str]) -> None:
             model=model,
             args=args,
             teacher_model=phases.teacher,
+            trust_remote_code=source.trust_remote_code,
             train_dataset=train,
             eval_dataset=heldout,
             processing_class=tokenizer,

@@ -19,7 +19,7 @@ from .decoder import find_decoder, predicts_next_token, text_config
 from .errors import LayerPruneError
 from .journal import Journal
 from .leave_one_out import Cuts, Measure, Prefixes, Values, captured, check_all_ran, hidden, leave_out
-from .losses import cross_entropy
+from .losses import cross_entropy, scaled_logits
 from .multiple_choice import Choices, MultipleChoice, right_answers
 from .reading import Reader, targets_of
 
@@ -343,7 +343,7 @@ def unit_losses(reader: Reader, batch: Batch) -> torch.Tensor:
 
 def _divergence(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """KL divergence at each position, `(positions,)`, float64."""
-    own, theirs = logits.float().log_softmax(-1), expected.float().log_softmax(-1)
+    own, theirs = (scaled_logits(one).log_softmax(-1) for one in (logits, expected))
     return F.kl_div(own, theirs, reduction="none", log_target=True).sum(-1).double()
 
 

@@ -9,6 +9,7 @@ STEEP = 3.0  # times the median removal so far
 LITTLE = 0.1  # of what a removal cost
 DROWNED = 10.0  # times the other terms
 EXPLODED = 5.0  # times the lowest loss of the phase
+FAR = 0.5  # nats above it: of losses near 0 any rise is many times
 
 
 def steep_fall(earlier: Sequence[float], fall: float, layer: int, left: int) -> str | None:
@@ -61,15 +62,18 @@ def drowned_logits(hidden: float, others: float) -> str | None:
     )
 
 
-def exploded(losses: Sequence[float], grad_norm: float) -> str | None:
+def exploded(losses: Sequence[float], grad_norm: float, in_nats: bool = True) -> str | None:
     """Whether the loss runs away, or the gradient is no number any more.
 
     Args:
         losses (`list[float]`): of this phase, the last one now.
         grad_norm (`float`): the norm of the gradient now; a plain Trainer hides a loss that is no number.
+        in_nats (`bool`, *optional*, defaults to `True`): whether the loss is a cross-entropy or a divergence.
+            Others, as of reinforcement learning, may take any value; only their gradient is looked at.
     """
     loss, lowest = losses[-1], min(losses)
-    if isfinite(loss) and isfinite(grad_norm) and not loss > max(losses[0], EXPLODED * lowest):
+    grew = in_nats and loss > max(losses[0], EXPLODED * lowest, lowest + FAR)
+    if isfinite(loss) and isfinite(grad_norm) and not grew:
         return None
     return (
         f"The loss is {loss:.3g}, where it was {lowest:.3g} before in this phase, and the gradient's norm is "

@@ -10,7 +10,8 @@ class ModelArguments:
     """How a model is loaded."""
 
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run the code that comes with the model. It can do anything."}
+        default=False,
+        metadata={"help": "Run the code that comes with model and teacher. It can do anything."},
     )
 
 

@@ -1,5 +1,6 @@
 """Which layers of the original model are left: kept in config.json, composed over many removals."""
 
+import operator
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,16 @@ from .errors import LayerPruneError
 
 CONFIG_KEY = "layer_pruning"
 MOST_LAYERS = 1_000  # no model has nearly as many, and a damaged config may claim any number
+
+
+def plain_int(number: Any) -> Any:
+    """Returns a whole number of any type, as of numpy or torch, as an `int`, and anything else as it is."""
+    if isinstance(number, bool):
+        return number
+    try:
+        return operator.index(number)
+    except TypeError:
+        return number
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,9 @@ class Lineage:
     kept: list[int]
 
     def __post_init__(self) -> None:
+        # Into JSON go no numbers of numpy or torch.
+        object.__setattr__(self, "original", plain_int(self.original))
+        object.__setattr__(self, "kept", [plain_int(layer) for layer in self.kept])
         increasing = all(a < b for a, b in zip(self.kept, self.kept[1:], strict=False))
         if not (self.kept and increasing and self.kept[0] >= 0 and self.kept[-1] < self.original):
             raise LayerPruneError(

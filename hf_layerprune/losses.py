@@ -21,6 +21,11 @@ LAST = -1
 DIVERGENCES = ("kl", "reverse_kl", "jsd")
 HIDDEN_ERRORS = ("mse", "normalized_mse", "cosine")
 
+# Logits below this are no predictions, but masks of tokens that can never be said: -inf, or the smallest
+# finite float. They are taken to lie so far below the others that their probability is 0: 0 times this is 0.
+MASKED = -1e30
+LOWEST = -1e4
+
 
 @dataclass
 class Likeliest:
@@ -41,7 +46,17 @@ class Likeliest:
 def likeliest(logits: torch.Tensor, k: int, temperature: float = 1.0) -> Likeliest:
     """The `k` likeliest tokens by logits `(..., vocabulary)`, of which there are more than `k`."""
     ids = logits.topk(k, dim=-1).indices
-    return Likeliest(ids, _lumped(logits.float() / temperature, ids))
+    return Likeliest(ids, _lumped(scaled_logits(logits, temperature), ids))
+
+
+def scaled_logits(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Returns `logits` `(..., vocabulary)` divided by a temperature, in float32, all finite: those of masked
+    tokens lie [`LOWEST`] from the largest or further, which leaves the softmax as it is."""
+    scaled = logits.float() / temperature
+    if scaled.device.type == "cpu" and not (scaled.numel() and scaled.detach().amin() < MASKED):
+        return scaled  # most models mask nothing, and there each further pass over the logits is felt
+    most = scaled.detach().amax(-1, keepdim=True)
+    return torch.where(scaled < MASKED, most - most.abs() + LOWEST, scaled)
 
 
 def _lumped(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -49,6 +64,14 @@ def _lumped(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     others = logits.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)
     whole = logits.logsumexp(-1, keepdim=True)
     return torch.cat([logits.gather(-1, ids), others], -1) - whole
+
+
+def logit_spread(logits: torch.Tensor) -> float:
+    """Returns the standard deviation of logits, without masked tokens (see [`MASKED`]) and what is no
+    number; 0 if there are no others."""
+    logits = logits.float()
+    real = logits[logits.isfinite() & (logits > MASKED)]
+    return float(real.std()) if len(real) > 1 else 0.0
 
 
 def token_mask(
@@ -97,8 +120,9 @@ def divergence(
 ) -> torch.Tensor:
     """Distance of two distributions in nats, summed over positions.
 
-    Times the squared temperature, so that the gradient keeps its scale (Hinton et al., 1503.02531,
-    section 2).
+    It is finite, and so are its gradients, also where a logit is -inf: a token that one of the two can never
+    say lies [`LOWEST`] nats from its likeliest one. Times the squared temperature, so that the gradient
+    keeps its scale (Hinton et al., 1503.02531, section 2).
 
     Args:
         student_logits (`torch.Tensor`): `(positions, vocabulary)`.
@@ -112,11 +136,11 @@ def divergence(
         temperature (`float`, *optional*, defaults to 1.0): divides both logits.
         beta (`float`, *optional*, defaults to 0.5): of `"jsd"`, above 0 and below 1.
     """
-    scaled = student_logits.float() / temperature
+    scaled = scaled_logits(student_logits, temperature)
     if isinstance(teacher_logits, Likeliest):
-        student, teacher = _lumped(scaled, teacher_logits.ids), teacher_logits.log_probs
+        student, teacher = _lumped(scaled, teacher_logits.ids), teacher_logits.log_probs.clamp(min=LOWEST)
     else:
-        student, teacher = scaled.log_softmax(-1), (teacher_logits.float() / temperature).log_softmax(-1)
+        student, teacher = scaled.log_softmax(-1), scaled_logits(teacher_logits, temperature).log_softmax(-1)
     if student.is_cuda and is_liger_kernel_available():
         return liger_divergence(student, teacher, kind, beta) * temperature**2
     if kind == "kl":

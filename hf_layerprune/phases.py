@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .checkpoint import load_lineage
 from .errors import LayerPruneError
+from .lineage import get_lineage, plain_int
 from .record import (
     COMMANDED,
     Record,
@@ -76,12 +76,13 @@ def run_phases(
             "model that it is to train and the folder where to leave it."
         )
     folder = Path(output_dir)
+    target_layers, layers_per_phase = plain_int(target_layers), plain_int(layers_per_phase)
     settings = {
         "target_layers": target_layers,
         "layers_per_phase": layers_per_phase,
         "criterion": criterion,
         "racing": racing,
-        "protected": None if protected is None else list(protected),
+        "protected": None if protected is None else [plain_int(layer) for layer in protected],
     }
     check_choices(criterion, racing=racing)
     record = read_record(folder)
@@ -124,8 +125,9 @@ def run_phases(
             del model
         if phases[number - 1]["healed"] is None:
             started = time.monotonic()
-            _train(command, here, number, phases[-1]["kept"])
+            _train(command, here, number)
             model = load(str(here / "healed"))
+            _check_layers(model, here / "healed", phases[-1]["kept"])
             seconds = round(time.monotonic() - started, 2)
             phases[-1] |= {"healed": run_evaluation(evaluation, model) or {}, "seconds": seconds}
             note()
@@ -136,8 +138,8 @@ def run_phases(
     return record
 
 
-def _train(command: Sequence[str], here: Path, number: int, kept: list[int]) -> None:
-    """Run the command of a phase, and check what it left."""
+def _train(command: Sequence[str], here: Path, number: int) -> None:
+    """Run the command of a phase."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # for the command
@@ -153,7 +155,11 @@ def _train(command: Sequence[str], here: Path, number: int, kept: list[int]) -> 
             f"The command ended with exit code {done.returncode}: {' '.join(words)}. Called again, the run "
             "goes on with this phase."
         )
-    lineage = load_lineage(healed)
+
+
+def _check_layers(model: PreTrainedModel, healed: Path, kept: list[int]) -> None:
+    """Check that the command of a phase left the layers that it was given."""
+    lineage = get_lineage(model)
     if lineage.kept != kept:
         raise LayerPruneError(
             f"The command was to leave a model with the layers {kept} in {healed}, but left one with "

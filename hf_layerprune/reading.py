@@ -14,7 +14,7 @@ from .adapters import base_of
 from .data import Batch
 from .decoder import describe_class, is_sharded, predicts_next_token, running, text_config
 from .errors import LayerPruneError
-from .losses import token_mask
+from .losses import logit_spread, token_mask
 
 
 PIECE = 2**25  # logits made at once
@@ -57,7 +57,7 @@ class Reader:
         except Exception:  # a model that is put together in another way
             self.in_pieces = False
         else:
-            scale = float(whole.float().nan_to_num().std())
+            scale = logit_spread(whole)
             # In float32: under mixed precision accelerate makes only the whole model's logits so.
             self.in_pieces &= pieces.shape == whole.shape and torch.allclose(
                 pieces.float(), whole.float(), rtol=0, atol=0.05 * scale, equal_nan=True
@@ -166,6 +166,46 @@ class Reader:
         """Of how many positions [`Reader.rows`] gives the logits at once: on a CPU as many as stay in its
         cache, elsewhere, where each call has its price, a whole piece."""
         return ROWS if self.model.device.type == "cpu" else ROWS * max(1, PIECE // self.vocabulary // ROWS)
+
+
+def balances_routers(model: Any) -> bool:
+    """Whether the loss that `model` itself computes has a term that balances its experts."""
+    return bool(getattr(text_config(base_of(model).config), "output_router_logits", False))
+
+
+@contextmanager
+def router_losses(model: Any) -> Iterator[list[tuple[float, torch.Tensor]]]:
+    """Within this context a forward pass of a mixture of experts with `output_router_logits=True` appends the
+    weight and the value of the balancing loss that it adds to its own loss.
+
+    Raises:
+        LayerPruneError: the weight is under no name that is known.
+    """
+    inner: Any = base_of(model)
+    found: list[tuple[float, torch.Tensor]] = []
+
+    def keep(module: nn.Module, args: tuple, output: Any) -> None:
+        value = getattr(output, "aux_loss", None)
+        if torch.is_tensor(value):
+            found.append((_router_weight(inner), value))
+
+    handle = inner.register_forward_hook(keep) if balances_routers(inner) else None
+    try:
+        yield found
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def _router_weight(model: Any) -> float:
+    for place in (model, text_config(model.config)):  # the model's own forward reads either
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):
+            if isinstance(getattr(place, name, None), (int, float)):
+                return float(getattr(place, name))
+    raise LayerPruneError(
+        f"output_router_logits is True, but {model.config.model_type} has no router_aux_loss_coef, the "
+        "weight of the balancing loss. Set it in the model's config, or set output_router_logits=False."
+    )
 
 
 class _StandingStill:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from .data import Batch, make_batches
 from .errors import LayerPruneError
 from .leave_one_out import Prefixes
-from .lineage import get_lineage
+from .lineage import get_lineage, plain_int
 from .record import Record, peak_memory_mb, start_record
 from .saving import check_configs
 from .scoring import ScoreTable, check_choices, check_criterion_fits, reads_text, score_layers, undisturbed
@@ -57,7 +57,7 @@ def prune_layers(
     Raises:
         LayerPruneError: the target cannot be reached, or a layer cannot be removed exactly.
     """
-    began = time.monotonic()
+    began, target_layers = time.monotonic(), plain_int(target_layers)
     check_choices(criterion, task, teacher, "output" if pattern == MAX_GAP else pattern, racing)
     check_criterion_fits(model, criterion, task)
     if select not in SELECTIONS:
@@ -108,7 +108,7 @@ def check_plan(
             model cannot be cut exactly, or its configs cannot be saved.
     """
     check_configs(model)
-    kept = get_lineage(model).kept
+    kept, target_layers = get_lineage(model).kept, plain_int(target_layers)
     if type(target_layers) is not int or not 1 <= target_layers < len(kept):
         raise LayerPruneError(
             f"target_layers is {target_layers!r}, but the model has {len(kept)} layers: it must be "

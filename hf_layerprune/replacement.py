@@ -12,7 +12,7 @@ from .data import Batch, one_by_one
 from .decoder import find_decoder
 from .errors import LayerPruneError
 from .leave_one_out import captured, hidden
-from .losses import token_mask
+from .losses import logit_spread, token_mask
 from .scoring import undisturbed
 from .surgery import check_layers, remove_layers, without_layers
 
@@ -244,7 +244,7 @@ def _adds_nothing(model: PreTrainedModel, layer: int) -> bool:
         found = model(input_ids=ids, use_cache=False).logits
         with without_layers(model, layer):
             expected = model(input_ids=ids, use_cache=False).logits
-    return torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.float().std()))
+    return torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * logit_spread(expected))
 
 
 def _part(model: PreTrainedModel, module: Any, names: tuple[str, ...]) -> Any:

@@ -23,7 +23,7 @@ from .decoder import check_reads_text, describe_class, predicts_next_token
 from .errors import LayerPruneError
 from .journal import Journal
 from .leave_one_out import Prefixes
-from .lineage import get_lineage
+from .lineage import get_lineage, plain_int
 from .multiple_choice import MultipleChoice
 from .surgery import check_layers, possible_cuts
 
@@ -186,6 +186,7 @@ def score_layers(
         raise LayerPruneError(
             f"The teacher is on {teacher.device}, the model on {model.device}: move the teacher there."
         )
+    cache_mb, run = plain_int(cache_mb), plain_int(run)
     if type(cache_mb) is not int or cache_mb < 1:
         raise LayerPruneError(f"cache_mb is {cache_mb!r}: it must be a whole number of at least 1.")
     kept = get_lineage(model).kept

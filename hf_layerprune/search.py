@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from .data import take_rows
 from .errors import LayerPruneError
 from .leave_one_out import Prefixes
-from .lineage import get_lineage
+from .lineage import get_lineage, plain_int
 from .scoring import ScoreTable, score_layers
 from .surgery import check_layers, without_layers
 
@@ -67,6 +67,7 @@ def select_layers(
     kept = get_lineage(model).kept
     given = take_rows(batches) if isinstance(batches, Iterator) else batches  # it is read again and again
     fixed = {0, len(kept) - 1} if protected is None else check_layers(model, protected)
+    remove = plain_int(remove)
     if type(remove) is not int or not 1 <= remove <= len(kept) - len(fixed) - (not fixed):
         raise LayerPruneError(f"remove is {remove!r}, but {len(kept) - len(fixed)} layers are not protected.")
     measured = criterion in ("loss", "task") and settings.get("racing") is None

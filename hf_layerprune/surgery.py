@@ -18,7 +18,7 @@ from .blueprint import Difference, build_blueprint, differences, quiet
 from .decoder import INDEX_ATTRIBUTES, Decoder, count_fields, find_decoder, layer_count
 from .errors import LayerPruneError
 from .fields import cut_fields, cut_names
-from .lineage import CONFIG_KEY, Lineage, get_lineage, lineage_entry
+from .lineage import CONFIG_KEY, Lineage, get_lineage, lineage_entry, plain_int
 
 
 logger = logging.getLogger(__name__)
@@ -142,7 +142,11 @@ def check_layers(model: Any, layers: int | Iterable[int]) -> set[int]:
     Raises:
         LayerPruneError: an index is not one of the model's layers or named twice, or all are named.
     """
-    named = [layers] if isinstance(layers, int) else list(layers)
+    given: Any = plain_int(layers)
+    try:
+        named = [given] if isinstance(given, int) else [plain_int(layer) for layer in given]
+    except TypeError:  # neither a number nor several
+        named = [given]
     count = len(find_decoder(base_of(model)).layers)
     unknown = [layer for layer in named if type(layer) is not int or not 0 <= layer < count]
     if unknown:

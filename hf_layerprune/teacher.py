@@ -1,15 +1,18 @@
 """The model that teaches: where it comes from, whether it can teach this student, and what both share."""
 
 import copy
+import logging
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import cached_file
 
 from .adapters import base_of, check_adapter_type, keep_base_known
-from .checkpoint import load_model, one_line
+from .checkpoint import load_model, load_tokenizer, one_line
 from .decoder import check_next_token, find_decoder, is_sharded
 from .errors import LayerPruneError
 from .leave_one_out import can_replay, captured, hidden
@@ -18,12 +21,18 @@ from .scoring import undisturbed
 from .teacher_outputs import HEAD, TeacherOutputs
 
 
+logger = logging.getLogger(__name__)
+
+OTHER_TOKENS = 0.01  # so large a share of the vocabulary makes another tokenizer
+
+
 def make_teacher(
     teacher: PreTrainedModel | str | Path | None,
     student: PreTrainedModel,
     hidden_states: bool,
     adapters: bool = False,
-    tokens: int | None = None,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel | TeacherOutputs:
     """A frozen model in eval mode that can teach `student`, or what one said.
 
@@ -34,13 +43,16 @@ def make_teacher(
         hidden_states (`bool`): whether hidden states will be compared.
         adapters (`bool`, *optional*, defaults to `False`): only adapters will be trained, so that the copy
             has modules of its own, but the student's weights.
-        tokens (`int`, *optional*): how many the tokenizer knows. Vocabularies that are larger and of
-            different size are filled up.
+        tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*): the student's. Vocabularies
+            that are larger and of different size are filled up.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): run the code that comes with the teacher.
 
     Raises:
-        LayerPruneError: the teacher has another vocabulary, fewer layers than the student once had or
-            not the layers it has now, shares weights with it, or cannot be loaded.
+        LayerPruneError: the teacher has another vocabulary or tokenizer, or hidden states that do not match
+            the student's; it shares weights with the student, or cannot be loaded.
     """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    tokens = len(tokenizer) if hasattr(tokenizer, "__len__") else None
     given = student if teacher is None else teacher
     if isinstance(given, PreTrainedModel) and is_sharded(given):
         raise LayerPruneError(
@@ -62,10 +74,11 @@ def make_teacher(
                     f"{teacher} is of {said.vocabulary} tokens, the student knows {known}: give the teacher "
                     "itself, or write the outputs of one with the student's vocabulary."
                 )
+            name = said.settings.get("teacher", "")
+            check_tokenizers(name, said.vocabulary, student, tokenizer, trust_remote_code)
             return said
-        return make_teacher(
-            load_model(teacher, dtype=student.dtype), student, hidden_states, adapters, tokens
-        )
+        teacher = load_model(teacher, dtype=student.dtype, trust_remote_code=trust_remote_code)
+        return make_teacher(teacher, student, hidden_states, adapters, tokenizer, trust_remote_code)
     check_next_token(teacher, "The teacher")
     shared = {id(p) for p in teacher.parameters()} & {id(p) for p in student.parameters()}
     if shared:
@@ -75,7 +88,109 @@ def make_teacher(
         )
     config = find_decoder(teacher).config
     _check(config.vocab_size, config.hidden_size, get_lineage(teacher), student, hidden_states, tokens)
+    check_tokens(teacher, student, tokenizer, trust_remote_code)
     return teacher.eval().requires_grad_(False)
+
+
+def check_tokens(
+    teacher: PreTrainedModel, student: PreTrainedModel, tokenizer: Any, trust_remote_code: bool = False
+) -> None:
+    """Check that the same token ids mean the same text to both; say so where it cannot be known.
+
+    Args:
+        teacher, student (`PreTrainedModel`): the models.
+        tokenizer, trust_remote_code (*optional*): see [`check_tokenizers`].
+
+    Raises:
+        LayerPruneError: the tokenizers are different.
+    """
+    vocabulary = find_decoder(teacher).config.vocab_size
+    if _same_embeddings(teacher, student) or check_tokenizers(
+        teacher.name_or_path, vocabulary, student, tokenizer, trust_remote_code
+    ):
+        return
+    logger.warning(
+        "The tokenizers of teacher and student cannot be compared: one of the models is of no folder with a "
+        "tokenizer. Each token id must mean the same text to both. Give the teacher as a folder or hub id, "
+        "and the student's tokenizer as processing_class."
+    )
+
+
+def check_tokenizers(
+    teacher: str | None,
+    vocabulary: int,
+    student: PreTrainedModel,
+    tokenizer: Any,
+    trust_remote_code: bool = False,
+) -> bool:
+    """Check that the same token ids mean the same text to teacher and student.
+
+    Args:
+        teacher (`str` or `None`): the folder or hub id of the teacher, if it is from one.
+        vocabulary (`int`): how many tokens it has logits of.
+        student (`PreTrainedModel`): the model that will be trained.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the student's; left out, that of its folder.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): run the code that comes with a tokenizer.
+
+    Returns:
+        `bool`: whether this could be known.
+
+    Raises:
+        LayerPruneError: the tokenizers are different.
+    """
+    if teacher and teacher == student.name_or_path:
+        return True
+    theirs = find_tokenizer(teacher, trust_remote_code)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    if not hasattr(tokenizer, "get_vocab"):
+        tokenizer = find_tokenizer(student.name_or_path, trust_remote_code)
+    if theirs is None or tokenizer is None:
+        return False
+    common = range(min(vocabulary, find_decoder(student).config.vocab_size))
+    ours, other = ({i: token for token, i in one.get_vocab().items()} for one in (tokenizer, theirs))
+    compared = [i for i in common if i in ours]
+    unlike = [i for i in compared if other.get(i) != ours[i]]
+    if not unlike:
+        return True
+    example = (
+        f"token {unlike[0]} is {ours[unlike[0]]!r} to the student, {other.get(unlike[0])!r} to the teacher"
+    )
+    if len(unlike) > OTHER_TOKENS * len(compared):
+        raise LayerPruneError(
+            f"The teacher ({teacher}) has another tokenizer: {len(unlike)} of {len(compared)} token ids mean "
+            f"something else ({example}). Logits can only be compared over the same tokens. Choose a teacher "
+            "with the student's tokenizer."
+        )
+    logger.warning(
+        "%d of %d token ids mean something else to the teacher (%s): %s. Check that the training data does "
+        "not depend on them.",
+        len(unlike),
+        len(compared),
+        teacher,
+        example,
+    )
+    return True
+
+
+def find_tokenizer(name: str | None, trust_remote_code: bool) -> Any:
+    """The tokenizer in a folder or on the hub, None where there is none."""
+    if not name:
+        return None
+    try:
+        # Without its files some classes would make an empty tokenizer.
+        cached_file(name, TOKENIZER_CONFIG_FILE)
+        return load_tokenizer(name, trust_remote_code)
+    except (OSError, LayerPruneError) as error:
+        logger.info("No tokenizer to compare in %r: %s", name, one_line(error))
+        return None
+
+
+def _same_embeddings(teacher: PreTrainedModel, student: PreTrainedModel) -> bool:
+    """Whether both have the same vectors for the same tokens, so that one comes from the other."""
+    ours, theirs = (getattr(one.get_input_embeddings(), "weight", None) for one in (student, teacher))
+    if ours is None or theirs is None or ours.shape != theirs.shape or is_sharded(student):
+        return False
+    return torch.equal(ours.detach(), theirs.detach().to(ours))
 
 
 def describe_teacher(teacher: PreTrainedModel | TeacherOutputs, student: PreTrainedModel) -> str:
@@ -203,16 +318,18 @@ def _check(
             f"The teacher's vocabulary has {vocabulary} tokens, the student's "
             f"{ours.vocab_size}{known}: logits can only be compared over the same vocabulary.{advice}"
         )
-    gone = sorted(set(needed.kept) - set(lineage.kept))
-    if lineage.original < needed.original or gone:
-        raise LayerPruneError(
-            f"The teacher has {lineage}, but the student descends from a model of {needed.original} "
-            f"layers and still has {needed.kept}. Give the original model as teacher."
-        )
-    if hidden_states and (width != ours.hidden_size or lineage.original != needed.original):
+    if not hidden_states:
+        return
+    if width != ours.hidden_size or lineage.original != needed.original:
         raise LayerPruneError(
             "Hidden states can only be compared with the model that the student was cut from: the "
             f"teacher has {lineage.original} layers of width {width}, the student "
             f"descends from {needed.original} of width {ours.hidden_size}. Set hidden_weight=0 to "
             "learn from the teacher's logits alone."
+        )
+    if not set(needed.kept) <= set(lineage.kept):
+        raise LayerPruneError(
+            f"The teacher has {lineage}, but the student still has {needed.kept}, whose hidden states are to "
+            "be compared. Give the original model as teacher, or set hidden_weight=0 to learn from the "
+            "teacher's logits alone."
         )

@@ -17,7 +17,7 @@ from .data import Batch, one_by_one
 from .decoder import check_next_token, text_config
 from .errors import LayerPruneError
 from .leave_one_out import captured, hidden
-from .lineage import Lineage, get_lineage
+from .lineage import Lineage, get_lineage, plain_int
 from .losses import LAST, Likeliest, likeliest
 from .reading import Reader
 from .scoring import undisturbed
@@ -55,6 +55,7 @@ def write_teacher_outputs(
         LayerPruneError: a setting cannot be, or the folder holds something else.
     """
     check_next_token(teacher, "write_teacher_outputs")
+    top_k, hidden_layers = plain_int(top_k), [plain_int(layer) for layer in hidden_layers]
     settings = _settings(teacher, top_k, temperature, hidden_layers)
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
@@ -66,7 +67,9 @@ def write_teacher_outputs(
             )
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / HEAD, json.dumps(settings, indent=1).encode())
+        # Where the teacher is from tells its tokenizer; the same one may be written from elsewhere, too.
+        head = settings | {"teacher": teacher.name_or_path}
+        _write(folder / HEAD, json.dumps(head, indent=1).encode())
         found = TeacherOutputs(folder)
     keys, files, done, waiting = found.keys, found.files, [], 0
     layers = {_name(layer): _own(layer, get_lineage(teacher)) for layer in hidden_layers}

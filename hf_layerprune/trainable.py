@@ -13,6 +13,16 @@ from .lineage import Lineage, get_lineage
 CHOICES = "'all', 'around_cuts', or a number of last layers, as '4'"
 
 
+def forget_parameters(optimizer: Any, model: nn.Module) -> None:
+    """Make `optimizer`, in place, forget the parameters that `model` no longer has, and their state."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    live = {id(parameter) for parameter in model.parameters()}
+    for group in inner.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) in live]
+    for parameter in [p for p in inner.state if id(p) not in live]:
+        del inner.state[parameter]
+
+
 def check_trainable(what: str) -> None:
     """Check a choice of what is trained.
 

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import logging
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -34,15 +35,15 @@ from transformers.trainer_utils import (
 )
 
 from .adapters import adapter_configs, base_of
-from .arguments import DistillationTrainingArguments
-from .checkpoint import is_whole, last_checkpoint, load_lineage, one_line
+from .arguments import DistillationTrainingArguments, check_processes_joined, quieten_replicas
+from .checkpoint import is_whole, last_checkpoint, load_lineage, load_model, one_line, runs_own_code
 from .decoder import check_next_token, find_decoder, is_sharded, running, text_config
 from .diagnosis import drowned_logits
 from .errors import LayerPruneError
 from .leave_one_out import captured, hidden, replayed
 from .lineage import Lineage, get_lineage
 from .losses import LAST, cross_entropy, divergence, hidden_error, hidden_pairs, likeliest, token_mask
-from .reading import Reader
+from .reading import Reader, balances_routers, router_losses
 from .record import Record, checkpoint_of, read_record, write_record
 from .report import write_card
 from .rotary import legacy_rotary
@@ -58,10 +59,10 @@ from .saving import (
 )
 from .scoring import undisturbed
 from .surgery import keep_lineage
-from .teacher import add_adapters, describe_teacher, make_teacher, shared_prefix
+from .teacher import add_adapters, describe_teacher, find_tokenizer, make_teacher, shared_prefix
 from .teacher_outputs import TeacherOutputs
 from .tiled_loss import tiled_loss
-from .trainable import trained_parameters
+from .trainable import forget_parameters, trained_parameters
 
 
 logger = logging.getLogger(__name__)
@@ -75,14 +76,20 @@ class DistillationTrainer(Trainer):
     by the student's lineage, so layers may be removed while it trains: see [`LayerPruningCallback`].
     Each loss term is logged under its own name. `eval_loss` is the cross-entropy on the labels, so that
     it compares with any other model's; the distillation terms are `eval_kl` and `eval_hidden_mse`.
+    It is nan where no token has a label. A mixture of experts with `output_router_logits=True` in its config
+    is trained with its balancing loss, too, logged as `aux_loss`: the mean over the accumulated batch,
+    weighted by tokens, counts `router_aux_loss_coef` times.
 
     Args:
-        model (`PreTrainedModel`): the student.
+        model (`PreTrainedModel` or `str`): the student, a model, a folder or a hub id. A folder or hub id is
+            loaded in float32, as trl does, and its tokenizer is the `processing_class` if none is given.
         args ([`DistillationTrainingArguments`], *optional*): settings.
         teacher_model (`PreTrainedModel` or `str`, *optional*): a model, a folder (also of
             [`write_teacher_outputs`]) or a hub id; left out, a frozen copy of `model` as it is given; with
             `peft_config` one that shares its weights.
         peft_config (`PeftConfig`, *optional*): train these adapters of PEFT instead of the model's weights.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): run the code that comes with `model` and
+            `teacher_model` where these are folders or hub ids.
         others, kwargs: all other arguments of [`~transformers.Trainer`], in its order.
 
     What is saved is loaded again and compared, see [`DistillationTrainingArguments`].
@@ -98,11 +105,12 @@ class DistillationTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | str | Path,
         args: DistillationTrainingArguments | None = None,
         *others: Any,
-        teacher_model: PreTrainedModel | str | None = None,
+        teacher_model: PreTrainedModel | str | Path | None = None,
         peft_config: Any = None,
+        trust_remote_code: bool = False,
         **kwargs: Any,
     ) -> None:
         names = list(inspect.signature(Trainer.__init__).parameters)[3:]
@@ -123,6 +131,13 @@ class DistillationTrainer(Trainer):
                 f"{args.n_gpu} GPUs in one process: start with `accelerate launch` or `torchrun`, or with "
                 "CUDA_VISIBLE_DEVICES=0."
             )
+        check_processes_joined(args)
+        quieten_replicas(args)
+        if isinstance(model, (str, Path)):
+            name = str(model)
+            model = load_model(name, dtype="float32", trust_remote_code=trust_remote_code)
+            if kwargs.get("processing_class") is None:
+                kwargs["processing_class"] = find_tokenizer(name, trust_remote_code)
         if args.legacy_rope:
             legacy_rotary(model.config)  # whether it can be done is told before any work
         if isinstance(model, PreTrainedModel):
@@ -137,8 +152,10 @@ class DistillationTrainer(Trainer):
             model,
             args.hidden_weight > 0,
             peft_config is not None,
-            len(tokenizer) if hasattr(tokenizer, "__len__") else None,
+            kwargs.get("processing_class"),
+            trust_remote_code,
         )
+        self._is_own_teacher = teacher_model is None
         vocabulary, self._taught_by, layers = _what_teaches(teacher, args)
         # What is more in one of them only fills it up.
         self._vocabulary = min(vocabulary, text_config(model.config).vocab_size)
@@ -175,6 +192,8 @@ class DistillationTrainer(Trainer):
         self._kept: list[int] | None = None
         self._present: list[tuple[bool, int]] | None = None
         self._shared = 0  # so many first layers run once for teacher and student
+        self._idle_steps = self._steps = 0  # since the last log: without a token that counts, and all
+        self._told_idle = False
         # Sums of each loss term since the last log, and the tokens they are to be divided by.
         self._terms: dict[str, dict[str, Any]] = {
             "train": defaultdict(float),
@@ -202,7 +221,9 @@ class DistillationTrainer(Trainer):
         if training:
             self._follow_cuts(model, student, inputs["input_ids"])
         teacher, learner = self._readers(inputs["input_ids"])
-        states, learnt, expected, taught = self._read(model, inputs, pairs, self._shared if training else 0)
+        shared = self._shared if training else 0
+        with router_losses(student) as routed:
+            states, learnt, expected, taught = self._read(model, inputs, pairs, shared)
 
         count = mask.sum() if num_items_in_batch is None or not training else num_items_in_batch
         count = torch.as_tensor(count, device=mask.device).clamp(min=1)
@@ -221,6 +242,11 @@ class DistillationTrainer(Trainer):
             else:
                 total = total + self.args.hidden_weight * error
             sums[f"hidden_{self.args.hidden_loss}"] = error.detach()
+        for coefficient, balance in routed:
+            # A mean over the whole text that was read; as all terms, it counts by tokens.
+            balance = balance * mask.sum()
+            total = total + coefficient * balance
+            sums["aux_loss"] = balance.detach()
 
         self._note("train" if training else "eval", sums, mask.sum(), count if training else 1)
         loss = (total if training else sums["ce"]) / count
@@ -371,7 +397,9 @@ class DistillationTrainer(Trainer):
         present = [(p.requires_grad, 0 if p.requires_grad else p._version) for p in student.parameters()]
         if present != self._present:
             self._present = present
-            if isinstance(self.teacher, PreTrainedModel) and not is_sharded(student):
+            # The balancing loss of routers reads all layers.
+            apart = is_sharded(student) or balances_routers(student)
+            if isinstance(self.teacher, PreTrainedModel) and not apart:
                 self._shared = shared_prefix(student, self.teacher, input_ids)
             if self._shared:
                 logger.info(
@@ -432,10 +460,36 @@ class DistillationTrainer(Trainer):
             count = self.accelerator.gather(count).sum()
         return count
 
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """See [`~transformers.Trainer.get_batch_samples`]. Says so if no token of a step counts."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches:
+            self._steps += 1
+            if not count:
+                self._idle_steps += 1
+                self._tell_idle()
+        return batches, count
+
+    def _tell_idle(self) -> None:
+        if not self._told_idle:
+            logger.warning(
+                "No token of step %d counts: all labels are -100, or all tokens are padding. Such steps "
+                "teach nothing, and logged losses are those of the other steps. Check the labels that "
+                "train_dataset and data_collator make.",
+                self.state.global_step + 1,
+            )
+        self._told_idle = True
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss terms of the steps since the last log, mean per token."""
         if "loss" in logs:
             terms = self._drain("train", "")
+            if self._idle_steps:  # whose loss of 0 is no loss
+                learnt = self._steps - self._idle_steps
+                logs["loss"] = logs["loss"] * self._steps / learnt if learnt else float("nan")
+            self._idle_steps = self._steps = 0
             logs |= terms
             self._look_at(terms)
         super().log(logs, start_time)
@@ -460,6 +514,11 @@ class DistillationTrainer(Trainer):
         prefix = kwargs.get("metric_key_prefix", "eval")
         terms = self._drain("eval", f"{prefix}_")
         terms |= {f"{prefix}_loss": terms[f"{prefix}_ce"]} if f"{prefix}_ce" in terms else {}
+        if terms and all(map(math.isnan, terms.values())):
+            logger.warning(
+                "No token of the evaluation data counts: all labels are -100, or all tokens are padding. Its "
+                "losses are nan. Check the labels that the data set and data_collator make."
+            )
         return output._replace(metrics={**(output.metrics or {}), **terms})
 
     def _own_rows(self, rows: int) -> int:
@@ -478,8 +537,11 @@ class DistillationTrainer(Trainer):
     def _drain(self, mode: str, prefix: str) -> dict[str, float]:
         terms, self._terms[mode] = self._terms[mode], defaultdict(float)
         terms = {name: float(self.accelerator.reduce(total)) for name, total in terms.items()}
-        tokens = max(terms.pop("tokens", 0.0), 1e-9)
-        return {f"{prefix}{name}": round(total / tokens, 6) for name, total in terms.items()}
+        tokens = terms.pop("tokens", 0.0)
+        return {
+            f"{prefix}{name}": round(total / tokens, 6) if tokens else float("nan")
+            for name, total in terms.items()
+        }
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -501,8 +563,14 @@ class DistillationTrainer(Trainer):
                     f"{last_checkpoint(output_dir) or 'none'}."
                 )
             self._check_teacher_of(read_record(folder))
-            keep_lineage(self.accelerator.unwrap_model(self.model), load_lineage(str(folder)))
+            student = self.accelerator.unwrap_model(self.model)
+            trusts = runs_own_code(base_of(student))
+            keep_lineage(student, load_lineage(str(folder), trusts))
+            if self.optimizer is not None:  # the user's own
+                forget_parameters(self.optimizer, student)
         self._check_written()
+        self._check_labels()
+        self._idle_steps = self._steps = 0
         check_writable(output_dir)
         return super().train(folder, *args, **kwargs)
 
@@ -549,10 +617,26 @@ class DistillationTrainer(Trainer):
                 for i in range(len(rows)):
                     self.teacher.check_has(self.data_collator([rows[i]]))
 
+    def _check_labels(self) -> None:
+        """Before any long work: some token of the training data counts. Reads up to the first that does."""
+        data, size = self.train_dataset, self.args.per_device_train_batch_size
+        if not isinstance(data, Dataset) or not len(data):
+            return
+        rows = self._remove_unused_columns(data, "training")
+        with undisturbed(self.accelerator.unwrap_model(self.model)):  # of which only the random states matter
+            for start in range(0, len(rows), size):
+                batch = self.data_collator([rows[i] for i in range(start, min(start + size, len(rows)))])
+                if token_mask(batch["input_ids"], batch.get("labels"), batch.get("attention_mask")).any():
+                    return
+        raise LayerPruneError(
+            f"No token of the {len(rows)} rows in train_dataset counts: all labels are -100, or all tokens "
+            "are padding. Check the labels that train_dataset and data_collator make."
+        )
+
     def _check_teacher_of(self, record: Record | None) -> None:
         """A model loaded from a checkpoint would, copied, be its own teacher."""
         layers = len(self._taught_by.kept)
-        if record is not None and layers < record["model"]["layers"]:
+        if self._is_own_teacher and record is not None and layers < record["model"]["layers"]:
             raise LayerPruneError(
                 f"The run began with a model of {record['model']['layers']} layers, but the teacher has "
                 f"{layers}: start from the original model, or give it as teacher_model."

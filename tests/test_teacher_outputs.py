@@ -225,7 +225,7 @@ def test_outputs_of_a_teacher_that_cannot_teach_are_refused(tokenizer):
     remove_layers(cut, [1, 2])
     write_teacher_outputs(cut, loader(), "cut", top_k=5)
     with pytest.raises(LayerPruneError, match="Give the original model as teacher"):
-        make_trainer(make_model(), teacher_model="cut")
+        make_trainer(make_model(), teacher_model="cut", hidden_weight=1.0)
     write_teacher_outputs(other, loader(), "other", top_k=5)
     with pytest.raises(LayerPruneError, match="The teacher's vocabulary has 300 tokens"):
         make_trainer(make_model(), teacher_model="other")

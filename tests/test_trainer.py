@@ -314,7 +314,7 @@ def test_bad_teachers_are_refused(llama):
             make_trainer(llama, teacher_model=teacher, **settings)
 
     refused(make_model(vocab_size=300), "vocabulary has 300 tokens, the student's 260")
-    refused(make_model(num_hidden_layers=4), "Give the original model as teacher")
+    refused(make_model(num_hidden_layers=4), "Set hidden_weight=0", hidden_weight=1.0)
     refused(llama, "share 57 weights")
     refused("no/such-model", "Cannot load a model from 'no/such-model'")
     wide = make_model(hidden_size=64)
@@ -323,7 +323,7 @@ def test_bad_teachers_are_refused(llama):
     remove_layers(llama, 2)
     short = make_model()
     remove_layers(short, [2, 3])
-    refused(short, r"still has \[0, 1, 3, 4, 5\]")
+    refused(short, r"still has \[0, 1, 3, 4, 5\].* set hidden_weight=0", hidden_weight=1.0)
 
 
 def test_what_has_no_meaning_here_is_refused(llama, monkeypatch):
