@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .data import make_batches as make_batches
     from .data import token_blocks as token_blocks
     from .errors import LayerPruneError as LayerPruneError
+    from .evaluation import HeldOutText as HeldOutText
     from .evaluation import evaluate_model as evaluate_model
     from .evaluation import evaluate_text as evaluate_text
     from .evaluation import stability as stability
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "DistillationTrainer": "trainer",
     "DistillationTrainingArguments": "arguments",
+    "HeldOutText": "evaluation",
     "LayerPruneError": "errors",
     "LayerPruningCallback": "callback",
     "Lineage": "lineage",

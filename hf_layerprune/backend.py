@@ -10,7 +10,8 @@ from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import CallbackHandler
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK  # another one in a notebook
+from transformers.trainer_callback import CallbackHandler, PrinterCallback, ProgressCallback
 
 from .adapters import adapter_configs
 from .arguments import DistillationTrainingArguments, check_processes_joined
@@ -184,9 +185,27 @@ def loss_is_known(trainer: Trainer | None, args: TrainingArguments) -> bool:
 def neighbours(callback: TrainerCallback) -> list[TrainerCallback]:
     """The other callbacks of the Trainer that `callback` is in. A Trainer shows them to none, so they are
     looked for among all that lives."""
+    return [one for callbacks in _lists_of(callback) for one in callbacks if one is not callback]
+
+
+def _lists_of(callback: TrainerCallback) -> list[list[TrainerCallback]]:
     handlers = [one for one in gc.get_objects() if type(one) is CallbackHandler]
-    mine = [one.callbacks for one in handlers if any(other is callback for other in one.callbacks)]
-    return [one for callbacks in mine for one in callbacks if one is not callback]
+    return [one.callbacks for one in handlers if any(other is callback for other in one.callbacks)]
+
+
+def printers_after(callback: TrainerCallback) -> list[TrainerCallback]:
+    """Returns the callbacks that print the logs of the Trainer that `callback` is in. From now on it comes
+    before them, so that they print what it adds to a log."""
+    kinds = (ProgressCallback, PrinterCallback, DEFAULT_PROGRESS_CALLBACK)
+    found: list[TrainerCallback] = []
+    for callbacks in _lists_of(callback):
+        printers = [one for one in callbacks if isinstance(one, kinds)]
+        # The loop over the callbacks, which calls this, goes on with the one that came next.
+        if printers and callbacks.index(callback) > callbacks.index(printers[0]):
+            callbacks.remove(callback)
+            callbacks.insert(callbacks.index(printers[0]), callback)
+        found += printers
+    return found
 
 
 def parameter_keepers(callbacks: list[TrainerCallback], model: nn.Module) -> list[str]:

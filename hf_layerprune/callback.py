@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import broadcast_object_list, reduce
 from datasets import Dataset
 from torch.utils.data import Subset
+from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
     TrainerCallback,
@@ -24,6 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .adapters import adapter_configs, base_of, keep_base_known
 from .arguments import DistillationTrainingArguments, quieten_replicas
@@ -37,6 +39,7 @@ from .backend import (
     loss_is_known,
     neighbours,
     parameter_keepers,
+    printers_after,
     trainer_of,
 )
 from .data import Batch, columns_read, make_batches, most_tokens, take_rows
@@ -49,6 +52,10 @@ from .record import (
     RECORD_NAME,
     Record,
     check_folder_is_free,
+    check_same_settings,
+    count_tokens,
+    describe_text,
+    describe_texts,
     peak_memory_mb,
     read_record,
     start_record,
@@ -192,6 +199,7 @@ class LayerPruningCallback(TrainerCallback):
         self.evaluation = evaluation
         self.verify_save = verify_save
         self.record: Record = {}
+        self._evaluations: list[dict[str, Any]] = []  # from before training
         self._hooks: list[Any] = []  # until training begins
 
     def on_init_end(
@@ -246,7 +254,7 @@ class LayerPruningCallback(TrainerCallback):
         if state.global_step:
             self.record = _resumed_record(args, state, model, self._settings())
         else:
-            check_folder_is_free(str(args.output_dir))
+            check_folder_is_free(str(args.output_dir), resume="resume_from_checkpoint=True")
             fixed = check_plan(model, self.target_layers, self.protected)
             check_parameters_stay(model)
             self.record = start_record(model, self._settings() | {"protected_originals": fixed}, args)
@@ -257,14 +265,23 @@ class LayerPruningCallback(TrainerCallback):
         teacher: Any = self.scoring["teacher"]
         if teacher is not None:
             check_tokens(teacher, base_of(model), kwargs.get("processing_class"))
+            self.record["evaluations"] = list(self._evaluations)
         self._plan_phases(args, state)
         self._schedule = (
             RestartedSchedule(lr_scheduler, state.max_steps) if self.restart_learning_rate else None
         )
         self._restart_learning_rate(state, model)
-        self._neighbours = neighbours(self)
+        self._neighbours, self._printers = neighbours(self), printers_after(self)
         tokenizer = kwargs.get("processing_class")
         self._batches = self._calibration_batches(args, train_dataloader, model, tokenizer)
+        self._describe_texts(train_dataloader)
+        self._shows_tokens = args.include_num_input_tokens_seen != "no"
+        counted = count_tokens(args, train_dataloader.dataset, tokenizer)
+        if self.tokens_per_phase is not None and not counted:
+            raise LayerPruneError(
+                "tokens_per_phase is set, but the training data has no input_ids: its tokens cannot be "
+                "counted. Set steps_per_phase instead."
+            )
         self._recovery = None
         if self.min_recovery is not None:
             self._recovery = Recovery(self.min_recovery, str(args.output_dir), self._batches, self.task)
@@ -272,13 +289,17 @@ class LayerPruningCallback(TrainerCallback):
         if not state.global_step:
             self.record["dense"] = run_evaluation(self.evaluation, model)
 
+    def _describe_texts(self, train_dataloader: Any) -> None:
+        read = self._batches if reads_text(self.criterion, self.task) else []
+        texts = describe_texts(self.calibration, read, self.evaluation)
+        texts["healing"] = {"name": describe_text(train_dataloader)["name"]}
+        self.record["texts"] = {**texts, **self.record.get("texts", {})}  # of a run that goes on
+
     def _plan_phases(self, args: TrainingArguments, state: TrainerState) -> None:
         """How many steps a phase has, unless tokens are counted."""
         layers = self.record["model"]["layers"]
         phases = len(phase_sizes(layers, self.target_layers, self.layers_per_phase))
         if self.tokens_per_phase is not None:
-            if args.include_num_input_tokens_seen == "no":
-                args.include_num_input_tokens_seen = "non_padding"
             self._steps = 1
         else:
             self._steps = self.steps_per_phase or state.max_steps // phases
@@ -364,14 +385,7 @@ class LayerPruningCallback(TrainerCallback):
                 self._look_back(table.quality)
             removals += remove_least(model, table)
             drop_removed_parameters(optimizer, model)
-            logger.info(
-                "step %d: removed layer %d of the original model (%s score %.4f); %d layers left",
-                state.global_step,
-                removals[-1]["original"],
-                self.criterion,
-                removals[-1]["score"],
-                len(get_lineage(model).kept),
-            )
+            self._print_removal(args, state, control, removals[-1], len(get_lineage(model).kept))
             self._look_at(removals, model)
             self._report(args, state, control, model, _scalars(table, removals[-1]))
         if self._recovery and not removals:
@@ -421,6 +435,8 @@ class LayerPruningCallback(TrainerCallback):
         if self._is_terminated(args):
             logger.warning("SIGTERM: a checkpoint of step %d, and the end.", state.global_step)
             control.should_save = control.should_training_stop = True
+        if args.include_num_input_tokens_seen != "no":
+            self.record["texts"]["healing"]["tokens"] = state.num_input_tokens_seen
         over = self.record["phases"] and self._share_over(state, state.global_step) >= 1
         if not over or not self._excess(model) or self.record["stopped"]:
             return
@@ -451,6 +467,10 @@ class LayerPruningCallback(TrainerCallback):
         if model is not None and logs is not None and "loss" in logs and state.log_history:
             layers = {"layers": len(get_lineage(model).kept)}
             state.log_history[-1] |= layers
+            logs |= layers  # for the callbacks that come after, as that which prints
+            if not self._shows_tokens:  # they are counted for the record alone
+                for name in ("num_input_tokens_seen", "train_runtime", "train_tokens_per_second"):
+                    logs.pop(name, None)
             self._report(args, state, control, model, layers)
             self._losses.append(logs["loss"])
             # With float16, gradients that are no numbers are how its loss scale is found.
@@ -459,6 +479,25 @@ class LayerPruningCallback(TrainerCallback):
             if not self._runs_away:  # told once a phase
                 self._tell(sign)
             self._runs_away |= sign is not None
+
+    def _print_removal(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        removal: dict[str, Any],
+        layers: int,
+    ) -> None:
+        """Print a line where the Trainer prints its logs; in our own log only where it prints none."""
+        scored = {f"{self.criterion}_score": removal["score"]}
+        line = {"removed_layer": removal["original"], **scored, "layers": layers, "step": state.global_step}
+        for printer in self._printers:
+            if isinstance(printer, (ProgressCallback, PrinterCallback)):
+                printer.on_log(args, state, control, logs=dict(line))
+            elif state.is_local_process_zero:  # that of notebooks has a table of losses only
+                tqdm.write(str(line))
+        if not self._printers:
+            logger.info("%s", line)
 
     def _report(
         self,
@@ -483,11 +522,20 @@ class LayerPruningCallback(TrainerCallback):
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not self.record or model is None:  # an evaluation before any training
+        if model is None:
             return
         layers = len(get_lineage(model).kept)
         found = {"step": state.global_step, "layers": layers, **(metrics or {})}
+        if not self.record:  # an evaluation before training
+            self._evaluations.append(found)
+            return
         self.record["evaluations"].append(found)
+        if self.evaluation is None:
+            prefix = next((name for name in metrics or {} if name.endswith("_loss")), "eval_loss")
+            kind = prefix.removesuffix("_loss").removeprefix("eval").strip("_")  # of several data sets
+            use = f"evaluation ({kind})" if kind else "evaluation"
+            if use not in self.record["texts"]:
+                self.record["texts"][use] = describe_text(kwargs.get("eval_dataloader"))
         self._write(args)
 
     def on_save(
@@ -694,10 +742,6 @@ def _resumed_record(
             f"Cannot resume at step {state.global_step}: no {RECORD_NAME} in {folder}. Resume in the "
             "output folder of the run, from one of its own checkpoints."
         )
-    changed = {name: value for name, value in settings.items() if record["pruning"].get(name) != value}
-    if changed:
-        raise LayerPruneError(
-            f"The run in {folder} was started with other settings than {changed}: resume with the same."
-        )
+    check_same_settings(record["pruning"], settings, folder)
     check_same_depth(model, str(folder))
     return record

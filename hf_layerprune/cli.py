@@ -3,10 +3,11 @@
 import json
 import logging
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,12 @@ from .flags import (
     SizeArguments,
     TeachArguments,
     TextArguments,
+    name_flags,
 )
+
+
+_flags: list[str] = []  # of the command that runs
+INTERRUPTED = 128 + signal.SIGINT  # the exit code of a process that Ctrl-C ended
 
 
 def inspect(arguments: list[str]) -> None:
@@ -97,9 +103,9 @@ def prune(arguments: list[str]) -> None:
     types = [ModelArguments, TextArguments, CriterionArguments, PruneArguments, PruneOutput]
     name, source, text, how, what, output = _parse("prune", arguments, types)
     from .checkpoint import copy_companions
-    from .data import make_batches, split_blocks
+    from .data import split_blocks
     from .decoder import predicts_next_token
-    from .evaluation import evaluate_text
+    from .evaluation import HeldOutText
     from .record import check_folder_is_free, write_record
     from .removal import prune_layers
     from .report import markdown_table, table_rows, write_card
@@ -109,12 +115,7 @@ def prune(arguments: list[str]) -> None:
     config, tokenizer = _check_model(name, source, "prune", how.criterion)
     blocks = _blocks(text, config, tokenizer, how.calibration_blocks + what.heldout_blocks)
     calibration, heldout, _ = split_blocks(blocks, how.calibration_blocks, what.heldout_blocks)
-    heldout_batches = make_batches(heldout, 4)
     model = _load_model(name, source)
-
-    def evaluation(model: Any) -> dict[str, float]:
-        return evaluate_text(model, heldout_batches)
-
     record = prune_layers(
         model,
         target_layers=what.target_layers,
@@ -122,7 +123,8 @@ def prune(arguments: list[str]) -> None:
         racing=how.racing,
         calibration=calibration,
         protected=how.protected,
-        evaluation=evaluation if predicts_next_token(model) else None,  # of what else is there no perplexity
+        # What else there is has no perplexity.
+        evaluation=HeldOutText(heldout) if predicts_next_token(model) else None,
     )
     save_model(model, output.output_dir, verify=output.verify_save, legacy_rope=output.legacy_rope)
     tokenizer.save_pretrained(output.output_dir)
@@ -156,8 +158,7 @@ def distill(arguments: list[str]) -> None:
     from .arguments import DistillationTrainingArguments
     from .callback import LayerPruningCallback
     from .checkpoint import copy_companions
-    from .data import make_batches
-    from .evaluation import evaluate_text
+    from .evaluation import HeldOutText
     from .record import check_folder_is_free
     from .report import markdown_table, table_rows
     from .trainer import DistillationTrainer
@@ -173,8 +174,9 @@ def distill(arguments: list[str]) -> None:
     ]
     name, source, text, how, what, size, phases, args = _parse("distill", arguments, types)
     resume = True if phases.resume or args.resume_from_checkpoint == "True" else args.resume_from_checkpoint
+    _check_reporters(args.report_to)
     if not resume:
-        check_folder_is_free(args.output_dir)
+        check_folder_is_free(args.output_dir, resume="--resume")
     _keep_dtype(args, name, source)
     config, tokenizer = _check_model(name, source, "distill")
     sizes = how.calibration_blocks, what.heldout_blocks
@@ -185,7 +187,7 @@ def distill(arguments: list[str]) -> None:
             "train on: give more text, or ask for fewer blocks."
         )
     model = _load_model(name, source, dtype="float32")
-    heldout_batches = make_batches(heldout, args.per_device_eval_batch_size)
+    evaluation = HeldOutText(heldout, args.per_device_eval_batch_size)
     pruning = LayerPruningCallback(
         target_layers=what.target_layers,
         criterion=how.criterion,
@@ -198,7 +200,7 @@ def distill(arguments: list[str]) -> None:
         protected=how.protected,
         quality_floor=phases.quality_floor,
         min_recovery=phases.min_recovery,
-        evaluation=lambda model: evaluate_text(model, heldout_batches),
+        evaluation=evaluation,
     )
     lora = None
     if phases.lora_rank is not None:
@@ -234,8 +236,8 @@ def phases(arguments: list[str]) -> None:
     types = [ModelArguments, TextArguments, CriterionArguments, PruneArguments, SizeArguments, PruneOutput]
     name, source, text, how, what, size, output = _parse("phases", arguments, types)
     from .checkpoint import copy_companions, stored_dtype
-    from .data import make_batches, split_blocks
-    from .evaluation import evaluate_text
+    from .data import split_blocks
+    from .evaluation import HeldOutText
     from .phases import run_phases
     from .report import markdown_table, table_rows, write_card
     from .saving import save_model
@@ -243,7 +245,6 @@ def phases(arguments: list[str]) -> None:
     config, tokenizer = _check_model(name, source, "phases")
     blocks = _blocks(text, config, tokenizer, how.calibration_blocks + what.heldout_blocks)
     calibration, heldout, _ = split_blocks(blocks, how.calibration_blocks, what.heldout_blocks)
-    heldout_batches = make_batches(heldout, 4)
 
     def load(folder: str | None) -> Any:
         return _load_model(folder or name, source)
@@ -256,9 +257,9 @@ def phases(arguments: list[str]) -> None:
         layers_per_phase=size.layers_per_phase,
         criterion=how.criterion,
         racing=how.racing,
-        calibration=make_batches(calibration, 4),
+        calibration=calibration,
         protected=how.protected,
-        evaluation=lambda model: evaluate_text(model, heldout_batches),
+        evaluation=HeldOutText(heldout),
     )
     last = Path(output.output_dir) / f"phase_{len(record['phases'])}" / "healed"
     settings = {"legacy_rope": output.legacy_rope, "dtype": stored_dtype(name, source.trust_remote_code)}
@@ -309,10 +310,12 @@ def run(arguments: list[str]) -> None:
     idle = {name: value for name, value in idle.items() if value}
     if idle:
         raise LayerPruneError(
-            f"run has no use for {', '.join(idle)} with select {recipe.select}: leave it out."
+            f"run has no use for {', '.join(f'--{name}' for name in idle)} with --select {recipe.select}: "
+            "leave it out."
         )
+    _check_reporters(args.report_to)
     if not resume:
-        check_folder_is_free(args.output_dir)
+        check_folder_is_free(args.output_dir, resume="--resume")
     _keep_dtype(args, recipe.model, source)
     config, tokenizer = _check_model(recipe.model, source, "run")
     if recipe.select == "phases" and args.max_steps < 0 and phases.steps_per_phase:
@@ -493,7 +496,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; return the exit code: 0, or 2 after a mistake of the user's."""
+    """Run one command; return the exit code: 0, 2 after a mistake of the user's, 130 after Ctrl-C."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         print("usage: hf-layerprune COMMAND ...   (hf-layerprune COMMAND --help for its flags)\n")
@@ -502,7 +505,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    logging.basicConfig(format="%(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(_FlagNames("%(message)s"))
+    logging.basicConfig(handlers=[handler])
+    _flags.clear()
     logging.getLogger("hf_layerprune").setLevel(logging.INFO)
     try:
         if command not in COMMANDS:
@@ -511,11 +517,49 @@ def main(arguments: list[str] | None = None) -> int:
             COMMANDS[command](rest)
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (LayerPruneError, OSError, ImportError) as error:
+    except LayerPruneError as error:
+        print(f"hf-layerprune: error: {name_flags(str(error), _flags)}", file=sys.stderr)
+        return 2
+    except (OSError, ImportError) as error:
         # A file that cannot be written and a package that is missing are the user's to mend, too.
         print(f"hf-layerprune: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"\nhf-layerprune: interrupted. {_how_to_go_on(command, rest)}", file=sys.stderr)
+        return INTERRUPTED
     return 0
+
+
+class _FlagNames(logging.Formatter):
+    """Names flags in what the library logs, as in its errors."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = super().format(record)
+        return name_flags(message, _flags) if record.name.startswith("hf_layerprune") else message
+
+
+def _how_to_go_on(command: str, arguments: list[str]) -> str:
+    """What to do after Ctrl-C, in one sentence."""
+    from argparse import ArgumentParser
+
+    parser = ArgumentParser(add_help=False)
+    parser.add_argument("--output_dir", "--output-dir", default="trainer_output")  # the Trainer's default
+    parser.add_argument("--json")
+    given = parser.parse_known_args(arguments)[0]
+    if command in ("distill", "run"):
+        from .checkpoint import last_checkpoint
+
+        found = last_checkpoint(given.output_dir)
+        if found:
+            return f"Its last checkpoint is {found}: add --resume to the command to go on from there."
+        return (
+            "It wrote no checkpoint: give the command again to start anew, with --save_steps to resume later."
+        )
+    if command in ("phases", "teach", "study") or (command in ("score", "evaluate") and given.json):
+        return "Give the command again to go on."
+    if command in ("score", "evaluate"):
+        return "Nothing was kept: give the command again, with --json FILE to go on after a stop."
+    return "Nothing was kept: give the command again to start anew."
 
 
 def _parse(
@@ -528,6 +572,7 @@ def _parse(
         def error(self, message: str) -> Any:
             raise LayerPruneError(f"{message} (see hf-layerprune {command} --help)")
 
+    _flags[:] = [one.name for kind in types for one in fields(kind) if one.init]
     parser = Parser(types, prog=f"hf-layerprune {command}", description=COMMANDS[command].__doc__)
     if model:
         words = "+" if several else None
@@ -583,7 +628,16 @@ def _blocks(text: TextArguments, config: Any, tokenizer: Any, limit: int | None 
 
     check_block_length(text.block_length, config)
     texts = load_texts(text.data, text.data_field, text.data_split, text.data_config)
-    return token_blocks(texts, tokenizer, text.block_length, limit)
+    blocks = token_blocks(texts, tokenizer, text.block_length, limit)
+    blocks.info.dataset_name = _text_name(text)
+    return blocks
+
+
+def _text_name(text: TextArguments) -> str:
+    """What a card calls a text: the name of its file, or its id and configuration on the hub."""
+    if Path(text.data).exists():
+        return Path(text.data).name
+    return f"{text.data}, {text.data_config}" if text.data_config else text.data
 
 
 def _parts(
@@ -601,7 +655,23 @@ def _parts(
     check_block_length(text.block_length, config)
     source = (text.data, text.data_field, text.data_split, text.data_config)
     head, train = stream_blocks(tokenizer, text.block_length, calibration + heldout, *source)
+    head.info.dataset_name = train.info.dataset_name = _text_name(text)
     return *split_blocks(head, calibration, heldout)[:2], train
+
+
+def _check_reporters(report_to: str | list[str]) -> None:
+    """Check, before any long work, that what shall show the logs is known and installed."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    try:
+        for reporter in get_reporting_integration_callbacks(report_to):
+            reporter()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise LayerPruneError(f"--report_to {' '.join(_listed(report_to))}: {error}") from error
+
+
+def _listed(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
 
 
 def _task_name(task: str) -> str:

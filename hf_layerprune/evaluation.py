@@ -3,7 +3,8 @@
 import math
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -74,8 +75,8 @@ def evaluate_model(
 
 def compare_models(results: Mapping[str, dict[str, Any]]) -> None:
     """Add in place, to the results of models from [`evaluate_model`], what each keeps of the first: `kept`
-    ([`share_kept`]), `difference` ([`mean_difference`]) and, where the perplexities of the choices are known,
-    each task's `stability`."""
+    ([`share_kept`]), `difference` ([`mean_difference`]), each task's `agreement` and, where the perplexities
+    of the choices are known, its `stability`."""
     first, *_ = results.values()
     if "tasks" not in first:
         return
@@ -85,6 +86,7 @@ def compare_models(results: Mapping[str, dict[str, Any]]) -> None:
             one["kept"] = share_kept(first, one)
         one["difference"] = dict(zip(("mean", "standard_error"), mean_difference(first, one), strict=True))
         for name, task in one["tasks"].items():
+            task["agreement"] = agreement(first["tasks"][name]["right"], task["right"])
             if "perplexities" in task:
                 task["stability"] = stability(_answers(first["tasks"][name]), _answers(task))
 
@@ -95,7 +97,7 @@ def _answers(task: Mapping[str, Any]) -> list[Answer]:
 
 def evaluate_text(
     model: PreTrainedModel, batches: Any, tokenizer: PreTrainedTokenizerBase | None = None
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Perplexity of `model` on text, and its speed reading it.
 
     Args:
@@ -106,10 +108,11 @@ def evaluate_text(
             which models with different tokenizers compare.
 
     Returns:
-        `dict[str, float]`: `perplexity`, `loss` (nats per token, mean over all tokens), `tokens` (that
+        `dict[str, Any]`: `perplexity`, `loss` (nats per token, mean over all tokens), `tokens` (that
         were predicted), `tokens_per_second` (read by a forward pass with its loss, median of
-            the batches, since the first is slow), and with a tokenizer `bits_per_byte` (of the text of the
-            predicted tokens in UTF-8; what marks the end of a text has a loss, and no byte).
+            the batches, since the first is slow), `precision` (of its matrix products, as "bfloat16", also
+            where the Trainer sets that), and with a tokenizer `bits_per_byte` (of the text of the predicted
+            tokens in UTF-8; what marks the end of a text has a loss, and no byte).
 
     Raises:
         LayerPruneError: there is no token to predict.
@@ -118,11 +121,11 @@ def evaluate_text(
     total, tokens, size, speeds = 0.0, 0, 0, []
     reader: Reader | None = None
     batches = _as_batches(model, batches, tokenizer)
-    with undisturbed(model):
+    with undisturbed(model), output_dtypes(model) as dtypes:
         for batch in batches:
             on_device = {name: value.to(model.device) for name, value in batch.items()}
-            began = time.perf_counter()
             reader = reader or Reader(model, on_device["input_ids"])
+            began = time.perf_counter()
             mask, targets = targets_of(on_device)
             loss, count = float(unit_losses(reader, on_device).sum()), int(mask.sum())
             speeds.append(batch["input_ids"].numel() / (time.perf_counter() - began))
@@ -138,6 +141,7 @@ def evaluate_text(
         "loss": total / tokens,
         "tokens": tokens,
         "tokens_per_second": statistics.median(speeds),
+        "precision": str(dtypes[-1] if dtypes else model.dtype).removeprefix("torch."),
         **({"bits_per_byte": total / math.log(2) / max(1, size)} if tokenizer is not None else {}),
     }
 
@@ -148,6 +152,40 @@ def _as_batches(model: PreTrainedModel, data: Any, tokenizer: Any) -> list[Batch
     batches = make_batches(data, tokenizer=tokenizer, block_length=length, columns=columns)
     check_token_labels(batches)
     return batches
+
+
+@contextmanager
+def output_dtypes(model: PreTrainedModel) -> Iterator[list[torch.dtype]]:
+    """Within this context the list has the types of what the output head of `model` makes, in which autocast
+    shows, too."""
+    head, dtypes = model.get_output_embeddings(), list[torch.dtype]()
+    if head is None:
+        yield dtypes
+        return
+    handle = head.register_forward_hook(lambda module, args, output: dtypes.append(output.dtype))
+    try:
+        yield dtypes
+    finally:
+        handle.remove()
+
+
+class HeldOutText:
+    """Evaluates models on one text: an `evaluation=` for a run, whose card then says what was read.
+
+    Args:
+        data (`Dataset` or list of batches): sequences of tokens.
+        batch_size (`int`, *optional*, defaults to 4): sequences read at once.
+
+    Raises:
+        LayerPruneError: `data` is empty.
+    """
+
+    def __init__(self, data: Any, batch_size: int = 4) -> None:
+        self.data, self.batches = data, make_batches(data, batch_size)
+
+    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
+        """Returns what [`evaluate_text`] measures of `model`."""
+        return evaluate_text(model, self.batches)
 
 
 def copying(model: PreTrainedModel, batches: Iterable[Batch], given: int = 8) -> dict[str, float]:
@@ -210,19 +248,31 @@ def generation_speed(model: Any, batch: Batch, new_tokens: int = 64, times: int 
     return new_tokens / statistics.median(seconds[1:])
 
 
+def agreement(original: str, pruned: str) -> dict[str, float]:
+    """Returns the `share` of the questions that two models both answer right or both answer wrong, and its
+    `standard_error`.
+
+    Args:
+        original, pruned (`str`): `right` of one task from [`task_scores`], of the same questions.
+    """
+    same = [float(one == other) for one, other in zip(original, pruned, strict=True)]
+    return dict(zip(("share", "standard_error"), mean_and_error(same), strict=True))
+
+
 def stability(original: Sequence[Answer], pruned: Sequence[Answer]) -> dict[str, float]:
     """How far a pruned model answers as the original does (LLM-Streamline, 2403.19135, section 3.4).
 
     The questions on which both are right, or both wrong, count by a softmax over the questions of how far
     the original model's perplexities of the choices spread (their standard deviation). Where these are large,
-    one question decides: then it is 0 or 1, and the share kept ([`share_kept`]) says more. The released code
+    one question decides: then it is 0 or 1, and [`agreement`] says more. The released code
     sums the first weights instead of those of the questions that match, and differs where these do.
 
     Args:
         original, pruned (sequence of [`Answer`]): of the same questions, from [`MultipleChoice.read`].
 
     Returns:
-        `dict[str, float]`: `stability`, from 0 to 1, and its `standard_error` over questions.
+        `dict[str, float]`: `stability`, from 0 to 1, its `standard_error` over questions, and over how many
+        `effective_questions` the weights spread: 1 where one decides, all of them where all count alike.
 
     Raises:
         LayerPruneError: not of the same questions, or a perplexity that is not a number.
@@ -238,7 +288,11 @@ def stability(original: Sequence[Answer], pruned: Sequence[Answer]) -> dict[str,
     weights /= weights.sum()
     same = np.array([one.right == two.right for one, two in zip(original, pruned, strict=True)], float)
     found = float(weights @ same)
-    return {"stability": found, "standard_error": float(np.sqrt((weights**2) @ (same - found) ** 2))}
+    return {
+        "stability": found,
+        "standard_error": float(np.sqrt((weights**2) @ (same - found) ** 2)),
+        "effective_questions": float(1 / (weights @ weights)),
+    }
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

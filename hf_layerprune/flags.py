@@ -1,8 +1,48 @@
 """What can be said on the command line: the fields are the flags."""
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from .errors import LayerPruneError
+
+
+# Arguments in Python that a command calls otherwise.
+OTHER_NAMES = {"target_layers": "keep", "teacher_model": "teacher"}
+
+
+def name_flags(message: str, names: Iterable[str]) -> str:
+    """Returns a message of the library as a user of the command line reads it: `--max_steps` for max_steps,
+    `--trainable all` for trainable='all'.
+
+    Args:
+        message (`str`): what went wrong.
+        names (iterable of `str`): of the command's flags, without dashes. One that is also a word of English
+            is replaced only where the message begins with it, or gives it a value.
+    """
+    flags = {name: f"--{name}" for name in names}
+    flags |= {
+        name: flags[other] for name, other in OTHER_NAMES.items() if name not in flags and other in flags
+    }
+    if not flags:
+        return message
+    if "resume" in flags:
+        message = message.replace("resume_from_checkpoint=True", "--resume")
+
+    def pattern(words: Iterable[str]) -> str:
+        return rf"(?<![\w/.-])({'|'.join(sorted(words, key=len, reverse=True))})"
+
+    underscored = [name for name in flags if "_" in name]
+    message = re.sub(
+        rf"{pattern(flags)}=(?:(['\"])(.*?)\2|(\w[\w.]*\b))",
+        lambda found: f"{flags[found[1]]} {found[3] or found[4]}",
+        message,
+    )
+    message = re.sub(rf"^{pattern(flags)}(?= is | has )", lambda found: flags[found[1]], message)
+    if underscored:
+        ends = r"(?![\w/]|\.\w)"
+        message = re.sub(pattern(underscored) + ends, lambda found: flags[found[1]], message)
+    return message
 
 
 @dataclass
@@ -189,7 +229,7 @@ class EvaluateArguments:
         metadata={
             "help": "hellaswag, arc_easy, arc_challenge, piqa, lambada_openai, sciq, boolq from the hub, or "
             "NAME=FILE with its rows as JSON lines; questions=FILE for your own, with context, choices and "
-            "answer. What is kept, and how far each model answers as the first does (stability)."
+            "answer. What is kept, and how far each model answers as the first does (agreement, stability)."
         },
     )
     limit: int | None = field(default=None, metadata={"help": "Only the first so many questions of a task."})

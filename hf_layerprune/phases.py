@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .data import make_batches
 from .errors import LayerPruneError
 from .lineage import get_lineage, plain_int
 from .record import (
     COMMANDED,
     Record,
     check_folder_is_free,
+    check_same_settings,
+    describe_texts,
     peak_memory_mb,
     read_record,
     start_record,
@@ -26,7 +29,7 @@ from .record import (
 from .removal import Evaluation, check_plan, phase_entry, remove_least, run_evaluation, score_present
 from .saving import save_model
 from .schedule import phase_sizes
-from .scoring import check_choices
+from .scoring import check_choices, reads_text
 
 
 logger = logging.getLogger(__name__)
@@ -40,7 +43,7 @@ def run_phases(
     output_dir: str | Path,
     *,
     target_layers: int,
-    calibration: Sequence[Any],
+    calibration: Any,
     layers_per_phase: int | float = 1,
     criterion: str = "loss",
     racing: float | None = None,
@@ -59,7 +62,7 @@ def run_phases(
         command (sequence of `str`): what trains a phase, with `{model}` and `{output_dir}` for these folders,
             and `{phase}` for its number, as for a seed.
         output_dir (`str` or `Path`): a new folder, or that of a run that was stopped.
-        calibration (sequence of dict): batches to score with.
+        calibration (`Dataset` or sequence of dict): sequences or batches to score with.
         others: see [`LayerPruningCallback`].
 
     Returns:
@@ -85,21 +88,20 @@ def run_phases(
         "protected": None if protected is None else [plain_int(layer) for layer in protected],
     }
     check_choices(criterion, racing=racing)
+    batches = make_batches(calibration, 4)
     record = read_record(folder)
     if record is None:
         model = load(None)
         fixed = check_plan(model, target_layers, protected)
         check_folder_is_free(folder)
         record = start_record(model, settings | {"protected_originals": fixed}) | {"method": COMMANDED}
+        record["texts"] = describe_texts(
+            calibration, batches if reads_text(criterion, None) else [], evaluation
+        )
         record["dense"] = run_evaluation(evaluation, model)
         write_record(record, folder)
         del model
-    changed = {name: value for name, value in settings.items() if record["pruning"].get(name) != value}
-    if changed:
-        raise LayerPruneError(
-            f"The run in {folder} was started with other settings than {changed}: resume with the same, or "
-            "choose a new folder."
-        )
+    check_same_settings(record["pruning"], settings, folder)
     began = time.monotonic() - record["seconds"]
 
     def note() -> None:
@@ -117,7 +119,7 @@ def run_phases(
             for _ in range(size):
                 scoring = {"racing": racing, "journal": folder / "scoring.jsonl"}
                 fixed = record["pruning"]["protected_originals"]
-                table = score_present(model, calibration, criterion, fixed, **scoring)
+                table = score_present(model, batches, criterion, fixed, **scoring)
                 removals += remove_least(model, table)
             save_model(model, here / "cut")
             phases.append(phase_entry(model, 0, removals, evaluation))

@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from .arguments import DistillationTrainingArguments
 from .callback import LayerPruningCallback
-from .data import make_batches, token_blocks
+from .data import token_blocks
 from .errors import LayerPruneError
-from .evaluation import evaluate_text
+from .evaluation import HeldOutText
 from .record import check_folder_is_free
 from .report import markdown_table, table_rows
 from .trainer import DistillationTrainer
@@ -90,7 +90,8 @@ def quickstart(settings: QuickstartArguments) -> None:
     }.items():
         blocks[part] = _spread(blocks[part], count)
     print(", ".join(f"{part} {256 * len(data)} tokens" for part, data in blocks.items()))
-    heldout = make_batches(blocks["heldout"], 2)
+    for part in blocks.values():
+        part.info.dataset_name = "help topics of Python"
     before = answer(model, tokenizer, settings.answer_tokens)
 
     trainer = DistillationTrainer(
@@ -117,7 +118,7 @@ def quickstart(settings: QuickstartArguments) -> None:
             LayerPruningCallback(
                 target_layers=27,
                 calibration=blocks["calibration"],
-                evaluation=lambda model: evaluate_text(model, heldout),
+                evaluation=HeldOutText(blocks["heldout"], 2),
             )
         ],
     )

@@ -22,13 +22,17 @@ from .arguments import DistillationTrainingArguments
 from .callback import LayerPruningCallback
 from .data import make_batches
 from .errors import LayerPruneError
-from .evaluation import evaluate_text
+from .evaluation import HeldOutText
 from .lineage import get_lineage
 from .reconstruction import reconstruct_layers
 from .record import (
     Record,
     changed_settings,
+    check_same_settings,
     checkpoint_of,
+    count_tokens,
+    describe_text,
+    describe_texts,
     peak_memory_mb,
     read_record,
     start_record,
@@ -250,7 +254,6 @@ def run_recipe(
     if resume and recipe.replacement != "none" and recipe.replacement_loss != "none":
         raise LayerPruneError("What trains a replacement alone is short, and does not resume: begin anew.")
     found = checkpoint_of(str(args.output_dir)) if resume is True else resume or None
-    heldout_batches = make_batches(heldout, args.per_device_eval_batch_size)
     choice: dict[str, Any] = {
         "target_layers": recipe.keep,
         "criterion": criterion,
@@ -258,7 +261,7 @@ def run_recipe(
         "racing": racing,
         "protected": protected,
         "pattern": recipe.pattern,
-        "evaluation": lambda model: evaluate_text(model, heldout_batches),
+        "evaluation": HeldOutText(heldout, args.per_device_eval_batch_size),
     }
     caches = getattr(model.config, "use_cache", None)  # which training may switch off
     if recipe.select == "phases":
@@ -312,7 +315,7 @@ def _remove_and_heal(
     trained: list[nn.Parameter] = []
     cut = read_record(str(args.output_dir)) if checkpoint else None
     if cut is not None:  # the weights are the checkpoint's, what it knows not of is how deep the model is
-        _check_same(cut, recipe, choice)
+        _check_same(cut, recipe, choice, args.output_dir)
         left = cut["phases"][-1]["kept"]
         remove_layers(model, [i for i, one in enumerate(get_lineage(model).kept) if one not in left])
         record = cut | {"resumed_at": Path(str(checkpoint)).name}
@@ -336,8 +339,10 @@ def _remove_and_heal(
                     kept = get_lineage(one).kept
                     after = [i for i, original in enumerate(kept) if original > last]
                     shortened.enter_context(without_layers(one, after))
+            record["training"] = changed_settings(args)
             record["log"] = _train(model, teacher, args, train, checkpoint=checkpoint)
-        record["training"] = changed_settings(args)
+        tokens = record["log"][-1]["num_input_tokens_seen"]
+        record.setdefault("texts", {})["healing"] = {"name": describe_text(train)["name"], "tokens": tokens}
         record["phases"][-1]["healed"] = run_evaluation(choice["evaluation"], model)
     record |= {"seconds": round(time.monotonic() - began, 2), "finished": True}  # since it was resumed
     record["phases"][-1]["seconds"] = record["seconds"]
@@ -388,17 +393,11 @@ def _rows_read(recipe: RecipeArguments, args: DistillationTrainingArguments, tra
     return train.shuffle(seed=args.seed).select(range(min(rows, len(train))))
 
 
-def _check_same(cut: Record, recipe: RecipeArguments, choice: dict[str, Any]) -> None:
+def _check_same(cut: Record, recipe: RecipeArguments, choice: dict[str, Any], folder: str | None) -> None:
     """Check that a run goes on as it began."""
     asked = {name: choice[name] for name in ("target_layers", "criterion")}
     asked |= {"select": recipe.select, "replacement": recipe.replacement}
-    for name, value in asked.items():
-        began = cut["pruning"].get(name, "none")
-        if began != value:
-            raise LayerPruneError(
-                f"The run to resume began with {name} {began}, not {value}: resume it as it began, or "
-                "begin a new one in another folder."
-            )
+    check_same_settings({"replacement": "none", "select": "phases"} | cut["pruning"], asked, str(folder))
 
 
 def _replace(
@@ -415,10 +414,12 @@ def _replace(
     settings = {name: choice[name] for name in ("target_layers", "criterion", "racing", "pattern")}
     settings |= {"protected_originals": fixed, "select": "run", "replacement": recipe.replacement}
     record = start_record(model, settings)
+    batches = make_batches(choice["calibration"], 4)
+    record["texts"] = describe_texts(choice["calibration"], batches, choice["evaluation"])
     record["dense"] = run_evaluation(choice["evaluation"], model)
     if recipe.replacement == "linear":  # part of the layer before
         standing = 0
-    run, batches = len(before) - recipe.keep + standing, make_batches(choice["calibration"], 4)
+    run = len(before) - recipe.keep + standing
     scoring = {"run": run, "racing": choice["racing"], "pattern": choice["pattern"]}
     table = score_present(model, batches, choice["criterion"], fixed, **scoring)
     first = table.ranking()[0]
@@ -467,6 +468,7 @@ def _train(
         trainer = kind(model, args, train_dataset=train, callbacks=callbacks, **settings)
     except ValueError as error:  # the Trainer refused an argument
         raise LayerPruneError(str(error)) from error
+    count_tokens(args, train)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     return trainer.state.log_history

@@ -7,16 +7,22 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
+from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
 
 from .arguments import DistillationTrainingArguments
 from .checkpoint import is_whole, last_checkpoint
+from .data import Batch
 from .errors import LayerPruneError
+from .evaluation import HeldOutText
 from .lineage import get_lineage
 from .saving import check_writable
 
@@ -70,6 +76,7 @@ def start_record(
         "pruning": settings,
         "training": {} if args is None else changed_settings(args),
         **surroundings(model),
+        "texts": {},
         "dense": None,
         "phases": [],
         "evaluations": [],
@@ -94,6 +101,86 @@ def surroundings(model: PreTrainedModel) -> dict[str, Any]:
             "cpu_threads": torch.get_num_threads(),
         },
     }
+
+
+def describe_texts(calibration: Any, batches: Sequence[Batch], evaluation: Any) -> dict[str, Any]:
+    """Returns [`describe_text`] of what layers are scored on, and of the text of a [`HeldOutText`].
+
+    Args:
+        calibration (`Any`): where the batches are from.
+        batches (sequence of dict): read to score layers; none for a criterion that reads no text.
+        evaluation (`Any`): an evaluation of the run.
+    """
+    texts = {"calibration": describe_text(calibration, batches)} if batches else {}
+    if isinstance(evaluation, HeldOutText):
+        texts["evaluation"] = describe_text(evaluation.data, evaluation.batches)
+    return texts
+
+
+def describe_text(data: Any, batches: Sequence[Batch] | None = None) -> dict[str, Any]:
+    """Returns what a card says of a text: its `name`, where the data set knows one, and, where they can be
+    counted, its `sequences` and their `tokens` without padding.
+
+    Args:
+        data (`Dataset`, `DataLoader` or other): where the text is from.
+        batches (sequence of dict, *optional*): what is read of it; left out, all of `data`.
+    """
+    while not hasattr(data, "info") and hasattr(data, "dataset"):  # a loader, or the share of one process
+        data = data.dataset
+    found: dict[str, Any] = {"name": _name_of(getattr(data, "info", None))}
+    if batches is not None:
+        found["sequences"] = sum(len(batch["input_ids"]) for batch in batches)
+        masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in batches]
+        found["tokens"] = sum(int(mask.sum()) for mask in masks)
+    elif isinstance(data, Dataset) and "input_ids" in data.column_names:
+        found["sequences"] = len(data)
+        rows: Any = data.with_format("numpy")
+        if "attention_mask" in data.column_names:
+            found["tokens"] = sum(int(np.sum(mask)) for mask in rows["attention_mask"])
+        else:
+            found["tokens"] = sum(len(ids) for ids in rows["input_ids"])
+    return found
+
+
+def count_tokens(args: TrainingArguments, data: Any, tokenizer: Any = None) -> bool:
+    """Makes the Trainer count the tokens it trains on, in `args`, in place, unless it does already.
+
+    Args:
+        data (`Dataset` or other): what it trains on.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): knows the padding, which does not count.
+
+    Returns:
+        `bool`: whether they are counted. They cannot be where the data has no `input_ids`, as for GRPO.
+    """
+    columns = _columns_of(data)
+    if args.include_num_input_tokens_seen == "no":
+        # A stream does not say what is in it, but distillation reads input_ids only.
+        if "input_ids" not in columns and not isinstance(args, DistillationTrainingArguments):
+            return False
+        padded = "attention_mask" in columns or getattr(tokenizer, "pad_token_id", None) is not None
+        args.include_num_input_tokens_seen = "non_padding" if padded else "all"
+    return True
+
+
+def _columns_of(data: Any) -> list[str]:
+    while hasattr(data, "dataset"):  # the share of one process
+        data = data.dataset
+    if getattr(data, "column_names", None):
+        return list(data.column_names)
+    if isinstance(data, IterableDataset) or not hasattr(
+        type(data), "__getitem__"
+    ):  # of torch the first has it
+        return []
+    first = data[0]
+    return list(first) if isinstance(first, Mapping) else []
+
+
+def _name_of(info: Any) -> str | None:
+    """The name of a data set; one that was read from files has that of their kind instead, as "json"."""
+    name, kind = getattr(info, "dataset_name", None), getattr(info, "builder_name", None)
+    if name is None or name == kind:
+        return None
+    return name if info.config_name in (None, "default") else f"{name}, {info.config_name}"
 
 
 def write_record(record: Record, folder: str | Path) -> None:
@@ -126,8 +213,12 @@ def read_record(folder: str | Path) -> Record | None:
     return record
 
 
-def check_folder_is_free(folder: str | Path) -> None:
+def check_folder_is_free(folder: str | Path, resume: str | None = None) -> None:
     """Make `folder` if there is none, and check that a new run may write into it.
+
+    Args:
+        folder (`str` or `Path`): where the run is to write.
+        resume (`str`, *optional*): how the user resumes such a run, where that can be.
 
     Raises:
         LayerPruneError: it holds another run or model already, or cannot be written to.
@@ -137,12 +228,28 @@ def check_folder_is_free(folder: str | Path) -> None:
     # A run that broke off before its first checkpoint left nothing but its record and half of that.
     names = ["config.json", "adapter_config.json"] + [RECORD_NAME] * bool(record and record["finished"])
     found = [name for name in names if (Path(folder) / name).exists()]
-    checkpoints = Path(folder).glob("checkpoint-*")
-    found += sorted(path.name for path in checkpoints if is_whole(path) or not record)
+    checkpoints = [path for path in Path(folder).glob("checkpoint-*") if is_whole(path) or not record]
+    found += sorted(path.name for path in checkpoints)
     if found:
+        advice = f", or resume that run with {resume}" if resume and any(map(is_whole, checkpoints)) else ""
         raise LayerPruneError(
-            f"The output folder {folder} already holds another run or model ({found[0]}): choose a new "
-            "one, or resume that run (resume_from_checkpoint=True)."
+            f"The output folder {folder} already holds another run or model ({found[0]}). Choose a new folder"
+            f"{advice}."
+        )
+
+
+def check_same_settings(begun: Mapping[str, Any], present: Mapping[str, Any], folder: str | Path) -> None:
+    """Check that a run goes on with the settings it began with.
+
+    Raises:
+        LayerPruneError: it began with others, naming both.
+    """
+    changed = [name for name, value in present.items() if begun.get(name) != value]
+    if changed:
+        each = ", ".join(f"{name}={begun.get(name)}, not {present[name]}" for name in changed)
+        raise LayerPruneError(
+            f"The run in {folder} began with {each}. Resume it with the settings it began with, or start a "
+            "new run in another folder."
         )
 
 

@@ -11,7 +11,7 @@ from .data import Batch, make_batches
 from .errors import LayerPruneError
 from .leave_one_out import Prefixes
 from .lineage import get_lineage, plain_int
-from .record import Record, peak_memory_mb, start_record
+from .record import Record, describe_texts, peak_memory_mb, start_record
 from .saving import check_configs
 from .scoring import ScoreTable, check_choices, check_criterion_fits, reads_text, score_layers, undisturbed
 from .surgery import check_layers, possible_cuts, remove_layers
@@ -74,6 +74,7 @@ def prune_layers(
     settings["select"] = select
     record = start_record(model, settings | plain_settings(scoring))
     scoring |= {"prefixes": Prefixes(), "task": task}
+    record["texts"] = describe_texts(calibration, batches if reads_text(criterion, task) else [], evaluation)
     record["dense"] = run_evaluation(evaluation, model)
     excess = len(get_lineage(model).kept) - target_layers
     while excess:

@@ -16,6 +16,7 @@ from hf_layerprune import MultipleChoice, evaluation, remove_layers, stability
 from hf_layerprune.checkpoint import load_tokenizer
 from hf_layerprune.cli import COMMANDS, main
 from hf_layerprune.evaluation import tasks_done
+from hf_layerprune.flags import name_flags
 
 from .conftest import TEXT, make_model
 from .test_multiple_choice import QUESTIONS
@@ -52,7 +53,7 @@ def test_prune_writes_a_cut_model(folder, capsys):
     assert main(["prune", folder, *DATA, *flags]) == 0
     assert AutoModelForCausalLM.from_pretrained("cut").config.num_hidden_layers == 4
     assert "rope_theta" in json.loads(Path("cut/config.json").read_text())
-    assert "perplexity cut" in capsys.readouterr().out
+    assert "| perplexity |" in capsys.readouterr().out
     assert {"README.md", "layer_pruning.json", "tokenizer.json"} <= {p.name for p in Path("cut").iterdir()}
 
 
@@ -193,7 +194,8 @@ def test_evaluate_says_how_far_models_answer_alike(folder, capsys):
     size = Path("cut/model.safetensors").stat().st_size
     assert found["cut"]["file_mb"] == pytest.approx(size / 2**20, abs=0.1)
     printed = capsys.readouterr().out
-    assert f"{cut['stability']['stability']:.3f} ± " in printed
+    assert f"{cut['agreement']['share']:.3f} ± " in printed
+    assert "stability" not in printed  # of a few questions
     assert f"{dense['accuracy']:.3f} ± {dense['standard_error']:.3f}" in printed
     assert ("kept above chance" in printed) == bool(tasks_done(found["model"]))
 
@@ -248,8 +250,7 @@ def test_what_was_evaluated_is_not_measured_again(folder, capsys, monkeypatch):
     assert measured == [6, 4]
     model.model.norm.weight.data += 1  # in the same folder, another model
     model.save_pretrained("cut")
-    with pytest.raises(KeyboardInterrupt):
-        main(["evaluate", folder, "cut", *flags])
+    assert main(["evaluate", folder, "cut", *flags]) == 130
     assert main(["evaluate", folder, "cut", *flags]) == 0
     assert measured == [6, 4, 4, 4]
     assert main(["evaluate", folder, "cut", *flags, "--limit", "2"]) == 0
@@ -257,8 +258,7 @@ def test_what_was_evaluated_is_not_measured_again(folder, capsys, monkeypatch):
     other = make_model(num_hidden_layers=5)
     other.save_pretrained("other")
     load_tokenizer(folder).save_pretrained("other")
-    with pytest.raises(KeyboardInterrupt):
-        main(["evaluate", folder, "other", "cut", *flags, "--limit", "2"])
+    assert main(["evaluate", folder, "other", "cut", *flags, "--limit", "2"]) == 130
     assert main(["evaluate", folder, "cut", *flags, "--limit", "2"]) == 0
     assert measured == [6, 4, 4, 4, 6, 4, 5]  # a stop loses nothing that was there
     Path("e.json").write_text("[]")
@@ -381,3 +381,103 @@ def test_a_task_that_only_lm_eval_has_says_so(folder, capsys):
     assert main(["evaluate", "model", "--tasks", "mmlu"]) == 2
     assert "no task 'mmlu' built in" in (error := capsys.readouterr().err)
     assert "add --lm_eval True" in error
+
+
+TRAIN = ["--target_layers", "3", "--output_dir", "out", "--use_cpu", "True", "--report_to", "none"]
+TRAIN += ["--calibration_blocks", "4", "--disable_tqdm", "True", "--save_steps", "2"]
+
+
+def test_ctrl_c_ends_with_a_line_that_says_how_to_resume(folder, capsys):
+    words = ["distill", folder, *DATA, *TRAIN]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hf_layerprune", *words, "--max_steps", "5000"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    while process.poll() is None and not Path("out/checkpoint-4").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("hf-layerprune: interrupted. Its last checkpoint is out/checkpoint-")
+    assert "add --resume" in last
+    assert main([*words, "--max_steps", "5000"]) == 2  # it holds a run, which can be resumed
+    assert "resume that run with --resume." in capsys.readouterr().err
+    assert main([*words, "--max_steps", "5000", "--criterion", "block_influence", "--resume"]) == 2
+    assert "began with --criterion loss, not block_influence" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "place", "advice"),
+    [
+        (["distill", "model", *DATA, *TRAIN], "trainer.DistillationTrainer.train", "wrote no checkpoint"),
+        (["prune", "model", *DATA, *TRAIN[:4]], "removal.prune_layers", "Nothing was kept"),
+        (["score", "model", *DATA, "--json", "s.json"], "scoring.score_layers", "again to go on"),
+        (["score", "model", *DATA], "scoring.score_layers", "with --json FILE to go on"),
+        (["teach", "model", *DATA, "--output_dir", "x"], "teacher_outputs.write_teacher_outputs", "to go on"),
+    ],
+)
+def test_each_command_says_how_to_go_on_after_ctrl_c(folder, words, place, advice, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"hf_layerprune.{place}", interrupt)
+    assert main(words) == 130
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("hf-layerprune: interrupted. ")
+    assert advice in last
+
+
+@pytest.mark.parametrize("command", [["distill", "model"], ["run", "default", "--model", "model"]])
+def test_what_shows_the_logs_must_be_installed(folder, command, capsys, monkeypatch):
+    """In one line, before the model is loaded."""
+    monkeypatch.setattr("hf_layerprune.cli._load_model", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
+    target = ["--target_layers", "3"] if command[0] == "distill" else ["--keep", "3"]
+    for reporter, message in (("wandb", "requires wandb to be installed"), ("foo", "foo is not supported")):
+        assert main([*command, *DATA, *target, "--output_dir", "x", "--report_to", reporter]) == 2
+        errors = capsys.readouterr().err.strip().splitlines()
+        assert errors[-1].startswith(f"hf-layerprune: error: --report_to {reporter}: ")
+        assert message in errors[-1]
+        assert not Path("x").exists()
+
+
+@pytest.mark.parametrize("command", ["prune", "distill"])
+def test_a_taken_folder_advises_only_what_there_is(folder, command, capsys):
+    words = [command, folder, *DATA, "--target_layers", "3", "--output_dir", folder]
+    assert main(words) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "already holds another run or model (config.json). Choose a new folder." in last
+    assert "resume" not in last
+
+
+def test_messages_name_flags(folder, capsys, caplog):
+    assert main(["run", "default", "--model", folder, *DATA, "--keep", "9", "--output_dir", "x"]) == 2
+    assert "error: --keep is 9, but the model has 6 layers" in capsys.readouterr().err
+    assert main(["evaluate", folder, *DATA, "--limit", "1"]) == 2
+    assert "error: --limit is 1" in capsys.readouterr().err
+    assert main(["score", folder, *DATA, "--block_length", "65"]) == 2
+    assert "error: --block_length is 65, but the model reads 64" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("message", "named"),
+    [
+        ("set hidden_weight=0, or trainable='all'.", "set --hidden_weight 0, or --trainable all."),
+        ("Raise steps_per_phase.", "Raise --steps_per_phase."),
+        ("go on with resume_from_checkpoint=True.", "go on with --resume."),
+        ("racing is 2: racing goes with loss", "--racing is 2: racing goes with loss"),
+        ("the folder a/output_dir/b and output_dir.txt", "the folder a/output_dir/b and output_dir.txt"),
+        ("give it as teacher_model.", "give it as --teacher."),
+        ("`hf-layerprune distill --teacher` reads --output_dir.",) * 2,
+        ("pass hidden_layers=[...].", "pass --hidden_layers=[...]."),
+        ("max_stepsize and my_max_steps", "max_stepsize and my_max_steps"),
+    ],
+)
+def test_an_argument_is_named_as_its_flag(message, named):
+    names = ["hidden_weight", "trainable", "steps_per_phase", "resume", "racing", "output_dir", "teacher"]
+    assert name_flags(message, [*names, "hidden_layers", "max_steps"]) == named
+    assert name_flags(message, []) == message

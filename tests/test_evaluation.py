@@ -54,6 +54,7 @@ def test_a_model_is_stable_against_itself(llama, tokenizer):
     assert stability(answers, answers) == {
         "stability": pytest.approx(1.0),
         "standard_error": pytest.approx(0.0),
+        "effective_questions": pytest.approx(1.0),
     }
 
 
