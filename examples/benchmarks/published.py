@@ -122,6 +122,25 @@ def healing() -> str:
     return textwrap.fill(sentences, 120)
 
 
+def gpu() -> str:
+    """What gpu.py found: that GPU and CPU agree, the speed of a step, and a model healed for two minutes."""
+    checks, speed, healed = (measured(f"gpu_{part}.json") for part in ("checks", "speed", "heal"))
+    agree = sum(one["ok"] for one in checks["checks"].values())
+    steps, found, run = speed["speed"], healed["evaluation"], healed["heal"]
+    distil, plain = steps["distillation"], steps["plain Trainer"]
+    kept = found["model"]["kept"]
+    sentences = (
+        f"{healed['device']}: {agree} of {len(checks['checks'])} checks agree with the CPU. A distillation step of "
+        f"Qwen2.5-3B's shape with {steps['batch']} x {steps['length']} tokens takes "
+        f"{distil['step_seconds']:.2f} s and {distil['peak_gib']:.0f} GiB (plain Trainer "
+        f"{plain['step_seconds']:.2f} s, {plain['peak_gib']:.0f} GiB). SmolLM2-135M with 23 of 30 layers, "
+        f"reconstructed around the cut and distilled on {run['tokens']:,} tokens in {run['seconds']:.0f} s: "
+        f"{100 * kept['share']:.1f}% ± {100 * kept['standard_error']:.1f}% kept above chance, copying "
+        f"{found['model']['copying']:.3f}."
+    )
+    return textwrap.fill(sentences, 120)
+
+
 def with_figures(readme: str) -> str:
     """README with what was measured in its places."""
     figures = {
@@ -130,6 +149,7 @@ def with_figures(readme: str) -> str:
         "scoring": scoring(),
         "distilling": distilling(),
         "healing": healing(),
+        "gpu": gpu(),
     }
     for name, figure in figures.items():
         place = re.compile(rf"^( *)<!-- {name} -->\n.*?<!-- end of {name} -->", re.M | re.S)
