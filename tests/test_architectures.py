@@ -115,7 +115,9 @@ class Checker:
             cached = cached_logits(self.model)
         except (IndexError, RuntimeError, ValueError):  # generation does not work upstream
             cached = None
-        self.has_cache = cached is not None and self.far(cached, self.logits) < TOLERANCE
+        # Mamba answers with more positions than it was asked for.
+        self.has_cache = cached is not None and cached.shape == self.logits.shape
+        self.has_cache = self.has_cache and self.far(cached, self.logits) < TOLERANCE
 
     def far(self, found, expected):
         return float((found - expected).abs().max() / self.scale)
@@ -164,9 +166,9 @@ def test_exact_or_refused(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(NOT_BUILT.keys() & set(TYPES)))
-def test_what_cannot_be_built_is_still_so(name):
+def test_what_cannot_be_built_or_run_is_still_so(name):
     with pytest.raises((ValueError, AttributeError, ImportError, StrictDataclassError)):
-        tiny_model(name)
+        logits(tiny_model(name))
 
 
 FOUND: dict[str, dict[str, str | None]] = {}

@@ -19,7 +19,7 @@ SMALL: dict[str, Any] = {
         2: "vision_layers depth num_key_value_heads num_kv_heads swa_num_key_value_heads "
         "linear_num_key_heads linear_num_value_heads index_n_heads eos_token_id num_experts_per_tok "
         "num_experts_per_token moe_k moe_topk",
-        260: "vocab_size vocab_size_per_layer_input",
+        260: "vocab_size vocab_size_per_layer_input unpadded_vocab_size",
         32: "hidden_size d_model n_embd emb_dim embedding_dim embedding_size word_embed_proj_dim "
         "attention_hidden_size lru_width input_embedding_size output_embedding_size mamba_d_ssm "
         "pronunciation_embed_dim shape_embed_dim",
@@ -150,6 +150,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "axial_pos_embds": False,
         "attn_layers": ["local", "lsh", "local", "lsh", "local", "lsh", "local"],
     },
+    "sarvam_mla": {"num_key_value_heads": 4},
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
     "zamba": ZAMBA,
     "zamba2": ZAMBA | {"num_hidden_layers": LAYERS, "n_mamba_heads": 4, "adapter_rank": 4},
