@@ -305,6 +305,11 @@ def _load(auto_class: Any, name: str, what: str, **options: Any) -> Any:
     path = Path(name)
     if (path / PRUNED_BASE).is_file():
         raise LayerPruneError(f"{name} holds adapters for a cut model: use load_pruned_adapter({name!r}).")
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise LayerPruneError(
+            f"{name} holds adapters of PEFT and no model: merge them into their base (merge_and_unload), "
+            "save that with save_pretrained, and give its folder."
+        )
     if path.exists() and not (path / "config.json").is_file():
         raise LayerPruneError(f"{name} is not a folder with a model: it has no config.json.")
     try:

@@ -427,7 +427,8 @@ def _states(state: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     if state.shape[:2] != real.shape:
         raise LayerPruneError(
             f"Layers of this model pass on states of shape {tuple(state.shape)} for tokens of shape "
-            f"{tuple(real.shape)}, which this criterion cannot read: use criterion='loss'."
+            f"{tuple(real.shape)}, which this criterion cannot read: use criterion='loss', or 'positional' "
+            "if the model has no language-model head."
         )
     return state
 
