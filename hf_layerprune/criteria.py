@@ -335,7 +335,7 @@ def unit_losses(reader: Reader, batch: Batch) -> torch.Tensor:
     targets = tokens[:, 1:][mask].split(reader.rows_at_once)
     # Of no positions there is one empty part of targets, and none of logits.
     found = [
-        F.cross_entropy(few.float(), said, reduction="none").double()
+        F.cross_entropy(few.float(), said.long(), reduction="none").double()
         for few, said in zip(logits, targets, strict=bool(len(targets[0])))
     ]
     return _by_unit(mask, _joined(found, mask))

@@ -16,7 +16,9 @@ from hf_layerprune import (
     LayerPruningCallback,
     load_pruned_adapter,
     remove_layers,
+    score_layers,
 )
+from hf_layerprune.checkpoint import load_model
 from hf_layerprune.decoder import find_decoder
 
 from .conftest import logits, make_model, tokens
@@ -170,6 +172,29 @@ def test_a_folder_of_plain_adapters_is_named_as_such(llama):
     get_peft_model(llama, LoraConfig(target_modules=["q_proj"])).save_pretrained("adapters")
     with pytest.raises(LayerPruneError, match="holds adapters of PEFT and no model"):
         DistillationTrainer("adapters", settings(), train_dataset=rows())
+
+
+def test_a_class_that_transformers_does_not_have_is_told(llama, caplog):
+    type("MyLlama", (type(llama),), {})(llama.config).save_pretrained("own")
+    llama.save_pretrained("plain")
+    with caplog.at_level(logging.WARNING, "hf_layerprune"):
+        load_model("plain")
+        assert not caplog.text
+        load_model("own")
+    assert "names the class MyLlama, but the model is loaded and saved as LlamaForCausalLM" in caplog.text
+
+
+def test_token_ids_of_32_bits_are_scored_alike(llama):
+    ids = tokens()
+    wide, narrow = (score_layers(llama, [{"input_ids": one}], progress=False) for one in (ids, ids.int()))
+    assert wide.scores == narrow.scores
+
+
+def test_a_mask_of_pairs_of_tokens_is_refused(llama):
+    ids = tokens()
+    mask = torch.ones(len(ids), 1, 12, 12, dtype=torch.bool).tril()
+    with pytest.raises(LayerPruneError, match="attention_mask has the shape"):
+        score_layers(llama, [{"input_ids": ids, "attention_mask": mask}], progress=False)
 
 
 def test_a_resume_without_the_optimizer_says_so(caplog):
