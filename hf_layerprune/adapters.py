@@ -34,7 +34,8 @@ def base_of(model: Any) -> PreTrainedModel:
     """The transformers model inside a `PeftModel`, its adapters in it; any other model as it is.
 
     Raises:
-        LayerPruneError: adapters were put into a transformers model directly, so that nothing holds them.
+        LayerPruneError: adapters were put into a transformers model directly, so that nothing holds them, or
+            they are in a `PeftMixedModel`.
     """
     if isinstance(model, PreTrainedModel):
         if getattr(model, "_hf_peft_config_loaded", False):
@@ -43,7 +44,14 @@ def base_of(model: Any) -> PreTrainedModel:
                 "`peft.get_peft_model` or `PeftModel.from_pretrained`, or merge them first."
             )
         return model
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    if not hasattr(model, "peft_config"):
+        return model
+    if not hasattr(model, "get_base_model"):
+        raise LayerPruneError(
+            f"{type(model).__name__} mixes adapters of several types and cannot be saved or merged as one. "
+            "Use a PeftModel, as peft.get_peft_model makes."
+        )
+    return model.get_base_model()
 
 
 def adapter_configs(model: Any) -> dict[str, Any]:
@@ -99,7 +107,11 @@ def cut_adapter(config: Any, stack: str, kept: Sequence[int]) -> dict[str, Any]:
 
 
 def adapter_differences(model: Any) -> list[str]:
-    """How a live `PeftModel` differs from one built from its base's config and its adapters' configs."""
+    """How a live `PeftModel` differs from one built from its base's config and its adapters' configs.
+
+    Raises:
+        LayerPruneError: adapters of this type cannot be built without weights.
+    """
     fresh: Any = None
     with (
         torch.device("meta"),
@@ -112,10 +124,16 @@ def adapter_differences(model: Any) -> list[str]:
             config = copy.deepcopy(config)
             if hasattr(config, "init_lora_weights"):
                 config.init_lora_weights = False  # some ways compute them from the base's
-            if fresh is None:
-                fresh = type(model)(build_blueprint(model.get_base_model()), config, adapter_name=name)
-            else:
-                fresh.add_adapter(name, config)
+            try:
+                if fresh is None:
+                    fresh = type(model)(build_blueprint(model.get_base_model()), config, adapter_name=name)
+                else:
+                    fresh.add_adapter(name, config)
+            except RuntimeError as error:  # it computes with values
+                raise LayerPruneError(
+                    f"PEFT cannot build {config.peft_type.value} adapters without weights, as is needed to "
+                    "check them after a removal: use another type, such as LORA, or merge them first."
+                ) from error
     here, there = _adapter_facts(model), _adapter_facts(fresh)
     return [
         f"{name} is {here.get(name, 'absent')} here, {there.get(name, 'absent')} there"
@@ -146,6 +164,13 @@ def check_adapter_type(config: Any) -> None:
             "teacher's positions and cannot be merged. Adapters on the model's modules are supported. Use "
             "LoraConfig or another PEFT method that has target_modules."
         )
+
+
+def starts_from_weights(model: Any) -> bool:
+    """Whether adapters of a `PeftModel` took their first values out of the weights of its base, as PiSSA and
+    OLoRA do, so that they belong to the base as it was before."""
+    inits = [getattr(config, "init_lora_weights", None) for config in adapter_configs(model).values()]
+    return any(str(init).lower().startswith(("pissa", "olora", "corda", "loftq")) for init in inits)
 
 
 def merged_copy(model: Any) -> PreTrainedModel:
@@ -249,9 +274,14 @@ def save_with_base(model: Any, save_directory: str | Path, *args: Any, **kwargs:
     """See `PeftModel.save_pretrained`. Writes [`PRUNED_BASE`] beside each adapter."""
     type(model).save_pretrained(model, str(save_directory), *args, **kwargs)
     for name in model.peft_config if kwargs.get("is_main_process", True) else ():
-        folder = Path(save_directory) / ("" if name == "default" else name)
+        folder = adapter_folder(save_directory, name)
         if (folder / "adapter_config.json").is_file():
             write_pruned_base(model, folder)
+
+
+def adapter_folder(folder: str | Path, name: str) -> Path:
+    """Where PEFT puts the adapter of this name when it saves all of them in `folder`."""
+    return Path(folder) / ("" if name == "default" else name)
 
 
 def _write_adapter_card(model: Any, output_dir: str | Path) -> None:

@@ -25,6 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .adapters import adapter_configs, base_of, keep_base_known
@@ -213,6 +214,7 @@ class LayerPruningCallback(TrainerCallback):
     ) -> None:
         quieten_replicas(args)
         self._hooks = []
+        self.record, self._evaluations = {}, []  # of a run in another Trainer
         if model is not None and not isinstance(args, DistillationTrainingArguments):  # whose trainer cuts it
             self._hooks.append(model.register_load_state_dict_pre_hook(check_depth_of_checkpoint))
         if optimizer is not None:  # the user's own, with groups of any kind
@@ -258,6 +260,7 @@ class LayerPruningCallback(TrainerCallback):
             fixed = check_plan(model, self.target_layers, self.protected)
             check_parameters_stay(model)
             self.record = start_record(model, self._settings() | {"protected_originals": fixed}, args)
+            self.record["evaluations"] = list(self._evaluations)
         if adapter_configs(model):
             keep_base_known(model)
         if self.verify_save and not isinstance(args, DistillationTrainingArguments):  # which does by itself
@@ -265,7 +268,6 @@ class LayerPruningCallback(TrainerCallback):
         teacher: Any = self.scoring["teacher"]
         if teacher is not None:
             check_tokens(teacher, base_of(model), kwargs.get("processing_class"))
-            self.record["evaluations"] = list(self._evaluations)
         self._plan_phases(args, state)
         self._schedule = (
             RestartedSchedule(lr_scheduler, state.max_steps) if self.restart_learning_rate else None
@@ -608,13 +610,29 @@ class LayerPruningCallback(TrainerCallback):
             self._tell(steep_fall(earlier, fall, done[-1]["original"], len(get_lineage(model).kept)))
 
     def _look_around(self, model: PreTrainedModel) -> None:
-        """Say so, before the first removal, if another callback would not survive it."""
+        """Say so, before the first removal, if another callback or a reference model would not survive it."""
         keepers = parameter_keepers(self._neighbours, model)
         if keepers and not self.record["phases"]:
             self._tell(
                 f"{', '.join(keepers)} keeps parameters of the model, or copies of them. It is not told when "
                 "layers go, so that what it makes of them would be of another depth, or of no use: look at "
                 "what it does, or begin it after the last removal."
+            )
+
+        if not self.record["phases"] and adapter_configs(model):
+            self._look_at_reference()
+
+    def _look_at_reference(self) -> None:
+        """Say so if trl takes the model without its adapters for the reference, as for DPO and GRPO."""
+        trainer: Any = trainer_of(self)
+        if getattr(trainer, "ref_model", self) is not None:
+            return
+        args = trainer.args
+        if getattr(args, "beta", 0) and not getattr(args, "precompute_ref_log_probs", False):
+            self._tell(
+                f"The reference of {type(trainer).__name__} is this model without its adapters, so it "
+                "loses the same layers. To compare with the original model, train without adapters, or set "
+                "precompute_ref_log_probs=True where the trainer has it."
             )
 
     def _tell(self, sign: str | None) -> None:
@@ -744,4 +762,11 @@ def _resumed_record(
         )
     check_same_settings(record["pruning"], settings, folder)
     check_same_depth(model, str(folder))
+    if args.save_only_model and not (folder / SCHEDULER_NAME).is_file():
+        logger.warning(
+            "%s was written with save_only_model=True and holds no state of the optimizer and the learning "
+            "rate schedule: both begin anew at step %d. Leave save_only_model out to resume exactly.",
+            folder,
+            state.global_step,
+        )
     return record

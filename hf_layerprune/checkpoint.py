@@ -1,6 +1,7 @@
 """Models, tokenizers, lineages and adapters from a folder or the hub, with errors that say what to do."""
 
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -35,6 +36,8 @@ from .lineage import Lineage, get_lineage, read_lineage
 from .surgery import keep_lineage
 
 
+logger = logging.getLogger(__name__)
+
 # What lies beside the weights of models that read more than text, and of sentence-transformers' models.
 COMPANIONS = (
     FEATURE_EXTRACTOR_NAME,
@@ -62,7 +65,7 @@ def load_model(name: str, **options: Any) -> PreTrainedModel:
             weights do not fit its config.
     """
     trust = options.get("trust_remote_code", False)
-    _, cls = load_class(name, trust)
+    config, cls = load_class(name, trust)
     # Tensors of another shape shall be reported, as missing ones are, and not end in a traceback.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if not issubclass(cls, PreTrainedModel):
@@ -70,6 +73,15 @@ def load_model(name: str, **options: Any) -> PreTrainedModel:
     else:
         options.pop("trust_remote_code", None)
     model, report = _load(cls, name, "model", **options)
+    named = getattr(config, "architectures", None) or []
+    if named and type(model).__name__ not in named:
+        logger.warning(
+            "The config of %s names the class %s, but the model is loaded and saved as %s: transformers has "
+            "no other class for it. Check that its outputs are right.",
+            name,
+            named[0],
+            type(model).__name__,
+        )
     lacking = sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"]))
     if lacking:
         raise LayerPruneError(
@@ -305,6 +317,11 @@ def _load(auto_class: Any, name: str, what: str, **options: Any) -> Any:
     path = Path(name)
     if (path / PRUNED_BASE).is_file():
         raise LayerPruneError(f"{name} holds adapters for a cut model: use load_pruned_adapter({name!r}).")
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise LayerPruneError(
+            f"{name} holds adapters of PEFT and no model: merge them into their base (merge_and_unload), "
+            "save that with save_pretrained, and give its folder."
+        )
     if path.exists() and not (path / "config.json").is_file():
         raise LayerPruneError(f"{name} is not a folder with a model: it has no config.json.")
     try:

@@ -335,7 +335,7 @@ def unit_losses(reader: Reader, batch: Batch) -> torch.Tensor:
     targets = tokens[:, 1:][mask].split(reader.rows_at_once)
     # Of no positions there is one empty part of targets, and none of logits.
     found = [
-        F.cross_entropy(few.float(), said, reduction="none").double()
+        F.cross_entropy(few.float(), said.long(), reduction="none").double()
         for few, said in zip(logits, targets, strict=bool(len(targets[0])))
     ]
     return _by_unit(mask, _joined(found, mask))
@@ -427,7 +427,8 @@ def _states(state: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     if state.shape[:2] != real.shape:
         raise LayerPruneError(
             f"Layers of this model pass on states of shape {tuple(state.shape)} for tokens of shape "
-            f"{tuple(real.shape)}, which this criterion cannot read: use criterion='loss'."
+            f"{tuple(real.shape)}, which this criterion cannot read: use criterion='loss', or 'positional' "
+            "if the model has no language-model head."
         )
     return state
 

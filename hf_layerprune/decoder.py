@@ -1,5 +1,6 @@
 """Where a causal language model keeps its decoder layers, and where its config counts them."""
 
+import copy
 import inspect
 import re
 from collections.abc import Callable, Iterator
@@ -7,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -103,11 +105,24 @@ def _check_counted(model: PreTrainedModel, root: nn.Module, count: int) -> None:
     outermost = [(path, module) for path, module in lists if path.count(".") == depth]
     if len(outermost) == 1:
         (path, stack), fields = outermost[0], count_fields(text_config(model.config))
+        if _builds_as_many(model, stack):  # ALBERT runs one layer again and again, Funnel has blocks of them
+            return
         raise LayerPruneError(
             f"{type(model).__name__} has {len(stack)} layers in {path}, but its config counts {count}. If "
             f"layers were cut by hand, set config.{fields[0]} = {len(stack)}, or load the model again and "
             "use remove_layers."
         )
+
+
+def _builds_as_many(model: PreTrainedModel, stack: nn.ModuleList) -> bool:
+    """Whether a new model of the same config has as many modules in the place of `stack`."""
+    path = next(name for name, module in model.named_modules() if module is stack)
+    try:
+        with torch.device("meta"):
+            fresh: Any = type(model)(copy.deepcopy(model.config)).get_submodule(path)
+    except Exception:  # the config is not one of such a model
+        return False
+    return len(fresh) == len(stack)
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import is_liger_kernel_available
 
+from .errors import LayerPruneError
 from .lineage import Lineage
 
 
@@ -91,7 +92,16 @@ def token_mask(
 
     Returns:
         `torch.Tensor`: bool, `(batch, length - 1)`.
+
+    Raises:
+        LayerPruneError: the attention mask has another shape.
     """
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise LayerPruneError(
+            f"The attention_mask has the shape {tuple(attention_mask.shape)}, but input_ids "
+            f"{tuple(input_ids.shape)}. Give a mask of one number for each token, 0 for padding. For rows of "
+            "several texts give position_ids and no mask."
+        )
     mask = torch.ones_like(input_ids[:, 1:], dtype=torch.bool)
     if labels is not None:
         mask = mask & (labels[:, 1:] != -100)
@@ -108,7 +118,7 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits (`torch.Tensor`): `(positions, vocabulary)`.
         targets (`torch.Tensor`): `(positions,)`, the tokens that follow.
     """
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+    return F.cross_entropy(logits.float(), targets.long(), reduction="sum")
 
 
 def divergence(

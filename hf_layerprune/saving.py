@@ -20,12 +20,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .adapters import (
     adapter_configs,
+    adapter_folder,
     bare_copy,
     base_name,
     base_of,
     keep_base_known,
     merged_copy,
     save_with_base,
+    starts_from_weights,
     write_whole,
 )
 from .blueprint import quiet
@@ -299,16 +301,29 @@ def _rescue(model: PreTrainedModel, folder: Path) -> Path | None:
 
 def check_reload(model: Any, folder: Path) -> None:
     """Check that what lies in `folder` loads, and gives `model`'s logits for a few tokens. Adapters in a
-    checkpoint, or for a base without a name, are loaded on a copy of the base in memory.
+    checkpoint, or for a base without a name, are loaded on a copy of the base in memory, but not where making
+    them has changed it.
 
     Raises:
         LayerPruneError: it does not.
     """
     is_checkpoint = re.fullmatch(PREFIX_CHECKPOINT_DIR + r"-\d+", folder.name)
+    if adapter_configs(model):
+        active = list(model.active_adapters)
+        if len(active) != 1:  # PEFT saves each by itself, and only together they are this model
+            logger.warning(
+                "%d adapters are active (%s). Each is saved in its own folder, so the model is not compared "
+                "with what was saved in %s.",
+                len(active),
+                ", ".join(active),
+                folder,
+            )
+            return
+        folder = adapter_folder(folder, active[0])
     try:
         if not adapter_configs(model):
             again = load_again(model, folder)
-        elif base_name(model) and not is_checkpoint:
+        elif base_name(model) and (not is_checkpoint or starts_from_weights(model)):
             again = _load_with_base(model, folder)
         else:
             with undisturbed(model):

@@ -231,12 +231,12 @@ def add_adapters(model: PreTrainedModel, peft_config: Any) -> Any:
 
     check_adapter_type(peft_config)
     own = dict(model.named_parameters())
-    before = {name: (parameter.data_ptr(), parameter._version) for name, parameter in own.items()}
+    before = {name: _fingerprint(parameter) for name, parameter in own.items()}
     try:
         adapted = get_peft_model(model, peft_config)
     except (ValueError, TypeError) as error:
         raise LayerPruneError(f"These adapters cannot be put on this model: {one_line(error)}") from error
-    changed = [name for name, p in own.items() if (p.data_ptr(), p._version) != before[name]]
+    changed = [name for name, p in own.items() if _fingerprint(p) != before[name]]
     trained = [name for name, p in own.items() if p.requires_grad]
     if changed or trained:
         raise LayerPruneError(
@@ -246,6 +246,13 @@ def add_adapters(model: PreTrainedModel, peft_config: Any) -> Any:
         )
     keep_base_known(adapted)
     return adapted
+
+
+def _fingerprint(parameter: torch.Tensor) -> tuple[int, int, float]:
+    """What tells whether a parameter was changed: its place, how often it was written to, and its sum, as
+    writing to its `data` is not counted (OLoRA)."""
+    total = 0.0 if parameter.is_meta else float(parameter.detach().sum(dtype=torch.float64).nan_to_num())
+    return parameter.data_ptr(), parameter._version, total
 
 
 def shared_prefix(student: Any, teacher: Any, input_ids: torch.Tensor) -> int:
