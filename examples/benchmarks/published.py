@@ -130,8 +130,8 @@ def gpu() -> str:
     distil, plain = steps["distillation"], steps["plain Trainer"]
     kept = found["model"]["kept"]
     sentences = (
-        f"{healed['device']}: {agree} of {len(checks['checks'])} checks agree with the CPU. A distillation step "
-        f"of Qwen2.5-3B's shape with {steps['batch']} x {steps['length']} tokens takes "
+        f"{healed['device']}: {agree} of {len(checks['checks'])} checks agree with the CPU. A step of "
+        f"distillation with Qwen2.5-3B's shape and {steps['batch']} x {steps['length']} tokens takes "
         f"{distil['step_seconds']:.2f} s and {distil['peak_gib']:.0f} GiB (plain Trainer "
         f"{plain['step_seconds']:.2f} s, {plain['peak_gib']:.0f} GiB). SmolLM2-135M with 23 of 30 layers, "
         f"reconstructed around the cut and distilled on {run['tokens']:,} tokens in {run['seconds']:.0f} s: "
