@@ -32,7 +32,7 @@ def quieten_replicas(args: TrainingArguments) -> None:
     """Let the main process alone tell what this package does; the others tell errors. Like transformers' own
     `log_level_replica`, it is for the whole process."""
     if args.process_index:
-        logging.getLogger(__package__).setLevel(logging.ERROR)
+        logging.getLogger("hf_layerprune").setLevel(logging.ERROR)
 
 
 # Where launchers say how many processes they started, as accelerate reads it.
