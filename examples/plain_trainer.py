@@ -8,7 +8,7 @@ import sys
 from transformers import Trainer, TrainingArguments
 
 from hf_layerprune import LayerPruningCallback
-from hf_layerprune.checkpoint import load_model, load_tokenizer
+from hf_layerprune.checkpoints.loading import load_model, load_tokenizer
 from hf_layerprune.data import load_texts, split_blocks, token_blocks
 
 

@@ -546,3 +546,46 @@ def _unknown_form(entry: Any) -> LayerPruneError:
         f"The calibration or evaluation data holds {what}. Each row needs input_ids, or text in a column "
         "text, messages, or prompt and completion."
     )
+
+
+def token_mask(
+    input_ids: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Which positions predict a token that counts, shifted as the logits are.
+
+    Position t counts if its target, token t + 1, has a label (not -100), and neither of the two is
+    padding.
+
+    Args:
+        input_ids (`torch.Tensor`): `(batch, length)`.
+        labels (`torch.Tensor`, *optional*): `(batch, length)`; left out, every token has a label.
+        attention_mask (`torch.Tensor`, *optional*): `(batch, length)`, 0 for padding.
+
+    Returns:
+        `torch.Tensor`: bool, `(batch, length - 1)`.
+
+    Raises:
+        LayerPruneError: the attention mask has another shape.
+    """
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise LayerPruneError(
+            f"The attention_mask has the shape {tuple(attention_mask.shape)}, but input_ids "
+            f"{tuple(input_ids.shape)}. Give a mask of one number for each token, 0 for padding. For rows of "
+            "several texts give position_ids and no mask."
+        )
+    mask = torch.ones_like(input_ids[:, 1:], dtype=torch.bool)
+    if labels is not None:
+        mask = mask & (labels[:, 1:] != -100)
+    if attention_mask is not None:
+        real = attention_mask.bool()
+        mask = mask & real[:, 1:] & real[:, :-1]
+    return mask
+
+
+def targets_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which positions `(batch, length - 1)` count, and the tokens `(batch, length)` that they are to say."""
+    labels = batch.get("labels")
+    mask = token_mask(batch["input_ids"], labels, batch.get("attention_mask"))
+    return mask, batch["input_ids"] if labels is None else labels

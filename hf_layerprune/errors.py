@@ -3,3 +3,8 @@
 
 class LayerPruneError(ValueError):
     """A mistake that the user can put right. The command line shows it as one line."""
+
+
+def one_line(error: Exception, length: int = 300) -> str:
+    """What an error says, fit to stand in the middle of a sentence."""
+    return " ".join(str(error).split())[:length]

@@ -26,9 +26,9 @@ from hf_layerprune import (
     remove_layers,
     save_adapter,
     save_model,
-    saving,
 )
-from hf_layerprune.cli import main
+from hf_layerprune.checkpoints import saving
+from hf_layerprune.commands.cli import main
 
 from .conftest import logits, make_model, tokens
 from .test_callback import pruning

@@ -13,7 +13,7 @@ from hf_layerprune import (
     save_adapter,
     score_layers,
 )
-from hf_layerprune.surgery import without_layers
+from hf_layerprune.surgery.removal import without_layers
 
 from .conftest import LAYERS, logits, make_model, tokens
 

@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune import LayerPruneError, remove_layers
-from hf_layerprune.decoder import find_decoder
+from hf_layerprune.surgery.decoder import find_decoder
 
 from .tiny_models import TYPES, VARIANTS, tiny_model
 

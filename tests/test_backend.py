@@ -7,7 +7,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from trl import BEMACallback
 
 from hf_layerprune import LayerPruneError, get_lineage
-from hf_layerprune.decoder import find_decoder
+from hf_layerprune.surgery.decoder import find_decoder
 
 from .conftest import make_model
 from .test_callback import plain_trainer, pruning

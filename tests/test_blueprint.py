@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_layerprune.blueprint import build_blueprint, differences
+from hf_layerprune.surgery.fresh_model import build_blueprint, differences
 
 from .conftest import make_model
 from .tiny_models import tiny_model

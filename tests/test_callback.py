@@ -14,10 +14,10 @@ from hf_layerprune import (
     get_lineage,
     score_layers,
 )
-from hf_layerprune.decoder import find_decoder
-from hf_layerprune.losses import divergence
-from hf_layerprune.removal import prune_layers
-from hf_layerprune.surgery import remove_layers
+from hf_layerprune.distillation.losses import divergence
+from hf_layerprune.pruning.prune import prune_layers
+from hf_layerprune.surgery.decoder import find_decoder
+from hf_layerprune.surgery.removal import remove_layers
 
 from .conftest import logits, make_model, tokens
 from .test_multiple_choice import QUESTIONS

@@ -11,12 +11,13 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import IntervalStrategy
 
-from hf_layerprune import evaluate_text, report
-from hf_layerprune.cli import main
-from hf_layerprune.evaluation import HeldOutText, agreement, compare_models, task_scores
-from hf_layerprune.record import describe_text, read_record
-from hf_layerprune.removal import prune_layers
-from hf_layerprune.report import evaluation_rows, removal_marks, table_rows, text_rows, write_card
+from hf_layerprune import evaluate_text
+from hf_layerprune.commands.cli import main
+from hf_layerprune.evaluation.evaluate import HeldOutText, agreement, compare_models, task_scores
+from hf_layerprune.pruning.prune import prune_layers
+from hf_layerprune.reports import card as report
+from hf_layerprune.reports.card import evaluation_rows, removal_marks, table_rows, text_rows, write_card
+from hf_layerprune.reports.record import describe_text, read_record
 
 from .conftest import make_model, tokens
 from .test_callback import calibration, plain_trainer, pruning

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_layerprune import LayerPruneError, remove_layers
-from hf_layerprune.checkpoint import load_lineage, load_model, load_skeleton, load_tokenizer
+from hf_layerprune.checkpoints.loading import load_lineage, load_model, load_skeleton, load_tokenizer
 
 from .conftest import logits, make_model, tokens
 from .tiny_models import tiny_model

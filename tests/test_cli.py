@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_layerprune import MultipleChoice, evaluation, remove_layers, stability
-from hf_layerprune.checkpoint import load_tokenizer
-from hf_layerprune.cli import COMMANDS, main
-from hf_layerprune.evaluation import tasks_done
-from hf_layerprune.flags import name_flags
+from hf_layerprune import MultipleChoice, remove_layers, stability
+from hf_layerprune.checkpoints.loading import load_tokenizer
+from hf_layerprune.commands.cli import COMMANDS, main
+from hf_layerprune.commands.flags import name_flags
+from hf_layerprune.evaluation import evaluate as evaluation
+from hf_layerprune.evaluation.evaluate import tasks_done
 
 from .conftest import TEXT, make_model
 from .test_multiple_choice import QUESTIONS
@@ -413,11 +414,19 @@ def test_ctrl_c_ends_with_a_line_that_says_how_to_resume(folder, capsys):
 @pytest.mark.parametrize(
     ("words", "place", "advice"),
     [
-        (["distill", "model", *DATA, *TRAIN], "trainer.DistillationTrainer.train", "wrote no checkpoint"),
-        (["prune", "model", *DATA, *TRAIN[:4]], "removal.prune_layers", "Nothing was kept"),
-        (["score", "model", *DATA, "--json", "s.json"], "scoring.score_layers", "again to go on"),
-        (["score", "model", *DATA], "scoring.score_layers", "with --json FILE to go on"),
-        (["teach", "model", *DATA, "--output_dir", "x"], "teacher_outputs.write_teacher_outputs", "to go on"),
+        (
+            ["distill", "model", *DATA, *TRAIN],
+            "distillation.trainer.DistillationTrainer.train",
+            "wrote no checkpoint",
+        ),
+        (["prune", "model", *DATA, *TRAIN[:4]], "pruning.prune.prune_layers", "Nothing was kept"),
+        (["score", "model", *DATA, "--json", "s.json"], "scoring.score.score_layers", "again to go on"),
+        (["score", "model", *DATA], "scoring.score.score_layers", "with --json FILE to go on"),
+        (
+            ["teach", "model", *DATA, "--output_dir", "x"],
+            "distillation.teacher_cache.write_teacher_outputs",
+            "to go on",
+        ),
     ],
 )
 def test_each_command_says_how_to_go_on_after_ctrl_c(folder, words, place, advice, capsys, monkeypatch):
@@ -434,7 +443,7 @@ def test_each_command_says_how_to_go_on_after_ctrl_c(folder, words, place, advic
 @pytest.mark.parametrize("command", [["distill", "model"], ["run", "default", "--model", "model"]])
 def test_what_shows_the_logs_must_be_installed(folder, command, capsys, monkeypatch):
     """In one line, before the model is loaded."""
-    monkeypatch.setattr("hf_layerprune.cli._load_model", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr("hf_layerprune.commands.cli._load_model", lambda *args: pytest.fail("loaded"))
     monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
     target = ["--target_layers", "3"] if command[0] == "distill" else ["--keep", "3"]
     for reporter, message in (("wandb", "requires wandb to be installed"), ("foo", "foo is not supported")):

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from hf_layerprune import LayerPruneError, score_layers
-from hf_layerprune.criteria import CRITERIA, UNIT, _tokens, unit_losses
-from hf_layerprune.leave_one_out import captured, hidden
-from hf_layerprune.reading import PIECE, Reader
-from hf_layerprune.surgery import without_layers
+from hf_layerprune.forward.hooks import captured, hidden
+from hf_layerprune.forward.lm_head import PIECE, Reader, unit_losses
+from hf_layerprune.forward.token_losses import UNIT
+from hf_layerprune.scoring.criteria import CRITERIA, _tokens
+from hf_layerprune.surgery.removal import without_layers
 
 from .conftest import logits, make_model, tokens
 from .tiny_models import tiny_model
@@ -215,7 +216,7 @@ def test_wrong_choices_are_refused(llama, settings, message):
 def test_logits_in_pieces_are_the_models_own(name, monkeypatch):
     model = tiny_model(name)
     whole = logits(model, tokens()).flatten(0, 1)
-    monkeypatch.setattr("hf_layerprune.reading.PIECE", 260 * 20)
+    monkeypatch.setattr("hf_layerprune.forward.lm_head.PIECE", 260 * 20)
     with torch.no_grad():
         reader = Reader(model, tokens())
         pieces = list(reader.rows(reader.states({"input_ids": tokens()}).flatten(0, 1)))

@@ -25,7 +25,7 @@ from hf_layerprune import (
     token_blocks,
     write_teacher_outputs,
 )
-from hf_layerprune.teacher_outputs import TeacherOutputs
+from hf_layerprune.distillation.teacher_cache import TeacherOutputs
 
 from .conftest import TEXT, make_model, tokens
 

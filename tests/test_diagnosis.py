@@ -2,8 +2,9 @@ import logging
 
 import pytest
 
-from hf_layerprune.diagnosis import drowned_logits, exploded, no_recovery, steep_fall
-from hf_layerprune.record import read_record
+from hf_layerprune.distillation.losses import drowned_logits
+from hf_layerprune.pruning.diagnostics import exploded, no_recovery, steep_fall
+from hf_layerprune.reports.record import read_record
 
 from .conftest import make_model
 from .test_callback import plain_trainer, pruning
@@ -98,7 +99,7 @@ def test_a_run_tells_its_signs(caplog):
 
 def test_a_place_costs_nothing(monkeypatch):
     told = []
-    monkeypatch.setattr("hf_layerprune.callback.steep_fall", lambda *args: told.append(args))
+    monkeypatch.setattr("hf_layerprune.pruning.callback.steep_fall", lambda *args: told.append(args))
     make_trainer(make_model(), max_steps=4, callbacks=[pruning(criterion="positional")]).train()
     assert told == []
     callback = pruning()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
 
 from hf_layerprune import LayerPruningCallback, get_lineage
-from hf_layerprune.record import read_record
+from hf_layerprune.reports.record import read_record
 
 from .conftest import tokens
 from .test_trainer import ALL_TERMS, examples, make_trainer, students

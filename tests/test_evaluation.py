@@ -5,16 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from hf_layerprune import (
-    LayerPruneError,
-    MultipleChoice,
-    evaluate_text,
-    evaluation,
-    remove_layers,
-    stability,
-)
+from hf_layerprune import LayerPruneError, MultipleChoice, evaluate_text, remove_layers, stability
 from hf_layerprune.data import make_batches, token_blocks
-from hf_layerprune.evaluation import (
+from hf_layerprune.evaluation import evaluate as evaluation
+from hf_layerprune.evaluation.evaluate import (
     compare_models,
     copying,
     evaluate_model,
@@ -24,7 +18,7 @@ from hf_layerprune.evaluation import (
     task_scores,
     tasks_done,
 )
-from hf_layerprune.multiple_choice import Answer, Question
+from hf_layerprune.evaluation.multiple_choice import Answer, Question
 
 from .conftest import logits, make_model, tokens
 from .test_multiple_choice import QUESTIONS, likelihoods

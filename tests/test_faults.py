@@ -31,7 +31,7 @@ from hf_layerprune import (
     last_checkpoint,
     save_model,
 )
-from hf_layerprune.record import check_folder_is_free, read_record
+from hf_layerprune.reports.record import check_folder_is_free, read_record
 
 from .conftest import make_model, tokens
 from .test_tiled_loss import perturbed

@@ -1,7 +1,7 @@
 import pytest
 
 from hf_layerprune import LayerPruneError
-from hf_layerprune.fields import cut_fields, cut_name, cut_names, is_per_layer
+from hf_layerprune.surgery.config_fields import cut_fields, cut_name, cut_names, is_per_layer
 
 
 KEPT = [0, 1, 3, 5]  # of six layers, 2 and 4 go

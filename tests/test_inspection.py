@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune import inspect_layers, remove_layers
-from hf_layerprune.cli import main
+from hf_layerprune.commands.cli import main
 
 from .conftest import make_model
 from .tiny_models import tiny_config, tiny_model

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_layerprune import LayerPruneError, MultipleChoice, score_layers
-from hf_layerprune.journal import Journal
+from hf_layerprune.scoring.journal import Journal
 
 from .conftest import make_model, tokens
 from .test_multiple_choice import QUESTIONS

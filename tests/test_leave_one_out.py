@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from hf_layerprune import LayerPruneError, remove_layers, score_layers
-from hf_layerprune.criteria import _tokens, unit_losses
-from hf_layerprune.journal import Journal
-from hf_layerprune.leave_one_out import Measure, Prefixes, Values, _student, leave_out, replayed
-from hf_layerprune.reading import Reader
-from hf_layerprune.scoring import _small_enough
-from hf_layerprune.surgery import possible_cuts, without_layers
+from hf_layerprune.forward.hooks import replayed
+from hf_layerprune.forward.lm_head import Reader, unit_losses
+from hf_layerprune.scoring.criteria import _tokens
+from hf_layerprune.scoring.journal import Journal
+from hf_layerprune.scoring.leave_one_out import Measure, Prefixes, Values, _student, leave_out
+from hf_layerprune.scoring.score import _small_enough
+from hf_layerprune.surgery.removal import possible_cuts, without_layers
 
 from .conftest import LAYERS, logits, make_model, tokens
 from .tiny_models import tiny_model

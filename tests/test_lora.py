@@ -13,7 +13,7 @@ from hf_layerprune import (
     load_pruned_adapter,
     remove_layers,
 )
-from hf_layerprune.checkpoint import load_lineage
+from hf_layerprune.checkpoints.loading import load_lineage
 
 from .conftest import logits, make_model, tokens
 from .test_callback import pruning

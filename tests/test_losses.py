@@ -7,17 +7,11 @@ import sys
 import pytest
 import torch
 
-from hf_layerprune.lineage import Lineage
-from hf_layerprune.losses import (
-    DIVERGENCES,
-    HIDDEN_ERRORS,
-    LAST,
-    cross_entropy,
-    divergence,
-    hidden_error,
-    hidden_pairs,
-    token_mask,
-)
+from hf_layerprune.data import token_mask
+from hf_layerprune.distillation.losses import divergence, hidden_error, hidden_pairs
+from hf_layerprune.forward.hooks import LAST
+from hf_layerprune.forward.token_losses import DIVERGENCES, HIDDEN_ERRORS, cross_entropy
+from hf_layerprune.surgery.lineage import Lineage
 
 from .conftest import tokens
 
@@ -121,7 +115,7 @@ def test_hidden_pairs_follow_the_lineage(kept, teacher_kept, layers, pairs):
 LIGER = """
 import json
 import torch
-from hf_layerprune.losses import divergence, likeliest, liger_divergence
+from hf_layerprune.distillation.losses import divergence, likeliest, liger_divergence
 
 generator = torch.Generator().manual_seed(0)
 ours, theirs = (torch.randn(9, 130, generator=generator) * 3 for _ in range(2))

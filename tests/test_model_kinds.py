@@ -49,7 +49,7 @@ from hf_layerprune import (
     score_layers,
     write_teacher_outputs,
 )
-from hf_layerprune.cli import main
+from hf_layerprune.commands.cli import main
 from hf_layerprune.data import token_blocks
 
 from .conftest import TEXT, make_model, tokens
@@ -365,7 +365,7 @@ def test_a_model_of_no_named_class_is_a_language_model(llama):
 
 @pytest.mark.parametrize("cls", [BertModel, BertForMaskedLM, LlamaForSequenceClassification])
 def test_a_class_is_described_before_it_is_loaded(cls):
-    from hf_layerprune.decoder import predicts_next_token
+    from hf_layerprune.surgery.decoder import predicts_next_token
 
     assert not predicts_next_token(cls)
 

@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from hf_layerprune import LayerPruneError, MultipleChoice, Question, score_layers
-from hf_layerprune.multiple_choice import _can_pack, log_likelihoods
-from hf_layerprune.reading import Reader
-from hf_layerprune.surgery import without_layers
+from hf_layerprune.evaluation.multiple_choice import _can_pack, log_likelihoods
+from hf_layerprune.forward.lm_head import Reader
+from hf_layerprune.surgery.removal import without_layers
 
 from .conftest import LAYERS, make_model
 from .tiny_models import tiny_model

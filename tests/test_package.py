@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import hf_layerprune
-from hf_layerprune.cli import main
-from hf_layerprune.record import read_record
-from hf_layerprune.report import markdown_table, table_rows
+from hf_layerprune.commands.cli import main
+from hf_layerprune.reports.card import markdown_table, table_rows
+from hf_layerprune.reports.record import read_record
 
 
 ROOT = Path(__file__).parent.parent
@@ -27,24 +27,45 @@ def test_every_public_name_can_be_imported():
 
 
 def reading_order():
-    """The modules in the order in which the README's file tree names them."""
-    tree = (ROOT / "README.md").read_text().partition("## Files")[2]
-    return re.findall(r"^ +(\w+)\.py ", tree, re.M)
+    """The modules, as `folder.file`, in the order in which the contributors' page names them."""
+    tree = (ROOT / ".github" / "CONTRIBUTING.md").read_text().partition("## Files")[2]
+    folder, found = "", []
+    for indent, name, kind in re.findall(r"^( +)(\w+)(/|\.py\b)", tree, re.M):
+        if kind == "/":
+            folder = f"{name}."
+        else:
+            found.append((folder if len(indent) > 2 else "") + name)
+    return found
 
 
-def test_the_readme_names_every_module():
-    modules = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__", "__main__"}
-    assert set(reading_order()) == modules
-    assert len(reading_order()) == len(modules)
+def modules():
+    """All modules but the packages' own files."""
+    paths = [path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py")]
+    return {".".join(path.parts) for path in paths if not path.name.startswith("__")}
+
+
+def imported_by(name):
+    """The modules of the package that a module imports, anywhere in it."""
+    text = (PACKAGE / f"{name.replace('.', '/')}.py").read_text()
+    here = name.split(".")[:-1]
+    for dots, path in re.findall(r"^ *from (\.+)([\w.]*) import", text, re.M):
+        yield ".".join([*here[: len(here) + 1 - len(dots)], path])
+
+
+def test_the_contributors_page_names_every_module_once():
+    assert set(reading_order()) == modules()
+    assert len(reading_order()) == len(modules())
 
 
 def test_a_module_imports_only_what_stands_above_it():
     order = reading_order()
     for position, name in enumerate(order):
-        text = (PACKAGE / f"{name}.py").read_text()
-        imported = set(re.findall(r"^ *from \.(\w+) import", text, re.M))
-        below = imported - set(order[:position])
-        assert not below - ({"quickstart"} if name == "cli" else set()), (name, below)
+        assert not set(imported_by(name)) - set(order[:position]), name
+
+
+def test_imports_are_seen_at_every_depth():
+    assert set(imported_by("surgery.lineage")) == {"errors", "surgery.decoder"}
+    assert {"errors", "distillation.losses", "surgery.lineage"} <= set(imported_by("distillation.trainer"))
 
 
 def test_the_top_level_is_as_agreed():

@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune import LayerPruneError, get_lineage, load_model, score_layers
-from hf_layerprune.cli import main
-from hf_layerprune.phases import run_phases
-from hf_layerprune.record import read_record
-from hf_layerprune.surgery import remove_layers
+from hf_layerprune.commands.cli import main
+from hf_layerprune.pruning.command_phases import run_phases
+from hf_layerprune.reports.record import read_record
+from hf_layerprune.surgery.removal import remove_layers
 
 from .conftest import logits, make_model, tokens
 from .test_examples import EXAMPLES

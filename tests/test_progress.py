@@ -7,8 +7,8 @@ import pytest
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from hf_layerprune import backend
-from hf_layerprune.record import read_record
+from hf_layerprune.pruning import compatibility as backend
+from hf_layerprune.reports.record import read_record
 
 from .conftest import make_model
 from .test_callback import plain_trainer, pruning

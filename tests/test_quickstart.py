@@ -3,7 +3,8 @@ import zipfile
 
 import pytest
 
-from hf_layerprune import LayerPruneError, quickstart
+from hf_layerprune import LayerPruneError
+from hf_layerprune.commands import quickstart
 
 
 def test_no_paragraph_is_in_two_parts():

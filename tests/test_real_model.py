@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from hf_layerprune import evaluate_text, get_lineage, remove_layers, score_layers
+from hf_layerprune.commands.quickstart import load_embedded_model, split_topics
 from hf_layerprune.data import make_batches, token_blocks
-from hf_layerprune.quickstart import load_embedded_model, split_topics
 
 from .conftest import logits
 

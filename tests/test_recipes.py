@@ -9,12 +9,12 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune import get_lineage, reconstruct_layers, remove_layers, score_layers
-from hf_layerprune.cli import main
+from hf_layerprune.commands.cli import main
 from hf_layerprune.data import load_texts, make_batches, split_blocks, token_blocks
-from hf_layerprune.evaluation import evaluate_text
-from hf_layerprune.recipes import shipped_recipes
-from hf_layerprune.record import read_record, write_record
-from hf_layerprune.replacement import replace_by_linear_map, replace_run
+from hf_layerprune.evaluation.evaluate import evaluate_text
+from hf_layerprune.pruning.replacement import replace_by_linear_map, replace_run
+from hf_layerprune.recipes.recipe import shipped_recipes
+from hf_layerprune.reports.record import read_record, write_record
 
 from .conftest import logits, make_model, tokens
 
@@ -75,9 +75,7 @@ def result():
 def test_every_shipped_recipe_is_of_known_fields_and_says_where_it_is_from():
     for name in shipped_recipes():
         fields = yaml.safe_load(
-            (
-                Path("/") / __import__("hf_layerprune").__path__[0] / "shipped_recipes" / f"{name}.yaml"
-            ).read_text()
+            (Path("/") / __import__("hf_layerprune").__path__[0] / "recipes" / f"{name}.yaml").read_text()
         )
         assert fields["paper"].startswith("https://arxiv.org/abs/")
         assert fields["title"]

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from transformers import get_cosine_schedule_with_warmup
 
 from hf_layerprune import LayerPruneError, Lineage, get_lineage, reconstruct_layers, remove_layers
-from hf_layerprune import reconstruction as module
-from hf_layerprune.decoder import find_decoder
-from hf_layerprune.reconstruction import Window, find_windows, mean_kl
+from hf_layerprune.distillation import reconstruction as module
+from hf_layerprune.distillation.reconstruction import Window, find_windows, mean_kl
+from hf_layerprune.surgery.decoder import find_decoder
 
 from .conftest import make_model, tokens
 

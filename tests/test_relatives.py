@@ -18,8 +18,8 @@ from hf_layerprune import (
     remove_layers,
     score_layers,
 )
-from hf_layerprune.checkpoint import load_model
-from hf_layerprune.decoder import find_decoder
+from hf_layerprune.checkpoints.loading import load_model
+from hf_layerprune.surgery.decoder import find_decoder
 
 from .conftest import logits, make_model, tokens
 

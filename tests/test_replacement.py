@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from hf_layerprune import LayerPruneError, get_lineage, remove_layers
-from hf_layerprune.decoder import find_decoder
-from hf_layerprune.replacement import RIDGES, best_ridge, replace_by_linear_map, replace_run
+from hf_layerprune.pruning.replacement import RIDGES, best_ridge, replace_by_linear_map, replace_run
+from hf_layerprune.surgery.decoder import find_decoder
 
 from .conftest import CONFIGS, logits, make_model, tokens
 from .test_trainer import examples, make_trainer

@@ -6,11 +6,11 @@ import transformers.trainer
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
-from hf_layerprune import LayerPruneError, ScoreTable, report
-from hf_layerprune.cli import main
-from hf_layerprune.record import read_record, write_record
-from hf_layerprune.removal import prune_layers
-from hf_layerprune.report import (
+from hf_layerprune import LayerPruneError, ScoreTable
+from hf_layerprune.commands.cli import main
+from hf_layerprune.pruning.prune import prune_layers
+from hf_layerprune.reports import card as report
+from hf_layerprune.reports.card import (
     healing_tokens,
     markdown_table,
     plot_phases,
@@ -18,6 +18,7 @@ from hf_layerprune.report import (
     table_rows,
     write_card,
 )
+from hf_layerprune.reports.record import read_record, write_record
 
 from .conftest import logits, make_model, tokens
 from .test_callback import calibration, pruning

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune import DistillationTrainingArguments, LayerPruneError
-from hf_layerprune.checkpoint import stored_dtype
-from hf_layerprune.cli import main
+from hf_layerprune.checkpoints.loading import stored_dtype
+from hf_layerprune.commands.cli import main
 
 from .conftest import TEXT, logits, make_model, tokens
 from .test_callback import pruning

@@ -8,15 +8,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_layerprune import (
-    LayerPruneError,
-    adapters,
-    load_pruned_adapter,
-    remove_layers,
-    save_model,
-    saving,
-)
-from hf_layerprune.removal import prune_layers
+from hf_layerprune import LayerPruneError, load_pruned_adapter, remove_layers, save_model
+from hf_layerprune.checkpoints import saving
+from hf_layerprune.pruning.prune import prune_layers
+from hf_layerprune.surgery import peft as adapters
 
 from .conftest import logits, make_model, tokens
 from .test_callback import calibration, plain_trainer, pruning

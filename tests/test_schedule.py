@@ -10,7 +10,7 @@ from transformers import TrainerCallback, get_scheduler
 
 from hf_layerprune import LayerPruneError, evaluate_text, get_lineage
 from hf_layerprune.data import make_batches
-from hf_layerprune.schedule import RestartedSchedule, phase_sizes
+from hf_layerprune.pruning.schedule import RestartedSchedule, phase_sizes
 
 from .conftest import logits, make_model, tokens
 from .test_callback import calibration, plain_trainer, pruning

@@ -21,12 +21,12 @@ from hf_layerprune import (
     remove_layers,
     score_layers,
 )
-from hf_layerprune.criteria import CRITERIA
-from hf_layerprune.decoder import find_decoder
-from hf_layerprune.leave_one_out import Prefixes, captured, hidden
-from hf_layerprune.losses import LAST
-from hf_layerprune.scoring import read_table
-from hf_layerprune.surgery import without_layers
+from hf_layerprune.forward.hooks import LAST, captured, hidden
+from hf_layerprune.scoring.criteria import CRITERIA
+from hf_layerprune.scoring.leave_one_out import Prefixes
+from hf_layerprune.scoring.score import read_table
+from hf_layerprune.surgery.decoder import find_decoder
+from hf_layerprune.surgery.removal import without_layers
 
 from .conftest import logits, make_model, tokens
 from .tiny_models import tiny_model

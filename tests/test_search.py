@@ -3,8 +3,8 @@ from itertools import combinations
 import pytest
 
 from hf_layerprune import LayerPruneError, score_layers, select_layers
-from hf_layerprune.decoder import find_decoder
-from hf_layerprune.surgery import without_layers
+from hf_layerprune.surgery.decoder import find_decoder
+from hf_layerprune.surgery.removal import without_layers
 
 from .conftest import logits, tokens
 from .test_leave_one_out import many

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BartConfig, BitsAndBytesConfig
 
 from hf_layerprune import LayerPruneError, get_lineage, remove_layers, save_model, score_layers
-from hf_layerprune.decoder import find_decoder, layer_count, text_config
-from hf_layerprune.lineage import Lineage
-from hf_layerprune.surgery import keep_lineage, possible_cuts, without_layers
+from hf_layerprune.surgery.decoder import find_decoder, layer_count, text_config
+from hf_layerprune.surgery.lineage import Lineage
+from hf_layerprune.surgery.removal import keep_lineage, possible_cuts, without_layers
 
 from .conftest import CONFIGS, LAYERS, logits, make_model, tokens
 from .tiny_models import TYPES, tiny_model

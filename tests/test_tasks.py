@@ -3,11 +3,13 @@ from pathlib import Path
 
 import pytest
 
-from hf_layerprune import LayerPruneError, MultipleChoice, evaluation, harness
-from hf_layerprune.cli import main
-from hf_layerprune.evaluation import task_scores
-from hf_layerprune.harness import read_through_harness
-from hf_layerprune.tasks import TASKS, chance, load_task
+from hf_layerprune import LayerPruneError, MultipleChoice
+from hf_layerprune.commands.cli import main
+from hf_layerprune.evaluation import evaluate as evaluation
+from hf_layerprune.evaluation import lm_eval as harness
+from hf_layerprune.evaluation.evaluate import task_scores
+from hf_layerprune.evaluation.lm_eval import read_through_harness
+from hf_layerprune.evaluation.tasks import TASKS, chance, load_task
 
 from .conftest import make_model
 

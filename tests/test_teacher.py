@@ -10,7 +10,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_layerprune import LayerPruneError, remove_layers
-from hf_layerprune.teacher import make_teacher
+from hf_layerprune.distillation.teacher import make_teacher
 
 from .conftest import logits, tokens
 from .test_trainer import make_trainer

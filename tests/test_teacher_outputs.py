@@ -7,9 +7,10 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, default_data_collator
 
 from hf_layerprune import LayerPruneError, remove_layers, write_teacher_outputs
-from hf_layerprune import teacher_outputs as module
-from hf_layerprune.losses import LAST, Likeliest, divergence, likeliest
-from hf_layerprune.teacher_outputs import TeacherOutputs, row_keys
+from hf_layerprune.distillation import teacher_cache as module
+from hf_layerprune.distillation.losses import Likeliest, divergence, likeliest
+from hf_layerprune.distillation.teacher_cache import TeacherOutputs, row_keys
+from hf_layerprune.forward.hooks import LAST
 
 from .conftest import logits, make_model, tokens
 from .test_trainer import examples, gradients, make_trainer, students

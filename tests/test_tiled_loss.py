@@ -7,10 +7,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from hf_layerprune.losses import cross_entropy, divergence, token_mask
-from hf_layerprune.reading import Reader
-from hf_layerprune.scoring import undisturbed
-from hf_layerprune.tiled_loss import TILE, tiled_loss
+from hf_layerprune.data import token_mask
+from hf_layerprune.distillation.losses import divergence
+from hf_layerprune.distillation.tiled_loss import TILE, tiled_loss
+from hf_layerprune.forward.hooks import undisturbed
+from hf_layerprune.forward.lm_head import Reader
+from hf_layerprune.forward.token_losses import cross_entropy
 
 from .conftest import make_model, tokens
 from .test_architectures import NAMES
@@ -79,7 +81,7 @@ def check_against_whole_logits(model):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr("hf_layerprune.tiled_loss.TILE", 260 * 5)
+    monkeypatch.setattr("hf_layerprune.distillation.tiled_loss.TILE", 260 * 5)
 
 
 # Among them heads with a bias, a scale, a soft cap, layers of their own and tied weights; OPT's last hidden

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from hf_layerprune import DistillationTrainingArguments, LayerPruneError, remove_layers
-from hf_layerprune.decoder import find_decoder
-from hf_layerprune.lineage import Lineage
-from hf_layerprune.teacher import shared_prefix
-from hf_layerprune.trainable import trained_layers, trained_parameters
+from hf_layerprune.distillation.teacher import shared_prefix
+from hf_layerprune.distillation.trainable import trained_layers, trained_parameters
+from hf_layerprune.surgery.decoder import find_decoder
+from hf_layerprune.surgery.lineage import Lineage
 
 from .conftest import logits, make_model, tokens
 from .test_callback import pruning
@@ -101,7 +101,7 @@ def both_ways(monkeypatch, make, **settings):
     for share in (True, False):
         with monkeypatch.context() as patch:
             if not share:
-                patch.setattr("hf_layerprune.trainer.shared_prefix", lambda *_: 0)
+                patch.setattr("hf_layerprune.distillation.trainer.shared_prefix", lambda *_: 0)
             student, teacher = make()
             trainer = make_trainer(student, teacher_model=teacher, **settings)
             student.train()

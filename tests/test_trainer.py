@@ -26,8 +26,8 @@ from hf_layerprune import (
     get_lineage,
     remove_layers,
 )
-from hf_layerprune.adapters import base_of
-from hf_layerprune.decoder import find_decoder
+from hf_layerprune.surgery.decoder import find_decoder
+from hf_layerprune.surgery.peft import base_of
 
 from .conftest import logits, make_model, tokens
 

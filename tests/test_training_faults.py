@@ -35,11 +35,12 @@ from hf_layerprune import (
     select_layers,
     write_teacher_outputs,
 )
-from hf_layerprune.backend import loss_is_known, trainer_of
-from hf_layerprune.cli import main
-from hf_layerprune.diagnosis import exploded
-from hf_layerprune.losses import DIVERGENCES, divergence, likeliest, logit_spread
-from hf_layerprune.removal import prune_layers
+from hf_layerprune.commands.cli import main
+from hf_layerprune.distillation.losses import divergence, likeliest
+from hf_layerprune.forward.token_losses import DIVERGENCES, logit_spread
+from hf_layerprune.pruning.compatibility import loss_is_known, trainer_of
+from hf_layerprune.pruning.diagnostics import exploded
+from hf_layerprune.pruning.prune import prune_layers
 
 from .conftest import LAYERS, logits, make_model, tokens
 from .test_callback import calibration, plain_trainer, pruning
@@ -571,7 +572,7 @@ def test_the_evaluation_data_serves_as_calibration(kind, form, caplog, monkeypat
     data = {"several": {"a": rows, "b": examples(2)}, "stream": rows.to_iterable_dataset()}.get(form, rows)
     used = rows
     if form == "long":
-        monkeypatch.setattr("hf_layerprune.callback.EVALUATION_ROWS", 2)
+        monkeypatch.setattr("hf_layerprune.pruning.callback.EVALUATION_ROWS", 2)
         used = rows.select([0, 2])
     tables = []
     for given, evaluated in ((None, data), (used, None)):

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_layerprune import MultipleChoice
-from hf_layerprune.harness import harness_samples
-from hf_layerprune.tasks import TASKS, load_task, split_name
+from hf_layerprune.evaluation.lm_eval import harness_samples
+from hf_layerprune.evaluation.tasks import TASKS, load_task, split_name
 
 
 def main(folder: str, limit: int, tasks: list[str]) -> None:

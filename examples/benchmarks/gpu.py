@@ -326,8 +326,8 @@ def speed(options):
 
 
 def heal(options):
-    from hf_layerprune.evaluation import copying, evaluate_text
-    from hf_layerprune.recipes import RecipeArguments, run_recipe
+    from hf_layerprune.evaluation.evaluate import copying, evaluate_text
+    from hf_layerprune.recipes.recipe import RecipeArguments, run_recipe
 
     if options.tiny:
         model, tokenizer = random_model("tiny"), None

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from hf_layerprune.cli import main as hf_layerprune
-from hf_layerprune.evaluation import share_kept, tasks_done
-from hf_layerprune.record import Record, read_record
-from hf_layerprune.report import markdown_table, plot_results, results_rows
+from hf_layerprune.commands.cli import main as hf_layerprune
+from hf_layerprune.evaluation.evaluate import share_kept, tasks_done
+from hf_layerprune.reports.card import markdown_table, plot_results, results_rows
+from hf_layerprune.reports.record import Record, read_record
 
 
 ROOT = Path(__file__).parents[2]

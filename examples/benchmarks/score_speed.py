@@ -17,13 +17,12 @@ from pathlib import Path
 import torch
 
 from hf_layerprune import score_layers
-from hf_layerprune.criteria import unit_losses
-from hf_layerprune.data import load_texts, make_batches, token_blocks
-from hf_layerprune.quickstart import load_embedded_model
-from hf_layerprune.reading import Reader, targets_of
-from hf_layerprune.record import surroundings
-from hf_layerprune.scoring import undisturbed
-from hf_layerprune.surgery import possible_cuts
+from hf_layerprune.commands.quickstart import load_embedded_model
+from hf_layerprune.data import load_texts, make_batches, targets_of, token_blocks
+from hf_layerprune.forward.hooks import undisturbed
+from hf_layerprune.forward.lm_head import Reader, unit_losses
+from hf_layerprune.reports.record import surroundings
+from hf_layerprune.surgery.removal import possible_cuts
 
 
 text, target = sys.argv[1:3]

@@ -1,0 +1,464 @@
+"""Models and adapters into a folder, checked by loading them again."""
+
+import json
+import logging
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import safetensors.torch
+import torch
+from accelerate.utils.memory import clear_device_cache
+from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..errors import LayerPruneError, one_line
+from ..forward.hooks import compared_output, undisturbed
+from ..surgery.decoder import is_sharded, text_config
+from ..surgery.fresh_model import quiet
+from ..surgery.peft import (
+    adapter_configs,
+    adapter_folder,
+    bare_copy,
+    base_name,
+    base_of,
+    keep_base_known,
+    merged_copy,
+    save_with_base,
+    starts_from_weights,
+    write_whole,
+)
+from .legacy_rope import legacy_rotary
+from .loading import load_pruned_adapter
+
+
+logger = logging.getLogger(__name__)
+
+_ADVICE = (
+    "The weights as they were in memory are safe in {folder}, but do not use them as they are. Please report "
+    "this with the model's config."
+)
+
+
+def save_model(
+    model: Any,
+    folder: str | Path,
+    *,
+    verify: bool = True,
+    legacy_rope: bool = False,
+    dtype: str | torch.dtype | None = None,
+) -> None:
+    """Save `model` as a plain transformers model and check that it is the same when loaded again.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): the model. Adapters are merged in a copy, which is compared
+            with `model` as it is, adapters included.
+        folder (`str` or `Path`): where to.
+        verify (`bool`, *optional*, defaults to `True`): load it again, as a second model in memory, and
+            compare the logits of a few tokens.
+        legacy_rope (`bool`, *optional*, defaults to `False`): see [`saving`].
+        dtype (`str` or `torch.dtype`, *optional*): see [`saving`].
+
+    Raises:
+        LayerPruneError: it cannot be saved, or is another model when loaded. It says where the weights are.
+    """
+    if not adapter_configs(model):
+        with saving(model, folder, verify=verify, legacy_rope=legacy_rope, dtype=dtype):
+            _save_cast(model, folder, dtype)
+        return
+    try:
+        merged: Any = merged_copy(model)
+        with saving(merged, folder, verify=verify, legacy_rope=legacy_rope, dtype=dtype, live=model):
+            _save_cast(merged, folder, dtype)
+    except (LayerPruneError, torch.OutOfMemoryError) as error:
+        adapters = Path(folder) / "adapter"
+        try:
+            save_with_base(model, adapters)
+            where = f"The adapters are saved in {adapters}."
+        except (OSError, safetensors.SafetensorError):
+            where = "There is no room for the adapters either: they are in memory alone."
+        raise LayerPruneError(f"{one_line(error, 1000)} {where}") from error
+
+
+def check_merge(model: Any) -> None:
+    """Check, before training, that the adapters of a `PeftModel` can be merged in a copy by [`save_model`].
+
+    Raises:
+        LayerPruneError: they cannot, or there is no memory for the copy.
+    """
+    try:
+        with undisturbed(model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT gives them again when it matters
+            merged_copy(model)
+    except torch.OutOfMemoryError as error:
+        raise LayerPruneError(
+            "There is no memory for a copy of the model, in which export='merged' merges the adapters. Set "
+            "export='adapter', and merge where there is more."
+        ) from error
+
+
+def save_adapter(
+    model: Any, folder: str | Path, *, base_model: str | None = None, verify: bool = True
+) -> None:
+    """Save only the adapters of a `PeftModel` whose base has lost layers, with what rebuilds that base: the
+    base's name and its kept layers, in `pruned_base.json`. [`load_pruned_adapter`] reads it.
+
+    Plain PEFT does not: it would put the adapters on the uncut base, on the wrong layers, without a word.
+
+    Args:
+        model (`PeftModel`): the model.
+        folder (`str` or `Path`): where to.
+        base_model (`str`, *optional*): folder or hub id of the base; left out, the one it was loaded from.
+        verify (`bool`, *optional*, defaults to `True`): load all again, and compare the logits of a few
+            tokens.
+
+    Raises:
+        LayerPruneError: it is no `PeftModel` with one adapter, its base has no name, or it is another model
+            when loaded.
+    """
+    folder, configs = Path(folder), adapter_configs(model)
+    if not configs:
+        raise LayerPruneError(f"A {type(model).__name__} has no adapters to save: use save_model.")
+    if list(configs) != ["default"] or list(model.active_adapters) != ["default"]:
+        raise LayerPruneError(f"One active adapter named 'default' is expected, there are {list(configs)}.")
+    name = base_model or base_name(model)
+    if not name:
+        raise LayerPruneError("Nobody knows where the base model is from: name it with base_model=.")
+    configs["default"].base_model_name_or_path = name  # the record, the card and PEFT's config say it
+    keep_base_known(model)
+    save_with_base(model, folder)
+    if verify:
+        _check_same(model, _load_with_base(model, folder), folder)
+
+
+@contextmanager
+def saving(
+    model: PreTrainedModel,
+    folder: str | Path,
+    *,
+    verify: bool,
+    legacy_rope: bool,
+    dtype: str | torch.dtype | None = None,
+    live: Any = None,
+) -> Iterator[None]:
+    """The context in which something saves `model` in `folder`. If it fails, the weights are put there as
+    bare tensors; if it works, what lies there is checked.
+
+    Args:
+        verify (`bool`): load the model again and compare the logits of a few tokens.
+        legacy_rope (`bool`): write the rotary settings into config.json under their old names as well
+            (`rope_theta`, `rope_scaling`), which transformers 4 and converters read.
+        dtype (`str` or `torch.dtype`, *optional*): the dtype of the saved weights, which are those of
+            [`cast_state`]; left out, that of `model`.
+        live (`PeftModel`, *optional*): the model with the adapters that were merged into `model`, to compare
+            with as well.
+
+    Raises:
+        LayerPruneError: it cannot be saved, or is another model when loaded. It says where the weights are.
+    """
+    folder = Path(folder)
+    if adapter_configs(model):
+        raise LayerPruneError("A PeftModel is no plain model: merge it first, or use save_adapter.")
+    old_names = legacy_rotary(model.config) if legacy_rope else {}
+    try:
+        check_writable(folder)
+        with _unchecked(model):
+            yield
+    except Exception as error:
+        rescue = _rescue(model, folder)
+        where = f"All its weights are safe, as they are in memory, in {rescue}."
+        if rescue is None:
+            where = "There is no room for its bare weights either: they are in memory alone. Save them again."
+        raise LayerPruneError(
+            f"The model cannot be saved as a plain model in {folder}: {one_line(error)} {where}"
+        ) from error
+    if old_names:
+        _add_fields(folder / "config.json", old_names)
+    saved_dtype = _saved_dtype(model, dtype)
+    if saved_dtype != model.dtype:
+        _name_dtype(folder / "config.json", str(saved_dtype).removeprefix("torch."))
+    if verify:
+        again = load_again(model, folder)
+        _put_back_precision(model, again, saved_dtype, folder)
+        _check_same(model, again, folder)
+        if live is not None:
+            _check_same(live, again, folder, merged=True)
+
+
+def _save_cast(model: PreTrainedModel, folder: str | Path, dtype: str | torch.dtype | None) -> None:
+    state = cast_state(model, dtype)
+    if state is None:
+        model.save_pretrained(folder)
+    else:
+        model.save_pretrained(folder, state_dict=state)
+
+
+def cast_state(model: PreTrainedModel, dtype: str | torch.dtype | None) -> dict[str, torch.Tensor] | None:
+    """Returns the state dict to save `model` with in `dtype`, or None if it has that dtype.
+
+    Weights that transformers keeps in float32 when it loads this model in `dtype` stay as they are.
+    """
+    saved_dtype = _saved_dtype(model, dtype)
+    if saved_dtype == model.dtype:
+        return None
+    cast: dict[tuple[int, torch.Size], torch.Tensor] = {}  # tied weights stay one tensor
+    state = {}
+    for name, tensor in model.state_dict().items():
+        place = tensor.data_ptr(), tensor.shape
+        if place not in cast:
+            cast[place] = tensor.to(_dtype_of(model, name, tensor, saved_dtype))
+        state[name] = cast[place]
+    return state
+
+
+def _saved_dtype(model: PreTrainedModel, dtype: str | torch.dtype | None) -> torch.dtype:
+    """The dtype that `model` is saved in. What is quantised keeps its own."""
+    if dtype is None or getattr(model, "hf_quantizer", None) is not None:
+        return model.dtype
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
+def _dtype_of(model: PreTrainedModel, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    # The rule by which `from_pretrained` keeps some modules in float32 has no public name.
+    kept = any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in model._get_dtype_plan(dtype))
+    return tensor.dtype if kept or not tensor.is_floating_point() else dtype
+
+
+def _put_back_precision(
+    model: PreTrainedModel, again: PreTrainedModel, dtype: torch.dtype, folder: Path
+) -> None:
+    """Check that the weights of `again` are `model`'s, rounded to `dtype`, and undo the rounding, so that
+    its logits compare to the last digits."""
+    if dtype == model.dtype:
+        return
+    exact = model.state_dict()
+    for name, tensor in again.state_dict().items():
+        whole = exact[name].to(tensor.device)
+        rounded = whole.to(_dtype_of(model, name, whole, dtype)).to(tensor.dtype)
+        if not torch.allclose(tensor, rounded, rtol=0, atol=0, equal_nan=True):
+            raise LayerPruneError(
+                f"What was saved is another model when loaded: {name} is not the weight in memory, rounded "
+                f"to {dtype}. {_ADVICE.format(folder=folder)}"
+            )
+    again.load_state_dict(exact)
+
+
+def check_writable(folder: str | Path) -> None:
+    """Make `folder` if there is none, and check that files can be written there.
+
+    Raises:
+        LayerPruneError: they cannot.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise LayerPruneError(f"Cannot write to the output folder {folder}: {error}") from error
+
+
+def check_configs(model: Any) -> None:
+    """Check, before any long work, that transformers saves the configs of `model`: both refuse some values.
+
+    Raises:
+        LayerPruneError: it does not.
+    """
+    base = base_of(model)
+    configs: dict[str, Any] = {"config": base.config}
+    configs |= {"generation_config": base.generation_config} if base.can_generate() else {}
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        for name, config in configs.items():
+            try:
+                config.save_pretrained(folder)
+            except Exception as error:  # whatever it is, the first save would meet it
+                raise LayerPruneError(
+                    f"transformers refuses to save model.{name}: {one_line(error, 600)} Change model.{name} "
+                    f"before training, or {name}.json in the folder of the model."
+                ) from error
+
+
+def _rescue(model: PreTrainedModel, folder: Path) -> Path | None:
+    """Put the bare weights into `folder`, or where the system keeps what is for a while, if they fit."""
+    for place in (folder, Path(tempfile.gettempdir()) / f"{folder.name}-{os.getpid()}"):
+        rescue = place / "rescued.safetensors"
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            safetensors.torch.save_model(model, str(rescue))
+        except (OSError, safetensors.SafetensorError):  # no room there either
+            if rescue.is_file():
+                rescue.unlink()
+        else:
+            return rescue
+    return None
+
+
+def check_reload(model: Any, folder: Path) -> None:
+    """Check that what lies in `folder` loads, and gives `model`'s logits for a few tokens. Adapters in a
+    checkpoint, or for a base without a name, are loaded on a copy of the base in memory, but not where making
+    them has changed it.
+
+    Raises:
+        LayerPruneError: it does not.
+    """
+    is_checkpoint = re.fullmatch(PREFIX_CHECKPOINT_DIR + r"-\d+", folder.name)
+    if adapter_configs(model):
+        active = list(model.active_adapters)
+        if len(active) != 1:  # PEFT saves each by itself, and only together they are this model
+            logger.warning(
+                "%d adapters are active (%s). Each is saved in its own folder, so the model is not compared "
+                "with what was saved in %s.",
+                len(active),
+                ", ".join(active),
+                folder,
+            )
+            return
+        folder = adapter_folder(folder, active[0])
+    try:
+        if not adapter_configs(model):
+            again = load_again(model, folder)
+        elif base_name(model) and (not is_checkpoint or starts_from_weights(model)):
+            again = _load_with_base(model, folder)
+        else:
+            with undisturbed(model):
+                again = load_pruned_adapter(str(folder), base_model=bare_copy(model))
+    except torch.OutOfMemoryError:
+        logger.warning("There is no memory to load what was saved in %s again and check it.", folder)
+        clear_device_cache(garbage_collection=True)
+        return
+    _check_same(model, again, folder)
+
+
+def _load_with_base(model: Any, folder: Path) -> Any:
+    """The adapters in `folder` on the base that they name, loaded as `model`'s is."""
+    base = base_of(model)
+    quantised = getattr(base.config, "quantization_config", None)
+    options: dict[str, Any] = {"quantization_config": quantised} if quantised else {}
+    with undisturbed(model):
+        return load_pruned_adapter(str(folder), dtype=base.dtype, **options)
+
+
+def check_saves(model: Any) -> None:
+    """Let every `save_pretrained` of `model` by a Trainer load again what it wrote, and compare.
+
+    It is a method of this object, as accelerate's `forward` is, so that it follows the model into a copy.
+    """
+    vars(model)["save_pretrained"] = MethodType(_save_and_check, model)
+
+
+@contextmanager
+def _unchecked(model: Any) -> Iterator[None]:
+    """Within this context [`check_saves`] does nothing: whoever saves then checks, or was told not to."""
+    method = vars(model).get("save_pretrained")
+    ours = getattr(method, "__func__", None) is _save_and_check
+    if ours:
+        del vars(model)["save_pretrained"]
+    try:
+        yield
+    finally:
+        if ours:
+            vars(model)["save_pretrained"] = method
+
+
+def _save_and_check(model: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    """See `PreTrainedModel.save_pretrained`."""
+    save = save_with_base if adapter_configs(model) else type(model).save_pretrained
+    save(model, save_directory, *args, **kwargs)
+    by_trainer = not args and kwargs.keys() <= {"state_dict", "is_main_process"}
+    writes = kwargs.get("is_main_process", True)
+    if by_trainer and writes and not is_sharded(model):  # one process cannot read with a sharded model
+        check_reload(model, Path(save_directory))
+
+
+def load_again(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model in `folder`, loaded as `model` is.
+
+    Raises:
+        LayerPruneError: what lies there does not load, or its weights do not fit its config.
+    """
+    advice = _ADVICE.format(folder=folder)
+    options = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
+    cls: Any = type(model)
+    try:
+        with undisturbed(model):  # building a model may draw random numbers
+            again, report = cls.from_pretrained(str(folder), output_loading_info=True, **options)
+    except Exception as error:
+        raise LayerPruneError(f"What was saved does not load: {one_line(error)} {advice}") from error
+    wrong = {what: sorted(map(str, names))[:3] for what, names in report.items() if names}
+    if wrong:
+        raise LayerPruneError(f"What was saved does not fit its config: {wrong}. {advice}")
+    again.config._name_or_path = model.config._name_or_path
+    return again
+
+
+def _check_same(model: Any, again: Any, folder: Path, merged: bool = False) -> None:
+    base = base_of(model)
+    text = text_config(base.config)
+    length = min(16, getattr(text, "max_position_embeddings", None) or 16)
+    tokens = torch.arange(2 * length, device=base.device).view(2, length) % text.vocab_size
+    there = dict(base_of(again).named_buffers())
+    for name, buffer in base.named_buffers():
+        if name in there:  # `.to(torch.bfloat16)` rounds rotary tables, which loading does not
+            there[name].data = there[name].to(buffer.dtype)
+    try:
+        with undisturbed(model):
+            # Not through the precision context in which accelerate wraps a model in training.
+            live = compared_output(model, tokens, getattr(model, "_original_forward", None))
+            saved = compared_output(again.eval().to(base.device), tokens)
+    except torch.OutOfMemoryError:
+        logger.warning("What was saved in %s loads; there is no memory to compare its logits.", folder)
+        clear_device_cache(garbage_collection=True)
+        return
+    except Exception as error:
+        raise LayerPruneError(
+            f"The model cannot be compared with what was saved, as it does not read tokens alone: "
+            f"{one_line(error)} If that is right, save it without verify. {_ADVICE.format(folder=folder)}"
+        ) from error
+    distance, limit = _distance(live.float(), saved.float()), 1e-3 if base.dtype == torch.float32 else 0.05
+    if merged and _is_exact(base):
+        limit = 1e-2  # merging rounds more than once
+    elif merged:
+        distance, limit = _distance(live.float(), saved.float(), torch.median), 0.1
+    if not distance <= limit:
+        raise LayerPruneError(
+            f"What was saved is another model when loaded: its logits are off by {distance:.2g} of their "
+            "standard deviation. (A model cast by hand, as with .bfloat16(), may be: load it with dtype= "
+            "instead.) "
+            f"{_ADVICE.format(folder=folder)}"
+        )
+
+
+def _distance(live: torch.Tensor, saved: torch.Tensor, summary: Any = torch.max) -> float:
+    """How far two models' logits are apart, in standard deviations. NaN and infinity equal themselves."""
+    equal = (live == saved) | (live.isnan() & saved.isnan())
+    apart = torch.where(equal, 0.0, (live - saved).abs())
+    finite = live[live.isfinite()]
+    scale = float(finite.std()) if len(finite) > 1 else 0.0
+    return float(summary(apart)) / (scale or 1.0)
+
+
+def _is_exact(base: PreTrainedModel) -> bool:
+    """Whether merging adapters changes no more than the last digits of logits. In bfloat16 it changes some by
+    a standard deviation, as the rounding of activations does, but the median by less than 0.05."""
+    highest = torch.get_float32_matmul_precision() == "highest"
+    return base.dtype == torch.float32 and highest and getattr(base, "hf_quantizer", None) is None
+
+
+def _name_dtype(path: Path, dtype: str) -> None:
+    """Let the config.json at `path` say that the weights are of this dtype."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for part in (config, *config.values()):
+        if isinstance(part, dict) and "dtype" in part:
+            part["dtype"] = dtype
+    write_whole(path, json.dumps(config, indent=2) + "\n")
+
+
+def _add_fields(path: Path, fields: dict[str, Any]) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.get("text_config", config).update(fields)
+    write_whole(path, json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,268 @@
+"""What can be said on the command line: the fields are the flags."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from ..errors import LayerPruneError
+
+
+# Arguments in Python that a command calls otherwise.
+OTHER_NAMES = {"target_layers": "keep", "teacher_model": "teacher"}
+
+
+def name_flags(message: str, names: Iterable[str]) -> str:
+    """Returns a message of the library as a user of the command line reads it: `--max_steps` for max_steps,
+    `--trainable all` for trainable='all'.
+
+    Args:
+        message (`str`): what went wrong.
+        names (iterable of `str`): of the command's flags, without dashes. One that is also a word of English
+            is replaced only where the message begins with it, or gives it a value.
+    """
+    flags = {name: f"--{name}" for name in names}
+    flags |= {
+        name: flags[other] for name, other in OTHER_NAMES.items() if name not in flags and other in flags
+    }
+    if not flags:
+        return message
+    if "resume" in flags:
+        message = message.replace("resume_from_checkpoint=True", "--resume")
+
+    def pattern(words: Iterable[str]) -> str:
+        return rf"(?<![\w/.-])({'|'.join(sorted(words, key=len, reverse=True))})"
+
+    underscored = [name for name in flags if "_" in name]
+    message = re.sub(
+        rf"{pattern(flags)}=(?:(['\"])(.*?)\2|(\w[\w.]*\b))",
+        lambda found: f"{flags[found[1]]} {found[3] or found[4]}",
+        message,
+    )
+    message = re.sub(rf"^{pattern(flags)}(?= is | has )", lambda found: flags[found[1]], message)
+    if underscored:
+        ends = r"(?![\w/]|\.\w)"
+        message = re.sub(pattern(underscored) + ends, lambda found: flags[found[1]], message)
+    return message
+
+
+@dataclass
+class ModelArguments:
+    """How a model is loaded."""
+
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run the code that comes with model and teacher. It can do anything."},
+    )
+
+
+@dataclass
+class TextArguments:
+    """Where text comes from and how it is cut."""
+
+    data: str = field(metadata={"help": "Text: a .txt, .jsonl or .jsonl.gz file, or the id of a data set."})
+    data_field: str = field(default="text", metadata={"help": "The field that holds the text."})
+    data_split: str = field(default="train", metadata={"help": "Split of a data set on the hub."})
+    data_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a data set on the hub."}
+    )
+    block_length: int = field(default=256, metadata={"help": "Tokens in a block."})
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "For run and distill: read the text bit by bit as training goes on; its first blocks are "
+            "for calibration and evaluation."
+        },
+    )
+
+
+@dataclass
+class OptionalTextArguments(TextArguments):
+    """Text for `evaluate`, which can do without."""
+
+    data: str | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={
+            "help": "Text to read and copy: a .txt, .jsonl or .jsonl.gz file, or the id of a data set. "
+            "Default: only --tasks are measured."
+        },
+    )
+
+
+@dataclass
+class CriterionArguments:
+    """How layers are scored."""
+
+    criterion: str = field(
+        default="loss",
+        metadata={
+            "help": "What makes a layer important. Classifiers, encoders, reward and embedding models go "
+            "with block_influence, angular, hidden_mse and positional.",
+            "choices": ["loss", "kl", "hidden_mse", "block_influence", "angular", "taylor", "positional"],
+        },
+    )
+    racing: float | None = field(
+        default=None,
+        metadata={"help": "Confidence, as 0.99, to stop scoring layers that surely matter more."},
+    )
+    calibration_blocks: int = field(default=16, metadata={"help": "Blocks of the text to score with."})
+    protected: list[int] | None = field(
+        default=None, metadata={"help": "Layers that stay. Default: the first and the last."}
+    )
+
+
+@dataclass
+class ScoreArguments:
+    """Output of `score`."""
+
+    plot: str | None = field(default=None, metadata={"help": "Write a bar chart to this file."})
+    json: str | None = field(
+        default=None,
+        metadata={"help": "Write the table to this file; stopped and called again, scoring goes on."},
+    )
+    run: int = field(default=1, metadata={"help": "Score runs of so many layers, each by its first."})
+    compare: str | None = field(
+        default=None,
+        metadata={"help": "Other text, or a table of --json: how alike do they rank the layers?"},
+    )
+
+
+@dataclass
+class PruneArguments:
+    """What `prune` and `distill` are to reach."""
+
+    target_layers: int = field(metadata={"help": "How many layers the model shall have."})
+    heldout_blocks: int = field(default=16, metadata={"help": "Blocks of the text to measure perplexity on."})
+
+
+@dataclass
+class PruneOutput:
+    """Output of `prune`."""
+
+    output_dir: str = field(metadata={"help": "A new folder for the model."})
+    verify_save: bool = field(
+        default=True, metadata={"help": "Load the saved model again and compare its logits."}
+    )
+    legacy_rope: bool = field(
+        default=False, metadata={"help": "Write rotary settings as transformers 4 reads them, too."}
+    )
+
+
+@dataclass
+class SizeArguments:
+    """How much goes at once."""
+
+    layers_per_phase: float = field(
+        default=1, metadata={"help": "Layers to remove in each phase, or a share of them, as 0.3."}
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.layers_per_phase < float("inf"):
+            raise LayerPruneError(
+                f"layers_per_phase is {self.layers_per_phase}: give a number of layers, or a share below 1."
+            )
+        if self.layers_per_phase >= 1 and self.layers_per_phase == int(self.layers_per_phase):
+            self.layers_per_phase = int(self.layers_per_phase)
+
+
+@dataclass
+class PhaseArguments:
+    """The phases of `distill`."""
+
+    teacher: str | None = field(
+        default=None,
+        metadata={"help": "Folder (also of `teach`) or hub id of the teacher. Default: the model itself."},
+    )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={"help": "Train LoRA adapters of this rank; the teacher then shares the model's weights."},
+    )
+    steps_per_phase: int | None = field(
+        default=None,
+        metadata={"help": "Steps after each removal. Default: all shared out equally."},
+    )
+    tokens_per_phase: int | None = field(default=None, metadata={"help": "Instead, so many tokens."})
+    restart_learning_rate: bool = field(
+        default=False, metadata={"help": "Run through the whole learning rate schedule in each phase."}
+    )
+    quality_floor: float | None = field(
+        default=None,
+        metadata={"help": "Stop removing when minus the calibration loss is below this."},
+    )
+    min_recovery: float | None = field(
+        default=None,
+        metadata={
+            "help": "End, and put layers back, when a phase wins back less than this share of their cost."
+        },
+    )
+    resume: bool = field(
+        default=False, metadata={"help": "Go on from the last whole checkpoint in output_dir."}
+    )
+
+
+@dataclass
+class TeachArguments:
+    """Output of `teach`."""
+
+    output_dir: str = field(metadata={"help": "A folder for what it says; called again, this goes on."})
+    top_k: int = field(default=64, metadata={"help": "Tokens to keep at each position, the likeliest."})
+    temperature: float = field(default=1.0, metadata={"help": "That of `distill`."})
+    hidden_layers: list[int] = field(
+        default_factory=list, metadata={"help": "Original indices of the layers whose outputs to keep."}
+    )
+    batch_size: int = field(default=8, metadata={"help": "Blocks to read at once."})
+
+
+@dataclass
+class InspectArguments:
+    """Output of `inspect`."""
+
+    json: str | None = field(default=None, metadata={"help": "Write what was found to this file."})
+
+
+@dataclass
+class EvaluateArguments:
+    """Output of `evaluate`."""
+
+    max_blocks: int = field(default=64, metadata={"help": "Blocks of the text to use at most."})
+    tasks: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "hellaswag, arc_easy, arc_challenge, piqa, lambada_openai, sciq, boolq from the hub, or "
+            "NAME=FILE with its rows as JSON lines; questions=FILE for your own, with context, choices and "
+            "answer. What is kept, and how far each model answers as the first does (agreement, stability)."
+        },
+    )
+    limit: int | None = field(default=None, metadata={"help": "Only the first so many questions of a task."})
+    lm_eval: bool = field(
+        default=False, metadata={"help": "Read the tasks through lm-eval, which knows many more."}
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Precision to measure in. Default: of each model as it is stored.",
+            "choices": ["auto", "float32", "bfloat16", "float16"],
+        },
+    )
+    json: str | None = field(
+        default=None,
+        metadata={
+            "help": "Write the numbers to this file. What it holds already, of the same model, text and "
+            "questions, is not measured again (but by lm-eval), so that long evaluations go on after a stop."
+        },
+    )
+
+
+@dataclass
+class CardArguments:
+    """What is said in a model card."""
+
+    evaluation: str | None = field(
+        default=None, metadata={"help": "What evaluate --json wrote of the dense model first, and of this."}
+    )
+    base_model: str | None = field(
+        default=None, metadata={"help": "Hub id of the original, where it was a folder."}
+    )
+    repository: str | None = field(default=None, metadata={"help": "Hub id to load the model by."})
+    license: str | None = field(default=None, metadata={"help": "Licence, as the hub names it."})
+    language: str | None = field(default=None, metadata={"help": "Language, as en."})
+    datasets: list[str] | None = field(default=None, metadata={"help": "Ids of what it was healed on."})

@@ -1,0 +1,215 @@
+"""Settings of distillation, beside those of the Trainer."""
+
+import logging
+from dataclasses import dataclass, field
+
+from accelerate.utils import get_int_from_env
+from transformers import TrainingArguments
+
+from ..errors import LayerPruneError
+from ..forward.token_losses import DIVERGENCES, HIDDEN_ERRORS
+from ..surgery.lineage import plain_int
+from .trainable import CHOICES, check_trainable
+
+
+# Iterative Layer-wise Distillation (2511.05085) adds sum(KL) / 100, over the positions of a batch of
+# 2 x 2048, to the SUM of two hidden-state errors. Here all terms are means: per token, over layers.
+LOSS_PRESETS = {
+    "paper": {
+        "kl_weight": 2 * 2048 / 100,
+        "hidden_weight": 2.0,
+        "ce_weight": 0.0,
+        "temperature": 1.0,
+    }
+}
+
+
+EXPORTS = ("merged", "adapter")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def quieten_replicas(args: TrainingArguments) -> None:
+    """Let the main process alone tell what this package does; the others tell errors. Like transformers' own
+    `log_level_replica`, it is for the whole process."""
+    if args.process_index:
+        logging.getLogger("hf_layerprune").setLevel(logging.ERROR)
+
+
+# Where launchers say how many processes they started, as accelerate reads it.
+WORLD_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
+
+
+def check_processes_joined(args: TrainingArguments) -> None:
+    """Check that the processes of a launcher train together, and not each a model of its own.
+
+    Raises:
+        LayerPruneError: they do not.
+    """
+    started = get_int_from_env(WORLD_SIZES, 1)
+    if started > 1 and args.world_size == 1:
+        raise LayerPruneError(
+            f"The launcher started {started} processes, but each would train alone and write to the same "
+            f"{args.output_dir}: they are not joined on {args.device}. On a machine without GPUs set "
+            "use_cpu=True in the training arguments (or the environment variable ACCELERATE_USE_CPU=true). "
+            "For a single process start with `python`."
+        )
+
+
+@dataclass
+class DistillationTrainingArguments(TrainingArguments):
+    """[`~transformers.TrainingArguments`] and how much each loss of distillation counts.
+
+    Args:
+        kl_weight (`float`, *optional*, defaults to 1.0):
+            Weight of the divergence from the teacher's distribution over the vocabulary, mean per token.
+        divergence (`str`, *optional*, defaults to `"kl"`):
+            `"kl"`, KL(teacher || student); `"reverse_kl"`, KL(student || teacher); or `"jsd"`, the
+            Jensen-Shannon divergence between the two.
+        jsd_beta (`float`, *optional*, defaults to 0.5):
+            For `"jsd"`: near 0 as the forward, near 1 as the reverse KL (2306.13649, section 2).
+        hidden_weight (`float`, *optional*, defaults to 0.0):
+            Weight of the error of hidden states, mean per token and compared layer.
+        hidden_loss (`str`, *optional*, defaults to `"mse"`):
+            `"mse"`, the mean squared error, whose scale differs by orders of magnitude between models;
+            `"normalized_mse"`, relative to the teacher's mean square; or `"cosine"`, one minus the cosine.
+        balance_hidden (`bool`, *optional*, defaults to `False`):
+            Whether `hidden_weight` is relative to the other terms: times their mean since the last cut over
+            the mean error, so that 1.0 makes both equal. The first step after a cut goes without.
+        ce_weight (`float`, *optional*, defaults to 0.0):
+            Weight of the cross-entropy on the labels, mean per token.
+        temperature (`float`, *optional*, defaults to 1.0):
+            Divides both logits in the divergence.
+        top_k (`int`, *optional*):
+            The divergence sees so many of the teacher's likeliest tokens and all others as one. Left out, all
+            are seen, or what the teacher wrote.
+        hidden_layers (`list[int]`, *optional*):
+            Layers whose outputs are compared, by index in the original model. Left out, the layer
+            after each cut and the last layer (after the final norm), or those that the teacher wrote.
+        trainable (`str`, *optional*, defaults to `"all"`):
+            What is trained, of what has `requires_grad`: `"all"`; `"around_cuts"`, the layers next to each
+            cut (2511.05085), again after each removal; or as `"4"` the output head and so many last
+            layers. The layers before the first trained one run once for teacher and student.
+        loss_preset (`str`, *optional*):
+            `"paper"` sets the four numbers above as in 2511.05085 at its batch of 2 x 2048 positions.
+        export (`str`, *optional*, defaults to `"merged"`):
+            What is saved of a model with adapters, except in checkpoints: `"merged"`, a plain model; or
+            `"adapter"`, only these, with what rebuilds the cut base, see [`save_adapter`].
+        verify_save (`bool`, *optional*, defaults to `True`):
+            Load each saved model again, as one more model in memory, and stop if its logits differ. The
+            weights stay on disk.
+        save_dtype (`str`, *optional*):
+            Dtype of the saved model: `"float32"`, `"bfloat16"` or `"float16"`. Left out, that of the model.
+            Checkpoints and adapters keep the dtype of training.
+        legacy_rope (`bool`, *optional*, defaults to `False`):
+            Write rotary settings under their old names too, for transformers 4 and converters.
+    """
+
+    kl_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the divergence from the teacher, mean per token."}
+    )
+    divergence: str = field(
+        default="kl",
+        metadata={
+            "help": "KL(teacher || student), KL(student || teacher), or Jensen-Shannon between them.",
+            "choices": list(DIVERGENCES),
+        },
+    )
+    jsd_beta: float = field(
+        default=0.5, metadata={"help": "For jsd: near 0 as the forward, near 1 as the reverse KL."}
+    )
+    hidden_weight: float = field(default=0.0, metadata={"help": "Weight of the error of hidden states."})
+    hidden_loss: str = field(
+        default="mse",
+        metadata={
+            "help": "Squared error, the same relative to the teacher's size, or one minus the cosine.",
+            "choices": list(HIDDEN_ERRORS),
+        },
+    )
+    balance_hidden: bool = field(
+        default=False,
+        metadata={"help": "hidden_weight is relative to the other terms: 1.0 makes both equal."},
+    )
+    ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy on the labels."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Divides teacher and student logits in the divergence."}
+    )
+    top_k: int | None = field(
+        default=None,
+        metadata={"help": "See so many of the teacher's likeliest tokens, and all others as one."},
+    )
+    hidden_layers: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Original indices of the layers to compare. Default: the layer after each cut "
+            "and the last."
+        },
+    )
+    trainable: str = field(default="all", metadata={"help": f"What is trained: {CHOICES}."})
+    loss_preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "'paper' sets the weights and the temperature as in arXiv 2511.05085.",
+            "choices": list(LOSS_PRESETS),
+        },
+    )
+    export: str = field(
+        default="merged",
+        metadata={"help": "What is saved of a model with adapters.", "choices": list(EXPORTS)},
+    )
+    verify_save: bool = field(
+        default=True, metadata={"help": "Load each saved model again and compare its logits."}
+    )
+    save_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dtype of the saved model. Default: the model's; on the command line that of the stored "
+            "MODEL.",
+            "choices": list(DTYPES),
+        },
+    )
+    legacy_rope: bool = field(
+        default=False, metadata={"help": "Write rotary settings as transformers 4 reads them, too."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden_layers is not None:
+            self.hidden_layers = [plain_int(layer) for layer in self.hidden_layers]
+        self.top_k = plain_int(self.top_k)
+        if self.loss_preset is not None:
+            if self.loss_preset not in LOSS_PRESETS:
+                raise LayerPruneError(
+                    f"loss_preset is {self.loss_preset!r}: choose from {', '.join(LOSS_PRESETS)}."
+                )
+            for name, value in LOSS_PRESETS[self.loss_preset].items():
+                setattr(self, name, value)
+        weights = {name: getattr(self, name) for name in ("kl_weight", "hidden_weight", "ce_weight")}
+        for name, value in weights.items():
+            if not 0 <= value < float("inf"):
+                raise LayerPruneError(f"{name} is {value}: it must be a number of at least 0.")
+        if not any(weights.values()):
+            raise LayerPruneError("All loss weights are 0: nothing would be trained.")
+        if self.balance_hidden and not (self.hidden_weight and (self.kl_weight or self.ce_weight)):
+            raise LayerPruneError(
+                "balance_hidden needs a hidden_weight, and kl_weight or ce_weight to be relative to."
+            )
+        if self.hidden_weight and self.hidden_layers == []:
+            raise LayerPruneError("hidden_layers names none, and hidden_weight compares them: leave one out.")
+        check_trainable(self.trainable)
+        choices_of = {"divergence": DIVERGENCES, "hidden_loss": HIDDEN_ERRORS, "export": EXPORTS}
+        for name, choices in choices_of.items():
+            if getattr(self, name) not in choices:
+                raise LayerPruneError(f"{name} is {getattr(self, name)!r}: choose from {', '.join(choices)}.")
+        if self.save_dtype is not None and self.save_dtype not in DTYPES:
+            raise LayerPruneError(f"save_dtype is {self.save_dtype!r}: choose from {', '.join(DTYPES)}.")
+        if not 0 < self.jsd_beta < 1:
+            raise LayerPruneError(f"jsd_beta is {self.jsd_beta}: it must be above 0 and below 1.")
+        if self.top_k is not None and self.top_k < 1:
+            raise LayerPruneError(f"top_k is {self.top_k}: it must be at least 1.")
+        if not 0 < self.temperature < float("inf"):
+            raise LayerPruneError(f"temperature is {self.temperature}: it must be above 0.")
+        if self.label_smoothing_factor:
+            raise LayerPruneError(
+                "label_smoothing_factor is not used by distillation: the teacher's distribution "
+                "takes its place. Set it to 0."
+            )

@@ -1,0 +1,73 @@
+"""Which parameters of a cut model are trained."""
+
+from typing import Any
+
+from torch import nn
+
+from ..errors import LayerPruneError
+from ..surgery.decoder import find_decoder
+from ..surgery.lineage import Lineage, get_lineage
+from ..surgery.peft import base_of
+
+
+CHOICES = "'all', 'around_cuts', or a number of last layers, as '4'"
+
+
+def forget_parameters(optimizer: Any, model: nn.Module) -> None:
+    """Make `optimizer`, in place, forget the parameters that `model` no longer has, and their state."""
+    inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    live = {id(parameter) for parameter in model.parameters()}
+    for group in inner.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) in live]
+    for parameter in [p for p in inner.state if id(p) not in live]:
+        del inner.state[parameter]
+
+
+def check_trainable(what: str) -> None:
+    """Check a choice of what is trained.
+
+    Raises:
+        LayerPruneError: it is none.
+    """
+    if what not in ("all", "around_cuts") and not (what.isdecimal() and int(what) > 0):
+        raise LayerPruneError(f"trainable is {what!r}: it must be {CHOICES}.")
+
+
+def trained_layers(lineage: Lineage, what: str) -> list[int]:
+    """The present indices of the layers that are trained.
+
+    Args:
+        lineage (`Lineage`): of the model.
+        what (`str`): `"all"`; `"around_cuts"`, the last layer before and the first after each cut (Iterative
+            Layer-wise Distillation, 2511.05085, section 3); or a number of last layers.
+    """
+    count = len(lineage.kept)
+    if what == "all":
+        return list(range(count))
+    if what != "around_cuts":
+        return list(range(max(0, count - int(what)), count))
+    after = [*lineage.after_cuts, *([count] if lineage.kept[-1] < lineage.original - 1 else [])]
+    return sorted({i for cut in after for i in (cut - 1, cut) if 0 <= i < count})
+
+
+def trained_parameters(model: Any, what: str) -> list[nn.Parameter]:
+    """The parameters of `model` that are trained: those of [`trained_layers`], for a number of last layers
+    the output head too, unless it is tied to the embeddings, for `"all"` all.
+
+    Raises:
+        LayerPruneError: there is none.
+    """
+    if what == "all":
+        return list(model.parameters())
+    base = base_of(model)
+    layers = find_decoder(base).layers
+    found = [p for i in trained_layers(get_lineage(base), what) for p in layers[i].parameters()]
+    if what != "around_cuts":
+        embeddings = {id(parameter) for parameter in base.get_input_embeddings().parameters()}
+        head: Any = base.get_output_embeddings()
+        found += [parameter for parameter in head.parameters() if id(parameter) not in embeddings]
+    if not found:
+        raise LayerPruneError(
+            "trainable='around_cuts', but this model has not been cut: nothing would be trained."
+        )
+    return found

@@ -1,0 +1,118 @@
+"""Tasks through lm-evaluation-harness, with a live model."""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import LayerPruneError
+from ..forward.hooks import undisturbed
+from .evaluate import task_scores
+from .tasks import TASKS
+
+
+def read_through_harness(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, Any]:
+    """What a model scores in some tasks, as lm-eval finds.
+
+    Args:
+        model, tokenizer: a causal language model, which is not changed, and its tokenizer.
+        tasks (sequence of `str`): names of lm-eval's tasks with multiple choice or last words, whose rows are
+            fetched from the hub; or `name=file` with rows in a file of JSON lines.
+        limit (`int`, *optional*): only the first so many questions of each.
+        batch_size (`int`, *optional*, defaults to 8): choices that are read at once.
+
+    Returns:
+        `dict`: see [`task_scores`]; by `acc_norm` or `acc` as `TASKS` has it, for other tasks by `acc_norm`
+        where lm-eval gives it.
+
+    Raises:
+        LayerPruneError: lm-eval is not installed, does not know a task, or gives no accuracy for it.
+    """
+    right: dict[str, list[bool]] = {}
+    chances: dict[str, float] = {}
+    for name, samples in harness_samples(model, tokenizer, tasks, limit, batch_size).items():
+        names_here = ("acc_norm", "acc") if name not in TASKS or TASKS[name].normalize else ("acc",)
+        metric = next((one for one in names_here if one in samples[0]), None)
+        if metric is None:
+            raise LayerPruneError(f"lm-eval gives no accuracy for {name}: choose tasks with right answers.")
+        if any(sample[metric] not in (0, 1) for sample in samples):
+            raise LayerPruneError(
+                f"{metric} of lm-eval's {name} is not right or wrong but a share: choose other tasks."
+            )
+        right[name] = [bool(sample[metric]) for sample in samples]
+        choices = [len(sample["resps"]) for sample in samples]
+        chances[name] = sum(1 / count for count in choices if count > 1) / len(choices)
+    return task_scores(right, chances)
+
+
+def known_tasks(tasks: Sequence[str]) -> Any:
+    """lm-eval's manager of tasks, which knows these; see [`read_through_harness`]."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise LayerPruneError("lm-eval is not installed: pip install 'hf-layerprune[eval]'") from error
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)
+    manager = TaskManager()
+    parts = [task.partition("=") for task in tasks]
+    if unknown := [name for name, _, _ in parts if name not in manager.all_tasks]:
+        raise LayerPruneError(f"lm-eval has no task {', '.join(unknown)}: `lm-eval ls tasks` lists its own.")
+    if missing := [file for _, _, file in parts if file and not Path(file).is_file()]:
+        raise LayerPruneError(f"No such file: {missing[0]}")
+    return manager
+
+
+def harness_samples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    limit: int | None = None,
+    batch_size: int = 8,
+) -> dict[str, list[dict[str, Any]]]:
+    """What lm-eval logs of each question of each task, in their order; see [`read_through_harness`]."""
+    manager = known_tasks(tasks)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # A group of one's own is how lm-eval takes other settings for a task that it knows.
+    group: Any = {"group": "layerprune", "task": [_settings(task) for task in tasks]}
+    with undisturbed(model):
+        found = simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=[group],
+            task_manager=manager,
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=True,
+        )
+    return {
+        name: sorted(samples, key=lambda sample: sample["doc_id"])
+        for name, samples in found["samples"].items()
+    }
+
+
+def _settings(task: str) -> dict[str, Any]:
+    name, _, file = task.partition("=")
+    if not file:
+        return {"task": name}
+    settings = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {"test": str(Path(file).resolve())}},
+        "training_split": None,
+        "validation_split": None,
+        "test_split": "test",
+    }
+    if name == "boolq":  # as in SuperGLUE, or as published
+        settings["doc_to_target"] = "{{(label if label is defined else answer) | int}}"
+    return settings

@@ -1,0 +1,139 @@
+"""Zero-shot tasks of the field as questions, in the words of lm-evaluation-harness."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..data import load_rows
+from ..errors import LayerPruneError
+from .multiple_choice import Question
+
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: where its rows are, and how each is asked.
+
+    Args:
+        dataset (`str`): id of the data set on the hub.
+        config (`str` or `None`): its configuration.
+        split (`str`): the part that is asked.
+        question (`Callable`): a question of a row.
+        normalize (`bool`): whether likelihoods count per character (lm-eval's `acc_norm`) or whole (`acc`).
+    """
+
+    dataset: str
+    config: str | None
+    split: str
+    question: Callable[[Row], Question]
+    normalize: bool
+
+
+def hellaswag(row: Row) -> Question:
+    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+    endings = [" " + _without_brackets(ending) for ending in row["endings"]]
+    return Question(_without_brackets(context), endings, int(row["label"]))
+
+
+def arc(row: Row) -> Question:
+    choices = [" " + choice for choice in row["choices"]["text"]]
+    answer = list(row["choices"]["label"]).index(row["answerKey"])
+    return Question(f"Question: {row['question']}\nAnswer:", choices, answer)
+
+
+def piqa(row: Row) -> Question:
+    context = f"Question: {row['goal']}\nAnswer:"
+    return Question(context, [" " + row["sol1"], " " + row["sol2"]], int(row["label"]))
+
+
+def sciq(row: Row) -> Question:
+    names = ("distractor1", "distractor2", "distractor3", "correct_answer")
+    context = f"{row['support'].lstrip()}\nQuestion: {row['question']}\nAnswer:"
+    return Question(context, [" " + row[name] for name in names], 3)
+
+
+def boolq(row: Row) -> Question:
+    answer = row["label"] if "label" in row else row["answer"]  # as in SuperGLUE, or as published
+    return Question(f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", [" no", " yes"], int(answer))
+
+
+def last_word(row: Row) -> Question:
+    context, _, word = row["text"].rpartition(" ")
+    return Question(context, [" " + word])
+
+
+def own(row: Row) -> Question:
+    choices, answer = row["choices"], row.get("answer", 0)
+    if not isinstance(choices, list) or not all(isinstance(one, str) and one.strip() for one in choices):
+        raise ValueError("choices must be a list of texts, none empty")
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise ValueError(f"answer is {answer!r}: it must be the index of the right choice, from 0")
+    return Question(row["context"], choices, answer)
+
+
+def _without_brackets(text: str) -> str:
+    """HellaSwag's texts without the marks of the WikiHow articles that many of them come from."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+
+
+TASKS = {
+    "hellaswag": Task("Rowan/hellaswag", None, "validation", hellaswag, True),
+    "arc_easy": Task("allenai/ai2_arc", "ARC-Easy", "test", arc, False),
+    "arc_challenge": Task("allenai/ai2_arc", "ARC-Challenge", "test", arc, True),
+    "piqa": Task("baber/piqa", None, "validation", piqa, True),
+    "lambada_openai": Task("EleutherAI/lambada_openai", "default", "test", last_word, False),
+    "sciq": Task("allenai/sciq", None, "test", sciq, False),
+    "boolq": Task("aps/super_glue", "boolq", "validation", boolq, False),
+    "questions": Task("", None, "", own, True),  # of the user's file, with context, choices and answer
+}
+
+
+def split_name(task: str) -> tuple[str, str | None]:
+    """Name and file of a task that is given as `name` or `name=file`.
+
+    Raises:
+        LayerPruneError: there is no such task.
+    """
+    name, _, file = task.partition("=")
+    if name not in TASKS:
+        raise LayerPruneError(
+            f"There is no task {name!r} built in, only {', '.join(TASKS)}. lm-eval has many more: add "
+            "--lm_eval True to read the tasks through it."
+        )
+    if not file and not TASKS[name].dataset:
+        raise LayerPruneError(f"Say where they are: {name}=FILE.")
+    return name, file or None
+
+
+def load_task(task: str, limit: int | None = None) -> list[Question]:
+    """The questions of a task.
+
+    Args:
+        task (`str`): a name of `TASKS`, whose rows are fetched from the hub, or `name=file` with its rows in
+            a file of JSON lines.
+        limit (`int`, *optional*): only the first so many.
+
+    Raises:
+        LayerPruneError: no such task, file or data set, or a row that is none of this task.
+    """
+    name, file = split_name(task)
+    kind = TASKS[name]
+    rows = load_rows(file) if file else load_rows(kind.dataset, kind.split, kind.config)
+    questions = []
+    for number, row in enumerate(rows.select(range(min(limit or len(rows), len(rows)))), 1):
+        try:
+            questions.append(kind.question(row))
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise LayerPruneError(
+                f"{file or kind.dataset}, row {number}: no row of {name}: {error!r}"
+            ) from error
+    return questions
+
+
+def chance(questions: Sequence[Question]) -> float:
+    """The accuracy of guessing: of a question with one answer it is 0."""
+    guesses = [1 / len(question.choices) for question in questions if len(question.choices) > 1]
+    return sum(guesses) / len(questions)

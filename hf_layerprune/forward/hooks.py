@@ -1,0 +1,158 @@
+"""Running a model without changing it: undisturbed, with its layers' states captured, or replayed."""
+
+import inspect
+import random
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..errors import LayerPruneError
+from ..surgery.decoder import find_decoder, predicts_next_token
+from ..surgery.peft import base_of
+
+
+# The key of "the last hidden state": what the output head reads, after the final norm.
+LAST = -1
+
+
+@contextmanager
+def undisturbed(model: PreTrainedModel) -> Iterator[None]:
+    """Within this context `model` is in eval mode without gradients; afterwards its modules' modes and
+    the random states of torch, numpy and Python are as before, also when it is left by an error."""
+    modes = [(module, module.training) for module in model.modules()]
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+@contextmanager
+def captured(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, tuple[Any, Any]]]:
+    """Within this context a forward pass of `model` fills the dict with each layer's first input, the
+    state `(batch, length, hidden)` before it, and its output as it came (see [`hidden`]).
+    For [`~hf_layerprune.forward.hooks.LAST`] both are the last hidden state."""
+    states: dict[int, tuple[Any, Any]] = {}
+    stack = find_decoder(base_of(model)).layers
+
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            states[layer] = (args[0] if args else kwargs["hidden_states"]), output
+
+        return hook
+
+    def keep_last(module: nn.Module, args: tuple, output: Any) -> None:
+        states[LAST] = (output.last_hidden_state,) * 2
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            if layer == LAST:
+                handle = base_of(model).base_model.register_forward_hook(keep_last)
+            else:
+                handle = stack[layer].register_forward_hook(keep(layer), with_kwargs=True)
+            hooks.callback(handle.remove)
+        yield states
+
+
+@contextmanager
+def replayed(model: PreTrainedModel, outputs: Sequence[Any]) -> Iterator[None]:
+    """Within this context the first layers compute nothing: they return these outputs again."""
+
+    with ExitStack() as patches:
+        for module, output in zip(find_decoder(base_of(model)).layers, outputs, strict=False):
+            patches.enter_context(running(module, partial(_give, output)))
+        yield
+
+
+def can_replay(model: PreTrainedModel, input_ids: torch.Tensor, deepest: int) -> bool:
+    """Whether layers that only return what they returned before leave the output as it is to the bit,
+    however many of the first `deepest` they are."""
+    with captured(model, range(deepest)) as states:
+        expected = compared_output(model, input_ids)
+    check_all_ran(states, range(deepest))
+    outputs = [states[layer][1] for layer in range(deepest)]
+    for count in range(1, deepest + 1):
+        with replayed(model, outputs[:count]):
+            try:
+                found = compared_output(model, input_ids)
+            except Exception:  # a layer missed what an earlier one should have left for it
+                return False
+        if not torch.allclose(found, expected, rtol=0, atol=0, equal_nan=True):
+            return False
+    return True
+
+
+def hidden(output: Any) -> torch.Tensor:
+    """The hidden state in what a decoder layer returned: itself, or the first of several things."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+def check_all_ran(states: Collection[int], layers: Iterable[int]) -> None:
+    """Check that each of `layers` is in what [`captured`] filled.
+
+    Raises:
+        LayerPruneError: one is not.
+    """
+    idle = [layer for layer in layers if layer not in states]
+    if idle:
+        raise LayerPruneError(
+            f"Layers {idle} did not run on the calibration data (they may look at pictures), so it says "
+            "nothing of them: this model cannot be scored with text."
+        )
+
+
+def _give(output: Any, *args: Any, **kwargs: Any) -> Any:
+    return output
+
+
+@contextmanager
+def running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within this context `module` runs `forward` in place of its own."""
+    attributes = vars(module)
+    had = attributes.get("forward")
+    attributes["forward"] = forward
+    try:
+        yield
+    finally:
+        del attributes["forward"]
+        if had is not None:
+            attributes["forward"] = had
+
+
+def compared_output(model: Any, input_ids: torch.Tensor, forward: Any = None) -> torch.Tensor:
+    """The output of a model for tokens, to compare it with another model's: the logits, or without a
+    language-model head all floating-point tensors that the model returns, flattened row by row.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): the model, in eval mode.
+        input_ids (`torch.Tensor`): `(batch, length)`.
+        forward (`Callable`, *optional*): what to call in place of the model.
+    """
+    inner, forward = base_of(model), forward or model
+    if predicts_next_token(inner):
+        return forward(input_ids=input_ids, use_cache=False).logits
+    # Row by row: classifiers cannot tell where several rows end without a padding token.
+    rows = [forward(input_ids=row, **cache_off(inner)) for row in input_ids.split(1)]
+    return torch.stack([torch.cat([part.flatten() for part in _tensors(row)]) for row in rows])
+
+
+def _tensors(output: ModelOutput) -> list[torch.Tensor]:
+    return [value for value in output.to_tuple() if torch.is_tensor(value) and value.is_floating_point()]
+
+
+def cache_off(module: nn.Module) -> dict[str, Any]:
+    """The argument of a forward pass without a key/value cache; none where the model has no cache."""
+    reads = inspect.signature(type(module).forward).parameters
+    return {"use_cache": False} if "use_cache" in reads or predicts_next_token(module) else {}

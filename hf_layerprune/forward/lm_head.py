@@ -1,0 +1,235 @@
+"""Reading text with a model: its last hidden states, and the logits of them piece by piece, so that memory
+does not grow with length times vocabulary."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..data import Batch, targets_of
+from ..errors import LayerPruneError
+from ..surgery.decoder import describe_class, is_sharded, predicts_next_token, text_config
+from ..surgery.peft import base_of
+from .hooks import cache_off, running
+from .token_losses import _by_unit, _joined, logit_spread
+
+
+PIECE = 2**25  # logits made at once
+ROWS = 16  # positions whose probabilities a CPU computes at once: so few stay in its cache
+
+
+class Reader:
+    """Reads batches with one model, also while layers are missing from it.
+
+    Logits are made from last hidden states by the model's own forward, with the part before its head
+    standing still, so that whatever it does to logits (bias, scale, soft cap) is done. Where that does not
+    give the model's logits, they are made at once, and the states are the logits themselves.
+    A model without a language-model head has states only.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): a model of text, in eval mode while this is made.
+        input_ids (`torch.Tensor`): `(batch, length)`, some tokens to try this with.
+    """
+
+    def __init__(self, model: Any, input_ids: torch.Tensor) -> None:
+        self.model, self._inner = model, base_of(model)
+        # Sharded weights are whole only within the model's own forward, in which all parts run.
+        self.has_logits = predicts_next_token(self._inner)
+        self.in_pieces = (
+            self.has_logits
+            and not is_sharded(model)
+            and "logits_to_keep" in inspect.signature(type(self._inner).forward).parameters
+        )
+        self._body: Any = self._inner.base_model
+        self._cast: tuple[nn.Parameter, Any] | None = None
+        self.vocabulary: int = text_config(self._inner.config).vocab_size
+        input_ids = input_ids[:1, :8]
+        if not self.has_logits:
+            self._check_text_alone(input_ids)
+        if not self.in_pieces:
+            return
+        whole = model(input_ids=input_ids, use_cache=False).logits
+        try:
+            pieces = self.head(self.states({"input_ids": input_ids})[0])[None]
+        except Exception:  # a model that is put together in another way
+            self.in_pieces = False
+        else:
+            scale = logit_spread(whole)
+            # In float32: under mixed precision accelerate makes only the whole model's logits so.
+            self.in_pieces &= pieces.shape == whole.shape and torch.allclose(
+                pieces.float(), whole.float(), rtol=0, atol=0.05 * scale, equal_nan=True
+            )
+
+    def states(self, batch: Batch, model: nn.Module | None = None) -> torch.Tensor:
+        """The states `(batch, length, hidden)` that the output head reads, or all logits.
+
+        Args:
+            batch (`dict`): `input_ids` `(batch, length)` and what else the model reads.
+            model (`nn.Module`, *optional*): what wraps the reader's own, as for training on many devices.
+        """
+        inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
+        if not self.has_logits:
+            return self._body_states(inputs)
+        inputs["use_cache"] = False
+        model = model or self.model
+        if not self.in_pieces:
+            return model(**inputs).logits
+        found = []
+        handle = self._body.register_forward_hook(lambda module, args, output: found.append(output))
+        try:
+            # Through the model's own forward, as accelerate puts the precision of training there.
+            model(**inputs, logits_to_keep=batch["input_ids"].new_empty(0))
+        finally:
+            handle.remove()
+        return found[0].last_hidden_state
+
+    def _body_states(self, inputs: dict[str, Any]) -> torch.Tensor:
+        """The last hidden states of a model without a language-model head. Its own head is not run."""
+        # Sharded weights are whole only within the model's own forward.
+        runs = self._inner if is_sharded(self.model) else self._body
+        found = []
+        handle = self._body.register_forward_hook(lambda module, args, output: found.append(output))
+        try:
+            runs(**inputs, **cache_off(runs))
+        finally:
+            handle.remove()
+        return found[0].last_hidden_state
+
+    def _check_text_alone(self, input_ids: torch.Tensor) -> None:
+        try:
+            self._body_states({"input_ids": input_ids})
+        except Exception as error:  # whatever else it reads
+            raise LayerPruneError(
+                f"{describe_class(self._inner)} cannot be scored with text: it does not read tokens alone or "
+                f"has no last hidden state ({' '.join(str(error).split())[:200]})."
+            ) from error
+
+    def head(self, states: torch.Tensor) -> torch.Tensor:
+        """The logits `(positions, vocabulary)` of states `(positions, hidden)`."""
+        if not self.in_pieces:
+            return states
+        ids = torch.zeros((1, len(states)), dtype=torch.long, device=states.device)
+        output = _StandingStill(states[None])
+        with running(self._body, lambda *args, **kwargs: output):
+            return self._inner(input_ids=ids, use_cache=False).logits[0]
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The parameters that are trained and that [`Reader.head`] reads."""
+        if not self.in_pieces:
+            return []
+        others = {id(parameter) for parameter in self._body.parameters()}
+        others -= {id(parameter) for parameter in self._inner.get_output_embeddings().parameters()}
+        trained = [parameter for parameter in self._inner.parameters() if parameter.requires_grad]
+        return [parameter for parameter in trained if id(parameter) not in others]
+
+    @contextmanager
+    def cast_once(self) -> Iterator[None]:
+        """Within this context autocast casts the weight of a plain output head once, not in each call of
+        [`Reader.head`]. Gradients are then those of its [`Reader.stand_in`]."""
+        module: Any = self._inner.get_output_embeddings()
+        if not self.in_pieces or type(module) is not nn.Linear:
+            yield
+            return
+        weight: Any = module.weight
+        device = weight.device.type
+
+        def swap(*args: Any) -> None:
+            if module.weight is weight and weight.is_floating_point() and torch.is_autocast_enabled(device):
+                cast = weight.detach().to(torch.get_autocast_dtype(device))
+                module._parameters["weight"] = nn.Parameter(cast, weight.requires_grad)
+
+        handle, self._cast = module.register_forward_pre_hook(swap), (weight, module)
+        try:
+            yield
+        finally:
+            handle.remove()
+            module._parameters["weight"], self._cast = weight, None
+
+    def stand_in(self, parameter: nn.Parameter) -> nn.Parameter:
+        """What is used in place of a parameter within [`Reader.cast_once`]."""
+        if self._cast is not None and parameter is self._cast[0]:
+            return self._cast[1].weight
+        return parameter
+
+    def rows(self, states: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The logits of states `(positions, hidden)`, [`Reader.rows_at_once`] positions at a time, a piece of
+        them made at once."""
+        step = ROWS * max(1, PIECE // self.vocabulary // ROWS)
+        for piece in states.split(step) if self.in_pieces else [states]:
+            yield from self.head(piece).split(self.rows_at_once)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Of how many positions [`Reader.rows`] gives the logits at once: on a CPU as many as stay in its
+        cache, elsewhere, where each call has its price, a whole piece."""
+        return ROWS if self.model.device.type == "cpu" else ROWS * max(1, PIECE // self.vocabulary // ROWS)
+
+
+def balances_routers(model: Any) -> bool:
+    """Whether the loss that `model` itself computes has a term that balances its experts."""
+    return bool(getattr(text_config(base_of(model).config), "output_router_logits", False))
+
+
+@contextmanager
+def router_losses(model: Any) -> Iterator[list[tuple[float, torch.Tensor]]]:
+    """Within this context a forward pass of a mixture of experts with `output_router_logits=True` appends the
+    weight and the value of the balancing loss that it adds to its own loss.
+
+    Raises:
+        LayerPruneError: the weight is under no name that is known.
+    """
+    inner: Any = base_of(model)
+    found: list[tuple[float, torch.Tensor]] = []
+
+    def keep(module: nn.Module, args: tuple, output: Any) -> None:
+        value = getattr(output, "aux_loss", None)
+        if torch.is_tensor(value):
+            found.append((_router_weight(inner), value))
+
+    handle = inner.register_forward_hook(keep) if balances_routers(inner) else None
+    try:
+        yield found
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def _router_weight(model: Any) -> float:
+    for place in (model, text_config(model.config)):  # the model's own forward reads either
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):
+            if isinstance(getattr(place, name, None), (int, float)):
+                return float(getattr(place, name))
+    raise LayerPruneError(
+        f"output_router_logits is True, but {model.config.model_type} has no router_aux_loss_coef, the "
+        "weight of the balancing loss. Set it in the model's config, or set output_router_logits=False."
+    )
+
+
+class _StandingStill:
+    """What the part before the head would return: its states, and nothing else."""
+
+    def __init__(self, states: torch.Tensor) -> None:
+        self.last_hidden_state = states
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def unit_losses(reader: Reader, batch: Batch) -> torch.Tensor:
+    """The next-token loss of each [`UNIT`] of the batch, in nats, `(units,)`, float64."""
+    mask, tokens = targets_of(batch)
+    logits = reader.rows(reader.states(batch)[:, :-1][mask])
+    targets = tokens[:, 1:][mask].split(reader.rows_at_once)
+    # Of no positions there is one empty part of targets, and none of logits.
+    found = [
+        F.cross_entropy(few.float(), said.long(), reduction="none").double()
+        for few, said in zip(logits, targets, strict=bool(len(targets[0])))
+    ]
+    return _by_unit(mask, _joined(found, mask))

@@ -1,0 +1,74 @@
+"""Results of long work on disk, so that work which was stopped goes on where it was."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import LayerPruneError
+
+
+logger = logging.getLogger(__name__)
+
+HEAD = "hf_layerprune journal of"
+
+
+class Journal:
+    """Results of work that computes the same things in the same order, one line of JSON each.
+
+    What an earlier journal of the same work holds is not computed again; one of other work starts afresh. A
+    line that was not written to its end counts as missing.
+
+    Args:
+        path (`str` or `Path`, *optional*): the file; None writes nothing and computes everything.
+        work (`str`): what the results are of.
+
+    Raises:
+        LayerPruneError: the file is there and is no journal.
+    """
+
+    def __init__(self, path: str | Path | None, work: str) -> None:
+        self._path = None if path is None else Path(path)
+        self._found: list[Any] = []
+        if self._path is None:
+            return
+        content = self._path.read_bytes() if self._path.exists() else b""
+        lines = content.split(b"\n")[:-1]
+        try:
+            values = [json.loads(line) for line in lines]
+        except ValueError:
+            values = [None]
+        # The first line is written whole, so that of a journal there is one.
+        if content and (not values or not isinstance(values[0], dict) or HEAD not in values[0]):
+            raise LayerPruneError(f"{self._path} is there already and holds no scores: name another file.")
+        if values and values[0][HEAD] == work:
+            self._found = values[1:]
+            logger.info("%s: %d results are there already.", self._path, len(self._found))
+        elif values:
+            logger.warning("%s is of another model or text: it starts afresh.", self._path)
+        draft = self._path.with_name(self._path.name + ".draft")
+        start = [{HEAD: work}, *self._found]
+        draft.write_text("".join(json.dumps(value) + "\n" for value in start), encoding="utf-8")
+        draft.replace(self._path)
+        self._found.reverse()
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the next result is there already."""
+        return bool(self._found)
+
+    def once(self, compute: Callable[[], Any]) -> Any:
+        """The next result, of plain JSON values: from the journal, or else computed and written."""
+        if self._found:
+            return self._found.pop()
+        value = compute()
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(value) + "\n")
+        return value
+
+    def finish(self) -> None:
+        """Remove the file: the work is done."""
+        if self._path is not None:
+            self._path.unlink()

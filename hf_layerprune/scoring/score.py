@@ -1,0 +1,325 @@
+"""Scoring all candidate layers of a model: one call, one table."""
+
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..data import Batch, check_token_labels, columns_read, make_batches, most_tokens
+from ..errors import LayerPruneError
+from ..evaluation.evaluate import next_token_metric
+from ..evaluation.multiple_choice import MultipleChoice
+from ..forward.hooks import undisturbed
+from ..surgery.decoder import check_reads_text, describe_class, predicts_next_token
+from ..surgery.lineage import get_lineage, plain_int
+from ..surgery.peft import base_of
+from ..surgery.removal import check_layers, possible_cuts
+from .criteria import CRITERIA, PATTERNS, Request
+from .journal import Journal
+from .leave_one_out import Prefixes
+from .table import ScoreTable
+
+
+logger = logging.getLogger(__name__)
+
+LEAVE_ONE_OUT = ("loss", "kl", "hidden_mse")
+OF_NEXT_TOKENS = ("loss", "kl", "taylor")  # what only a causal language model can be scored by
+
+
+def score_layers(
+    model: Any,
+    batches: Any = (),
+    criterion: str = "loss",
+    *,
+    tokenizer: Any = None,
+    run: int = 1,
+    task: Any = None,
+    teacher: PreTrainedModel | None = None,
+    pattern: str = "output",
+    seed: int = 0,
+    racing: float | None = None,
+    cache_mb: int = 1024,
+    protected: Iterable[int] | None = None,
+    journal: str | Path | None = None,
+    prefixes: Prefixes | None = None,
+    progress: bool = True,
+) -> ScoreTable:
+    """Score how much each decoder layer of `model` matters. The model is not changed.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): a causal language model; with adapters as they are. Other
+            models of text (encoders, classifiers, reward and embedding models) by the criteria that need no
+            next token: `"block_influence"`, `"angular"`, `"hidden_mse"`, `"positional"` and `"task"`.
+        batches: calibration: `input_ids` `(batch, length)`, and where needed `attention_mask` and `labels`
+            (-100 is not counted) of the same shape. Or another form that [`make_batches`] knows: a data set,
+            a tensor, a list of texts, chats.
+        criterion (`str`, *optional*, defaults to `"loss"`): one of `CRITERIA`: `"loss"`, `"kl"`,
+            `"hidden_mse"`, `"block_influence"`, `"angular"`, `"taylor"`, `"task"`, `"positional"`.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's own, where `batches` is text.
+        run (`int`, *optional*, defaults to 1): score runs of so many consecutive layers, each by its first.
+        task (`Callable` or `evaluate.EvaluationModule`, *optional*): for `criterion="task"`, a function
+            `score(model) -> float`, higher is better, such as [`MultipleChoice`], a list of such, whose mean
+            counts, or a metric that is computed from predicted and true next tokens of `batches`.
+        teacher (`PreTrainedModel`, *optional*): for `"kl"`, the model to compare with; left out, the model
+            itself as it is.
+        pattern (`str`, *optional*, defaults to `"output"`): for `"positional"`: `"output"` (the deepest go
+            first), `"input"`, `"middle"`, `"both"` or `"random"`.
+        seed (`int`, *optional*, defaults to 0): for `pattern="random"`.
+        racing (`float`, *optional*): a confidence such as 0.99, with which `"loss"`, `"kl"`,
+            `"hidden_mse"` and [`MultipleChoice`] stop scoring candidates that are surely not less important
+            than the least so far, by more than a standard error of its score. Their scores are of the text
+            that they have seen; batches are read in random order.
+        cache_mb (`int`, *optional*, defaults to 1024): states of a batch, in MiB, that the first three may
+            keep; larger batches are read in parts.
+        protected (iterable of `int`, *optional*): present indices that are no candidates; left out,
+            the first and the last layer.
+        journal (`str` or `Path`, *optional*): a file for what is scored so far, removed in the end. Called
+            again after a stop, with the same model and text, scoring goes on there.
+        prefixes ([`~hf_layerprune.scoring.leave_one_out.Prefixes`], *optional*): for round after round
+            without training: the layers before the first one removed are not computed again.
+        progress (`bool`, *optional*, defaults to `True`): show a bar with the time left.
+
+    Returns:
+        [`ScoreTable`]
+
+    Raises:
+        LayerPruneError: an unknown criterion or layer, no candidate, a model that cannot be cut exactly,
+            no calibration, or a score that is not a number.
+    """
+    tasks = check_choices(criterion, task, teacher, pattern, racing)
+    base = base_of(model)
+    if isinstance(base, PreTrainedModel):
+        check_reads_text(type(base), base.config, "This model")
+        check_criterion_fits(base, criterion, tasks)
+    if teacher is not None and teacher.device != model.device:
+        raise LayerPruneError(
+            f"The teacher is on {teacher.device}, the model on {model.device}: move the teacher there."
+        )
+    cache_mb, run = plain_int(cache_mb), plain_int(run)
+    if type(cache_mb) is not int or cache_mb < 1:
+        raise LayerPruneError(f"cache_mb is {cache_mb!r}: it must be a whole number of at least 1.")
+    kept = get_lineage(model).kept
+    if type(run) is not int or not 1 <= run < len(kept):
+        raise LayerPruneError(f"run is {run!r}: it must be at least 1 and below the {len(kept)} layers.")
+    fixed = {0, len(kept) - 1} if protected is None else check_layers(model, protected)
+    starts = [i for i in range(len(kept) - run + 1) if fixed.isdisjoint(range(i, i + run))]
+    if not starts:
+        raise LayerPruneError(f"No layer to score: {len(kept)} layers, protected {sorted(fixed)}.")
+    cuts, refused = possible_cuts(model, starts, run)  # a score of what cannot go would help nobody
+    model = base_of(model)
+    if not cuts:
+        raise LayerPruneError(next(iter(refused.values())))
+    given = _calibration(model, batches, tokenizer) if reads_text(criterion, tasks) else []
+    on_device = [{k: v.to(model.device) for k, v in batch.items() if torch.is_tensor(v)} for batch in given]
+    if reads_text(criterion, tasks) and not on_device:
+        raise LayerPruneError("No calibration batches to score with.")
+    if any(batch["input_ids"].shape[1] < 2 for batch in on_device):
+        raise LayerPruneError("Calibration batches of one token have nothing to predict.")
+    if not predicts_next_token(model):  # labels are of its own head, which no criterion reads
+        on_device = [{k: v for k, v in batch.items() if k != "labels"} for batch in on_device]
+    else:
+        check_token_labels(on_device)
+    tasks = [next_token_metric(one, on_device) if hasattr(one, "compute") else one for one in tasks]
+    if criterion in LEAVE_ONE_OUT:
+        on_device = _small_enough(model, on_device, cache_mb)
+        if racing is not None:  # what is seen first is to be like the rest
+            random.Random(0).shuffle(on_device)
+    settings = [criterion, run, racing, sorted(cuts), pattern, seed, list(map(_task_name, tasks))]
+    while True:
+        rounds = {"task": 1, "positional": 0}.get(criterion, len(on_device))
+        work = "" if journal is None else fingerprint([model, teacher], on_device, settings)
+        notes, size = Journal(journal, work), rounds * len(cuts)
+        try:
+            with (
+                tqdm(total=size, desc=f"scoring ({criterion})", disable=not progress, leave=False) as bar,
+                undisturbed(model),
+                nullcontext() if teacher is None else undisturbed(teacher),
+            ):
+                request = Request(
+                    model, on_device, cuts, run, bar, notes, racing, tasks, teacher, pattern, seed, prefixes
+                )
+                found = CRITERIA[criterion](request)
+            break
+        except RuntimeError as error:
+            halves = [part for batch in on_device for part in _split(batch, -(-len(batch["input_ids"]) // 2))]
+            if not should_reduce_batch_size(error) or len(halves) == len(on_device):
+                raise
+            logger.warning("Out of memory in scoring: it goes on with batches of half the size.")
+            on_device, prefixes = halves, None
+            clear_device_cache(garbage_collection=True)
+    for layer in cuts:
+        if not np.isfinite(found.scores.get(layer, np.nan)):
+            refused[layer] = f"Without layer {layer} the {criterion} score is not a finite number."
+    scores = {layer: score for layer, score in found.scores.items() if layer not in refused}
+    if not scores:
+        raise LayerPruneError(
+            f"No layer has a {criterion} score that is a finite number: check the model and the calibration "
+            "data."
+        )
+    notes.finish()
+    return ScoreTable(criterion, scores, found.quality, kept, refused, run, found.errors, found.seen)
+
+
+def _calibration(model: PreTrainedModel, data: Any, tokenizer: Any) -> list[Batch]:
+    """Batches of calibration data of any form, as `model` reads them."""
+    if isinstance(data, (list, tuple)) and not data:
+        return []
+    length = min(256, most_tokens(model) or 256)
+    return make_batches(data, tokenizer=tokenizer, block_length=length, columns=columns_read(model))
+
+
+def read_table(path: str | Path) -> ScoreTable:
+    """The table that `hf-layerprune score --json` wrote.
+
+    Raises:
+        LayerPruneError: there is none.
+    """
+    try:
+        return ScoreTable.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LayerPruneError(f"No score table can be read from {path}: {error}") from error
+
+
+def rank_correlation(one: ScoreTable, other: ScoreTable) -> float:
+    """Spearman's rank correlation of two tables over the candidates of both, by original layer: 1 if they
+    rank alike, 0 if by chance.
+
+    Raises:
+        LayerPruneError: they have less than two candidates in common.
+    """
+    mine = {one.kept[layer]: score for layer, score in one.scores.items()}
+    theirs = {other.kept[layer]: score for layer, score in other.scores.items()}
+    common = sorted(mine.keys() & theirs.keys())
+    if len(common) < 2:
+        raise LayerPruneError(f"The tables have {len(common)} candidates in common: nothing to correlate.")
+    ranks = [_ranks([scores[layer] for layer in common]) for scores in (mine, theirs)]
+    if min(np.std(rank) for rank in ranks) == 0:
+        raise LayerPruneError("All candidates of a table score the same: there is no ranking.")
+    return float(np.corrcoef(np.stack(ranks))[0, 1])
+
+
+def _ranks(scores: list[float]) -> np.ndarray:
+    _, place, number = np.unique(scores, return_inverse=True, return_counts=True)
+    return (np.cumsum(number) - (number - 1) / 2)[place]  # of equals, the mean
+
+
+def check_choices(
+    criterion: str,
+    task: Any = None,
+    teacher: PreTrainedModel | None = None,
+    pattern: str = "output",
+    racing: float | None = None,
+) -> list[Any]:
+    """Check what of the arguments of [`score_layers`] can be checked without a model; the list of tasks.
+
+    Raises:
+        LayerPruneError: a choice is unknown, or two do not go together.
+    """
+    tasks = [] if task is None else list(task) if isinstance(task, (list, tuple)) else [task]
+    if criterion not in CRITERIA:
+        raise LayerPruneError(f"Unknown criterion {criterion!r}: choose from {', '.join(CRITERIA)}.")
+    if bool(tasks) != (criterion == "task"):
+        raise LayerPruneError("`task` (a function or a metric) and criterion='task' go together.")
+    strange = [one for one in tasks if not callable(one) and not hasattr(one, "compute")]
+    if strange:
+        raise LayerPruneError(f"{strange[0]!r} is no task: give a function of the model, or a metric.")
+    if teacher is not None and criterion != "kl":
+        raise LayerPruneError(
+            f"{criterion} has no use for a teacher: leave it out, or choose criterion='kl'."
+        )
+    if pattern not in (*PATTERNS, "random"):
+        raise LayerPruneError(f"Unknown pattern {pattern!r}: choose from {', '.join(PATTERNS)}, random.")
+    by_question = bool(tasks) and all(isinstance(one, MultipleChoice) for one in tasks)
+    if racing is not None and not ((by_question or criterion in LEAVE_ONE_OUT) and 0.5 < racing < 1):
+        raise LayerPruneError(
+            f"racing is {racing!r} with {criterion}: it is a confidence above 0.5 and below 1, as 0.99, for "
+            f"{', '.join(LEAVE_ONE_OUT)}, and for tasks of MultipleChoice."
+        )
+    return tasks
+
+
+def check_criterion_fits(model: Any, criterion: str, task: Any = None) -> None:
+    """Check that a model, or a class of models, can be scored by a criterion.
+
+    Args:
+        model (`PreTrainedModel` or a subclass): the model, or its class before its weights are loaded.
+        criterion, task: as for [`score_layers`].
+
+    Raises:
+        LayerPruneError: it needs next tokens, which the model does not predict.
+    """
+    if predicts_next_token(model):
+        return
+    tasks = task if isinstance(task, (list, tuple)) else [] if task is None else [task]
+    asking = [one for one in tasks if isinstance(one, MultipleChoice) or hasattr(one, "compute")]
+    if criterion in OF_NEXT_TOKENS or asking:
+        what = f"criterion {criterion!r}" if not asking else f"the task {type(asking[0]).__name__}"
+        raise LayerPruneError(
+            f"The {what} needs logits of the next token, but the model is {describe_class(model)}. Use "
+            "block_influence, angular, hidden_mse or positional, or in Python a task score(model)."
+        )
+
+
+def reads_text(criterion: str, task: Any) -> bool:
+    """Whether a criterion reads calibration text: tasks that are functions of the model do not."""
+    tasks = task if isinstance(task, (list, tuple)) else [] if task is None else [task]
+    return criterion != "positional" and (not tasks or any(hasattr(one, "compute") for one in tasks))
+
+
+def _small_enough(model: PreTrainedModel, batches: list[Any], cache_mb: int) -> list[Any]:
+    """The batches in parts of which the states after all layers fit into so many MiB, or of one row."""
+    embeddings: Any = model.get_input_embeddings().weight
+    # By the original depth, so that the parts stay the same when layers go, and their prefixes are theirs.
+    state = embeddings.shape[-1] * embeddings.element_size() * get_lineage(model).original
+    rows = [cache_mb * 2**20 // (state * batch["input_ids"].shape[1]) for batch in batches]
+    return [part for batch, most in zip(batches, rows, strict=True) for part in _split(batch, most)]
+
+
+def _split(batch: Any, rows: int) -> list[Any]:
+    """A batch in parts of at most so many rows, but at least one."""
+    split = {name: value.split(max(1, rows)) for name, value in batch.items()}
+    return [dict(zip(split, values, strict=True)) for values in zip(*split.values(), strict=True)]
+
+
+def _task_name(task: Any) -> str:
+    if isinstance(task, MultipleChoice):
+        return repr((task.batch_tokens, task.encoded))
+    return getattr(task, "__qualname__", type(task).__qualname__)
+
+
+def fingerprint(models: list[Any], batches: list[Any], settings: list[Any]) -> str:
+    """What a result is of: configs, some weights of each tensor, the text as it is batched, and settings."""
+    present = [model for model in models if model is not None]
+    digest = hashlib.sha256(repr((settings, [model.config.to_dict() for model in present])).encode())
+    tensors = [tensor for model in present for tensor in model.state_dict().values()]
+    few = [tensor.flatten()[:: max(1, tensor.numel() // 1000)] for tensor in tensors]
+    for tensor in [*few, *(value for batch in batches for value in batch.values())]:
+        digest.update(repr((tensor.dtype, tensor.shape)).encode())
+        digest.update(tensor.detach().double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_plot_path(path: str | Path) -> None:
+    """Check that [`ScoreTable.plot`] can write to `path`, before long work.
+
+    Raises:
+        LayerPruneError: its folder does not exist, or its ending is no kind of picture.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    kinds = FigureCanvasBase.get_supported_filetypes()
+    if Path(path).suffix[1:] not in kinds or not Path(path).absolute().parent.is_dir():
+        raise LayerPruneError(
+            f"Cannot write a picture to {path}: its folder must exist, and its ending be one of "
+            f"{', '.join(sorted(kinds))}."
+        )

@@ -1,0 +1,122 @@
+"""Which layers to remove together, without training: one after another, or a run, and then exchanged."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..data import take_rows
+from ..errors import LayerPruneError
+from ..surgery.lineage import get_lineage, plain_int
+from ..surgery.removal import check_layers, without_layers
+from .leave_one_out import Prefixes
+from .score import score_layers
+from .table import ScoreTable
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A set of layers to remove.
+
+    Args:
+        layers (`list[int]`): present indices, in order.
+        cost (`float`): what the model loses without them, in the criterion's unit: for `"loss"` and `"task"`
+            together, for others the sum of what each takes away from those left before it.
+        steps (`list[tuple[list[int], float]]`): each set on the way, with its cost.
+    """
+
+    layers: list[int]
+    cost: float
+    steps: list[tuple[list[int], float]]
+
+
+def select_layers(
+    model: PreTrainedModel,
+    batches: Any,
+    remove: int,
+    criterion: str = "loss",
+    *,
+    contiguous: bool = False,
+    refine: bool = True,
+    protected: Iterable[int] | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Selection:
+    """Find the layers that cost least together. The model is not changed.
+
+    Greedy: the least important layer, then the least important of what is left, and so on (SLEB, 2402.09025).
+    Contiguous: the least important run (LLM-Streamline, 2403.19135; Gromov et al., 2403.17887). Refined: as
+    long as it helps, one of the set is put back and the layer that then costs least is taken out instead.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model.
+        batches: calibration, as for [`score_layers`].
+        remove (`int`): how many layers.
+        criterion (`str`, *optional*, defaults to `"loss"`): see [`score_layers`].
+        contiguous (`bool`, *optional*, defaults to `False`): start from a run.
+        refine (`bool`, *optional*, defaults to `True`): exchange layers after that; only for `"loss"` and
+            `"task"`, whose quality says whether it helps, and not with `racing`, which reads but a part of
+            the text.
+        protected (iterable of `int`, *optional*): layers that stay; left out, the first and the last.
+        progress (`bool`, *optional*, defaults to `True`): show bars.
+        settings: other arguments of [`score_layers`].
+
+    Raises:
+        LayerPruneError: so many layers cannot be removed, or as [`score_layers`].
+    """
+    kept = get_lineage(model).kept
+    given = take_rows(batches) if isinstance(batches, Iterator) else batches  # it is read again and again
+    fixed = {0, len(kept) - 1} if protected is None else check_layers(model, protected)
+    remove = plain_int(remove)
+    if type(remove) is not int or not 1 <= remove <= len(kept) - len(fixed) - (not fixed):
+        raise LayerPruneError(f"remove is {remove!r}, but {len(kept) - len(fixed)} layers are not protected.")
+    measured = criterion in ("loss", "task") and settings.get("racing") is None
+
+    def table(gone: Sequence[int], run: int = 1) -> tuple[ScoreTable, dict[int, int]]:
+        """Scores of what is left without some layers, and which layer each of its indices is."""
+        left = [layer for layer in range(len(kept)) if layer not in gone]
+        stay = [left.index(layer) for layer in fixed]
+        with without_layers(model, gone):
+            found = score_layers(
+                model,
+                given,
+                criterion,
+                run=run,
+                protected=stay,
+                prefixes=prefixes,
+                progress=progress,
+                **settings,
+            )
+        return found, dict(enumerate(left))
+
+    prefixes = Prefixes()
+    steps: list[tuple[list[int], float]] = []
+    whole, cost, layers = 0.0, 0.0, list[int]()
+    if contiguous:
+        scores, _ = table([], remove)
+        start = scores.ranking()[0]
+        whole, cost = scores.quality or 0.0, scores.scores[start]
+        layers = list(range(start, start + remove))
+        steps.append((layers, cost))
+    while len(layers) < remove:
+        scores, place = table(layers)
+        best = scores.ranking()[0]
+        if not layers:
+            whole = scores.quality or 0.0
+        cost += scores.scores[best]
+        layers = sorted([*layers, place[best]])
+        steps.append((layers, cost))
+    helped = refine and measured
+    while helped:
+        helped = False
+        for layer in list(layers):
+            others = [one for one in layers if one != layer]
+            scores, place = table(others)
+            best = scores.ranking()[0]
+            found = whole - (scores.quality or 0.0) + scores.scores[best]
+            if place[best] != layer and found < cost - 1e-9 * abs(cost):
+                layers, cost, helped = sorted([*others, place[best]]), found, True
+                steps.append((layers, cost))
+                break
+    return Selection(layers, cost, steps)

@@ -1,0 +1,90 @@
+"""The scores of all candidate layers, as a table that can be saved and plotted."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+UNITS = {
+    "block_influence": "Block Influence",
+    "angular": "angular distance of the last token\n(parts of pi)",
+    "loss": "rise of the loss without it\n(nats per token)",
+    "kl": "KL divergence without it\n(nats per token)",
+    "hidden_mse": "relative error of the last state\nwithout it",
+    "taylor": "sum of |gradient x weight|",
+    "task": "fall of the task's score without it",
+    "positional": "place",
+}
+BY_LAYER = ("scores", "refused", "errors", "seen")
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """How much each candidate layer of a model matters.
+
+    Args:
+        criterion (`str`): the criterion that gave the scores.
+        scores (`dict[int, float]`): for each candidate, by its index in the present model, its score;
+            higher matters more.
+        quality (`float` or `None`): of the model as it was scored, higher is better: minus the loss in
+            nats per token (`loss`), the task's score (`task`), None (`block_influence`).
+        kept (`list[int]`): for each present layer, its index in the original model.
+        refused (`dict[int, str]`): for each layer that is no candidate because it cannot be removed
+            exactly, or because the model without it gives no finite score, by its present index, the reason.
+        run (`int`): how many layers a candidate is; it is named by the first.
+        errors (`dict[int, float]`): standard errors of the scores, where they have any: over sequences or
+            questions, and for leave-one-out over parts of 64 tokens of a sequence.
+        seen (`dict[int, int]`): with how many of these each candidate was scored.
+    """
+
+    criterion: str
+    scores: dict[int, float]
+    quality: float | None
+    kept: list[int]
+    refused: dict[int, str] = field(default_factory=dict)
+    run: int = 1
+    errors: dict[int, float] = field(default_factory=dict)
+    seen: dict[int, int] = field(default_factory=dict)
+
+    def ranking(self) -> list[int]:
+        """The candidates, least important first; of equals the deeper first. Those that racing dropped early
+        come after all that it did not."""
+        return sorted(self.scores, key=lambda i: (-self.seen.get(i, 0), self.scores[i], -i))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table as plain values for JSON, the layer indices as strings."""
+        values = asdict(self)
+        return values | {name: {str(i): v for i, v in values[name].items()} for name in BY_LAYER}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ScoreTable":
+        """The table that [`~ScoreTable.to_dict`] gave."""
+        by_layer = {name: values.get(name, {}) for name in BY_LAYER}
+        return cls(**values | {name: {int(i): v for i, v in d.items()} for name, d in by_layer.items()})
+
+    def plot(self, path: str | Path) -> None:
+        """Write a bar chart of the scores by original layer, the least important one marked."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(max(6.0, 0.28 * len(self.kept)), 3.2), layout="constrained")
+        axes = figure.subplots()
+        least = self.ranking()[0]
+        layers = sorted(self.scores)
+        colours = ["tab:red" if layer == least else "tab:blue" for layer in layers]
+        errors = [self.errors.get(i, 0.0) for i in layers]
+        places = [self.kept[i] for i in layers]
+        axes.bar(places, [self.scores[i] for i in layers], yerr=errors, ecolor="gray", color=colours)
+        for layer in set(range(len(self.kept))) - {i + j for i in layers for j in range(self.run)}:
+            axes.text(self.kept[layer], 0, " stays", rotation=90, ha="center", color="gray", size=8)
+        values = sorted(abs(v) for v in self.scores.values())
+        if values[0] > 0 and values[-1] > 20 * values[len(values) // 2]:
+            axes.set_yscale("symlog", linthresh=values[len(values) // 2])
+        axes.set_xticks(range(max(self.kept) + 1))
+        axes.tick_params("x", labelsize=7)
+        axes.set_xlabel("decoder layer (index in the original model)")
+        axes.set_ylabel(UNITS[self.criterion])
+        axes.set_title(
+            f"Importance of {len(layers)} of {len(self.kept)} layers; least important: {self.kept[least]}",
+            fontsize=10,
+        )
+        figure.savefig(path, dpi=120)

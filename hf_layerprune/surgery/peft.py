@@ -1,0 +1,316 @@
+"""Adapters of PEFT on a model whose layers go: what of their configs speaks of layers."""
+
+import copy
+import json
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import LayerPruneError
+from .decoder import predicts_next_token
+from .fresh_model import build_blueprint, quiet
+from .lineage import get_lineage, lineage_entry
+
+
+logger = logging.getLogger(__name__)
+
+# Fields of a PeftConfig that name modules, each a list or a dict by name, where a name may hold a layer.
+NAMES = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")
+PATTERNS = ("rank_pattern", "alpha_pattern")
+PRUNED_BASE = "pruned_base.json"  # beside adapters: the base model and the layers of it that are kept
+
+
+def base_of(model: Any) -> PreTrainedModel:
+    """The transformers model inside a `PeftModel`, its adapters in it; any other model as it is.
+
+    Raises:
+        LayerPruneError: adapters were put into a transformers model directly, so that nothing holds them, or
+            they are in a `PeftMixedModel`.
+    """
+    if isinstance(model, PreTrainedModel):
+        if getattr(model, "_hf_peft_config_loaded", False):
+            raise LayerPruneError(
+                "This model got its adapters by `add_adapter` or by loading: make it with "
+                "`peft.get_peft_model` or `PeftModel.from_pretrained`, or merge them first."
+            )
+        return model
+    if not hasattr(model, "peft_config"):
+        return model
+    if not hasattr(model, "get_base_model"):
+        raise LayerPruneError(
+            f"{type(model).__name__} mixes adapters of several types and cannot be saved or merged as one. "
+            "Use a PeftModel, as peft.get_peft_model makes."
+        )
+    return model.get_base_model()
+
+
+def adapter_configs(model: Any) -> dict[str, Any]:
+    """The `PeftConfig` of each adapter of a `PeftModel`; none of any other model."""
+    return {} if isinstance(model, PreTrainedModel) else dict(getattr(model, "peft_config", {}))
+
+
+def cut_adapter(config: Any, stack: str, kept: Sequence[int]) -> dict[str, Any]:
+    """The fields of a `PeftConfig` that change when layers go.
+
+    Args:
+        config (`PeftConfig`): of one adapter. It is not changed.
+        stack (`str`): the name of the list of layers in its parent, for example `"layers"`.
+        kept (sequence of `int`): the present indices of the layers that stay.
+
+    Raises:
+        LayerPruneError: a field cannot follow, or no adapted layer would be left.
+    """
+    if config.is_prompt_learning or getattr(config, "layer_replication", None):
+        what = "layer_replication" if not config.is_prompt_learning else str(config.peft_type.value)
+        raise LayerPruneError(
+            f"the adapter ({what}) is made for the number of layers: merge or drop it first."
+        )
+
+    def follow(name: str) -> str | None:
+        """The name after the removal; None if its layer is gone."""
+        # With "layers.3." in it, the dots perhaps escaped, or from "3." on, as PEFT shortens many names.
+        found = re.search(rf"(?:(?:^|\.){re.escape(stack)}\\?\.|^)(\d+)(?=\\?\.|$)", name)
+        if found is None:
+            return name
+        layer = int(found[1])
+        return f"{name[: found.start(1)]}{kept.index(layer)}{name[found.end(1) :]}" if layer in kept else None
+
+    changed: dict[str, Any] = {}
+    layers = getattr(config, "layers_to_transform", None)
+    if layers is not None and layers != []:
+        named = [layers] if isinstance(layers, int) else layers
+        changed["layers_to_transform"] = [kept.index(layer) for layer in named if layer in kept]
+        if not changed["layers_to_transform"]:
+            raise LayerPruneError(f"the adapter is only on layers {named}: none of them would be left.")
+    for name in NAMES:
+        value = getattr(config, name, None)
+        if value and not isinstance(value, str):
+            followed = [new for new in map(follow, value) if new is not None]
+            if not followed and name.startswith("target"):
+                raise LayerPruneError(f"nothing of the adapter's {name} would be left.")
+            changed[name] = type(value)(followed) if followed else None
+    for name in PATTERNS:
+        value = getattr(config, name, None)
+        if value:
+            changed[name] = {follow(key): entry for key, entry in value.items() if follow(key) is not None}
+    return changed
+
+
+def adapter_differences(model: Any) -> list[str]:
+    """How a live `PeftModel` differs from one built from its base's config and its adapters' configs.
+
+    Raises:
+        LayerPruneError: adapters of this type cannot be built without weights.
+    """
+    fresh: Any = None
+    with (
+        torch.device("meta"),
+        torch.random.fork_rng(devices=[]),
+        quiet(),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        for name, config in model.peft_config.items():
+            config = copy.deepcopy(config)
+            if hasattr(config, "init_lora_weights"):
+                config.init_lora_weights = False  # some ways compute them from the base's
+            try:
+                if fresh is None:
+                    fresh = type(model)(build_blueprint(model.get_base_model()), config, adapter_name=name)
+                else:
+                    fresh.add_adapter(name, config)
+            except RuntimeError as error:  # it computes with values
+                raise LayerPruneError(
+                    f"PEFT cannot build {config.peft_type.value} adapters without weights, as is needed to "
+                    "check them after a removal: use another type, such as LORA, or merge them first."
+                ) from error
+    here, there = _adapter_facts(model), _adapter_facts(fresh)
+    return [
+        f"{name} is {here.get(name, 'absent')} here, {there.get(name, 'absent')} there"
+        for name in sorted(here.keys() | there.keys())
+        if here.get(name) != there.get(name)
+    ]
+
+
+def _adapter_facts(model: Any) -> dict[str, Any]:
+    facts: dict[str, Any] = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for path, module in model.named_modules():
+        for name in ("r", "scaling"):
+            value = getattr(module, name, None)
+            if isinstance(value, dict) and value:
+                facts[f"{path}.{name}"] = {k: round(float(v), 6) for k, v in value.items()}
+    return facts
+
+
+def check_adapter_type(config: Any) -> None:
+    """Check that a `PeftConfig` puts adapters on modules of the model.
+
+    Raises:
+        LayerPruneError: it is prompt learning, or changes the model's forward pass in another way.
+    """
+    if config.is_prompt_learning or getattr(config, "is_adaption_prompt", False):
+        raise LayerPruneError(
+            f"The adapters are {config.peft_type.value} (prompt learning): virtual tokens do not match the "
+            "teacher's positions and cannot be merged. Adapters on the model's modules are supported. Use "
+            "LoraConfig or another PEFT method that has target_modules."
+        )
+
+
+def starts_from_weights(model: Any) -> bool:
+    """Whether adapters of a `PeftModel` took their first values out of the weights of its base, as PiSSA and
+    OLoRA do, so that they belong to the base as it was before."""
+    inits = [getattr(config, "init_lora_weights", None) for config in adapter_configs(model).values()]
+    return any(str(init).lower().startswith(("pissa", "olora", "corda", "loftq")) for init in inits)
+
+
+def merged_copy(model: Any) -> PreTrainedModel:
+    """Returns a copy of a `PeftModel` with its adapters merged into the weights.
+
+    Adapters on the LM head or the embeddings of a model that ties them may make the two differ. The copy is
+    then untied, in its weights and its config.
+
+    Raises:
+        LayerPruneError: adapters of this type cannot be merged.
+    """
+    copied = _copy(model)
+    base = copied.get_base_model()
+    tied = getattr(base.config, "tie_word_embeddings", None)
+    _untie(base)
+    try:
+        with warnings.catch_warnings():  # of ties, which are seen to here
+            warnings.filterwarnings("ignore", message=".*tie")
+            merged = copied.merge_and_unload()
+    except (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise LayerPruneError(
+            f"These adapters cannot be merged into the model: {reason} Set export='adapter', or use "
+            "save_adapter."
+        ) from error
+    if tied is not None:
+        merged.config.tie_word_embeddings = tied
+    pairs = merged.get_expanded_tied_weights_keys(all_submodels=True)
+    if all(torch.equal(merged.get_parameter(a), merged.get_parameter(b)) for a, b in pairs.items()):
+        merged.tie_weights()
+    else:
+        logger.warning(
+            "The adapters made the LM head and the embeddings differ, so the saved model does not tie them."
+        )
+        merged.config.tie_word_embeddings = False
+        merged.all_tied_weights_keys = merged.get_expanded_tied_weights_keys(all_submodels=True)
+    return merged
+
+
+def bare_copy(model: Any) -> PreTrainedModel:
+    """Returns a copy of the model inside a `PeftModel`, without its adapters."""
+    return _copy(model).unload()
+
+
+def _copy(model: Any) -> Any:
+    return copy.deepcopy(model, {id(tensor): tensor.detach() for tensor in _computed_tensors(model)})
+
+
+def _computed_tensors(model: nn.Module) -> list[torch.Tensor]:
+    """The tensors that modules hold and that autograd has computed, which a deepcopy refuses."""
+
+    def within(value: Any) -> Iterator[torch.Tensor]:
+        if torch.is_tensor(value):
+            yield value
+        elif isinstance(value, dict):
+            for entry in value.values():
+                yield from within(entry)
+
+    return [tensor for m in model.modules() for tensor in within(vars(m)) if not tensor.is_leaf]
+
+
+def _untie(model: nn.Module) -> None:
+    """Give each module parameters of its own."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in seen:
+                module._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            seen.add(id(parameter))
+
+
+def base_name(model: Any) -> str:
+    """Returns the folder or hub id of the model that the adapters of a `PeftModel` are for, or ""."""
+    named = next(iter(adapter_configs(model).values())).base_model_name_or_path
+    return named or base_of(model).config._name_or_path or ""
+
+
+def write_pruned_base(model: Any, folder: Path) -> None:
+    """Note in `folder` which layers of which model the adapters of a `PeftModel` are for."""
+    base = base_of(model)
+    record = {"base_model": base_name(model), **lineage_entry(get_lineage(base))}
+    record["class"] = type(base).__name__
+    if not predicts_next_token(base):  # a head of which the stored base may know nothing
+        record["num_labels"] = base.config.num_labels
+    write_whole(folder / PRUNED_BASE, json.dumps(record, indent=1) + "\n")
+
+
+def keep_base_known(model: Any) -> None:
+    """Let every `save_pretrained` of a `PeftModel` also write what [`load_pruned_adapter`] needs, and a card
+    that says so: PEFT alone would put the adapters on the wrong layers of the whole base.
+
+    Both are methods of this object, as accelerate's `forward` is, so that they follow it into a copy.
+    """
+    vars(model).setdefault("save_pretrained", MethodType(save_with_base, model))
+    vars(model).setdefault("create_or_update_model_card", MethodType(_write_adapter_card, model))
+
+
+def save_with_base(model: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    """See `PeftModel.save_pretrained`. Writes [`PRUNED_BASE`] beside each adapter."""
+    type(model).save_pretrained(model, str(save_directory), *args, **kwargs)
+    for name in model.peft_config if kwargs.get("is_main_process", True) else ():
+        folder = adapter_folder(save_directory, name)
+        if (folder / "adapter_config.json").is_file():
+            write_pruned_base(model, folder)
+
+
+def adapter_folder(folder: str | Path, name: str) -> Path:
+    """Where PEFT puts the adapter of this name when it saves all of them in `folder`."""
+    return Path(folder) / ("" if name == "default" else name)
+
+
+def _write_adapter_card(model: Any, output_dir: str | Path) -> None:
+    """See `PeftModel.create_or_update_model_card`. Completes the card in a folder, or writes a short one."""
+    path, name = Path(output_dir) / "README.md", base_name(model)
+    text = files(__package__).joinpath("adapter_card.md").read_text(encoding="utf-8")
+    source = Path(output_dir).resolve().name
+    card = ModelCard.from_template(ModelCardData(), template_str=text, source=source)
+    loading = card.text.strip()
+    card.text = f"\n# {source}\n\n{loading}\n"
+    if path.is_file():
+        card = ModelCard.load(path)
+        if "load_pruned_adapter" not in card.text:  # trl's quick start loads what PEFT alone would
+            kept = re.sub(r"## Quick start\n.*?(?=\n## |\Z)", "", card.text, flags=re.DOTALL).rstrip()
+            card.text = f"{kept}\n\n{loading}\n"
+    card.data.library_name = "peft"
+    card.data.tags = sorted({"hf_layerprune", "layer-pruning", *(card.data.tags or [])})
+    if is_hub_id(name):
+        card.data.base_model, card.data.base_model_relation = name, "adapter"
+    card.save(path)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's name is that of a repository on the hub, and of no folder here."""
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a kill leaves the old one or the new one."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
