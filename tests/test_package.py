@@ -3,7 +3,10 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
+
+import pytest
 
 import hf_layerprune
 from hf_layerprune.commands.cli import main
@@ -24,6 +27,14 @@ def test_the_import_is_light_and_silent():
 def test_every_public_name_can_be_imported():
     for name in hf_layerprune.__all__:
         assert getattr(hf_layerprune, name).__name__ == name
+
+
+def test_the_package_tells_its_names_its_version_and_that_it_is_typed():
+    assert {*hf_layerprune.__all__, "__version__"} == set(dir(hf_layerprune))
+    assert hf_layerprune.__version__ == version("hf-layerprune")
+    assert (PACKAGE / "py.typed").is_file()
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = hf_layerprune.nothing
 
 
 def reading_order():
