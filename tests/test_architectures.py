@@ -29,7 +29,7 @@ NOT_BUILT = {
     "musicgen_melody": "its text and audio parts come from other libraries' checkpoints",
 }
 # Their layers hand on more than the hidden state, so that a layer passed over by a hook would still speak.
-STATEFUL = {"hy_v4", "inkling2_text", "reformer", "zaya"}
+STATEFUL = {"hy_v4", "inkling2_text", "inkling2_loop_text", "reformer", "zaya"}
 # Layers that do nothing with text alone: they look at the picture.
 IDLE = {"mllama": [2, 5]}
 
