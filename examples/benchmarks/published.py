@@ -123,15 +123,15 @@ def healing() -> str:
 
 
 def gpu() -> str:
-    """What gpu.py found: that GPU and CPU agree, the speed of a step, and a model healed for two minutes."""
+    """What gpu.py found: whether its checks hold, the speed of a step, and a model healed for two minutes."""
     checks, speed, healed = (measured(f"gpu_{part}.json") for part in ("checks", "speed", "heal"))
     agree = sum(one["ok"] for one in checks["checks"].values())
     steps, found, run = speed["speed"], healed["evaluation"], healed["heal"]
     distil, plain = steps["distillation"], steps["plain Trainer"]
     kept = found["model"]["kept"]
     sentences = (
-        f"{healed['device']}: {agree} of {len(checks['checks'])} checks agree with the CPU. A step of "
-        f"distillation with Qwen2.5-3B's shape and {steps['batch']} x {steps['length']} tokens takes "
+        f"{healed['device']}: {agree} of {len(checks['checks'])} checks hold. A distillation step with "
+        f"Qwen2.5-3B's shape and {steps['batch']} x {steps['length']} tokens takes "
         f"{distil['step_seconds']:.2f} s and {distil['peak_gib']:.0f} GiB (plain Trainer "
         f"{plain['step_seconds']:.2f} s, {plain['peak_gib']:.0f} GiB). SmolLM2-135M with 23 of 30 layers, "
         f"reconstructed around the cut and distilled on {run['tokens']:,} tokens in {run['seconds']:.0f} s: "
