@@ -528,6 +528,7 @@ def test_reconstruction_alone_trains_nothing_else(folder, tokenizer, trained):
     model, record = result()
     whole, kept = trained(), record["phases"][-1]["kept"]
     assert record["reconstruction"]["tokens"] == 256
+    assert not Path("out", "reconstruction").exists()
     trained_layers = {layer for one in record["reconstruction"]["windows"] for layer in one["layers"]}
     for place, layer in enumerate(kept):
         pairs = zip(
@@ -541,6 +542,7 @@ def test_reconstruction_alone_trains_nothing_else(folder, tokenizer, trained):
     ("words", "message"),
     [
         (["default", "--reconstruction_layers", "-1"], "reconstruction_layers is -1"),
+        (["default", *RECONSTRUCTED, "--reconstruction_tokens", "0"], "reconstruction_tokens is 0"),
         (["iterative-small", *RECONSTRUCTED], "but select is phases"),
         (["streamline", *RECONSTRUCTED], "trains its own layer"),
         (["default", *RECONSTRUCTED, "--streaming", "True"], "the data is streamed"),

@@ -15,6 +15,7 @@ from hf_layerprune.distillation.reconstruction import Window, find_windows, mean
 from hf_layerprune.surgery.decoder import find_decoder
 
 from .conftest import make_model, tokens
+from .tiny_models import tiny_model
 
 
 def cut(family="llama", layers=(2, 3), **changes):
@@ -247,6 +248,8 @@ def test_what_cannot_be_reconstructed_is_refused_before_any_work(monkeypatch):
         (model, teacher, batches(), {"epochs": 0}, "at least 1 epoch"),
         (model, teacher, batches(), {"learning_rate": -1.0}, "a rate above 0"),
         (model, narrow, batches(), {}, "hidden size"),
+        (model, teacher, batches(length=1), {}, "No token of the batches counts"),
+        (model, teacher, batches(), {"autocast": torch.float16}, "small gradients vanish"),
         (frozen, teacher, batches(), {}, "all of it is frozen"),
         (teacher, teacher, batches(), {}, "No layer was removed"),
     ]
@@ -254,7 +257,7 @@ def test_what_cannot_be_reconstructed_is_refused_before_any_work(monkeypatch):
         with pytest.raises(LayerPruneError, match=message):
             reconstruct_layers(one, taught, data, **SETTINGS | settings)
     monkeypatch.setattr(module, "can_replay", lambda *args: False)
-    with pytest.raises(LayerPruneError, match="hand on more than their outputs"):
+    with pytest.raises(LayerPruneError, match="hand on more than one hidden state"):
         reconstruct_layers(model, teacher, batches(), **SETTINGS)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -325,3 +328,88 @@ def test_two_processes_reconstruct_what_one_does():
         assert torch.equal(found[name], other[name])
         moved = float((value - before[name]).abs().max())
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-2 * moved, msg=name)
+
+
+def test_a_batch_of_padding_alone_changes_nothing():
+    found = []
+    for more in (0, 1):
+        model, teacher = cut()
+        data = [{**batch, "attention_mask": torch.ones_like(batch["input_ids"])} for batch in batches(1)]
+        data += [{**data[0], "attention_mask": torch.zeros_like(data[0]["input_ids"])}] * more
+        result = reconstruct_layers(model, teacher, data, epochs=1, progress=False)
+        assert all(value.isfinite().all() for value in model.state_dict().values())
+        found.append(result.windows[0].error_before)
+    assert found[1] == found[0]
+
+
+def test_labels_change_nothing():
+    found = []
+    for labels in (False, True):
+        model, teacher = cut()
+        data = [
+            batch | ({"labels": torch.full_like(batch["input_ids"], -100)} if labels else {})
+            for batch in DATA
+        ]
+        found.append(reconstruct_layers(model, teacher, data, **SETTINGS))
+    assert found[0] == found[1]
+    assert found[0].kl_before > 0
+
+
+def test_weights_stay_finite_where_the_teacher_is_not():
+    model, teacher = cut()
+    teacher.model.layers[4].mlp.down_proj.weight.data.fill_(float("nan"))
+    before = weights(model)
+    with pytest.raises(
+        LayerPruneError, match=r"gradient of reconstruction is nan in epoch 1 of layers 1 to 2"
+    ):
+        reconstruct_layers(model, teacher, batches(), **SETTINGS)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_adapters_on_a_base_of_16_bits_are_trained(autocast):
+    model, teacher = cut()
+    adapted = get_peft_model(model.bfloat16(), LoraConfig(r=2, target_modules="all-linear"))
+    before = weights(adapted)
+    result = reconstruct_layers(adapted, teacher.bfloat16(), batches(), **SETTINGS, autocast=autocast)
+    changed = {name for name, value in adapted.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+    assert {name: value.dtype for name, value in adapted.state_dict().items()} == {
+        name: value.dtype for name, value in before.items()
+    }
+    assert result.windows[0].error_after < result.windows[0].error_before
+
+
+@pytest.mark.parametrize("name", ["gemma3n_text", "zaya", "reformer"])
+def test_layers_that_hand_on_more_than_a_hidden_state_are_refused(name):
+    teacher = tiny_model(name)
+    model = copy.deepcopy(teacher)
+    remove_layers(model, 3)
+    data = [{"input_ids": tokens(2, 8) + 4}]
+    before = weights(model)
+    with pytest.raises(LayerPruneError, match="hand on more than one hidden state"):
+        reconstruct_layers(model, teacher, data, **SETTINGS)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_other_text_does_not_go_on_where_this_one_stopped(monkeypatch, tmp_path, caplog):
+    model, teacher = cut()
+    save = module._Training._save
+
+    def stop(self, *args):
+        save(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Training, "_save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            reconstruct_layers(copy.deepcopy(model), teacher, DATA[:4], **SETTINGS, folder=tmp_path)
+    other = batches(4, rows=3, length=11)
+    expected = copy.deepcopy(model)
+    reconstruct_layers(expected, teacher, other, **SETTINGS)
+    (tmp_path / "mine.txt").write_text("not of reconstruction")
+    reconstruct_layers(model, teacher, other, **SETTINGS, folder=tmp_path)
+    assert "starts anew" in caplog.text
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.state_dict().items())
+    assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]

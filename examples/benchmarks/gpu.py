@@ -128,7 +128,7 @@ def check_scores(criterion):
 
 
 def check_step(folder, **changes):
-    """The loss and the gradients of one step, `max_steps` of them."""
+    """How far the weights are from those of the CPU after three steps."""
     found = []
     for device in ("cpu", DEVICE):
         student = random_model("tiny", device="cpu")

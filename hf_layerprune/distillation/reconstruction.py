@@ -19,6 +19,7 @@ from ..data import Batch, targets_of
 from ..errors import LayerPruneError
 from ..forward.hooks import can_replay, captured, hidden, replayed, undisturbed
 from ..forward.lm_head import Reader
+from ..scoring.score import fingerprint
 from ..surgery.decoder import find_decoder, is_sharded
 from ..surgery.lineage import Lineage, get_lineage
 from ..surgery.peft import base_of
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 KL_TOKENS = 4096  # what the divergence before and after is measured on
 WARMUP = 0.05  # of the steps
 MAX_GRAD_NORM = 1.0
+PREFIX = "reconstruction"  # of the names of all files
 
 
 @dataclass(frozen=True)
@@ -116,10 +118,12 @@ def reconstruct_layers(
             side of a cut.
         epochs (`int`, *optional*, defaults to 4): how often each batch is read.
         learning_rate (`float`, *optional*, defaults to 1e-3): the peak of a cosine schedule, for AdamW.
-        autocast (`torch.dtype`, *optional*): compute in this precision; weights are float32 meanwhile.
+        autocast (`torch.dtype`, *optional*): compute in this precision, for example `torch.bfloat16`. Weights
+            of 16 bits are float32 while they are trained, and have their own dtype again afterwards.
         seed (`int`, *optional*, defaults to 0): for the order of the batches.
-        folder (`str` or `Path`, *optional*): where states that do not fit in memory are kept meanwhile, and
-            what lets a stopped run go on: called again with the same arguments, it ends with the same bits.
+        folder (`str` or `Path`, *optional*): keeps states that do not fit in memory, and lets a stopped run
+            go on: called again with the same model and arguments, it ends with the same bits. The files are
+            removed in the end.
         progress (`bool`, *optional*, defaults to `True`): show a progress bar.
 
     Returns:
@@ -127,19 +131,17 @@ def reconstruct_layers(
 
     Raises:
         LayerPruneError: the model has no cut, the teacher lacks a layer, the layers cannot be run by
-            themselves, or a setting has no meaning; before any training.
+            themselves, or a setting has no meaning; before any training. Or the loss is not finite: then the
+            weights are those before the step.
     """
     base: Any = base_of(model)
     windows = find_windows(get_lineage(base), get_lineage(teacher), layers_before, layers_after)
-    _check(base, teacher, batches, windows, epochs, learning_rate)
-    deepest = max(1, *(window.first for window in windows), 1)
-    with undisturbed(base):
-        if not can_replay(base, batches[0]["input_ids"][:1, :8].to(base.device), deepest):
-            raise LayerPruneError(
-                f"The layers of this {base.config.model_type} model hand on more than their outputs, so they "
-                "cannot be trained apart from the others. Leave reconstruction out."
-            )
+    _check(base, teacher, batches, windows, epochs, learning_rate, autocast)
+    _check_layers_stand_alone(base, windows, batches[0]["input_ids"][:1, :8].to(base.device))
     trained = [_trained(base, window) for window in windows]
+    # What a checkpoint is of: both models as they are now, the text and the settings.
+    settings = [layers_before, layers_after, str(autocast)]
+    work = [] if folder is None else [fingerprint([base, teacher], list(batches), settings)]
     kl_before = mean_kl(base, teacher, batches)
     states = cache_states(teacher, batches, windows, base, autocast, None if folder is None else Path(folder))
     bar = tqdm(
@@ -148,10 +150,10 @@ def reconstruct_layers(
     results = []
     for number, window in enumerate(windows):
         training = _Training(base, window, trained[number], states[number], autocast)
-        with _training_alone(base, training.parameters):
+        with _training_alone(base, window, training.parameters):
             before = training.error()
-            checkpoint = None if folder is None else Path(folder) / f"window_{number}_of_{len(windows)}.pt"
-            training.fit(epochs, learning_rate, seed, checkpoint, bar)
+            checkpoint = None if folder is None else Path(folder) / f"{PREFIX}_window_{number}.pt"
+            training.fit(epochs, learning_rate, seed, checkpoint, work, bar)
             after = training.error()
         kept = get_lineage(base).kept
         results.append(WindowResult(kept[window.first : window.last + 1], before, after))
@@ -159,8 +161,9 @@ def reconstruct_layers(
             "Reconstructed layers %s: error %.4f before, %.4f after.", results[-1].layers, before, after
         )
     bar.close()
+    PartialState().wait_for_everyone()
     if folder is not None and PartialState().is_main_process:
-        for file in (*Path(folder).glob("window_*.pt"), *Path(folder).glob("states_*.bin")):
+        for file in Path(folder).glob(f"{PREFIX}_*"):
             file.unlink()
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     steps = len(windows) * epochs * len(batches)
@@ -206,12 +209,14 @@ def find_windows(student: Lineage, teacher: Lineage, before: int, after: int) ->
 
 
 def mean_kl(student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Batch]) -> float:
-    """KL(teacher || student) in nats per token, on the first batches of about [`KL_TOKENS`] tokens."""
+    """KL(teacher || student) in nats per token, on the first batches of about [`KL_TOKENS`] tokens. Every
+    token counts that is no padding, whatever its label."""
     total, tokens = 0.0, 0
     models = student, teacher
     with undisturbed(student), undisturbed(teacher):
         readers: list[Reader] = []
-        for batch in batches:
+        for whole in batches:
+            batch = {name: value for name, value in whole.items() if name != "labels"}
             inputs = [{name: value.to(one.device) for name, value in batch.items()} for one in models]
             ids = [own["input_ids"] for own in inputs]
             readers = readers or [Reader(one, own) for one, own in zip(models, ids, strict=True)]
@@ -236,10 +241,21 @@ def _check(
     windows: Sequence[Window],
     epochs: int,
     learning_rate: float,
+    autocast: torch.dtype | None,
 ) -> None:
     """Check what can be checked before any work."""
     if not batches:
         raise LayerPruneError("There are no batches to reconstruct layers on. Give at least one.")
+    if not any(bool(_counted(batch).any()) for batch in batches):
+        raise LayerPruneError(
+            "No token of the batches counts: all are padding, or the first of their sequence. Give sequences "
+            "of at least two tokens."
+        )
+    if autocast is torch.float16:
+        raise LayerPruneError(
+            "autocast is torch.float16, in which small gradients vanish. Use torch.bfloat16, or None for "
+            "float32."
+        )
     if epochs < 1 or not 0 < learning_rate < float("inf"):
         raise LayerPruneError(
             f"epochs is {epochs} and learning_rate {learning_rate}: use at least 1 epoch and a rate above 0."
@@ -256,6 +272,29 @@ def _check(
                 "The weights are sharded over processes, so single layers cannot be trained. Reconstruct "
                 "layers before the model is sharded."
             )
+
+
+def _check_layers_stand_alone(model: Any, windows: Sequence[Window], input_ids: torch.Tensor) -> None:
+    """Check that a hidden state `(batch, length, hidden)` is all that layers hand on.
+
+    Raises:
+        LayerPruneError: it is not, so that a window could not be run from its input alone.
+    """
+    layers = {layer for window in windows for layer in (window.first - 1, window.last) if layer >= 0}
+    with undisturbed(model):
+        alone = can_replay(model, input_ids, max(1, *(window.first for window in windows)))
+        with captured(model, layers) as found:
+            model.base_model(input_ids=input_ids, use_cache=False)
+    width = find_decoder(model).config.hidden_size
+    for _, output in found.values():
+        more = output[1:] if isinstance(output, (tuple, list)) else ()
+        alone &= not any(map(torch.is_tensor, more))
+        alone &= hidden(output).shape == (*input_ids.shape, width)
+    if not alone:
+        raise LayerPruneError(
+            f"The layers of this {model.config.model_type} model hand on more than one hidden state, so they "
+            "cannot be trained apart from the others. Leave reconstruction out."
+        )
 
 
 @dataclass(frozen=True)
@@ -311,7 +350,7 @@ def cache_states(
     dtype = autocast or teacher.dtype
     make = _storage(2 * len(windows) * sum(sizes) * dtype.itemsize, student.device, folder)
     kept = [
-        [make(f"states_{number}_{side}", sum(sizes), dtype).split(sizes) for side in ("in", "out")]
+        [make(f"{PREFIX}_states_{number}_{side}", sum(sizes), dtype).split(sizes) for side in ("in", "out")]
         for number in range(len(windows))
     ]
     layers = sorted({layer for window in windows for layer in (window.reads, window.writes)})
@@ -396,20 +435,25 @@ def _stop_after(model: Any, layer: int) -> Iterator[None]:
 
 
 @contextmanager
-def _training_alone(model: Any, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Within this context these parameters, and no others, are trained, as float32; dropout is off."""
+def _training_alone(model: Any, window: Window, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within this context these parameters, and no others, are trained, and dropout is off. All that has 16
+    bits in the window is float32, also a frozen base under adapters, so that they fit together."""
     required = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    dtypes = [parameter.dtype for parameter in parameters]
+    layers = find_decoder(model).layers[window.first : window.last + 1]
+    halves = [p for layer in layers for p in layer.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+    dtypes = [parameter.dtype for parameter in halves]
     try:
         model.requires_grad_(False)
-        for parameter in parameters:
+        for parameter in halves:
             parameter.data = parameter.data.float()
+        for parameter in parameters:
             parameter.requires_grad_(True)
         with undisturbed(model), torch.enable_grad():
             yield
     finally:
-        for parameter, dtype in zip(parameters, dtypes, strict=True):
+        for parameter in parameters:
             parameter.grad = None
+        for parameter, dtype in zip(halves, dtypes, strict=True):
             parameter.data = parameter.data.to(dtype)
         for parameter in required:
             parameter.requires_grad_(True)
@@ -453,7 +497,7 @@ class _Training:
                 self.model.base_model(**states.batches[number], use_cache=False)
         mask = states.masks[number]
         error = hidden_error(hidden(found[window.last][1])[mask], wanted[mask], "normalized_mse")
-        return error / states.counts[number]
+        return error / max(1, states.counts[number])
 
     def error(self) -> float:
         """The mean over all batches."""
@@ -462,19 +506,27 @@ class _Training:
             losses = torch.stack([self.loss(number) for number in range(len(counts))]).float()
         return float((reduce(losses, "sum").double().cpu() * counts).sum() / counts.sum())
 
-    def fit(self, epochs: int, learning_rate: float, seed: int, checkpoint: Path | None, bar: Any) -> None:
-        """Train, from `checkpoint` if it is there; it is written after each epoch."""
+    def fit(
+        self,
+        epochs: int,
+        learning_rate: float,
+        seed: int,
+        checkpoint: Path | None,
+        work: list[Any],
+        bar: Any,
+    ) -> None:
+        """Train, from `checkpoint` if it is there and of the same `work`; it is written after each epoch."""
         count = len(self.states.batches)
         fused = all(parameter.is_cuda for parameter in self.parameters)
         optimizer = torch.optim.AdamW(self.parameters, learning_rate, weight_decay=0.0, fused=fused)
         steps = epochs * count
         schedule = get_cosine_schedule_with_warmup(optimizer, round(WARMUP * steps), steps)
-        done, work = 0, [epochs, count, learning_rate, seed, self.window.first, self.window.last]
+        done, work = 0, [*work, epochs, learning_rate, seed]
         saved: Any = {}
         if checkpoint is not None and checkpoint.exists():
             saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         if saved and saved["work"] != work:
-            logger.warning("%s is from other settings. Reconstruction starts anew.", checkpoint)
+            logger.warning("%s is of other models, text or settings. Reconstruction starts anew.", checkpoint)
         elif saved:
             done = saved["epochs"]
             for parameter, value in zip(self.parameters, saved["weights"], strict=True):
@@ -489,7 +541,13 @@ class _Training:
                 for parameter in self.parameters:
                     gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
                     parameter.grad = reduce(gradient, "sum")
-                nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
+                norm = nn.utils.clip_grad_norm_(self.parameters, MAX_GRAD_NORM)
+                if not norm.isfinite():
+                    raise LayerPruneError(
+                        f"The gradient of reconstruction is {float(norm)} in epoch {epoch + 1} of layers "
+                        f"{self.window.first} to {self.window.last}. Look at the data, or lower the "
+                        "learning_rate."
+                    )
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad()

@@ -362,7 +362,9 @@ class DistillationTrainer(Trainer):
         """The mixed precision of training, also for parts of the model that are called by themselves:
         accelerate puts it around the forward of the whole model alone, which for PEFT is not the one with the
         output head. See [`~transformers.Trainer.compute_loss_context_manager`]."""
-        return self.accelerator.autocast()
+        contexts = super().compute_loss_context_manager()
+        contexts.enter_context(self.accelerator.autocast())
+        return contexts
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See [`~transformers.Trainer.training_step`].

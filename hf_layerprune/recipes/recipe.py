@@ -135,6 +135,10 @@ class RecipeArguments:
                 f"reconstruction_layers is {self.reconstruction_layers}. Choose 0 or more layers on each "
                 "side of a cut."
             )
+        if self.reconstruction_tokens is not None and self.reconstruction_tokens < 1:
+            raise LayerPruneError(
+                f"reconstruction_tokens is {self.reconstruction_tokens}. Choose at least 1, or leave it out."
+            )
         if self.reconstruction_epochs < 1 or not 0 < self.reconstruction_learning_rate < float("inf"):
             raise LayerPruneError(
                 f"reconstruction_epochs is {self.reconstruction_epochs} and reconstruction_learning_rate is "
@@ -244,7 +248,8 @@ def run_recipe(
     Raises:
         LayerPruneError: settings that cannot work, before any long work.
     """
-    if args.max_steps and isinstance(train, Dataset) and not len(train):
+    reads = args.max_steps or recipe.reconstruction_layers
+    if reads and isinstance(train, Dataset) and not len(train):
         raise LayerPruneError(
             "Calibration and evaluation take all blocks of the text, none is left to train on: give more "
             "text, or ask for fewer blocks."
@@ -361,6 +366,7 @@ def _reconstruct(
     began = time.monotonic()
     length = len(train[0]["input_ids"])
     tokens = recipe.reconstruction_tokens or len(train) * length
+    folder = Path(str(args.output_dir)) / "reconstruction"
     found = reconstruct_layers(
         model,
         teacher,
@@ -369,10 +375,13 @@ def _reconstruct(
         layers_after=recipe.reconstruction_layers,
         epochs=recipe.reconstruction_epochs,
         learning_rate=recipe.reconstruction_learning_rate,
-        autocast=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None,
+        autocast=torch.bfloat16 if args.bf16 else None,  # fp16 would need its gradients scaled
         seed=args.seed,
+        folder=folder,
         progress=not args.disable_tqdm,
     )
+    if args.process_index == 0:
+        folder.rmdir()  # what was in it is gone
     return found.to_dict() | {"seconds": round(time.monotonic() - began, 2)}
 
 
