@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import get_cosine_schedule_with_warmup
@@ -244,7 +245,8 @@ def test_what_cannot_be_reconstructed_is_refused_before_any_work(monkeypatch):
     frozen = copy.deepcopy(model).requires_grad_(False)
     narrow = make_model(hidden_size=16, num_attention_heads=2, num_key_value_heads=1)
     cases = [
-        (model, teacher, [], {}, "no batches"),
+        (model, teacher, [], {}, "data is empty"),
+        (model, teacher, ["a text"], {}, "tokenizer"),
         (model, teacher, batches(), {"epochs": 0}, "at least 1 epoch"),
         (model, teacher, batches(), {"learning_rate": -1.0}, "a rate above 0"),
         (model, narrow, batches(), {}, "hidden size"),
@@ -413,3 +415,17 @@ def test_other_text_does_not_go_on_where_this_one_stopped(monkeypatch, tmp_path,
     assert "starts anew" in caplog.text
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in expected.state_dict().items())
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_a_data_set_is_read_as_its_batches():
+    ids = torch.cat([batch["input_ids"] for batch in batches(8)])  # 16 rows, which make two batches
+    found = []
+    for data in (
+        Dataset.from_dict({"input_ids": ids.tolist()}),
+        ids,
+        [{"input_ids": part} for part in ids.split(8)],
+    ):
+        model, teacher = cut()
+        reconstruct_layers(model, teacher, data, **SETTINGS)
+        found.append(weights(model))
+    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in other)

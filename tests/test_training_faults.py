@@ -667,6 +667,17 @@ def test_code_of_its_own_reaches_the_teacher_on_the_command_line(own_code, capsy
     assert main([*words, "--trust_remote_code", "True"]) == 0
 
 
+def test_code_of_its_own_reaches_every_phase_of_a_command(own_code, capsys):
+    words = shlex.split(
+        "phases model --data text.txt --target_layers 5 --block_length 8 --calibration_blocks 2 "
+        "--heldout_blocks 2 --output_dir out"
+    )
+    command = ["--", "cp", "-r", "{model}", "{output_dir}"]
+    assert main([*words, *command]) == 2
+    assert "trust_remote_code" in capsys.readouterr().err
+    assert main([*words, "--trust_remote_code", "True", *command]) == 0
+
+
 # Several processes
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
-from ..data import Batch, targets_of
+from ..data import Batch, make_batches, targets_of
 from ..errors import LayerPruneError
 from ..forward.hooks import can_replay, captured, hidden, replayed, undisturbed
 from ..forward.lm_head import Reader
@@ -90,7 +90,7 @@ class Reconstruction:
 def reconstruct_layers(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
-    batches: Sequence[Batch],
+    batches: Any,
     *,
     layers_before: int = 1,
     layers_after: int = 1,
@@ -113,7 +113,8 @@ def reconstruct_layers(
         model (`PreTrainedModel` or `PeftModel`): a model that lost layers. Of a `PeftModel` only the adapters
             in these layers are trained.
         teacher (`PreTrainedModel`): the model it was cut from, or one with more of its layers.
-        batches (sequence of dict): `input_ids` `(batch, length)`, where needed `attention_mask`.
+        batches: batches with `input_ids` `(batch, length)` and where needed `attention_mask`, or another form
+            of tokens that [`make_batches`] knows. Labels do not matter.
         layers_before, layers_after (`int`, *optional*, defaults to 1): how many layers are trained on either
             side of a cut.
         epochs (`int`, *optional*, defaults to 4): how often each batch is read.
@@ -135,13 +136,14 @@ def reconstruct_layers(
             weights are those before the step.
     """
     base: Any = base_of(model)
+    batches = make_batches(batches)
     windows = find_windows(get_lineage(base), get_lineage(teacher), layers_before, layers_after)
     _check(base, teacher, batches, windows, epochs, learning_rate, autocast)
     _check_layers_stand_alone(base, windows, batches[0]["input_ids"][:1, :8].to(base.device))
     trained = [_trained(base, window) for window in windows]
     # What a checkpoint is of: both models as they are now, the text and the settings.
     settings = [layers_before, layers_after, str(autocast)]
-    work = [] if folder is None else [fingerprint([base, teacher], list(batches), settings)]
+    work = [] if folder is None else [fingerprint([base, teacher], batches, settings)]
     kl_before = mean_kl(base, teacher, batches)
     states = cache_states(teacher, batches, windows, base, autocast, None if folder is None else Path(folder))
     bar = tqdm(
@@ -244,8 +246,6 @@ def _check(
     autocast: torch.dtype | None,
 ) -> None:
     """Check what can be checked before any work."""
-    if not batches:
-        raise LayerPruneError("There are no batches to reconstruct layers on. Give at least one.")
     if not any(bool(_counted(batch).any()) for batch in batches):
         raise LayerPruneError(
             "No token of the batches counts: all are padding, or the first of their sequence. Give sequences "
