@@ -1,0 +1,137 @@
+"""Settings of scoring, of removal and of its phases: declared once, for Python, command line and recipes."""
+
+from dataclasses import dataclass, field
+
+from ..errors import LayerPruneError
+from ..surgery.lineage import plain_int
+
+
+@dataclass(kw_only=True)
+class ScoringArguments:
+    """How layers are scored.
+
+    Args:
+        criterion (`str`, *optional*, defaults to `"loss"`): what makes a layer important, see [`score_layers`].
+        racing (`float`, *optional*): confidence at which [`score_layers`] stops to score a layer.
+        pattern (`str`, *optional*, defaults to `"output"`): for `criterion="positional"`.
+        scoring_seed (`int`, *optional*, defaults to 0): for `pattern="random"`.
+        protected (`list[int]`, *optional*): layers that stay; left out, the first and the last.
+    """
+
+    criterion: str = field(
+        default="loss",
+        metadata={
+            "help": "What makes a layer important. Classifiers, encoders, reward and embedding models go "
+            "with block_influence, angular, hidden_mse and positional."
+        },
+    )
+    racing: float | None = field(
+        default=None,
+        metadata={"help": "Confidence, as 0.99, to stop scoring layers that surely matter more."},
+    )
+    pattern: str = field(
+        default="output",
+        metadata={"help": "For criterion positional: output, input, middle, both, random or max-gap."},
+    )
+    scoring_seed: int = field(default=0, metadata={"help": "Seed of pattern random."})
+    protected: list[int] | None = field(
+        default=None, metadata={"help": "Layers that stay. Default: the first and the last."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.protected is not None:
+            self.protected = [plain_int(layer) for layer in self.protected]
+
+
+@dataclass(kw_only=True)
+class RemovalArguments(ScoringArguments):
+    """How layers are scored, and how many stay.
+
+    Args:
+        target_layers (`int`): how many layers the model shall have in the end.
+    """
+
+    target_layers: int = field(metadata={"help": "How many layers the model shall have."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.target_layers = check_count("target_layers", self.target_layers)
+
+
+@dataclass(kw_only=True)
+class PruningArguments(RemovalArguments):
+    """Settings of [`LayerPruningCallback`].
+
+    Args:
+        layers_per_phase (`int` or `float`, *optional*, defaults to 1):
+            Layers to remove before training goes on, or a share of those present, as 0.3 (Minitron,
+            2407.14679); all are scored again after each. As many as shall go make one phase.
+        steps_per_phase (`int`, *optional*):
+            Training steps after each removal; left out, all steps are shared out equally. Steps that
+            remain go to the last phase.
+        tokens_per_phase (`int`, *optional*):
+            Instead, so many tokens of all processes, without padding.
+        restart_learning_rate (`bool`, *optional*, defaults to `False`):
+            Each phase runs through the whole learning rate schedule, warm-up included; otherwise the run
+            does once.
+        quality_floor (`float`, *optional*):
+            Stop removing when the model's score is below this at the start of a phase: the task's
+            score, or for `"loss"` minus the loss in nats per token.
+        min_recovery (`float`, *optional*):
+            For `"loss"` and `"task"`: the share of what its removals cost that a phase must win back, by its
+            end, on the calibration data. Otherwise the run ends with the model as it was before that phase,
+            layers put back; until then a copy of it lies in the output folder.
+
+    Raises:
+        LayerPruneError: a setting that cannot work.
+    """
+
+    layers_per_phase: float = field(
+        default=1, metadata={"help": "Layers to remove in each phase, or a share of them, as 0.3."}
+    )
+    steps_per_phase: int | None = field(
+        default=None, metadata={"help": "Steps after each removal. Default: all shared out equally."}
+    )
+    tokens_per_phase: int | None = field(default=None, metadata={"help": "Instead, so many tokens."})
+    restart_learning_rate: bool = field(
+        default=False, metadata={"help": "Run through the whole learning rate schedule in each phase."}
+    )
+    quality_floor: float | None = field(
+        default=None, metadata={"help": "Stop removing when minus the calibration loss is below this."}
+    )
+    min_recovery: float | None = field(
+        default=None,
+        metadata={
+            "help": "End, and put layers back, when a phase wins back less than this share of their cost."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size = self.layers_per_phase
+        if not (isinstance(size, float) and 0 < size < 1):  # a share
+            whole = int(size) if isinstance(size, float) and size.is_integer() else size  # as flags give it
+            self.layers_per_phase = check_count("layers_per_phase", whole, "or a share between 0 and 1")
+        for name in ("steps_per_phase", "tokens_per_phase"):
+            if getattr(self, name) is not None:
+                setattr(self, name, check_count(name, getattr(self, name)))
+        if self.steps_per_phase is not None and self.tokens_per_phase is not None:
+            raise LayerPruneError("Give steps_per_phase or tokens_per_phase, not both.")
+        for name in ("quality_floor", "min_recovery"):
+            if getattr(self, name) is not None and self.criterion not in ("loss", "task"):
+                raise LayerPruneError(f"{self.criterion} measures no quality: leave {name} out.")
+        if self.min_recovery is not None and not 0 < self.min_recovery < float("inf"):
+            raise LayerPruneError(f"min_recovery is {self.min_recovery}: it is a share, as 0.5.")
+
+
+def check_count(name: str, value: object, otherwise: str = "") -> int:
+    """Returns a setting that is a number of things as an `int`.
+
+    Raises:
+        LayerPruneError: it is no whole number of at least 1.
+    """
+    number = plain_int(value)
+    if type(number) is not int or number < 1:
+        ending = f", {otherwise}." if otherwise else "."
+        raise LayerPruneError(f"{name} is {value!r}: it must be a whole number of at least 1{ending}")
+    return number
