@@ -11,7 +11,7 @@ class ScoringArguments:
     """How layers are scored.
 
     Args:
-        criterion (`str`, *optional*, defaults to `"loss"`): what makes a layer important, see [`score_layers`].
+        criterion (`str`, *optional*, defaults to `"loss"`): see [`score_layers`].
         racing (`float`, *optional*): confidence at which [`score_layers`] stops to score a layer.
         pattern (`str`, *optional*, defaults to `"output"`): for `criterion="positional"`.
         scoring_seed (`int`, *optional*, defaults to 0): for `pattern="random"`.
