@@ -1,0 +1,286 @@
+"""What a training run costs, from the config alone: memory by part, FLOPs and time."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import PreTrainedModel
+
+from ..errors import LayerPruneError
+from ..surgery.decoder import find_decoder, text_config
+from ..surgery.peft import base_of
+from .tiled_loss import GPU_TILE
+
+
+GIB = 2**30
+MFU = 0.33  # model FLOPs utilization that a Qwen2.5-3B distillation step reached on an H200
+TILE_COPIES = 6  # float32 tensors of one tile of logits that the loss and its gradient hold at once
+# Memory in GiB and dense 16-bit TFLOP/s, from the vendors' data sheets.
+DEVICES = {
+    "l4-24gb": (22.5, 121),
+    "rtx4090-24gb": (23.6, 165),
+    "a100-40gb": (39.5, 312),
+    "l40s-48gb": (44.5, 362),
+    "a100-80gb": (79.2, 312),
+    "h100-80gb": (79.2, 989),
+    "h200-141gb": (139.8, 989),
+}
+# Bytes of state for each trained parameter.
+OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 0, "lion_32bit": 4, "paged_lion_32bit": 4}
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one forward pass of a model leaves in memory for its backward pass, and its FLOPs.
+
+    Args:
+        layers (`int`): decoder layers of the model.
+        saved_by_layer (`float`): bytes that one layer saves, on average.
+        saved_elsewhere (`int`): bytes that the rest of the model without the output head saves.
+        layer_input (`int`): bytes of the input of one layer.
+        layer_flops (`float`): forward FLOPs of one layer, on average.
+        head_flops (`float`): forward FLOPs of the output head.
+        layer_parameters (`float`), trained_by_layer (`float`): of one layer, on average.
+        parameters (`int`), trained (`int`): of the whole model.
+        head_parameters (`int`), trains_head (`bool`): of the output head.
+    """
+
+    layers: int
+    saved_by_layer: float
+    saved_elsewhere: int
+    layer_input: int
+    layer_flops: float
+    head_flops: float
+    layer_parameters: float
+    trained_by_layer: float
+    parameters: int
+    trained: int
+    head_parameters: int
+    trains_head: bool
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Memory, FLOPs and tokens of one optimizer step on one device.
+
+    Args:
+        parameters_before (`int`), parameters_after (`int`): of the model, before and after pruning.
+        memory (`dict[str, float]`): bytes by part.
+        peak (`float`): bytes at the most. Gradients grow while activations are freed, so this is less than
+            the sum of all parts.
+        step_flops (`float`): FLOPs of one optimizer step.
+        step_tokens (`int`): tokens of one optimizer step.
+    """
+
+    parameters_before: int
+    parameters_after: int
+    memory: dict[str, float]
+    peak: float
+    step_flops: float
+    step_tokens: int
+
+    def seconds(self, flops_per_second: float) -> float:
+        """Returns the seconds of one optimizer step at a throughput in FLOP/s."""
+        return self.step_flops / flops_per_second
+
+
+def measure_footprint(model: PreTrainedModel, batch: int, length: int, bf16: bool) -> Footprint:
+    """Runs a model on tensors without values and counts what its backward pass would need.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): on the meta device, float32 or the dtype it is trained in.
+        batch (`int`), length (`int`): sequences of a batch, and their tokens.
+        bf16 (`bool`): run under bfloat16 autocast.
+
+    Raises:
+        LayerPruneError: the model cannot run without values.
+    """
+    base: Any = base_of(model)
+    decoder = find_decoder(base)
+    config = text_config(base.config)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device="cpu")
+            base.tie_weights()  # which are apart now
+            ids = torch.zeros(batch, length, dtype=torch.long)
+            with _saved_bytes(model) as saved, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                marks = _marks(decoder.layers, saved)
+                counter = FlopCounterMode(display=False, custom_mapping=_cpu_attention())
+                with counter:
+                    states = base.base_model(input_ids=ids, use_cache=False)[0]
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise LayerPruneError(
+            f"The memory of this {config.model_type} model cannot be planned: it does not run on tensors "
+            f"without values ({str(error).splitlines()[0][:150]})."
+        ) from error
+    count, inside = len(decoder.layers), sum(after - before for before, after in marks)
+    layers = [sum(p.numel() for p in layer.parameters()) for layer in decoder.layers]
+    trained = [sum(p.numel() for p in layer.parameters() if p.requires_grad) for layer in decoder.layers]
+    head = config.vocab_size * states.shape[-1]
+    return Footprint(
+        layers=count,
+        saved_by_layer=inside / count,
+        saved_elsewhere=sum(saved.values()) - inside,
+        layer_input=states.numel() * states.element_size(),
+        layer_flops=counter.get_total_flops() / count,
+        head_flops=2 * head * batch * length,
+        layer_parameters=sum(layers) / count,
+        trained_by_layer=sum(trained) / count,
+        parameters=sum(p.numel() for p in base.parameters()),
+        trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        head_parameters=head,
+        trains_head=any(p.requires_grad for p in base.get_output_embeddings().parameters()),
+    )
+
+
+@contextmanager
+def _saved_bytes(model: nn.Module) -> Iterator[dict[Any, int]]:
+    """Yields the bytes of each storage that autograd saves within this context, without parameters."""
+    own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
+    kept: list[Any] = []  # or another storage could come to the same address
+    saved: dict[Any, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own and storage._cdata not in saved:
+            saved[storage._cdata] = storage.nbytes()
+            kept.append(storage)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield saved
+
+
+def _marks(layers: Any, saved: dict[Any, int]) -> list[tuple[int, int]]:
+    """Returns, once the layers have run, the saved bytes before and after each of them."""
+    marks: list[tuple[int, int]] = []
+    begun: list[int] = []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda *_: begun.append(sum(saved.values())))
+        layer.register_forward_hook(lambda *_: marks.append((begun[-1], sum(saved.values()))))
+    return marks
+
+
+def _cpu_attention() -> dict[Any, Any]:
+    """The CPU's flash attention, which FlopCounterMode does not know, with the FLOPs of any attention."""
+
+    def flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+        return sdpa_flop_count(query, key, value)  # of shapes
+
+    return {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flops}
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What of a run's settings decides its memory.
+
+    Args:
+        batch (`int`), accumulation (`int`): sequences of a batch, and batches of a step.
+        bf16 (`bool`), activation_checkpointing (`bool`): as in the training arguments.
+        optim (`str`): the optimizer's name in the training arguments.
+        weight_bytes (`int`), teacher_bytes (`int`): of one parameter of the student, and of the teacher. 0
+            for a teacher whose logits are cached, or that shares the student's weights (LoRA).
+        teacher_runs (`bool`): the teacher computes its logits in each step.
+    """
+
+    batch: int
+    accumulation: int
+    bf16: bool
+    activation_checkpointing: bool
+    optim: str
+    weight_bytes: int = 4
+    teacher_bytes: int = 4
+    teacher_runs: bool = True
+
+
+def plan_training(
+    footprint: Footprint, settings: TrainingSettings, target_layers: int, start_layers: int, length: int
+) -> TrainingPlan:
+    """Plans a distillation run on one device.
+
+    Args:
+        footprint ([`Footprint`]): of the model with all its layers, with `settings.batch` sequences.
+        target_layers (`int`): how many layers the pruned model has.
+        start_layers (`int`): how many layers it has when training begins, which takes the most memory.
+        length (`int`): tokens of a sequence.
+    """
+    gone = footprint.layers - start_layers
+    parameters = footprint.parameters - gone * footprint.layer_parameters
+    trained = footprint.trained - gone * footprint.trained_by_layer
+    layer = footprint.saved_by_layer
+    if settings.activation_checkpointing:
+        activations = start_layers * footprint.layer_input + layer
+    else:
+        activations = start_layers * layer
+    activations += footprint.saved_elsewhere
+    tile = GPU_TILE  # a batch of few tokens has less
+    memory = {
+        "weights": parameters * settings.weight_bytes,
+        "teacher": footprint.parameters * settings.teacher_bytes,
+        "optimizer": trained * optimizer_bytes(settings.optim),
+        "gradients": trained * settings.weight_bytes,
+        "activations": activations,
+        "logits": TILE_COPIES * 4 * tile + 4 * footprint.head_parameters * footprint.trains_head,
+    }
+    held = memory["weights"] + memory["teacher"] + memory["optimizer"]
+    at_loss = held + activations + memory["logits"] + memory["gradients"] * (settings.accumulation > 1)
+    at_end = held + memory["gradients"] + layer
+    backward = 2 if footprint.trained >= parameters else 1  # frozen weights get no gradient of their own
+    student = start_layers * footprint.layer_flops + footprint.head_flops
+    flops = student * (1 + backward + settings.activation_checkpointing)
+    if settings.teacher_runs:
+        flops += footprint.layers * footprint.layer_flops + footprint.head_flops
+    removed = footprint.layers - target_layers
+    return TrainingPlan(
+        parameters_before=footprint.parameters,
+        parameters_after=round(footprint.parameters - removed * footprint.layer_parameters),
+        memory=memory,
+        peak=max(at_loss, at_end),
+        step_flops=flops * settings.accumulation,
+        step_tokens=settings.batch * settings.accumulation * length,
+    )
+
+
+def optimizer_bytes(optim: str) -> int:
+    """Returns the bytes of state that an optimizer of the Trainer holds for each trained parameter."""
+    if optim in OPTIMIZER_BYTES:
+        return OPTIMIZER_BYTES[optim]
+    return 2 if "8bit" in optim else 8
+
+
+def settings_that_fit(
+    footprint: Footprint, settings: TrainingSettings, target: int, start: int, length: int, memory: float
+) -> list[str]:
+    """Returns the changes of settings, the mildest first, of which each makes a run fit into `memory` bytes,
+    alone or with those before it; none if even all together do not."""
+    steps: list[tuple[str, TrainingSettings]] = []
+    present = settings
+    for words, changes in (
+        ("--activation_checkpointing True", {"activation_checkpointing": True}),
+        ("--optim adamw_8bit", {"optim": "adamw_8bit"}),
+        ("--teacher DIR of cached logits", {"teacher_bytes": 0, "teacher_runs": False}),
+    ):
+        changed = replace(present, **changes)  # type: ignore[arg-type]
+        if changed == present:
+            continue
+        present = changed
+        steps.append((words, present))
+        if plan_training(footprint, present, target, start, length).peak <= memory:
+            return [words for words, _ in steps]
+    return []
+
+
+def readable(count: float) -> str:
+    """Returns a number of parameters as people write it: 3.09B or 134.5M."""
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+
+
+def in_gib(size: float) -> str:
+    """Returns bytes in GiB, with one decimal."""
+    return f"{math.ceil(size / GIB * 10) / 10:.1f}"
