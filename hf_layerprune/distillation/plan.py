@@ -266,7 +266,7 @@ def settings_that_fit(
         ("--optim adamw_8bit", {"optim": "adamw_8bit"}),
         ("--teacher DIR of cached logits", {"teacher_bytes": 0, "teacher_runs": False}),
     ):
-        changed = replace(present, **changes)  # type: ignore[arg-type]
+        changed = replace(present, **changes)
         if changed == present:
             continue
         present = changed
