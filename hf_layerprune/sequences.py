@@ -1,0 +1,236 @@
+"""Texts as token sequences with labels: joined and cut, packed, or one sequence for each text."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .errors import LayerPruneError
+from .texts import Text, text_of
+
+
+logger: Any = logging.get_logger(__name__)
+
+IGNORED = -100  # the label of a token that does not count
+PACKINGS = ("joined", "packed", "none")
+LOSSES = ("all", "completion")
+
+
+@dataclass
+class Counts:
+    """What happened to the texts of a data set.
+
+    Args:
+        texts (`int`), empty (`int`): texts that were read, and those without text.
+        truncated (`int`), tokens_lost (`int`): texts that were longer than a sequence, and tokens cut off.
+        unlabelled (`int`): texts of which no token would have counted; they are left out.
+    """
+
+    texts: int = 0
+    empty: int = 0
+    truncated: int = 0
+    tokens_lost: int = 0
+    unlabelled: int = 0
+
+    def report(self, name: str) -> None:
+        """Warns of texts that were left out or cut."""
+        if self.empty:
+            logger.warning_once(f"{name}: {self.empty} of {self.texts} rows have no text and are skipped.")
+        if self.truncated:
+            logger.warning_once(
+                f"{name}: {self.truncated} of {self.texts} texts are longer than a sequence. "
+                f"{self.tokens_lost} tokens are cut off. Raise the sequence length to keep them."
+            )
+        if self.unlabelled:
+            logger.warning_once(
+                f"{name}: {self.unlabelled} of {self.texts} texts have no completion within a sequence and "
+                "are skipped."
+            )
+
+
+def prepare_dataset(
+    rows: Iterable[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int = 256,
+    *,
+    packing: str = "joined",
+    loss_on: str = "all",
+    template: str | None = None,
+    column: str = "text",
+    limit: int | None = None,
+    name: str = "The data",
+) -> Dataset:
+    """Returns text, chats or prompts as token sequences that a Trainer takes.
+
+    Args:
+        rows (iterable): see [`text_of`]: strings, or rows with `text`, `messages`, `conversations`, or
+            `prompt` and `completion`.
+        tokenizer (`PreTrainedTokenizerBase`): the model's own.
+        length (`int`, *optional*, defaults to 256): tokens of a sequence.
+        packing (`str`, *optional*, defaults to `"joined"`):
+            - `"joined"`: texts follow each other with the end-of-text token between them, and are cut into
+              equal sequences. Tokens attend to the text before theirs.
+            - `"packed"`: each sequence holds whole texts. `position_ids` begin again with each text, so that
+              no token attends to another text. A text longer than a sequence is truncated.
+            - `"none"`: one sequence for each text, truncated to `length`.
+        loss_on (`str`, *optional*, defaults to `"all"`): `"all"` tokens, or those of a `"completion"`:
+            assistant turns of a chat, or the completion after a prompt.
+        template (`str`, *optional*), column (`str`, *optional*, defaults to `"text"`): see [`text_of`].
+        limit (`int`, *optional*): stop after this many sequences.
+        name (`str`, *optional*): what warnings call the data.
+
+    Returns:
+        `Dataset`: with `input_ids` and `labels`, and with `"packed"` also `position_ids`.
+
+    Raises:
+        LayerPruneError: a row has no such form, the texts are shorter than one sequence, or completions
+            cannot be told from the rest.
+    """
+    found = list(
+        islice(iter_sequences(rows, tokenizer, length, packing, loss_on, template, column, name), limit)
+    )
+    return Dataset.from_list(found)
+
+
+def iter_sequences(
+    rows: Iterable[Any],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    packing: str = "joined",
+    loss_on: str = "all",
+    template: str | None = None,
+    column: str = "text",
+    name: str = "The data",
+) -> Iterator[dict[str, list[int]]]:
+    """Yields the sequences of [`prepare_dataset`] one after another."""
+    for setting, value, allowed in (("packing", packing, PACKINGS), ("loss_on", loss_on, LOSSES)):
+        if value not in allowed:
+            raise LayerPruneError(f"{setting} is {value!r}. Choose from {', '.join(allowed)}.")
+    if length < 2:
+        raise LayerPruneError(f"The sequence length is {length}. Choose at least 2 tokens.")
+    counts = Counts()
+    texts = (text_of(row, tokenizer, template, column) for row in rows)
+    encoded = _encoded(texts, tokenizer, loss_on, counts)
+    start = _start(tokenizer)
+    pack = {"joined": _joined, "packed": _packed, "none": _single}[packing]
+    try:
+        yield from pack(encoded, start, length, counts)
+    finally:
+        counts.report(name)
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns what the tokenizer itself puts before a text. Gemma reads badly without it; BERT has [CLS]."""
+    first = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
+    return [token for token in tokenizer("")["input_ids"] if token in first][:1]
+
+
+def _encoded(
+    texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase, loss_on: str, counts: Counts
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Yields the tokens of each text, ended by the end-of-text token, and their labels."""
+    last = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    end = [] if last is None else [last]
+    for text in texts:
+        counts.texts += 1
+        if not text.text.strip():
+            counts.empty += 1
+            continue
+        if loss_on == "all":
+            # verbose=False: a text may be longer than the model reads, the sequences are not.
+            ids = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
+            yield ids + end, ids + end
+        else:
+            ids, labels = _completion_labels(text, tokenizer)
+            ends_in_completion = labels[-1] != IGNORED
+            yield ids + end, labels + (end if ends_in_completion else [IGNORED] * len(end))
+
+
+def _completion_labels(text: Text, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Returns tokens and labels of a text, of which only completions count."""
+    if not text.completions:
+        raise LayerPruneError(
+            "loss_on is 'completion', but a row has no completion that can be told: it is plain text, has no "
+            "assistant turn, or the chat template writes earlier turns differently when later ones follow. "
+            "Set loss_on to 'all', or give rows with prompt and completion."
+        )
+    if not tokenizer.is_fast:
+        raise LayerPruneError(
+            f"loss_on is 'completion', but {type(tokenizer).__name__} does not say which characters a token "
+            "is. Load the fast tokenizer (use_fast=True), or set loss_on to 'all'."
+        )
+    found = tokenizer(text.text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+    counted = [
+        any(begin < last and first < end for first, last in text.completions)
+        for begin, end in found["offset_mapping"]
+    ]
+    ids = found["input_ids"]
+    return ids, [token if counts else IGNORED for token, counts in zip(ids, counted, strict=True)]
+
+
+def _joined(
+    texts: Iterable[tuple[list[int], list[int]]], start: list[int], length: int, counts: Counts
+) -> Iterator[dict[str, list[int]]]:
+    size, ids, labels, found = length - len(start), list[int](), list[int](), False
+    for more_ids, more_labels in texts:
+        ids, labels = ids + more_ids, labels + more_labels
+        whole = len(ids) // size * size
+        for i in range(0, whole, size):
+            found = True
+            yield {"input_ids": start + ids[i : i + size], "labels": start + labels[i : i + size]}
+        ids, labels = ids[whole:], labels[whole:]
+    if not found:
+        raise LayerPruneError(
+            f"The text has {len(ids)} tokens, less than one sequence of {length}. Give more text or shorter "
+            "sequences."
+        )
+
+
+def _fitting(
+    texts: Iterable[tuple[list[int], list[int]]], start: list[int], length: int, counts: Counts
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Yields texts with the beginning-of-text token, truncated to a sequence, of which some token counts."""
+    for ids, labels in texts:
+        if ids[: len(start)] != start:  # as a chat template may have written it
+            ids, labels = start + ids, [IGNORED] * len(start) + labels
+        if len(ids) > length:
+            counts.truncated += 1
+            counts.tokens_lost += len(ids) - length
+            ids, labels = ids[:length], labels[:length]
+        if all(label == IGNORED for label in labels[1:]):
+            counts.unlabelled += 1
+        else:
+            yield ids, labels
+
+
+def _packed(
+    texts: Iterable[tuple[list[int], list[int]]], start: list[int], length: int, counts: Counts
+) -> Iterator[dict[str, list[int]]]:
+    """Yields sequences of whole texts, in their order; a sequence ends before the text that does not fit."""
+    held: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
+    for ids, labels in _fitting(texts, start, length, counts):
+        if held["input_ids"] and len(held["input_ids"]) + len(ids) > length:
+            yield held
+            held = {"input_ids": [], "labels": [], "position_ids": []}
+        # The first token of a text is no target of the last one before.
+        held["input_ids"] += ids
+        held["labels"] += [IGNORED, *labels[1:]]
+        held["position_ids"] += list(range(len(ids)))
+    if not held["input_ids"]:
+        raise LayerPruneError("There is no text to train on. Give more text.")
+    yield held
+
+
+def _single(
+    texts: Iterable[tuple[list[int], list[int]]], start: list[int], length: int, counts: Counts
+) -> Iterator[dict[str, list[int]]]:
+    found = False
+    for ids, labels in _fitting(texts, start, length, counts):
+        found = True
+        yield {"input_ids": ids, "labels": labels}
+    if not found:
+        raise LayerPruneError("There is no text to train on. Give more text.")

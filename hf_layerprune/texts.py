@@ -1,0 +1,147 @@
+"""Rows as text: plain text, chats, prompts with completions, and templates over columns."""
+
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import LayerPruneError, one_line
+
+
+COLUMNS = ("text", "messages", "conversations", "prompt")
+# Roles of ShareGPT's conversations, as chat templates call them.
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text of one row.
+
+    Args:
+        text (`str`): the text, with all special tokens that a chat template writes.
+        completions (`list[tuple[int, int]]`): first and last-but-one character of each completion or
+            assistant turn; of plain text none.
+    """
+
+    text: str
+    completions: list[tuple[int, int]] = field(default_factory=list)
+
+
+def text_of(row: Any, tokenizer: Any = None, template: str | None = None, column: str = "text") -> Text:
+    """Returns the text of a row.
+
+    Args:
+        row (`str`, messages, or `dict`): a string; a list of messages; or a row with the column `text`,
+            `messages`, `conversations` (ShareGPT), or `prompt` and `completion`, as trl takes them.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's own; its chat template writes messages.
+        template (`str`, *optional*): a text with the names of columns, as `"{instruction}\\n{output}"`.
+        column (`str`, *optional*, defaults to `"text"`): the column that holds plain text.
+
+    Raises:
+        LayerPruneError: the row has none of these forms, or the chat template cannot write its messages.
+    """
+    if template is not None:
+        return Text(_filled(template, row))
+    if isinstance(row, str):
+        return Text(row)
+    if is_chat(row):
+        return _chat(row, tokenizer)
+    if not isinstance(row, Mapping):
+        raise unknown_form(row)
+    if isinstance(row.get(column), str):
+        return Text(row[column])
+    for name in ("messages", "conversations"):
+        if is_chat(row.get(name)):
+            return _chat(row[name], tokenizer)
+    if "prompt" in row and row["prompt"] is not None:
+        return _prompt_and_completion(row["prompt"], row.get("completion"), tokenizer)
+    if any(name in row for name in (column, *COLUMNS)):  # of a row in which it is empty
+        return Text("")
+    raise unknown_form(row)
+
+
+def is_chat(value: Any) -> bool:
+    """Returns whether a value is a list of chat messages, in the form of transformers or of ShareGPT."""
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        return False
+    first = value[0]
+    return isinstance(first, Mapping) and ("role" in first or {"from", "value"} <= set(first))
+
+
+def unknown_form(entry: Any) -> LayerPruneError:
+    """Returns the error for data that is no text."""
+    what = f"a row with {list(entry)}" if isinstance(entry, Mapping) else f"a {type(entry).__name__}"
+    return LayerPruneError(
+        f"The data holds {what}. Each row needs input_ids, or text in a column text, messages, "
+        "conversations, or prompt and completion. For other columns give a template, as "
+        "'{instruction}\\n{output}'."
+    )
+
+
+def _filled(template: str, row: Any) -> str:
+    names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    missing = [name for name in names if not isinstance(row, Mapping) or name not in row]
+    if missing or not names:
+        columns = list(row) if isinstance(row, Mapping) else f"a {type(row).__name__}"
+        problem = f"names {missing[0]!r}, which the data lacks" if missing else "names no column"
+        raise LayerPruneError(
+            f"The template {template!r} {problem}. The data has {columns}. Name columns in braces, as "
+            "{question}."
+        )
+    return template.format_map({name: "" if row[name] is None else row[name] for name in names})
+
+
+def _messages(value: Any) -> list[dict[str, Any]]:
+    """Returns messages with the keys of chat templates."""
+    found = []
+    for message in value:
+        if "role" in message:
+            found.append({name: one for name, one in message.items() if one is not None})
+            continue
+        if message["from"] not in ROLES:
+            raise LayerPruneError(
+                f"A conversation has a turn from {message['from']!r}. Use one of {', '.join(ROLES)}."
+            )
+        found.append({"role": ROLES[message["from"]], "content": message["value"]})
+    return found
+
+
+def _chat(value: Any, tokenizer: Any, first: int = 0) -> Text:
+    """Returns the text of messages, of which those from number `first` on may be completions."""
+    messages = _messages(value)
+    text = _written(messages, tokenizer)
+    spans: list[tuple[int, int]] = []
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant" or number < first:
+            continue
+        # What a template writes for the turns so far must be how the whole text begins.
+        begin = _written(messages[:number], tokenizer, generates=True) if number else ""
+        end = _written(messages[: number + 1], tokenizer)
+        if not (text.startswith(begin) and text.startswith(end) and len(begin) < len(end)):
+            return Text(text)
+        spans.append((len(begin), len(end)))
+    return Text(text, spans)
+
+
+def _written(messages: list[dict[str, Any]], tokenizer: Any, generates: bool = False) -> str:
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise LayerPruneError(
+            "The data holds chat messages, but the tokenizer has no chat template. Use the tokenizer of a "
+            "chat model, set tokenizer.chat_template, or give texts."
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generates)
+    except Exception as error:  # of a template, which is a small program of its own
+        raise LayerPruneError(
+            f"The chat template of the tokenizer cannot write these messages: {one_line(error)} Give texts, "
+            "or a tokenizer with another chat template."
+        ) from error
+
+
+def _prompt_and_completion(prompt: Any, completion: Any, tokenizer: Any) -> Text:
+    if is_chat(prompt):
+        answer = list(completion) if is_chat(completion) else []
+        return _chat([*prompt, *answer], tokenizer, first=len(prompt))
+    parts = [part if isinstance(part, str) else "" for part in (prompt, completion)]
+    text = "".join(parts)
+    return Text(text, [(len(parts[0]), len(text))] if parts[1] else [])
