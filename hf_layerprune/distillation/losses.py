@@ -21,7 +21,7 @@ DROWNED = 10.0  # times the other terms
 
 
 @dataclass
-class Likeliest:
+class TopKLogProbs:
     """The likeliest tokens at some positions and their log-probabilities, and that of all others as one.
 
     Args:
@@ -32,14 +32,14 @@ class Likeliest:
     ids: torch.Tensor
     log_probs: torch.Tensor
 
-    def __getitem__(self, index: Any) -> "Likeliest":
-        return Likeliest(self.ids[index], self.log_probs[index])
+    def __getitem__(self, index: Any) -> "TopKLogProbs":
+        return TopKLogProbs(self.ids[index], self.log_probs[index])
 
 
-def likeliest(logits: torch.Tensor, k: int, temperature: float = 1.0) -> Likeliest:
+def top_k_log_probs(logits: torch.Tensor, k: int, temperature: float = 1.0) -> TopKLogProbs:
     """The `k` likeliest tokens by logits `(..., vocabulary)`, of which there are more than `k`."""
     ids = logits.topk(k, dim=-1).indices
-    return Likeliest(ids, _lumped(scaled_logits(logits, temperature), ids))
+    return TopKLogProbs(ids, _lumped(scaled_logits(logits, temperature), ids))
 
 
 def _lumped(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -51,7 +51,7 @@ def _lumped(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 def divergence(
     student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor | Likeliest,
+    teacher_logits: torch.Tensor | TopKLogProbs,
     kind: str = "kl",
     temperature: float = 1.0,
     beta: float = 0.5,
@@ -64,9 +64,9 @@ def divergence(
 
     Args:
         student_logits (`torch.Tensor`): `(positions, vocabulary)`.
-        teacher_logits (`torch.Tensor` or [`Likeliest`]): `(positions, vocabulary)`, or the likeliest tokens
-            at this temperature: then both are distributions over these and all others as one, and the
-            divergence is at most the whole one.
+        teacher_logits (`torch.Tensor` or [`TopKLogProbs`]): `(positions, vocabulary)`, or the top-k tokens at
+            this temperature. Then both are distributions over these tokens and all others as one, and the
+            divergence is at most that over all tokens.
         kind (`str`, *optional*, defaults to `"kl"`): `"kl"`, forward, KL(teacher || student);
             `"reverse_kl"`, KL(student || teacher); or `"jsd"`, the generalised Jensen-Shannon divergence
             `beta KL(teacher || m) + (1 - beta) KL(student || m)` with `m = beta teacher + (1 - beta) student`
@@ -75,7 +75,7 @@ def divergence(
         beta (`float`, *optional*, defaults to 0.5): of `"jsd"`, above 0 and below 1.
     """
     scaled = scaled_logits(student_logits, temperature)
-    if isinstance(teacher_logits, Likeliest):
+    if isinstance(teacher_logits, TopKLogProbs):
         student, teacher = _lumped(scaled, teacher_logits.ids), teacher_logits.log_probs.clamp(min=LOWEST)
     else:
         student, teacher = scaled.log_softmax(-1), scaled_logits(teacher_logits, temperature).log_softmax(-1)
@@ -153,7 +153,7 @@ def hidden_pairs(
     return pairs + [(LAST, LAST)] * (student.original - 1 in wanted)
 
 
-def drowned_logits(hidden: float, others: float) -> str | None:
+def hidden_loss_dominates(hidden: float, others: float) -> str | None:
     """Whether the error of hidden states outweighs the other terms of the loss.
 
     Args:

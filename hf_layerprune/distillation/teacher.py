@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ from transformers.utils import cached_file
 
 from ..checkpoints.loading import load_model, load_tokenizer
 from ..errors import LayerPruneError, one_line
-from ..forward.hooks import can_replay, captured, hidden, undisturbed
 from ..surgery.decoder import check_next_token, find_decoder, is_sharded
 from ..surgery.lineage import Lineage, get_lineage
-from ..surgery.peft import base_of, check_adapter_type, keep_base_known
+from ..surgery.peft import check_adapter_type, keep_base_known
 from .teacher_cache import HEAD, TeacherOutputs
 
 
@@ -252,56 +250,6 @@ def _fingerprint(parameter: torch.Tensor) -> tuple[int, int, float]:
     writing to its `data` is not counted (OLoRA)."""
     total = 0.0 if parameter.is_meta else float(parameter.detach().sum(dtype=torch.float64).nan_to_num())
     return parameter.data_ptr(), parameter._version, total
-
-
-def shared_prefix(student: Any, teacher: Any, input_ids: torch.Tensor) -> int:
-    """How many of the first layers are not trained and do the same in `student`, as it trains, and `teacher`.
-
-    Their tensors must be equal, and what they return for some tokens must be equal to the bit and without
-    gradient, also with the student's dropout on.
-
-    Args:
-        student, teacher (`PreTrainedModel`): the models; the student's mode is that of training.
-        input_ids (`torch.Tensor`): `(batch, length)`, some tokens.
-    """
-    if all(parameter.requires_grad for parameter in student.parameters()):
-        return 0
-    input_ids = input_ids[:1, :8]
-    ours, theirs = (find_decoder(base_of(model)).layers for model in (student, teacher))
-    layers = range(min(len(ours), len(theirs)) - 1)
-    with torch.random.fork_rng(), captured(student, layers) as own:
-        student(input_ids=input_ids, use_cache=False)
-    with torch.no_grad(), captured(teacher, layers) as taught:
-        teacher(input_ids=input_ids, use_cache=False)
-
-    def is_shared(layer: int) -> bool:
-        return (
-            layer in own
-            and not hidden(own[layer][1]).requires_grad
-            and torch.equal(hidden(own[layer][1]), hidden(taught[layer][1]))
-            and _same_tensors(ours[layer].state_dict(), theirs[layer].state_dict())
-        )
-
-    count = len(list(takewhile(is_shared, layers)))
-    body: Any = base_of(teacher).base_model
-    if not count or not _same_tensors(_outside(student), body.state_dict()):
-        return 0
-    with undisturbed(student):
-        return count if can_replay(student, input_ids, count) else 0
-
-
-def _outside(model: Any) -> dict[str, torch.Tensor]:
-    """The tensors outside the decoder layers that are not trained, among them what comes before these."""
-    base = base_of(model)
-    body: Any = base.base_model
-    inside = {id(tensor) for tensor in find_decoder(base).layers.state_dict(keep_vars=True).values()}
-    tensors = body.state_dict(keep_vars=True).items()
-    return {name: tensor for name, tensor in tensors if id(tensor) not in inside and not tensor.requires_grad}
-
-
-def _same_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    """Whether all of our tensors are theirs, by name and value."""
-    return all(name in theirs and torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def _check(

@@ -19,7 +19,7 @@ from ..forward.hooks import LAST, captured, hidden, undisturbed
 from ..forward.lm_head import Reader
 from ..surgery.decoder import check_next_token, text_config
 from ..surgery.lineage import Lineage, get_lineage, plain_int
-from .losses import Likeliest, likeliest
+from .losses import TopKLogProbs, top_k_log_probs
 
 
 HEAD = "teacher_outputs.json"
@@ -137,7 +137,7 @@ def _read(
         raise LayerPruneError(
             "The layers of this model pass on several streams, which cannot be kept: leave hidden_layers out."
         )
-    parts = [likeliest(rows, top_k, temperature) for rows in reader.rows(states)]
+    parts = [top_k_log_probs(rows, top_k, temperature) for rows in reader.rows(states)]
     found = {name: seen[layer] for name, layer in layers.items()}
     return {
         "keys": torch.tensor([[*key] for key in keys], dtype=torch.uint8),
@@ -230,7 +230,7 @@ class TeacherOutputs:
                     "collator makes it (evaluation data too): write_teacher_outputs adds what is missing."
                 )
 
-    def read(self, batch: Batch, layers: Sequence[int]) -> tuple[Likeliest, dict[int, Any]]:
+    def read(self, batch: Batch, layers: Sequence[int]) -> tuple[TopKLogProbs, dict[int, Any]]:
         """What the teacher said of a batch, zero where nothing follows.
 
         Args:
@@ -256,12 +256,12 @@ class TeacherOutputs:
                 whole[row, real.nonzero()[:-1, 0].cpu()] = part
         found = {name: value.to(ids.device) for name, value in found.items()}
         states = {layer: (found[name],) * 2 for layer, name in names.items()}
-        return Likeliest(found["ids"].long(), found["log_probs"]), states
+        return TopKLogProbs(found["ids"].long(), found["log_probs"]), states
 
     def _original(self, layer: int) -> int:
         return self.lineage.original - 1 if layer == LAST else self.lineage.kept[layer]
 
-    def head(self, said: Likeliest) -> Likeliest:
+    def head(self, said: TopKLogProbs) -> TopKLogProbs:
         """What the head makes of states is there already."""
         return said
 

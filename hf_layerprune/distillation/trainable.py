@@ -1,5 +1,6 @@
 """Which parameters of a cut model are trained."""
 
+import logging
 from typing import Any
 
 from torch import nn
@@ -9,6 +10,8 @@ from ..surgery.decoder import find_decoder
 from ..surgery.lineage import Lineage, get_lineage
 from ..surgery.peft import base_of
 
+
+logger = logging.getLogger(__name__)
 
 CHOICES = "'all', 'around_cuts', or a number of last layers, as '4'"
 
@@ -71,3 +74,39 @@ def trained_parameters(model: Any, what: str) -> list[nn.Parameter]:
             "trainable='around_cuts', but this model has not been cut: nothing would be trained."
         )
     return found
+
+
+class TrainedParameters:
+    """Freezes and unfreezes the parameters of a model that loses layers.
+
+    Args:
+        trainable (`str`): which parameters to train, see [`trained_parameters`]. Parameters that the user
+            froze stay frozen.
+    """
+
+    def __init__(self, trainable: str) -> None:
+        self._trainable = trainable
+        self._not_frozen_by_user: list[nn.Parameter] | None = None
+
+    def choose(self, model: Any) -> None:
+        """Chooses the trained parameters of `model` by its current layers.
+
+        Raises:
+            LayerPruneError: no parameter is left to train.
+        """
+        if self._not_frozen_by_user is None:
+            self._not_frozen_by_user = [p for p in model.parameters() if p.requires_grad]
+        # Parameters of removed layers are not kept, so that their memory is freed.
+        present = {id(parameter) for parameter in model.parameters()}
+        self._not_frozen_by_user = [p for p in self._not_frozen_by_user if id(p) in present]
+        chosen = {id(parameter) for parameter in trained_parameters(model, self._trainable)}
+        for parameter in self._not_frozen_by_user:
+            parameter.requires_grad_(id(parameter) in chosen)
+        # DeepSpeed ZeRO-3 empties parameters and keeps their sizes in ds_numel.
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+        if not trained:
+            raise LayerPruneError(
+                f"trainable={self._trainable!r} leaves nothing to train: all of it is frozen, or has no "
+                "adapter."
+            )
+        logger.info("Training %d of %d parameters.", trained, model.num_parameters())
