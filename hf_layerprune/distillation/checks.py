@@ -1,20 +1,22 @@
 """Checks before training: arguments, the teacher's logits and hidden states, and the data."""
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
 from ..checkpoints.legacy_rope import legacy_rotary
-from ..data import token_mask
+from ..checkpoints.loading import last_checkpoint
+from ..data import targets_of
 from ..errors import LayerPruneError
 from ..forward.hooks import undisturbed
 from ..surgery.decoder import check_next_token, text_config
-from ..surgery.lineage import Lineage, get_lineage
+from ..surgery.lineage import get_lineage
 from ..surgery.peft import adapter_configs
 from .arguments import DistillationTrainingArguments, check_processes_joined
+from .teacher import TeacherLayers
 from .teacher_cache import TeacherOutputs
 
 
@@ -64,22 +66,6 @@ def check_student(model: Any, args: DistillationTrainingArguments) -> None:
         raise LayerPruneError("Give the model without its adapters, and these as peft_config=.")
 
 
-@dataclass(frozen=True)
-class TeacherLayers:
-    """The layers of a teacher.
-
-    Args:
-        lineage ([`Lineage`]): the layers that the teacher has.
-        available (`list[int]`): the layers whose hidden states it can give, as original indices.
-        compared (`list[int]`, *optional*): the layers whose hidden states are compared, as original indices.
-            Default: the layer after each cut and the last.
-    """
-
-    lineage: Lineage
-    available: list[int]
-    compared: list[int] | None
-
-
 def check_teacher(
     teacher: PreTrainedModel | TeacherOutputs, args: DistillationTrainingArguments
 ) -> TeacherLayers:
@@ -115,6 +101,21 @@ def _check_cache_settings(teacher: TeacherOutputs, args: DistillationTrainingArg
         raise LayerPruneError(
             f"{teacher.folder} holds no hidden states: write it with hidden_layers=[...], or set "
             "hidden_weight=0."
+        )
+
+
+def check_finite(loss: torch.Tensor, input_ids: torch.Tensor, step: int, output_dir: str) -> None:
+    """Checks the loss of a batch before the optimizer steps.
+
+    Raises:
+        LayerPruneError: the loss is not finite.
+    """
+    if not torch.isfinite(loss):
+        raise LayerPruneError(
+            f"The loss of step {step} is {float(loss)}, on a batch of {tuple(input_ids.shape)} tokens that "
+            f"begins with {input_ids[0, :8].tolist()}. Look at the data, or lower learning_rate, "
+            "hidden_weight or max_grad_norm. The last checkpoint: "
+            f"{last_checkpoint(output_dir) or 'none'}."
         )
 
 
@@ -159,7 +160,7 @@ def check_some_token_counts(
     with undisturbed(model):  # the collator may draw random numbers
         for start in range(0, len(rows), batch_size):
             batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
-            if token_mask(batch["input_ids"], batch.get("labels"), batch.get("attention_mask")).any():
+            if targets_of(batch)[0].any():
                 return
     raise LayerPruneError(
         f"No token of the {len(rows)} rows in train_dataset counts: all labels are -100, or all tokens "

@@ -25,7 +25,7 @@ class HiddenBalance:
         self._reduce = reduce
         self._step, self._scale = -1, 0.0
 
-    def scale(self, memory: dict[str, Any], layers: list[int], step: int) -> float:
+    def scale(self, memory: Any, layers: list[int], step: int) -> float:
         """Returns the scale of a step.
 
         Args:
@@ -41,8 +41,8 @@ class HiddenBalance:
             self._step, self._scale = step, sums["total"] / sums["error"] if sums["error"] else 0.0
         return self._scale
 
-    def add(self, memory: dict[str, Any], loss: DistillationLoss, hidden_error: torch.Tensor) -> None:
+    def add(self, memory: Any, loss: DistillationLoss) -> None:
         """Adds a batch to the sums."""
-        total, error = self._reduce(torch.stack([loss.logit_loss, hidden_error]))
+        total, error = self._reduce(torch.stack([loss.logit_loss, loss.hidden_error]))
         memory[KEY]["total"] += total.item()
         memory[KEY]["error"] += error.item()

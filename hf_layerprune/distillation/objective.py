@@ -75,11 +75,14 @@ class DistillationLoss:
         total (`torch.Tensor`): the weighted sum of all terms, with gradient.
         terms (`dict[str, torch.Tensor]`): each term by its name in the log, unweighted, without gradient.
         logit_loss (`torch.Tensor`): the weighted sum of the terms that read logits, without gradient.
+        hidden_error (`torch.Tensor`): the error of hidden states, unweighted, without gradient; 0 if none are
+            compared.
     """
 
     total: torch.Tensor
     terms: dict[str, torch.Tensor]
     logit_loss: torch.Tensor
+    hidden_error: torch.Tensor
 
 
 def distillation_loss(
@@ -133,7 +136,7 @@ def distillation_loss(
             ),
             weights,
         )
-    logit_loss = total.detach()
+    logit_loss, error = total.detach(), torch.zeros_like(total)
     if layer_pairs:
         errors = [
             hidden_error(
@@ -150,7 +153,7 @@ def distillation_loss(
         router_loss = mean * mask.sum()  # a sum over tokens, as all other terms
         total = total + weight * router_loss
         terms["aux_loss"] = router_loss.detach()
-    return DistillationLoss(total, terms, logit_loss)
+    return DistillationLoss(total, terms, logit_loss, error.detach())
 
 
 def _logit_losses(

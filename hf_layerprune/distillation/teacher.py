@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,43 @@ from ..errors import LayerPruneError, one_line
 from ..surgery.decoder import check_next_token, find_decoder, is_sharded
 from ..surgery.lineage import Lineage, get_lineage
 from ..surgery.peft import check_adapter_type, keep_base_known
+from .losses import hidden_pairs
 from .teacher_cache import HEAD, TeacherOutputs
 
 
 logger = logging.getLogger(__name__)
 
 OTHER_TOKENS = 0.01  # so large a share of the vocabulary makes another tokenizer
+
+
+@dataclass(frozen=True)
+class TeacherLayers:
+    """The layers of a teacher.
+
+    Args:
+        lineage ([`Lineage`]): the layers that the teacher has.
+        available (`list[int]`): the layers whose hidden states it can give, as original indices.
+        compared (`list[int]`, *optional*): the layers whose hidden states are compared, as original indices.
+            Default: the layer after each cut and the last.
+    """
+
+    lineage: Lineage
+    available: list[int]
+    compared: list[int] | None
+
+    def pairs_with(self, student: Lineage) -> list[tuple[int, int]]:
+        """Returns the compared layers of student and teacher, see [`hidden_pairs`].
+
+        Raises:
+            LayerPruneError: the student has lost all of them.
+        """
+        pairs = hidden_pairs(student, self.lineage, self.compared)
+        if not pairs:
+            raise LayerPruneError(
+                f"All of hidden_layers {self.compared} were removed, so there is no hidden "
+                "state to compare: protect one of them, or leave hidden_layers out."
+            )
+        return pairs
 
 
 def make_teacher(

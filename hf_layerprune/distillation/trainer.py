@@ -25,9 +25,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from ..checkpoints.loading import last_checkpoint, load_lineage, load_model, runs_own_code
+from ..checkpoints.loading import load_lineage, load_model, runs_own_code
 from ..checkpoints.saving import check_configs, check_merge, check_writable
-from ..data import columns_read, token_mask
+from ..data import columns_read, targets_of
 from ..errors import LayerPruneError, one_line
 from ..forward.lm_head import router_losses
 from ..reports.card import write_card
@@ -39,6 +39,7 @@ from ..surgery.removal import keep_lineage
 from .arguments import DistillationTrainingArguments, quieten_replicas
 from .checks import (
     check_arguments,
+    check_finite,
     check_rows_are_cached,
     check_some_token_counts,
     check_student,
@@ -50,7 +51,6 @@ from .distributed import count_distinct_rows, reinitialize_ddp
 from .forward_pass import ForwardPass
 from .hidden_balance import HiddenBalance
 from .loss_log import LossLog, warn_of_dominating_hidden_loss, warn_of_evaluation_without_tokens
-from .losses import hidden_pairs
 from .objective import distillation_loss
 from .resuming import check_teacher_is_original, find_checkpoint, load_weights
 from .shared_prefix import SharedPrefix
@@ -61,6 +61,7 @@ from .trainer_saving import (
     checkpoint_errors,
     export_adapters,
     is_checkpoint,
+    not_pushed,
     use_cache_restored,
 )
 
@@ -132,19 +133,15 @@ class DistillationTrainer(Trainer):
         args = args or DistillationTrainingArguments()
         check_arguments(args, {"compute_loss_func": compute_loss_func, "model_init": model_init})
         quieten_replicas(args)
+        student: Any = model
         if isinstance(model, (str, Path)):
+            student = load_model(str(model), dtype="float32", trust_remote_code=trust_remote_code)
             if processing_class is None:
                 processing_class = find_tokenizer(str(model), trust_remote_code)
-            model = load_model(str(model), dtype="float32", trust_remote_code=trust_remote_code)
-        check_student(model, args)
-        student: Any = model
+        check_student(student, args)
+        compares_layers, shares_weights = args.hidden_weight > 0, peft_config is not None
         teacher = make_teacher(
-            teacher_model,
-            student,
-            args.hidden_weight > 0,
-            peft_config is not None,
-            processing_class,
-            trust_remote_code,
+            teacher_model, student, compares_layers, shares_weights, processing_class, trust_remote_code
         )
         self._copied_teacher = teacher_model is None
         self._teacher_layers = check_teacher(teacher, args)
@@ -157,7 +154,7 @@ class DistillationTrainer(Trainer):
         super().__init__(
             trained,
             args,
-            data_collator or collator_without_padding_token(processing_class),
+            collator_without_padding_token(processing_class) if data_collator is None else data_collator,
             train_dataset,
             eval_dataset,
             processing_class,
@@ -199,35 +196,30 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """Returns the sum of the weighted loss terms, divided by the tokens of the accumulated batch; in
         evaluation the mean cross-entropy. See [`~transformers.Trainer.compute_loss`]."""
-        inputs = dict(inputs)
-        labels = inputs.pop("labels", None)
-        inputs.pop("skip_logits", None)  # set in an evaluation with Liger kernels, for a forward with labels
-        input_ids, training, student = (
-            inputs["input_ids"],
-            model.training,
-            self.accelerator.unwrap_model(model),
-        )
-        mask = token_mask(input_ids, labels, inputs.get("attention_mask"))
-        if not training:
-            mask[count_distinct_rows(self.accelerator, len(mask)) :] = False
-        pairs = self._layer_pairs(student)
+        training, student = model.training, self.accelerator.unwrap_model(model)
+        mask, labels = targets_of(inputs)
+        # Evaluation with Liger kernels sets skip_logits, for a forward with labels.
+        inputs = {name: x for name, x in inputs.items() if name not in ("labels", "skip_logits")}
+        lineage, shared_layers = get_lineage(student), 0
+        pairs = self._teacher_layers.pairs_with(lineage) if self.args.hidden_weight else []
         if training:
-            self._follow_removals(model, student, input_ids)
+            self._follow_removals(model, student, inputs["input_ids"])
+            shared_layers = self._shared_prefix.length
+        else:
+            mask[count_distinct_rows(self.accelerator, len(mask)) :] = False
         if self._forward_pass is None:
             trained = self.accelerator.unwrap_model(self.model)
-            self._forward_pass = ForwardPass(self.teacher, trained, input_ids, self._compiled_layers)
-        balance = training and self.args.balance_hidden
-        scale = 1.0
-        memory: Any = self.state.stateful_callbacks
-        if balance:
-            scale = self._hidden_balance.scale(memory, get_lineage(student).kept, self.state.global_step)
+            self._forward_pass = ForwardPass(
+                self.teacher, trained, inputs["input_ids"], self._compiled_layers
+            )
         with router_losses(student) as balancing:
-            shared = self._shared_prefix.length if training else 0
-            learner, teacher = self._forward_pass.run(inputs, pairs, shared, model)
+            outputs, teacher_outputs = self._forward_pass.run(inputs, pairs, shared_layers, model)
+        balance, memory = training and self.args.balance_hidden, self.state.stateful_callbacks
+        scale = self._hidden_balance.scale(memory, lineage.kept, self.state.global_step) if balance else 1.0
         loss = distillation_loss(
-            learner,
-            teacher,
-            input_ids if labels is None else labels,
+            outputs,
+            teacher_outputs,
+            labels,
             mask,
             self.args,
             layer_pairs=pairs,
@@ -236,7 +228,7 @@ class DistillationTrainer(Trainer):
             with_cross_entropy=not training,
         )
         if balance:
-            self._hidden_balance.add(memory, loss, loss.terms[f"hidden_{self.args.hidden_loss}"])
+            self._hidden_balance.add(memory, loss)
         tokens = mask.sum()
         divisor = num_items_in_batch if training and num_items_in_batch is not None else tokens
         divisor = torch.as_tensor(divisor, device=mask.device).clamp(min=1)
@@ -247,24 +239,7 @@ class DistillationTrainer(Trainer):
             value = value * self.accelerator.num_processes
         if not return_outputs:
             return value
-        return value, CausalLMOutput(logits=learner.logits() if self._needs_logits else None)
-
-    def _layer_pairs(self, student: Any) -> list[tuple[int, int]]:
-        """Returns which student layers are compared with which teacher layers.
-
-        Raises:
-            LayerPruneError: all requested layers were removed.
-        """
-        if not self.args.hidden_weight:
-            return []
-        lineage, compared = self._teacher_layers.lineage, self._teacher_layers.compared
-        pairs = hidden_pairs(get_lineage(student), lineage, compared)
-        if not pairs:
-            raise LayerPruneError(
-                f"All of hidden_layers {compared} were removed, so there is no hidden "
-                "state to compare: protect one of them, or leave hidden_layers out."
-            )
-        return pairs
+        return value, CausalLMOutput(logits=outputs.logits() if self._needs_logits else None)
 
     def _follow_removals(self, model: nn.Module, student: Any, input_ids: torch.Tensor) -> None:
         """After a removal, chooses again what is trained; then counts the shared first layers."""
@@ -304,14 +279,7 @@ class DistillationTrainer(Trainer):
             LayerPruneError: the loss is not finite; the weights are still as they were before the step.
         """
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss):
-            input_ids = inputs["input_ids"]
-            raise LayerPruneError(
-                f"The loss of step {self.state.global_step + 1} is {float(loss)}, on a batch of "
-                f"{tuple(input_ids.shape)} tokens that begins with {input_ids[0, :8].tolist()}. Look at the "
-                "data, or lower learning_rate, hidden_weight or max_grad_norm. The last checkpoint: "
-                f"{last_checkpoint(str(self.args.output_dir)) or 'none'}."
-            )
+        check_finite(loss, inputs["input_ids"], self.state.global_step + 1, str(self.args.output_dir))
         return loss
 
     def get_batch_samples(
@@ -322,8 +290,7 @@ class DistillationTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
-        masks = [token_mask(x["input_ids"], x.get("labels"), x.get("attention_mask")) for x in batches]
-        count = torch.stack([mask.sum().to(device) for mask in masks]).sum()
+        count = torch.stack([targets_of(batch)[0].sum().to(device) for batch in batches]).sum()
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             count = self.accelerator.gather(count).sum()
         self._loss_log.count_step(self.state.global_step + 1, count)
@@ -435,11 +402,7 @@ class DistillationTrainer(Trainer):
         except Exception as error:
             self.save_model(_internal_call=True)
             self.create_model_card()
-            folder = self.args.output_dir
-            raise LayerPruneError(
-                f"Not pushed: {one_line(error)} The model is saved in {folder}: push it later, with "
-                f"`hf upload REPOSITORY {folder} --exclude 'checkpoint-*'`."
-            ) from error
+            raise not_pushed(error, self.args.output_dir) from error
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes the model card: of the run record if [`LayerPruningCallback`] wrote one, else as

@@ -78,6 +78,14 @@ def export_adapters(
         tokenizer.save_pretrained(folder)
 
 
+def not_pushed(error: Exception, folder: Any) -> LayerPruneError:
+    """Returns the error of a push that failed, after the model was saved in `folder`."""
+    return LayerPruneError(
+        f"Not pushed: {one_line(error)} The model is saved in {folder}: push it later, with "
+        f"`hf upload REPOSITORY {folder} --exclude 'checkpoint-*'`."
+    )
+
+
 @contextmanager
 def checkpoint_errors(output_dir: str, step: int, writes: bool) -> Iterator[None]:
     """Within this context the Trainer writes the checkpoint of a step. A complete checkpoint there counts as
