@@ -163,11 +163,11 @@ def test_writing_goes_on_where_it_stopped(monkeypatch):
         reads.append(1)
         return read(*args)
 
-    read = module._read
-    monkeypatch.setattr(module, "_read", stop)
+    read = module._compute_rows
+    monkeypatch.setattr(module, "_compute_rows", stop)
     with pytest.raises(KeyboardInterrupt):
         write_teacher_outputs(teacher, batches, "said", top_k=5)
-    monkeypatch.setattr(module, "_read", lambda *args: reads.append(1) or read(*args))
+    monkeypatch.setattr(module, "_compute_rows", lambda *args: reads.append(1) or read(*args))
     write_teacher_outputs(teacher, batches, "said", top_k=5)
     assert len(reads) == 4
     whole = TeacherOutputs("said")
@@ -211,7 +211,7 @@ def test_outputs_of_other_data_are_refused_before_training():
         ({"temperature": 2.0}, "temperature is 2.0, but said was written with 1.0"),
         ({"top_k": 7}, "top_k is 7, but said was written with 5"),
         ({"hidden_weight": 1.0}, "holds no hidden states"),
-        ({"hidden_layers": [3]}, r"or wrote nothing of them; it has \[\]"),
+        ({"hidden_layers": [3]}, r"layers \[3\], whose hidden states .* Available layers: \[\]"),
     ],
 )
 def test_outputs_of_other_settings_are_refused(settings, message):
@@ -255,9 +255,9 @@ def test_a_folder_of_something_else_stays_as_it_is(llama, tmp_path):
     with pytest.raises(LayerPruneError, match="model holds no teacher outputs"):
         write_teacher_outputs(llama, loader(), "model")
     write_teacher_outputs(llama, loader(), "said", top_k=5)
-    with pytest.raises(LayerPruneError, match="outputs with another temperature, top_k"):
+    with pytest.raises(LayerPruneError, match="logits with another temperature, top_k"):
         write_teacher_outputs(llama, loader(), "said", top_k=6, temperature=2.0)
-    with pytest.raises(LayerPruneError, match="outputs with another weights"):
+    with pytest.raises(LayerPruneError, match="logits with another weights"):
         write_teacher_outputs(make_model(seed=1), loader(), "said", top_k=5)
     head = json.loads((tmp_path / "said" / module.HEAD).read_text())
     (tmp_path / "said" / module.HEAD).write_text(json.dumps(head | {"kept_layers": [3, 1]}))

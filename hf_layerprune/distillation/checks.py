@@ -86,8 +86,8 @@ def check_teacher(
     unknown = sorted(set(args.hidden_layers or []) - set(layers.available))
     if unknown:
         raise LayerPruneError(
-            f"hidden_layers: the teacher has no layers {unknown}, or their hidden states were not cached. "
-            f"Choose from {layers.available}."
+            f"hidden_layers names layers {unknown}, whose hidden states the teacher does not have. Available "
+            f"layers: {layers.available}."
         )
     return layers
 
