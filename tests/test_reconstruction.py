@@ -43,7 +43,7 @@ SETTINGS = {"epochs": 2, "learning_rate": 1e-3, "progress": False}
 def windows(kept, before=1, after=1, original=10, teacher=None):
     student = Lineage(original, list(kept))
     found = find_windows(student, Lineage(original, list(teacher or range(original))), before, after)
-    return [(one.first, one.last, one.reads, one.writes) for one in found]
+    return [(one.first, one.last, one.teacher_first, one.teacher_last) for one in found]
 
 
 def test_windows_lie_around_each_cut():

@@ -191,8 +191,8 @@ def check_tokenizers(
     if len(different) > DIFFERENT_TOKENS * len(compared):
         raise LayerPruneError(
             f"The teacher ({teacher}) has another tokenizer: {len(different)} of {len(compared)} token ids "
-            f"mean something else ({example}). Logits can only be compared over the same tokens. Choose a teacher "
-            "with the student's tokenizer."
+            f"mean something else ({example}). Logits can only be compared over the same tokens. Choose "
+            "a teacher with the student's tokenizer."
         )
     logger.warning(
         "%d of %d token ids mean something else to the teacher (%s): %s. Check that the training data does "
@@ -328,6 +328,6 @@ def _check(
     if not set(student_lineage.kept) <= set(lineage.kept):
         raise LayerPruneError(
             f"The teacher has {lineage}, but the student still has {student_lineage.kept}, whose hidden "
-            "states are to be compared. Give the original model as teacher, or set hidden_weight=0 to learn from the "
-            "teacher's logits alone."
+            "states are to be compared. Give the original model as teacher, or set hidden_weight=0 to "
+            "learn from the teacher's logits alone."
         )
