@@ -9,8 +9,8 @@ from ..forward.lm_head import ROWS, Reader
 from .teacher_cache import TeacherOutputs
 
 
-TILE = 2**23  # logits per tile on a CPU
-GPU_TILE = 2**26  # logits per tile on a GPU, where each kernel launch has a cost
+LOGITS_PER_CHUNK_CPU = 2**23  # logits per tile on a CPU
+LOGITS_PER_CHUNK_GPU = 2**26  # logits per tile on a GPU, where each kernel launch has a cost
 
 # Takes the student's logits `(positions, vocabulary)` in float32, the teacher's logits, and the targets
 # `(positions,)`. Returns the sum of each loss.
@@ -73,7 +73,7 @@ def tiled_loss(
 
     def whole_loss(with_gradient: bool) -> tuple[torch.Tensor, list[Any]]:
         """Returns the weighted sum over all tiles, and if asked for the gradients."""
-        size = TILE if student_states.device.type == "cpu" else GPU_TILE
+        size = LOGITS_PER_CHUNK_CPU if student_states.device.type == "cpu" else LOGITS_PER_CHUNK_GPU
         step = max(1, size // student.vocabulary)
         total = torch.zeros((), device=student_states.device)
         gradients: list[Any] = []
