@@ -285,13 +285,10 @@ def add_adapters(model: PreTrainedModel, peft_config: Any) -> Any:
     return adapted
 
 
-def _fingerprint(parameter: torch.Tensor) -> tuple[int, int, float]:
-    """Returns values that differ after a change of the parameter: its address, its version, and its sum, as
-    writing to `.data` (OLoRA) does not change the version.
-
-    The version is private: torch has no public counter of in-place changes to a tensor."""
+def _fingerprint(parameter: torch.Tensor) -> tuple[int, float]:
+    """Returns values that differ after a change of the parameter: its address and its sum."""
     total = 0.0 if parameter.is_meta else float(parameter.detach().sum(dtype=torch.float64).nan_to_num())
-    return parameter.data_ptr(), parameter._version, total
+    return parameter.data_ptr(), total
 
 
 def _check(
