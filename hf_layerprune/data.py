@@ -1,4 +1,4 @@
-"""Text, from wherever it comes, as blocks of tokens and as batches."""
+"""Texts and chats as token sequences, and these as batches with masks and targets."""
 
 import codecs
 import gzip
@@ -25,11 +25,11 @@ from transformers.utils import logging
 from .errors import LayerPruneError
 
 
-logger: Any = logging.get_logger(__name__)  # transformers', which can say a thing once
+logger: Any = logging.get_logger(__name__)  # of transformers, as it has warning_once
 
 Batch = Mapping[str, torch.Tensor]
 
-# Which loader of the datasets library reads which kind of file.
+# The loader of the datasets library for each file type.
 LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".txt": ("text", {"sample_by": "document", "encoding": "utf-8-sig"}),
     ".jsonl": ("json", {}),
@@ -40,17 +40,17 @@ LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
 def load_texts(
     source: str, field: str = "text", split: str = "train", config: str | None = None
 ) -> list[str]:
-    """Read documents from a .txt, .jsonl or .jsonl.gz file, or from a data set on the hub.
+    """Reads documents from a .txt, .jsonl or .jsonl.gz file, or from a data set on the hub.
 
     Args:
         source (`str`): path of a file, or id of a data set.
         field (`str`, *optional*, defaults to `"text"`): the column that holds the text.
-        split (`str`, *optional*, defaults to `"train"`): for a data set, which part, for example
+        split (`str`, *optional*, defaults to `"train"`): the split of a data set, for example
             `"train[:1000]"`.
-        config (`str`, *optional*): for a data set, the name of its configuration.
+        config (`str`, *optional*): the configuration of a data set.
 
     Raises:
-        LayerPruneError: no such file or data set, no such field, or no text in it.
+        LayerPruneError: there is no such file, data set or field, or no text in it.
     """
     dataset = _load(source, field, split, config)
     texts = list(_documents(dataset[field], source, field))
@@ -60,7 +60,8 @@ def load_texts(
 
 
 def _documents(values: Iterable[Any], source: str, field: str) -> Iterator[str]:
-    """The values that are text and not empty; how many are not is logged, also when no more are asked for."""
+    """Yields the values that are texts and not empty. Logs the number of others, also if it is stopped
+    early."""
     read, skipped = 0, 0
     try:
         for value in values:
@@ -77,14 +78,14 @@ def _documents(values: Iterable[Any], source: str, field: str) -> Iterator[str]:
 
 
 def load_rows(source: str, split: str = "train", config: str | None = None, streaming: bool = False) -> Any:
-    """A data set of the `datasets` library from a .txt, .jsonl or .jsonl.gz file, or from the hub.
+    """Returns a data set of the `datasets` library from a .txt, .jsonl or .jsonl.gz file, or from the hub.
 
     Args:
         source, split, config: see [`load_texts`].
-        streaming (`bool`, *optional*, defaults to `False`): read it bit by bit.
+        streaming (`bool`, *optional*, defaults to `False`): read rows on demand.
 
     Raises:
-        LayerPruneError: no such file or data set.
+        LayerPruneError: there is no such file or data set.
     """
     path = Path(source)
     kind = next((suffix for suffix in LOADERS if path.name.endswith(suffix)), None)
@@ -104,11 +105,11 @@ def load_rows(source: str, split: str = "train", config: str | None = None, stre
         raise _unreadable(source, error) from error
 
 
-STREAM_CHECKED = 2**24  # bytes of a stream that are looked at before it is read
+STREAM_CHECKED = 2**24  # bytes of a stream that are checked before it is read
 
 
 def _check_utf8(path: Path, most: int | None) -> None:
-    """Check that a file, or its first `most` bytes, is text in UTF-8.
+    """Checks that a file, or its first `most` bytes, is UTF-8 text.
 
     Raises:
         LayerPruneError: it is not.
@@ -130,7 +131,7 @@ def _check_utf8(path: Path, most: int | None) -> None:
             f"{path} is not UTF-8 ({error}), but text files must be. Convert the file, for example: "
             f"iconv -f {encoding} -t UTF-8 {path.name} > NEW_FILE"
         ) from error
-    except (OSError, EOFError, zlib.error):  # no file, or none of gzip, which its loader says
+    except (OSError, EOFError, zlib.error):  # a missing or damaged file, which the loader reports
         return
 
 
@@ -141,7 +142,7 @@ def _unreadable(source: str, error: Exception) -> LayerPruneError:
 def _load(source: str, field: str, split: str, config: str | None, streaming: bool = False) -> Any:
     dataset = load_rows(source, split, config, streaming)
     try:
-        columns = dataset.column_names or list(next(iter(dataset)))  # a stream has to be looked into
+        columns = dataset.column_names or list(next(iter(dataset)))  # of a stream only the rows tell
     except StopIteration as error:
         raise LayerPruneError(f"There is no text in {source}.") from error
     except (DatasetGenerationError, OSError, RuntimeError, ValueError) as error:
@@ -160,26 +161,27 @@ def stream_blocks(
     split: str = "train",
     config: str | None = None,
 ) -> tuple[Dataset, IterableDataset]:
-    """Blocks of a text that is read bit by bit, as training goes on, and never all in memory.
+    """Returns token sequences of a text that is read during training and is never completely in memory.
 
     Args:
         tokenizer, length: see [`token_blocks`].
-        first (`int`): so many blocks from its beginning are kept apart, for calibration and evaluation.
+        first (`int`): the number of sequences at the beginning that are held out for calibration and
+            evaluation.
         source, field, split, config: see [`load_texts`].
 
     Returns:
-        `tuple[Dataset, IterableDataset]`: the first blocks, and all that come after.
+        `tuple[Dataset, IterableDataset]`: the first sequences, and all others.
 
     Raises:
-        LayerPruneError: as [`load_texts`], or the text has not more than the first blocks.
+        LayerPruneError: as [`load_texts`], or the text has no sequence after the first ones.
     """
     texts = {"source": source, "field": field, "split": split, "config": config}
     settings: dict[str, Any] = {"tokenizer": tokenizer, "length": length, **texts}
     head = list(islice(_stream(**settings), first + 1))
     if len(head) <= first:
         raise LayerPruneError(
-            f"{source} has {len(head)} blocks of {length} tokens, of which the first {first} are not trained "
-            "on: give more text, or ask for fewer blocks."
+            f"{source} has {len(head)} sequences of {length} tokens, of which the first {first} are not "
+            "trained on. Give more text, or ask for fewer sequences."
         )
     rest = IterableDataset.from_generator(_stream, gen_kwargs=settings | {"skip": first})
     return Dataset.from_list(head[:first]), rest
@@ -191,65 +193,65 @@ def _stream(
     field = texts["field"]
     rows = (row[field] for row in _load(**texts, streaming=True))
     documents = _documents(rows, texts["source"], field)
-    for block in islice(_cut(documents, tokenizer, length), skip, None):
-        yield {"input_ids": block, "labels": block}
+    for sequence in islice(_sequences(documents, tokenizer, length), skip, None):
+        yield {"input_ids": sequence, "labels": sequence}
 
 
 def token_blocks(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None = None
 ) -> Dataset:
-    """Tokenise documents, join them with the end-of-text token, and cut them into equal blocks, each
-    with the beginning-of-text token first where the tokenizer adds one.
+    """Tokenises documents, joins them with the end-of-text token, and cuts them into sequences of equal
+    length. Each begins with the beginning-of-text token if the tokenizer adds one.
 
     Args:
         texts (iterable of `str`): documents.
-        tokenizer (`PreTrainedTokenizerBase`): the model's own.
-        length (`int`): tokens in a block; what is left over at the end is dropped.
-        limit (`int`, *optional*): stop after this many blocks.
+        tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
+        length (`int`): tokens per sequence. An incomplete last sequence is dropped.
+        limit (`int`, *optional*): the largest number of sequences. Default: all.
 
     Returns:
         `datasets.Dataset`: columns `input_ids` and `labels`, each of `length` tokens.
 
     Raises:
-        LayerPruneError: the text is empty or shorter than one block, or no block is asked for.
+        LayerPruneError: the text is shorter than one sequence, or `limit` is below 1.
     """
     if limit is not None and limit < 1:
-        raise LayerPruneError(f"{limit} blocks are asked for: it must be at least 1.")
-    blocks = list(islice(_cut(texts, tokenizer, length), limit))
-    return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
+        raise LayerPruneError(f"{limit} blocks are asked for. Choose at least 1.")
+    sequences = list(islice(_sequences(texts, tokenizer, length), limit))
+    return Dataset.from_dict({"input_ids": sequences, "labels": sequences})
 
 
-def _cut(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[list[int]]:
-    """The blocks of [`token_blocks`], one after another; its errors, too."""
+def _sequences(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[list[int]]:
+    """Yields the sequences of [`token_blocks`]. Raises its errors."""
     if length < 2:
-        raise LayerPruneError(f"A block of {length} tokens has nothing to predict: use 2 or more.")
+        raise LayerPruneError(f"A sequence of {length} tokens has nothing to predict. Use 2 or more.")
     last = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     end = [] if last is None else [last]
-    # What the tokenizer itself puts before a text; Gemma, for one, reads badly without it. BERT has [CLS].
+    # The token that the tokenizer puts before a text, as [CLS] of BERT. Gemma needs it to predict well.
     first = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
     start = [token for token in tokenizer("")["input_ids"] if token in first][:1]
     size = length - len(start)
-    tokens, found = list[int](), False
+    tokens, has_sequence = list[int](), False
     for text in texts:
-        # verbose=False: a document may be longer than the model reads, the blocks cut from it are not.
+        # verbose=False: a document may be longer than the model's context, its sequences are not.
         tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] + end
         whole = len(tokens) // size * size
         for i in range(0, whole, size):
-            found = True
+            has_sequence = True
             yield start + tokens[i : i + size]
         tokens = tokens[whole:]
-    if not found:
+    if not has_sequence:
         raise LayerPruneError(
             f"The text has {len(tokens)} tokens, less than one block of {length}. Give more text or "
-            "shorter blocks."
+            "a smaller block_length."
         )
 
 
 def check_block_length(length: int, model: PreTrainedModel | PreTrainedConfig) -> None:
-    """Check that `model`, or the model that a config describes, reads so many tokens.
+    """Checks that the context of a model is long enough for sequences of `length` tokens.
 
     Raises:
-        LayerPruneError: it reads less.
+        LayerPruneError: the context is shorter.
     """
     longest = most_tokens(model)
     if longest is not None and length > longest:
@@ -257,22 +259,23 @@ def check_block_length(length: int, model: PreTrainedModel | PreTrainedConfig) -
 
 
 def most_tokens(model: PreTrainedModel | PreTrainedConfig) -> int | None:
-    """How many tokens a model reads at most, by its config; None where the config does not say."""
+    """Returns the context length of a model in tokens; None if its config has none."""
     config = model if isinstance(model, PreTrainedConfig) else model.config
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
 def split_blocks(blocks: Dataset, calibration: int, heldout: int) -> tuple[Dataset, Dataset, Dataset]:
-    """Take blocks for calibration and for evaluation, spread evenly over all; the rest is for training.
+    """Splits sequences into a part for calibration and one for evaluation, both spread evenly over the text,
+    and the rest for training.
 
     Raises:
-        LayerPruneError: there are too few blocks, or no block is asked for.
+        LayerPruneError: there are too few sequences, or a part would be empty.
     """
     taken = calibration + heldout
     if calibration < 1 or heldout < 1 or taken > len(blocks):
         raise LayerPruneError(
-            f"Cannot take {calibration} blocks for calibration and {heldout} for evaluation (at least 1 "
-            f"each) out of {len(blocks)}: give more text, shorter blocks, or ask for fewer."
+            f"Cannot take {calibration} sequences for calibration and {heldout} for evaluation (at least 1 "
+            f"each) out of {len(blocks)}. Give more text, a smaller block_length, or ask for fewer sequences."
         )
     spread = [i * len(blocks) // taken for i in range(taken)]
     chosen = {spread[i * taken // calibration] for i in range(calibration)}
@@ -292,28 +295,28 @@ def make_batches(
     block_length: int = 256,
     columns: Collection[str] | None = None,
 ) -> list[Batch]:
-    """Make batches of tokens from calibration or evaluation data of any common form.
+    """Returns batches of tokens from calibration or evaluation data of any common form.
 
     Args:
         data: tokens or text.
             Tokens: a data set, stream or list of rows, a tensor, one batch, or a list, generator or loader of
-            batches. Ready batches stay as they are.
-            Text: a list of strings, or rows with `text`, `messages`, or `prompt` and `completion`, as trl
-            takes them. It is cut into blocks ([`token_blocks`]), in which all tokens count.
-        batch_size (`int`, *optional*, defaults to 8): rows in a batch.
+            batches. Batches are not changed.
+            Text: a list of strings, or rows with `text`, `messages`, or `prompt` and `completion`, as in trl.
+            It is cut into sequences ([`token_blocks`]), in which all tokens count.
+        batch_size (`int`, *optional*, defaults to 8): rows per batch.
         collate (`Callable`, *optional*): makes a batch of rows of tokens, as a Trainer's `data_collator`.
-            Left out, rows of unequal length are padded.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's own, or its processor; for text.
-        block_length (`int`, *optional*, defaults to 256): tokens in a block of text, fewer of a short text.
-        columns (collection of `str`, *optional*): the columns of rows to keep, see [`columns_read`]. Default:
-            all.
+            Default: rows of unequal length are padded.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's tokenizer or processor, for text.
+        block_length (`int`, *optional*, defaults to 256): tokens per sequence of text, fewer if the text is
+            short.
+        columns (collection of `str`, *optional*): the columns to keep, see [`columns_read`]. Default: all.
 
     Returns:
         `list[dict[str, torch.Tensor]]`: batches with `input_ids` `(batch, length)`.
 
     Raises:
-        LayerPruneError: there is nothing in it, it is of another form, text comes without a tokenizer, or a
-            batch is to hold nothing.
+        LayerPruneError: the data is empty or of another form, text has no tokenizer, or `batch_size` is
+            below 1.
 
     Example:
 
@@ -335,31 +338,31 @@ def make_batches(
         return [_as_batch(batch) for batch in rows]
     if not _is_tokens(rows[0]):
         tokenizer = tokenizer if hasattr(tokenizer, "bos_token_id") else getattr(tokenizer, "tokenizer", None)
-        rows, collate = _text_blocks(rows, tokenizer, block_length), None
+        rows, collate = _text_sequences(rows, tokenizer, block_length), None
     elif columns is not None:
         rows = [{name: value for name, value in _as_row(row).items() if name in columns} for row in rows]
     else:
         rows = [_as_row(row) for row in rows]
-    # A generator of its own: a loader draws a seed, and scoring must not move the random state.
-    own = torch.Generator()
-    return list(DataLoader(rows, batch_size, collate_fn=collate or _padded, generator=own))
+    # A separate generator: a loader draws a seed, and scoring must not change the random state.
+    generator = torch.Generator()
+    return list(DataLoader(rows, batch_size, collate_fn=collate or _padded, generator=generator))
 
 
 def one_by_one(data: Any) -> Iterable[Batch]:
-    """Batches of much text: of a generator or a loader one after another, else by [`make_batches`]."""
+    """Returns the batches of a generator or loader one by one, those of other data by [`make_batches`]."""
     return data if isinstance(data, (DataLoader, Iterator)) else make_batches(data)
 
 
 def columns_read(model: PreTrainedModel) -> set[str]:
-    """The names of what `model` reads of a row, and of its labels."""
+    """Returns the names of the columns that `model` reads, and those of labels."""
     return {*inspect.signature(type(model).forward).parameters, "labels", "label", "label_ids"}
 
 
 def check_token_labels(batches: Iterable[Batch]) -> None:
-    """Check that labels, where batches have any, are of single tokens.
+    """Checks that batches with labels have one label per token.
 
     Raises:
-        LayerPruneError: they are of something else, as of a whole row.
+        LayerPruneError: labels have another shape, for example one label per row.
     """
     if any("labels" in batch and batch["labels"].shape != batch["input_ids"].shape for batch in batches):
         raise LayerPruneError(
@@ -369,10 +372,10 @@ def check_token_labels(batches: Iterable[Batch]) -> None:
 
 
 def take_rows(stream: Iterable[Any]) -> list[Any]:
-    """All that a stream, generator or loader gives.
+    """Returns all entries of a stream, generator or loader.
 
     Raises:
-        LayerPruneError: it gives more than [`MOST_ROWS`], and perhaps never ends.
+        LayerPruneError: it has more than [`MOST_ROWS`] entries, and may be endless.
     """
     rows = list(islice(stream, MOST_ROWS + 1))
     if len(rows) > MOST_ROWS:
@@ -388,7 +391,7 @@ TEXT_COLUMNS = ("text", "messages", "prompt")
 
 
 def _rows_or_batches(data: Any) -> Any:
-    """The entries of data of any form: something with a length whose entries are rows or batches."""
+    """Returns the rows or batches of data of any form, in a container with a length."""
     if isinstance(data, (str, bytes, Path)):
         raise LayerPruneError(
             f"The data is the string {str(data)[:80]!r}. Give a list of texts, and a tokenizer with it: "
@@ -415,7 +418,7 @@ def _rows_or_batches(data: Any) -> Any:
 
 
 def _is_batch(entry: Any) -> bool:
-    """Whether an entry is a batch of rows, not one row."""
+    """Returns whether an entry is a batch and no row."""
     value = entry.get("input_ids") if isinstance(entry, Mapping) else entry
     if torch.is_tensor(value) or isinstance(value, np.ndarray):
         return value.ndim == 2
@@ -423,7 +426,7 @@ def _is_batch(entry: Any) -> bool:
 
 
 def _is_tokens(entry: Any) -> bool:
-    """Whether a row holds token ids."""
+    """Returns whether a row holds token ids."""
     if isinstance(entry, Mapping):
         return "input_ids" in entry
     return torch.is_tensor(entry) or (
@@ -432,15 +435,15 @@ def _is_tokens(entry: Any) -> bool:
 
 
 def _as_row(row: Any) -> dict[str, Any]:
-    """A row of tokens as a dict, without what is no number."""
-    named = row if isinstance(row, Mapping) else {"input_ids": row}
-    found = {name: value for name, value in named.items() if not isinstance(value, (str, bytes, type(None)))}
-    _check_token_ids(torch.as_tensor(found["input_ids"]))
-    return found
+    """Returns a row of tokens as a dict, without texts and empty values."""
+    columns = row if isinstance(row, Mapping) else {"input_ids": row}
+    numbers = {name: x for name, x in columns.items() if not isinstance(x, (str, bytes, type(None)))}
+    _check_token_ids(torch.as_tensor(numbers["input_ids"]))
+    return numbers
 
 
 def _as_batch(batch: Any) -> Batch:
-    """A ready batch: as it is, or made of lists or a bare tensor."""
+    """Returns a batch of tensors, from a batch of tensors or lists, or from bare token ids."""
     if not isinstance(batch, Mapping):
         batch = {"input_ids": batch}
     if not _is_batch(batch):
@@ -467,7 +470,7 @@ def _check_token_ids(ids: torch.Tensor) -> None:
 
 
 def _padded(rows: list[Any]) -> dict[str, Any]:
-    """A batch of rows; where they are of unequal length, padded on the right and with an attention mask."""
+    """Returns a batch of rows. Rows of unequal length are padded on the right, with an attention mask."""
     lengths = [len(row["input_ids"]) for row in rows]
     if min(lengths) == max(lengths):
         return default_data_collator(rows)
@@ -483,8 +486,8 @@ def _padded(rows: list[Any]) -> dict[str, Any]:
     return default_data_collator(padded)
 
 
-def _text_blocks(rows: Any, tokenizer: Any, length: int) -> Dataset:
-    """Blocks of tokens of rows of text, shorter ones where there is little text."""
+def _text_sequences(rows: Any, tokenizer: Any, length: int) -> Dataset:
+    """Returns token sequences of rows of text, shorter ones if there is little text."""
     first = rows[0]
     known = isinstance(first, str) or (
         isinstance(first, Mapping) and any(name in first for name in TEXT_COLUMNS)
@@ -512,7 +515,7 @@ def _is_chat(row: Any) -> bool:
 
 
 def _text_of(row: Any, tokenizer: Any) -> str:
-    """The text of a row: a string, or a column of text, of chat messages, or of prompt and completion."""
+    """Returns the text of a row: a string, or a column of text, chat messages, or prompt and completion."""
     if isinstance(row, str):
         return row
     if _is_chat(row):
@@ -532,7 +535,7 @@ def _text_of(row: Any, tokenizer: Any) -> str:
 def _chat_text(messages: Any, tokenizer: Any) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # of a template, which is a small program of its own
+    except Exception as error:  # templates run their own code
         reason = " ".join(str(error).split())[:200]
         raise LayerPruneError(
             f"The chat template of the tokenizer cannot write these messages: {reason} Give texts, or a "
@@ -553,14 +556,14 @@ def token_mask(
     labels: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Which positions predict a token that counts, shifted as the logits are.
+    """Returns which positions predict a token that counts, shifted as the logits are.
 
     Position t counts if its target, token t + 1, has a label (not -100), and neither of the two is
     padding.
 
     Args:
         input_ids (`torch.Tensor`): `(batch, length)`.
-        labels (`torch.Tensor`, *optional*): `(batch, length)`; left out, every token has a label.
+        labels (`torch.Tensor`, *optional*): `(batch, length)`. Default: every token has a label.
         attention_mask (`torch.Tensor`, *optional*): `(batch, length)`, 0 for padding.
 
     Returns:
@@ -571,7 +574,7 @@ def token_mask(
     """
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         raise LayerPruneError(
-            f"The attention_mask has the shape {tuple(attention_mask.shape)}, but input_ids "
+            f"The attention_mask has the shape {tuple(attention_mask.shape)}, but input_ids has the shape "
             f"{tuple(input_ids.shape)}. Give a mask of one number for each token, 0 for padding. For rows of "
             "several texts give position_ids and no mask."
         )
@@ -579,13 +582,14 @@ def token_mask(
     if labels is not None:
         mask = mask & (labels[:, 1:] != -100)
     if attention_mask is not None:
-        real = attention_mask.bool()
-        mask = mask & real[:, 1:] & real[:, :-1]
+        not_padding = attention_mask.bool()
+        mask = mask & not_padding[:, 1:] & not_padding[:, :-1]
     return mask
 
 
 def targets_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which positions `(batch, length - 1)` count, and the tokens `(batch, length)` that they are to say."""
+    """Returns the mask `(batch, length - 1)` of the positions that count, and the labels `(batch,
+    length)`."""
     labels = batch.get("labels")
     mask = token_mask(batch["input_ids"], labels, batch.get("attention_mask"))
     return mask, batch["input_ids"] if labels is None else labels

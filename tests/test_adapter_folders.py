@@ -267,9 +267,9 @@ def test_bare_first_layers_run_once_for_teacher_and_student():
         config = lora(layers_to_transform=[3, 5], target_modules=["q_proj"])
         trainer = adapted_trainer(make_model(), config, max_steps=3, learning_rate=0.1)
         if not shared:
-            trainer._follow_cuts = lambda *args: None
+            trainer._follow_removals = lambda *args: None
         remove_layers(trainer.model, [4])
         trainer.train()
-        assert (trainer._shared == 3) == shared
+        assert (trainer._shared_prefix.length == 3) == shared
         found.append([log["kl"] for log in trainer.state.log_history[:-1]])
     assert found[0] == pytest.approx(found[1], abs=1e-6)

@@ -115,13 +115,13 @@ def test_hidden_pairs_follow_the_lineage(kept, teacher_kept, layers, pairs):
 LIGER = """
 import json
 import torch
-from hf_layerprune.distillation.losses import divergence, likeliest, liger_divergence
+from hf_layerprune.distillation.losses import divergence, top_k_log_probs, liger_divergence
 
 generator = torch.Generator().manual_seed(0)
 ours, theirs = (torch.randn(9, 130, generator=generator) * 3 for _ in range(2))
 found = []
 for kind, beta in (("kl", 0.5), ("reverse_kl", 0.5), ("jsd", 0.5), ("jsd", 0.1)):
-    for taught in (theirs, likeliest(theirs, 5)):
+    for taught in (theirs, top_k_log_probs(theirs, 5)):
         plain, fused = (ours.clone().requires_grad_() for _ in range(2))
         expected = divergence(plain, taught, kind, 1.0, beta)
         (expected * 3.7).backward()

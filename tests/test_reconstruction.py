@@ -12,7 +12,9 @@ from transformers import get_cosine_schedule_with_warmup
 
 from hf_layerprune import LayerPruneError, Lineage, get_lineage, reconstruct_layers, remove_layers
 from hf_layerprune.distillation import reconstruction as module
-from hf_layerprune.distillation.reconstruction import Window, find_windows, mean_kl
+from hf_layerprune.distillation import window_states, window_training
+from hf_layerprune.distillation.reconstruction import mean_kl
+from hf_layerprune.distillation.windows import Window, find_windows
 from hf_layerprune.surgery.decoder import find_decoder
 
 from .conftest import make_model, tokens
@@ -43,7 +45,7 @@ SETTINGS = {"epochs": 2, "learning_rate": 1e-3, "progress": False}
 def windows(kept, before=1, after=1, original=10, teacher=None):
     student = Lineage(original, list(kept))
     found = find_windows(student, Lineage(original, list(teacher or range(original))), before, after)
-    return [(one.first, one.last, one.reads, one.writes) for one in found]
+    return [(one.first, one.last, one.teacher_first, one.teacher_last) for one in found]
 
 
 def test_windows_lie_around_each_cut():
@@ -101,14 +103,14 @@ def plain_loop(model, teacher, data, steps):
                 given = layer(given, position_embeddings=rotary, attention_mask=mask)
             error = (given - wanted)[:, 1:].square().mean(-1) / wanted[:, 1:].square().mean(-1)
             error.mean().backward()
-            torch.nn.utils.clip_grad_norm_(trained, module.MAX_GRAD_NORM)
+            torch.nn.utils.clip_grad_norm_(trained, window_training.MAX_GRAD_NORM)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
 
 
 def test_training_is_that_of_a_plain_loop(monkeypatch):
-    monkeypatch.setattr(module, "MAX_GRAD_NORM", 0.05)  # so low that it is felt
+    monkeypatch.setattr(window_training, "MAX_GRAD_NORM", 0.05)  # so low that it is felt
     model, teacher = cut()
     expected = copy.deepcopy(model)
     plain_loop(expected, teacher, batches(), 8)
@@ -181,7 +183,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(monkeypatch, tmp_path):
     reconstruct_layers(expected, teacher, batches(), **SETTINGS | {"epochs": 3})
     model, _ = cut(layers=(1, 4))
     untouched = copy.deepcopy(model)
-    save, saved = module._Training._save, []
+    save, saved = window_training.WindowTraining._save, []
 
     def stop(self, *args):
         save(self, *args)
@@ -190,7 +192,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(monkeypatch, tmp_path):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._Training, "_save", stop)
+        patch.setattr(window_training.WindowTraining, "_save", stop)
         with pytest.raises(KeyboardInterrupt):
             reconstruct_layers(model, teacher, batches(), **SETTINGS | {"epochs": 3}, folder=tmp_path)
     result = reconstruct_layers(untouched, teacher, batches(), **SETTINGS | {"epochs": 3}, folder=tmp_path)
@@ -204,7 +206,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(monkeypatch, tmp_path):
 def test_states_that_do_not_fit_in_memory_are_kept_in_files(monkeypatch, tmp_path):
     expected, teacher = cut()
     reconstruct_layers(expected, teacher, batches(), **SETTINGS)
-    monkeypatch.setattr(module.psutil, "virtual_memory", lambda: type("Free", (), {"available": 0}))
+    monkeypatch.setattr(window_states.psutil, "virtual_memory", lambda: type("Free", (), {"available": 0}))
     model, _ = cut()
     with pytest.raises(LayerPruneError, match="Give a folder to keep them in"):
         reconstruct_layers(model, teacher, batches(), **SETTINGS)
@@ -277,14 +279,14 @@ def test_a_window_names_layers_of_both_models():
 
 def test_a_stopped_run_with_other_settings_starts_anew(monkeypatch, tmp_path, caplog):
     model, teacher = cut()
-    save = module._Training._save
+    save = window_training.WindowTraining._save
 
     def stop(self, *args):
         save(self, *args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._Training, "_save", stop)
+        patch.setattr(window_training.WindowTraining, "_save", stop)
         with pytest.raises(KeyboardInterrupt):
             reconstruct_layers(copy.deepcopy(model), teacher, batches(), **SETTINGS, folder=tmp_path)
     expected = copy.deepcopy(model)
@@ -397,14 +399,14 @@ def test_layers_that_hand_on_more_than_a_hidden_state_are_refused(name):
 
 def test_other_text_does_not_go_on_where_this_one_stopped(monkeypatch, tmp_path, caplog):
     model, teacher = cut()
-    save = module._Training._save
+    save = window_training.WindowTraining._save
 
     def stop(self, *args):
         save(self, *args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(module._Training, "_save", stop)
+        patch.setattr(window_training.WindowTraining, "_save", stop)
         with pytest.raises(KeyboardInterrupt):
             reconstruct_layers(copy.deepcopy(model), teacher, DATA[:4], **SETTINGS, folder=tmp_path)
     other = batches(4, rows=3, length=11)

@@ -8,7 +8,7 @@ from transformers import DataCollatorForSeq2Seq, default_data_collator
 
 from hf_layerprune import LayerPruneError, remove_layers, write_teacher_outputs
 from hf_layerprune.distillation import teacher_cache as module
-from hf_layerprune.distillation.losses import Likeliest, divergence, likeliest
+from hf_layerprune.distillation.losses import TopKLogProbs, divergence, top_k_log_probs
 from hf_layerprune.distillation.teacher_cache import TeacherOutputs, row_keys
 from hf_layerprune.forward.hooks import LAST
 
@@ -52,7 +52,7 @@ def test_a_run_with_written_outputs_is_the_run_with_the_teacher(kind, tokenizer)
             backwards = ragged().select(range(7, -1, -1))
             batches = loader(backwards, padding(tokenizer), 3)
             write_teacher_outputs(teacher, batches, "said", top_k=20, temperature=2.0, hidden_layers=[5, 3])
-            assert isinstance(TeacherOutputs("said").read(next(iter(batches)), [LAST])[0], Likeliest)
+            assert isinstance(TeacherOutputs("said").read(next(iter(batches)), [LAST])[0], TopKLogProbs)
         trainer = make_trainer(
             student,
             ragged(),
@@ -95,7 +95,7 @@ def test_what_is_written_is_what_the_teacher_said(model):
     rows = tokens(3, 9)
     write_teacher_outputs(model, [{"input_ids": rows}], "said", top_k=5, hidden_layers=[2, 5])
     found, states = TeacherOutputs("said").read({"input_ids": rows}, [2, LAST])
-    expected = likeliest(logits(model, rows), 5)
+    expected = top_k_log_probs(logits(model, rows), 5)
     seen = model(input_ids=rows, output_hidden_states=True, use_cache=False).hidden_states
     assert torch.equal(found.ids[:, :-1], expected.ids[:, :-1])
     torch.testing.assert_close(found.log_probs[:, :-1], expected.log_probs[:, :-1])
@@ -111,7 +111,7 @@ def test_padding_of_any_side_is_the_same_row(side, tokenizer):
     batch = next(iter(loader(ragged(), padding(tokenizer, side), 8)))
     found, _ = TeacherOutputs("said").read(batch, [])
     labels = batch.pop("labels")
-    expected = likeliest(logits(teacher, **batch), 5).log_probs
+    expected = top_k_log_probs(logits(teacher, **batch), 5).log_probs
     follows = (labels != -100)[:, 1:] & (batch["attention_mask"][:, :-1] == 1)
     assert follows.sum() == sum(ROWS) - 8
     torch.testing.assert_close(
@@ -122,7 +122,7 @@ def test_padding_of_any_side_is_the_same_row(side, tokenizer):
 def test_the_divergence_of_the_likeliest_is_of_these_and_the_rest():
     generator = torch.Generator().manual_seed(0)
     ours, theirs = (torch.randn(6, 30, generator=generator).double() * 3 for _ in range(2))
-    found = likeliest(theirs, 4, temperature=2.0)
+    found = top_k_log_probs(theirs, 4, temperature=2.0)
     p, q = ((one / 2).softmax(-1) for one in (theirs, ours))
     order = p.argsort(-1, descending=True)
     assert torch.equal(found.ids, order[:, :4])
@@ -140,7 +140,7 @@ def test_the_divergence_of_the_likeliest_is_of_these_and_the_rest():
 
 def test_the_gradient_of_the_likeliest_is_exact_where_the_rest_is_almost_nothing():
     ours = (torch.randn(5, 30, generator=torch.Generator().manual_seed(1)) * 30).requires_grad_()
-    theirs = likeliest(ours.detach() + 1e-2 * torch.randn(5, 30), 4)
+    theirs = top_k_log_probs(ours.detach() + 1e-2 * torch.randn(5, 30), 4)
     divergence(ours, theirs).backward()
     exact = ours.detach().double().requires_grad_()
     p = exact.softmax(-1).gather(-1, theirs.ids)
@@ -163,11 +163,11 @@ def test_writing_goes_on_where_it_stopped(monkeypatch):
         reads.append(1)
         return read(*args)
 
-    read = module._read
-    monkeypatch.setattr(module, "_read", stop)
+    read = module._compute_rows
+    monkeypatch.setattr(module, "_compute_rows", stop)
     with pytest.raises(KeyboardInterrupt):
         write_teacher_outputs(teacher, batches, "said", top_k=5)
-    monkeypatch.setattr(module, "_read", lambda *args: reads.append(1) or read(*args))
+    monkeypatch.setattr(module, "_compute_rows", lambda *args: reads.append(1) or read(*args))
     write_teacher_outputs(teacher, batches, "said", top_k=5)
     assert len(reads) == 4
     whole = TeacherOutputs("said")
@@ -211,7 +211,7 @@ def test_outputs_of_other_data_are_refused_before_training():
         ({"temperature": 2.0}, "temperature is 2.0, but said was written with 1.0"),
         ({"top_k": 7}, "top_k is 7, but said was written with 5"),
         ({"hidden_weight": 1.0}, "holds no hidden states"),
-        ({"hidden_layers": [3]}, r"or wrote nothing of them; it has \[\]"),
+        ({"hidden_layers": [3]}, r"layers \[3\], whose hidden states .* Available layers: \[\]"),
     ],
 )
 def test_outputs_of_other_settings_are_refused(settings, message):
@@ -255,9 +255,9 @@ def test_a_folder_of_something_else_stays_as_it_is(llama, tmp_path):
     with pytest.raises(LayerPruneError, match="model holds no teacher outputs"):
         write_teacher_outputs(llama, loader(), "model")
     write_teacher_outputs(llama, loader(), "said", top_k=5)
-    with pytest.raises(LayerPruneError, match="outputs with another temperature, top_k"):
+    with pytest.raises(LayerPruneError, match="logits with another temperature, top_k"):
         write_teacher_outputs(llama, loader(), "said", top_k=6, temperature=2.0)
-    with pytest.raises(LayerPruneError, match="outputs with another weights"):
+    with pytest.raises(LayerPruneError, match="logits with another weights"):
         write_teacher_outputs(make_model(seed=1), loader(), "said", top_k=5)
     head = json.loads((tmp_path / "said" / module.HEAD).read_text())
     (tmp_path / "said" / module.HEAD).write_text(json.dumps(head | {"kept_layers": [3, 1]}))

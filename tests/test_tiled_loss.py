@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_layerprune.data import token_mask
 from hf_layerprune.distillation.losses import divergence
-from hf_layerprune.distillation.tiled_loss import TILE, tiled_loss
+from hf_layerprune.distillation.tiled_loss import LOGITS_PER_CHUNK_CPU, tiled_loss
 from hf_layerprune.forward.hooks import undisturbed
 from hf_layerprune.forward.lm_head import Reader
 from hf_layerprune.forward.token_losses import cross_entropy
@@ -81,7 +81,7 @@ def check_against_whole_logits(model):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr("hf_layerprune.distillation.tiled_loss.TILE", 260 * 5)
+    monkeypatch.setattr("hf_layerprune.distillation.tiled_loss.LOGITS_PER_CHUNK_CPU", 260 * 5)
 
 
 # Among them heads with a bias, a scale, a soft cap, layers of their own and tied weights; OPT's last hidden
@@ -218,4 +218,4 @@ def test_no_position_gives_no_loss():
 
 
 def test_memory_does_not_grow_with_the_length_of_the_text():
-    assert TILE * 4 <= 64 * 2**20
+    assert LOGITS_PER_CHUNK_CPU * 4 <= 64 * 2**20

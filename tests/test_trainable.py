@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_layerprune import DistillationTrainingArguments, LayerPruneError, remove_layers
-from hf_layerprune.distillation.teacher import shared_prefix
+from hf_layerprune.distillation.shared_prefix import shared_prefix
 from hf_layerprune.distillation.trainable import trained_layers, trained_parameters
 from hf_layerprune.surgery.decoder import find_decoder
 from hf_layerprune.surgery.lineage import Lineage
@@ -69,8 +69,8 @@ def test_only_the_layers_next_to_each_cut_change(model):
     def keep(optimizer, args, kwargs):
         held = {id(p) for p in optimizer.state}
         live = [i for i, layer in enumerate(layers) if any(id(p) in held for p in layer)]
-        trained = [i for i in trainer._kept if layers[i][0].requires_grad]
-        seen.append((list(trainer._kept), trained, live))
+        trained = [i for i in trainer._kept_layers if layers[i][0].requires_grad]
+        seen.append((list(trainer._kept_layers), trained, live))
 
     # Least by place are 4, then 3: what is trained next to the first cut is not next to the second.
     callback = pruning(criterion="positional", calibration=None, steps_per_phase=2)
@@ -101,7 +101,7 @@ def both_ways(monkeypatch, make, **settings):
     for share in (True, False):
         with monkeypatch.context() as patch:
             if not share:
-                patch.setattr("hf_layerprune.distillation.trainer.shared_prefix", lambda *_: 0)
+                patch.setattr("hf_layerprune.distillation.shared_prefix.shared_prefix", lambda *_: 0)
             student, teacher = make()
             trainer = make_trainer(student, teacher_model=teacher, **settings)
             student.train()
@@ -110,7 +110,7 @@ def both_ways(monkeypatch, make, **settings):
             loss = trainer.compute_loss(student, dict(inputs))
             loss.backward()
             gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
-            found.append((loss.item(), gradients, trainer._shared))
+            found.append((loss.item(), gradients, trainer._shared_prefix.length))
     (loss, gradients, shared), (plain_loss, plain, none) = found
     assert none == 0
     assert loss == plain_loss
@@ -152,7 +152,7 @@ def test_shared_layers_run_once(monkeypatch):
     trainer.compute_loss(student, dict(inputs))
     calls.clear()
     trainer.compute_loss(student, dict(inputs))
-    assert trainer._shared == 1  # layers 1 and 2 of six are gone
+    assert trainer._shared_prefix.length == 1  # layers 1 and 2 of six are gone
     assert sorted(calls) == [("student", i) for i in (1, 2, 3)] + [("teacher", i) for i in range(6)]
 
 
@@ -190,7 +190,7 @@ def test_only_what_is_the_same_is_shared(changes, shared, monkeypatch):
     trainer = make_trainer(student, teacher_model=teacher, trainable="around_cuts")
     student.train()
     trainer.compute_loss(student, dict(next(iter(trainer.get_train_dataloader()))))
-    assert trainer._shared == shared
+    assert trainer._shared_prefix.length == shared
 
 
 def test_what_is_trained_or_changed_later_is_no_longer_shared():
@@ -201,7 +201,7 @@ def test_what_is_trained_or_changed_later_is_no_longer_shared():
 
     def shared():
         trainer.compute_loss(student, dict(inputs))
-        return trainer._shared
+        return trainer._shared_prefix.length
 
     assert shared() == 3
     layers_of(student)[2].mlp.up_proj.weight.requires_grad_(True)

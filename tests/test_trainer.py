@@ -300,7 +300,10 @@ def test_paper_preset():
         ({"hidden_weight": 1.0, "kl_weight": 0.0, "balance_hidden": True}, "and kl_weight or ce_weight"),
         ({"top_k": 0}, "top_k is 0"),
         ({"top_k": 260}, "below the 260 tokens"),
-        ({"hidden_weight": 1.0, "hidden_layers": [2, 9]}, r"no layers \[9\]"),
+        (
+            {"hidden_weight": 1.0, "hidden_layers": [2, 9]},
+            r"layers \[9\], whose hidden states the teacher does not have",
+        ),
     ],
 )
 def test_bad_settings_are_refused(llama, settings, message):

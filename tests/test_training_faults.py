@@ -36,7 +36,7 @@ from hf_layerprune import (
     write_teacher_outputs,
 )
 from hf_layerprune.commands.cli import main
-from hf_layerprune.distillation.losses import divergence, likeliest
+from hf_layerprune.distillation.losses import divergence, top_k_log_probs
 from hf_layerprune.forward.token_losses import DIVERGENCES, logit_spread
 from hf_layerprune.pruning.compatibility import loss_is_known, trainer_of
 from hf_layerprune.pruning.diagnostics import exploded
@@ -445,7 +445,7 @@ def test_divergences_of_masked_tokens_are_finite_and_those_of_the_definition(mas
         expected = {"kl": kl(p, q), "reverse_kl": kl(q, p), "jsd": (kl(p, m) + kl(q, m)) / 2}[kind]
         for top_k in (None, 4, 27):  # 27 are more than can be said
             own = ours.clone().requires_grad_()
-            taught = theirs if top_k is None else likeliest(theirs, top_k, temperature)
+            taught = theirs if top_k is None else top_k_log_probs(theirs, top_k, temperature)
             found = divergence(own, taught, kind, temperature)
             found.backward()
             assert torch.isfinite(found)

@@ -1,4 +1,4 @@
-"""Settings of distillation, beside those of the Trainer."""
+"""Settings of distillation, added to those of the Trainer."""
 
 import logging
 from dataclasses import dataclass, field
@@ -29,21 +29,21 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def quieten_replicas(args: TrainingArguments) -> None:
-    """Let the main process alone tell what this package does; the others tell errors. Like transformers' own
-    `log_level_replica`, it is for the whole process."""
+    """Makes all processes but the main one log only errors of this package. It applies to the whole process,
+    as `log_level_replica` of transformers."""
     if args.process_index:
         logging.getLogger("hf_layerprune").setLevel(logging.ERROR)
 
 
-# Where launchers say how many processes they started, as accelerate reads it.
+# Environment variables of launchers with the number of processes, as in accelerate.
 WORLD_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
 
 
 def check_processes_joined(args: TrainingArguments) -> None:
-    """Check that the processes of a launcher train together, and not each a model of its own.
+    """Checks that the processes of a launcher train one model together.
 
     Raises:
-        LayerPruneError: they do not.
+        LayerPruneError: each process would train a model alone.
     """
     started = get_int_from_env(WORLD_SIZES, 1)
     if started > 1 and args.world_size == 1:
@@ -57,51 +57,53 @@ def check_processes_joined(args: TrainingArguments) -> None:
 
 @dataclass
 class DistillationTrainingArguments(TrainingArguments):
-    """[`~transformers.TrainingArguments`] and how much each loss of distillation counts.
+    """[`~transformers.TrainingArguments`] with the settings of distillation.
 
     Args:
         kl_weight (`float`, *optional*, defaults to 1.0):
-            Weight of the divergence from the teacher's distribution over the vocabulary, mean per token.
+            Weight of the divergence from the teacher's next-token distribution, mean per token.
         divergence (`str`, *optional*, defaults to `"kl"`):
             `"kl"`, KL(teacher || student); `"reverse_kl"`, KL(student || teacher); or `"jsd"`, the
             Jensen-Shannon divergence between the two.
         jsd_beta (`float`, *optional*, defaults to 0.5):
-            For `"jsd"`: near 0 as the forward, near 1 as the reverse KL (2306.13649, section 2).
+            For `"jsd"`: a value near 0 is close to the forward KL, near 1 to the reverse KL (2306.13649,
+            section 2).
         hidden_weight (`float`, *optional*, defaults to 0.0):
-            Weight of the error of hidden states, mean per token and compared layer.
+            Weight of the hidden-state error, mean per token and compared layer.
         hidden_loss (`str`, *optional*, defaults to `"mse"`):
             `"mse"`, the mean squared error, whose scale differs by orders of magnitude between models;
             `"normalized_mse"`, relative to the teacher's mean square; or `"cosine"`, one minus the cosine.
         balance_hidden (`bool`, *optional*, defaults to `False`):
-            Whether `hidden_weight` is relative to the other terms: times their mean since the last cut over
-            the mean error, so that 1.0 makes both equal. The first step after a cut goes without.
+            Make `hidden_weight` relative to the other loss terms: it is multiplied by their mean divided by
+            the mean hidden-state error, both since the last removal, so that 1.0 makes both equal. The first
+            step after a removal has no hidden-state error.
         ce_weight (`float`, *optional*, defaults to 0.0):
             Weight of the cross-entropy on the labels, mean per token.
         temperature (`float`, *optional*, defaults to 1.0):
             Divides both logits in the divergence.
         top_k (`int`, *optional*):
-            The divergence sees so many of the teacher's likeliest tokens and all others as one. Left out, all
-            are seen, or what the teacher wrote.
+            Number of the teacher's top tokens in the divergence; all others count as one. Default: all
+            tokens, or those of the cached teacher logits.
         hidden_layers (`list[int]`, *optional*):
-            Layers whose outputs are compared, by index in the original model. Left out, the layer
-            after each cut and the last layer (after the final norm), or those that the teacher wrote.
+            Layers whose outputs are compared, as indices in the original model. Default: the layer after each
+            cut and the last layer (after the final norm), or the cached layers of the teacher.
         trainable (`str`, *optional*, defaults to `"all"`):
-            What is trained, of what has `requires_grad`: `"all"`; `"around_cuts"`, the layers next to each
-            cut (2511.05085), again after each removal; or as `"4"` the output head and so many last
-            layers. The layers before the first trained one run once for teacher and student.
+            Which parameters with `requires_grad` to train: `"all"`; `"around_cuts"`, the layers next to each
+            cut (2511.05085), chosen again after each removal; or a number N as `"4"`, the LM head and the
+            last N layers. The layers before the first trained one run once for teacher and student.
         loss_preset (`str`, *optional*):
             `"paper"` sets the four numbers above as in 2511.05085 at its batch of 2 x 2048 positions.
         export (`str`, *optional*, defaults to `"merged"`):
-            What is saved of a model with adapters, except in checkpoints: `"merged"`, a plain model; or
-            `"adapter"`, only these, with what rebuilds the cut base, see [`save_adapter`].
+            How to save a model with adapters, except in checkpoints: `"merged"`, a plain model; or
+            `"adapter"`, the adapters and the list of kept layers, see [`save_adapter`].
         verify_save (`bool`, *optional*, defaults to `True`):
-            Load each saved model again, as one more model in memory, and stop if its logits differ. The
-            weights stay on disk.
+            Load each saved model again, as a second model in memory, and stop if its logits differ. The
+            saved weights are kept.
         save_dtype (`str`, *optional*):
-            Dtype of the saved model: `"float32"`, `"bfloat16"` or `"float16"`. Left out, that of the model.
-            Checkpoints and adapters keep the dtype of training.
+            Dtype of the saved model: `"float32"`, `"bfloat16"` or `"float16"`. Default: that of the model.
+            Checkpoints and adapters have the dtype of training.
         legacy_rope (`bool`, *optional*, defaults to `False`):
-            Write rotary settings under their old names too, for transformers 4 and converters.
+            Also write the rotary settings under their old names, for transformers 4 and converters.
     """
 
     kl_weight: float = field(
@@ -115,19 +117,21 @@ class DistillationTrainingArguments(TrainingArguments):
         },
     )
     jsd_beta: float = field(
-        default=0.5, metadata={"help": "For jsd: near 0 as the forward, near 1 as the reverse KL."}
+        default=0.5, metadata={"help": "For jsd: near 0 close to the forward KL, near 1 to the reverse KL."}
     )
-    hidden_weight: float = field(default=0.0, metadata={"help": "Weight of the error of hidden states."})
+    hidden_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the hidden-state error, mean per token and layer."}
+    )
     hidden_loss: str = field(
         default="mse",
         metadata={
-            "help": "Squared error, the same relative to the teacher's size, or one minus the cosine.",
+            "help": "Squared error, squared error relative to the teacher's, or one minus the cosine.",
             "choices": list(HIDDEN_ERRORS),
         },
     )
     balance_hidden: bool = field(
         default=False,
-        metadata={"help": "hidden_weight is relative to the other terms: 1.0 makes both equal."},
+        metadata={"help": "Make hidden_weight relative to the other loss terms: 1.0 makes both equal."},
     )
     ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy on the labels."})
     temperature: float = field(
@@ -135,7 +139,7 @@ class DistillationTrainingArguments(TrainingArguments):
     )
     top_k: int | None = field(
         default=None,
-        metadata={"help": "See so many of the teacher's likeliest tokens, and all others as one."},
+        metadata={"help": "Number of the teacher's top tokens in the divergence. Default: all tokens."},
     )
     hidden_layers: list[int] | None = field(
         default=None,
@@ -144,7 +148,7 @@ class DistillationTrainingArguments(TrainingArguments):
             "and the last."
         },
     )
-    trainable: str = field(default="all", metadata={"help": f"What is trained: {CHOICES}."})
+    trainable: str = field(default="all", metadata={"help": f"Parameters to train: {CHOICES}."})
     loss_preset: str | None = field(
         default=None,
         metadata={
@@ -154,7 +158,7 @@ class DistillationTrainingArguments(TrainingArguments):
     )
     export: str = field(
         default="merged",
-        metadata={"help": "What is saved of a model with adapters.", "choices": list(EXPORTS)},
+        metadata={"help": "How to save a model with adapters.", "choices": list(EXPORTS)},
     )
     verify_save: bool = field(
         default=True, metadata={"help": "Load each saved model again and compare its logits."}
@@ -168,7 +172,7 @@ class DistillationTrainingArguments(TrainingArguments):
         },
     )
     legacy_rope: bool = field(
-        default=False, metadata={"help": "Write rotary settings as transformers 4 reads them, too."}
+        default=False, metadata={"help": "Also write the rotary settings as transformers 4 reads them."}
     )
 
     def __post_init__(self) -> None:

@@ -1,7 +1,6 @@
-"""Losses over tokens: each a float32 SUM over the tokens that count, for the caller to divide.
+"""Losses over tokens: each a float32 sum over the tokens that count, for the caller to divide.
 
-Sums, because the right divisor is the number of tokens in the whole accumulated and distributed batch,
-which no single micro-batch knows.
+The divisor is the number of tokens in the whole accumulated and distributed batch. No micro-batch knows it.
 """
 
 import math
@@ -17,56 +16,56 @@ from ..forward.token_losses import LOWEST, scaled_logits
 from ..surgery.lineage import Lineage
 
 
-DROWNED = 10.0  # times the other terms
+DOMINANCE = 10.0  # the hidden-state error dominates from this multiple of the other terms on
 
 
 @dataclass
-class Likeliest:
-    """The likeliest tokens at some positions and their log-probabilities, and that of all others as one.
+class TopKLogProbs:
+    """The top-k tokens of each position with their log-probabilities, and all other tokens as one.
 
     Args:
-        ids (`torch.Tensor`): `(..., k)`, the likeliest first.
-        log_probs (`torch.Tensor`): `(..., k + 1)`, float32; the last is of all other tokens together.
+        ids (`torch.Tensor`): `(..., k)`, the most probable token first.
+        log_probs (`torch.Tensor`): `(..., k + 1)`, float32. The last is that of all other tokens together.
     """
 
     ids: torch.Tensor
     log_probs: torch.Tensor
 
-    def __getitem__(self, index: Any) -> "Likeliest":
-        return Likeliest(self.ids[index], self.log_probs[index])
+    def __getitem__(self, index: Any) -> "TopKLogProbs":
+        return TopKLogProbs(self.ids[index], self.log_probs[index])
 
 
-def likeliest(logits: torch.Tensor, k: int, temperature: float = 1.0) -> Likeliest:
-    """The `k` likeliest tokens by logits `(..., vocabulary)`, of which there are more than `k`."""
+def top_k_log_probs(logits: torch.Tensor, k: int, temperature: float = 1.0) -> TopKLogProbs:
+    """Returns the `k` most probable tokens of logits `(..., vocabulary)`. `k` is below their number."""
     ids = logits.topk(k, dim=-1).indices
-    return Likeliest(ids, _lumped(scaled_logits(logits, temperature), ids))
+    return TopKLogProbs(ids, _log_probs_with_rest(scaled_logits(logits, temperature), ids))
 
 
-def _lumped(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """The log-probabilities `(..., k + 1)` of `ids` `(..., k)` and of all other tokens together."""
-    others = logits.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)
-    whole = logits.logsumexp(-1, keepdim=True)
-    return torch.cat([logits.gather(-1, ids), others], -1) - whole
+def _log_probs_with_rest(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Returns the log-probabilities `(..., k + 1)` of `ids` `(..., k)` and of all other tokens together."""
+    rest = logits.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)
+    normalizer = logits.logsumexp(-1, keepdim=True)
+    return torch.cat([logits.gather(-1, ids), rest], -1) - normalizer
 
 
 def divergence(
     student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor | Likeliest,
+    teacher_logits: torch.Tensor | TopKLogProbs,
     kind: str = "kl",
     temperature: float = 1.0,
     beta: float = 0.5,
 ) -> torch.Tensor:
-    """Distance of two distributions in nats, summed over positions.
+    """Returns the divergence of two distributions in nats, summed over positions.
 
-    It is finite, and so are its gradients, also where a logit is -inf: a token that one of the two can never
-    say lies [`LOWEST`] nats from its likeliest one. Times the squared temperature, so that the gradient
+    The divergence and its gradients are finite also where a logit is -inf: a masked token lies [`LOWEST`]
+    nats below the most probable one. It is multiplied by the squared temperature, so that the gradient
     keeps its scale (Hinton et al., 1503.02531, section 2).
 
     Args:
         student_logits (`torch.Tensor`): `(positions, vocabulary)`.
-        teacher_logits (`torch.Tensor` or [`Likeliest`]): `(positions, vocabulary)`, or the likeliest tokens
-            at this temperature: then both are distributions over these and all others as one, and the
-            divergence is at most the whole one.
+        teacher_logits (`torch.Tensor` or [`TopKLogProbs`]): `(positions, vocabulary)`, or the top-k tokens at
+            this temperature. Then both are distributions over these tokens and all others as one, and the
+            divergence is at most that over all tokens.
         kind (`str`, *optional*, defaults to `"kl"`): `"kl"`, forward, KL(teacher || student);
             `"reverse_kl"`, KL(student || teacher); or `"jsd"`, the generalised Jensen-Shannon divergence
             `beta KL(teacher || m) + (1 - beta) KL(student || m)` with `m = beta teacher + (1 - beta) student`
@@ -75,8 +74,11 @@ def divergence(
         beta (`float`, *optional*, defaults to 0.5): of `"jsd"`, above 0 and below 1.
     """
     scaled = scaled_logits(student_logits, temperature)
-    if isinstance(teacher_logits, Likeliest):
-        student, teacher = _lumped(scaled, teacher_logits.ids), teacher_logits.log_probs.clamp(min=LOWEST)
+    if isinstance(teacher_logits, TopKLogProbs):
+        student, teacher = (
+            _log_probs_with_rest(scaled, teacher_logits.ids),
+            teacher_logits.log_probs.clamp(min=LOWEST),
+        )
     else:
         student, teacher = scaled.log_softmax(-1), scaled_logits(teacher_logits, temperature).log_softmax(-1)
     if student.is_cuda and is_liger_kernel_available():
@@ -94,29 +96,29 @@ def divergence(
 def liger_divergence(
     student: torch.Tensor, teacher: torch.Tensor, kind: str = "kl", beta: float = 0.5
 ) -> torch.Tensor:
-    """[`divergence`] of log-probabilities `(positions, tokens)`, in one kernel of Liger (2410.10989)."""
+    """Returns [`divergence`] of log-probabilities `(positions, tokens)` by a Liger kernel (2410.10989)."""
     from liger_kernel.transformers import LigerJSD
 
     if not len(student):
         return student.sum()
-    # There 0 and 1 are the two divergences, not the limits of what lies between.
+    # In Liger, beta 0 and 1 select the forward and the reverse KL.
     jsd = LigerJSD({"kl": 0.0, "reverse_kl": 1.0, "jsd": beta}[kind])
     return jsd(student, teacher) * len(student)
 
 
-def _kl(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """KL(expected || found) of log-probabilities, summed."""
-    return F.kl_div(found, expected, reduction="sum", log_target=True)
+def _kl(target: torch.Tensor, approximation: torch.Tensor) -> torch.Tensor:
+    """Returns KL(target || approximation) of log-probabilities, summed."""
+    return F.kl_div(approximation, target, reduction="sum", log_target=True)
 
 
 def hidden_error(student: torch.Tensor, teacher: torch.Tensor, kind: str = "mse") -> torch.Tensor:
-    """Difference of hidden states, summed over positions.
+    """Returns the error of hidden states, summed over positions.
 
     Args:
         student, teacher (`torch.Tensor`): `(positions, hidden)`, or `(positions, streams, hidden)`.
         kind (`str`, *optional*, defaults to `"mse"`): `"mse"`, the squared error, mean over features;
-            `"normalized_mse"`, the same relative to the teacher's mean square, so that models and layers
-            compare; `"cosine"`, one minus the cosine.
+            `"normalized_mse"`, the same relative to the teacher's mean square, which makes models and layers
+            comparable; `"cosine"`, one minus the cosine.
     """
     student, teacher = student.float().flatten(1), teacher.float().flatten(1)
     if kind == "cosine":
@@ -130,16 +132,16 @@ def hidden_error(student: torch.Tensor, teacher: torch.Tensor, kind: str = "mse"
 def hidden_pairs(
     student: Lineage, teacher: Lineage, layers: list[int] | None = None
 ) -> list[tuple[int, int]]:
-    """Which student layer's output is compared with which teacher layer's, as present indices.
+    """Returns which student layer is compared with which teacher layer, as present indices.
 
-    Iterative Layer-wise Distillation (2511.05085) compares a student layer with the layer it came from,
-    at the cut and at the end. The end is [`LAST`], the state that the output head reads.
+    Iterative Layer-wise Distillation (2511.05085) compares a student layer with the layer it came from, at
+    the cut and at the end. The end is [`LAST`], the input of the LM head.
 
     Args:
-        student (`Lineage`): of the model that is trained.
-        teacher (`Lineage`): of the model that teaches; it has all layers that the student has.
-        layers (`list[int]`, *optional*): original indices of the layers to compare, of which those
-            that were removed are left out; left out, the layer after each cut and the last.
+        student (`Lineage`): the lineage of the trained model.
+        teacher (`Lineage`): the lineage of the teacher, which has all layers of the student.
+        layers (`list[int]`, *optional*): original indices of the layers to compare. Removed ones are skipped.
+            Default: the layer after each cut and the last.
     """
     if layers is None:
         wanted = [student.kept[i] for i in student.after_cuts] + [student.original - 1]
@@ -153,16 +155,16 @@ def hidden_pairs(
     return pairs + [(LAST, LAST)] * (student.original - 1 in wanted)
 
 
-def drowned_logits(hidden: float, others: float) -> str | None:
-    """Whether the error of hidden states outweighs the other terms of the loss.
+def hidden_loss_dominates(hidden: float, others: float) -> str | None:
+    """Returns a warning if the error of hidden states is much larger than the other loss terms, else None.
 
     Args:
-        hidden, others (`float`): both as they are weighted.
+        hidden, others (`float`): the weighted error, and the sum of the weighted other terms.
     """
-    if not hidden > DROWNED * others:
+    if not hidden > DOMINANCE * others:
         return None
     return (
-        f"The error of hidden states makes up {hidden:.3g} of the loss, the other terms {others:.3g}: these "
-        "are hardly learnt from. Lower hidden_weight, or set balance_hidden=True or "
+        f"The error of hidden states makes up {hidden:.3g} of the loss, the other terms {others:.3g}: they "
+        "have hardly any effect. Lower hidden_weight, or set balance_hidden=True or "
         "hidden_loss='normalized_mse'."
     )

@@ -1,8 +1,8 @@
-"""The model that teaches: where it comes from, whether it can teach this student, and what both share."""
+"""The teacher: where it comes from, and whether it fits the student."""
 
 import copy
 import logging
-from itertools import takewhile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,46 @@ from transformers.utils import cached_file
 
 from ..checkpoints.loading import load_model, load_tokenizer
 from ..errors import LayerPruneError, one_line
-from ..forward.hooks import can_replay, captured, hidden, undisturbed
 from ..surgery.decoder import check_next_token, find_decoder, is_sharded
 from ..surgery.lineage import Lineage, get_lineage
-from ..surgery.peft import base_of, check_adapter_type, keep_base_known
+from ..surgery.peft import check_adapter_type, keep_base_known
+from .losses import hidden_pairs
 from .teacher_cache import HEAD, TeacherOutputs
 
 
 logger = logging.getLogger(__name__)
 
-OTHER_TOKENS = 0.01  # so large a share of the vocabulary makes another tokenizer
+DIFFERENT_TOKENS = 0.01  # from this share of different tokens on, a tokenizer is another one
+
+
+@dataclass(frozen=True)
+class TeacherLayers:
+    """The layers of a teacher.
+
+    Args:
+        lineage ([`Lineage`]): the layers that the teacher has.
+        available (`list[int]`): the layers whose hidden states it can give, as original indices.
+        compared (`list[int]`, *optional*): the layers whose hidden states are compared, as original indices.
+            Default: the layer after each cut and the last.
+    """
+
+    lineage: Lineage
+    available: list[int]
+    compared: list[int] | None
+
+    def pairs_with(self, student: Lineage) -> list[tuple[int, int]]:
+        """Returns the compared layers of student and teacher, see [`hidden_pairs`].
+
+        Raises:
+            LayerPruneError: the student has lost all of them.
+        """
+        pairs = hidden_pairs(student, self.lineage, self.compared)
+        if not pairs:
+            raise LayerPruneError(
+                f"All of hidden_layers {self.compared} were removed, so there is no hidden "
+                "state to compare: protect one of them, or leave hidden_layers out."
+            )
+        return pairs
 
 
 def make_teacher(
@@ -33,17 +63,17 @@ def make_teacher(
     tokenizer: Any = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel | TeacherOutputs:
-    """A frozen model in eval mode that can teach `student`, or what one said.
+    """Returns the teacher of `student`: a frozen model in eval mode, or the cached logits of one.
 
     Args:
         teacher (`PreTrainedModel` or `str`, *optional*): a model (frozen in place), a folder (also of
-            [`write_teacher_outputs`]) or a hub id; left out, a copy of `student` as it is now.
+            [`write_teacher_outputs`]) or a hub id. Default: a copy of `student`.
         student (`PreTrainedModel`): the model that will be trained.
         hidden_states (`bool`): whether hidden states will be compared.
-        adapters (`bool`, *optional*, defaults to `False`): only adapters will be trained, so that the copy
-            has modules of its own, but the student's weights.
-        tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*): the student's. Vocabularies
-            that are larger and of different size are filled up.
+        adapters (`bool`, *optional*, defaults to `False`): whether only adapters will be trained, so that a
+            copy shares the student's weights.
+        tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*): the student's tokenizer. Logits
+            beyond its tokens are padding, so vocabularies may differ there.
         trust_remote_code (`bool`, *optional*, defaults to `False`): run the code that comes with the teacher.
 
     Raises:
@@ -65,17 +95,17 @@ def make_teacher(
     if isinstance(teacher, (str, Path)):
         teacher = str(teacher)
         if (Path(teacher) / HEAD).exists():
-            said = TeacherOutputs(teacher)
-            _check(said.vocabulary, said.width, said.lineage, student, hidden_states, tokens)
+            cache = TeacherOutputs(teacher)
+            _check(cache.vocabulary, cache.width, cache.lineage, student, hidden_states, tokens)
             known = find_decoder(student).config.vocab_size
-            if said.vocabulary > known:
+            if cache.vocabulary > known:
                 raise LayerPruneError(
-                    f"{teacher} is of {said.vocabulary} tokens, the student knows {known}: give the teacher "
-                    "itself, or write the outputs of one with the student's vocabulary."
+                    f"{teacher} is of {cache.vocabulary} tokens, the student knows {known}: give the teacher "
+                    "itself, or cache the logits of a teacher with the student's vocabulary."
                 )
-            name = said.settings.get("teacher", "")
-            check_tokenizers(name, said.vocabulary, student, tokenizer, trust_remote_code)
-            return said
+            name = cache.settings.get("teacher", "")
+            check_tokenizers(name, cache.vocabulary, student, tokenizer, trust_remote_code)
+            return cache
         teacher = load_model(teacher, dtype=student.dtype, trust_remote_code=trust_remote_code)
         return make_teacher(teacher, student, hidden_states, adapters, tokenizer, trust_remote_code)
     check_next_token(teacher, "The teacher")
@@ -94,7 +124,7 @@ def make_teacher(
 def check_tokens(
     teacher: PreTrainedModel, student: PreTrainedModel, tokenizer: Any, trust_remote_code: bool = False
 ) -> None:
-    """Check that the same token ids mean the same text to both; say so where it cannot be known.
+    """Checks that token ids mean the same text to both models. Warns if their tokenizers are unknown.
 
     Args:
         teacher, student (`PreTrainedModel`): the models.
@@ -122,48 +152,52 @@ def check_tokenizers(
     tokenizer: Any,
     trust_remote_code: bool = False,
 ) -> bool:
-    """Check that the same token ids mean the same text to teacher and student.
+    """Checks that the same token ids mean the same text to teacher and student.
 
     Args:
-        teacher (`str` or `None`): the folder or hub id of the teacher, if it is from one.
-        vocabulary (`int`): how many tokens it has logits of.
+        teacher (`str` or `None`): the folder or hub id of the teacher, if it has one.
+        vocabulary (`int`): the number of the teacher's logits.
         student (`PreTrainedModel`): the model that will be trained.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): the student's; left out, that of its folder.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the student's. Default: that of its folder.
         trust_remote_code (`bool`, *optional*, defaults to `False`): run the code that comes with a tokenizer.
 
     Returns:
-        `bool`: whether this could be known.
+        `bool`: whether both tokenizers are known.
 
     Raises:
         LayerPruneError: the tokenizers are different.
     """
     if teacher and teacher == student.name_or_path:
         return True
-    theirs = find_tokenizer(teacher, trust_remote_code)
+    teacher_tokenizer = find_tokenizer(teacher, trust_remote_code)
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
     if not hasattr(tokenizer, "get_vocab"):
         tokenizer = find_tokenizer(student.name_or_path, trust_remote_code)
-    if theirs is None or tokenizer is None:
+    if teacher_tokenizer is None or tokenizer is None:
         return False
     common = range(min(vocabulary, find_decoder(student).config.vocab_size))
-    ours, other = ({i: token for token, i in one.get_vocab().items()} for one in (tokenizer, theirs))
-    compared = [i for i in common if i in ours]
-    unlike = [i for i in compared if other.get(i) != ours[i]]
-    if not unlike:
-        return True
-    example = (
-        f"token {unlike[0]} is {ours[unlike[0]]!r} to the student, {other.get(unlike[0])!r} to the teacher"
+    student_tokens, teacher_tokens = (
+        {i: token for token, i in each.get_vocab().items()} for each in (tokenizer, teacher_tokenizer)
     )
-    if len(unlike) > OTHER_TOKENS * len(compared):
+    compared = [i for i in common if i in student_tokens]
+    different = [i for i in compared if teacher_tokens.get(i) != student_tokens[i]]
+    if not different:
+        return True
+    first = different[0]
+    example = (
+        f"token {first} is {student_tokens[first]!r} to the student, {teacher_tokens.get(first)!r} to the "
+        "teacher"
+    )
+    if len(different) > DIFFERENT_TOKENS * len(compared):
         raise LayerPruneError(
-            f"The teacher ({teacher}) has another tokenizer: {len(unlike)} of {len(compared)} token ids mean "
-            f"something else ({example}). Logits can only be compared over the same tokens. Choose a teacher "
-            "with the student's tokenizer."
+            f"The teacher ({teacher}) has another tokenizer: {len(different)} of {len(compared)} token ids "
+            f"mean something else ({example}). Logits can only be compared over the same tokens. Choose "
+            "a teacher with the student's tokenizer."
         )
     logger.warning(
         "%d of %d token ids mean something else to the teacher (%s): %s. Check that the training data does "
         "not depend on them.",
-        len(unlike),
+        len(different),
         len(compared),
         teacher,
         example,
@@ -172,11 +206,11 @@ def check_tokenizers(
 
 
 def find_tokenizer(name: str | None, trust_remote_code: bool) -> Any:
-    """The tokenizer in a folder or on the hub, None where there is none."""
+    """Returns the tokenizer in a folder or on the hub; None if there is none."""
     if not name:
         return None
     try:
-        # Without its files some classes would make an empty tokenizer.
+        # Some classes make an empty tokenizer of a folder without tokenizer files.
         cached_file(name, TOKENIZER_CONFIG_FILE)
         return load_tokenizer(name, trust_remote_code)
     except (OSError, LayerPruneError) as error:
@@ -185,18 +219,22 @@ def find_tokenizer(name: str | None, trust_remote_code: bool) -> Any:
 
 
 def _same_embeddings(teacher: PreTrainedModel, student: PreTrainedModel) -> bool:
-    """Whether both have the same vectors for the same tokens, so that one comes from the other."""
-    ours, theirs = (getattr(one.get_input_embeddings(), "weight", None) for one in (student, teacher))
-    if ours is None or theirs is None or ours.shape != theirs.shape or is_sharded(student):
+    """Returns whether both models have the same token embeddings, so that one was made from the other."""
+    student_weight, teacher_weight = (
+        getattr(model.get_input_embeddings(), "weight", None) for model in (student, teacher)
+    )
+    if student_weight is None or teacher_weight is None or is_sharded(student):
         return False
-    return torch.equal(ours.detach(), theirs.detach().to(ours))
+    if student_weight.shape != teacher_weight.shape:
+        return False
+    return torch.equal(student_weight.detach(), teacher_weight.detach().to(student_weight))
 
 
 def describe_teacher(teacher: PreTrainedModel | TeacherOutputs, student: PreTrainedModel) -> str:
-    """In words, what teaches and what that takes or saves."""
+    """Returns a description of the teacher and of the memory that it takes or shares."""
     if isinstance(teacher, TeacherOutputs):
         rows = len(teacher.keys)
-        return f"what was written in {teacher.folder}, of {rows} rows; no second model is held or run"
+        return f"cached logits of {rows} rows in {teacher.folder}, without a second model"
     own = {parameter.data_ptr() for parameter in student.parameters()}
     sizes = {parameter.data_ptr(): parameter.nbytes for parameter in teacher.parameters()}
     held = sum(size for place, size in sizes.items() if place not in own) / 2**20
@@ -207,24 +245,24 @@ def describe_teacher(teacher: PreTrainedModel | TeacherOutputs, student: PreTrai
 
 
 def _tensors(model: Any) -> list[torch.Tensor]:
-    """All that a copy of `model` may share with it."""
+    """Returns all tensors that a copy of `model` may share with it."""
     tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
-        # Of bitsandbytes' 8-bit layers the first to run takes scales off the weight, which two would share.
+        # The first forward pass of an 8-bit layer of bitsandbytes moves scales off the weight. That must
+        # happen before two layers share the weight.
         if getattr(getattr(module, "weight", None), "CB", None) is not None:
             module.init_8bit_state()
         state = getattr(module, "state", None)
-        tensors += [
-            one for one in (getattr(state, "CB", None), getattr(state, "SCB", None)) if one is not None
-        ]
+        quantized = (getattr(state, "CB", None), getattr(state, "SCB", None))
+        tensors += [tensor for tensor in quantized if tensor is not None]
     return tensors
 
 
 def add_adapters(model: PreTrainedModel, peft_config: Any) -> Any:
-    """A `PeftModel` around `model`, in place, whose own weights stay as they are, as a teacher may read them.
+    """Returns a `PeftModel` around `model`, whose own weights do not change, as the teacher may share them.
 
     Raises:
-        LayerPruneError: the adapters fit nowhere, or train or change the model's own weights.
+        LayerPruneError: the adapters fit no layer, or train or change the model's own weights.
     """
     from peft import get_peft_model
 
@@ -247,61 +285,10 @@ def add_adapters(model: PreTrainedModel, peft_config: Any) -> Any:
     return adapted
 
 
-def _fingerprint(parameter: torch.Tensor) -> tuple[int, int, float]:
-    """What tells whether a parameter was changed: its place, how often it was written to, and its sum, as
-    writing to its `data` is not counted (OLoRA)."""
+def _fingerprint(parameter: torch.Tensor) -> tuple[int, float]:
+    """Returns values that differ after a change of the parameter: its address and its sum."""
     total = 0.0 if parameter.is_meta else float(parameter.detach().sum(dtype=torch.float64).nan_to_num())
-    return parameter.data_ptr(), parameter._version, total
-
-
-def shared_prefix(student: Any, teacher: Any, input_ids: torch.Tensor) -> int:
-    """How many of the first layers are not trained and do the same in `student`, as it trains, and `teacher`.
-
-    Their tensors must be equal, and what they return for some tokens must be equal to the bit and without
-    gradient, also with the student's dropout on.
-
-    Args:
-        student, teacher (`PreTrainedModel`): the models; the student's mode is that of training.
-        input_ids (`torch.Tensor`): `(batch, length)`, some tokens.
-    """
-    if all(parameter.requires_grad for parameter in student.parameters()):
-        return 0
-    input_ids = input_ids[:1, :8]
-    ours, theirs = (find_decoder(base_of(model)).layers for model in (student, teacher))
-    layers = range(min(len(ours), len(theirs)) - 1)
-    with torch.random.fork_rng(), captured(student, layers) as own:
-        student(input_ids=input_ids, use_cache=False)
-    with torch.no_grad(), captured(teacher, layers) as taught:
-        teacher(input_ids=input_ids, use_cache=False)
-
-    def is_shared(layer: int) -> bool:
-        return (
-            layer in own
-            and not hidden(own[layer][1]).requires_grad
-            and torch.equal(hidden(own[layer][1]), hidden(taught[layer][1]))
-            and _same_tensors(ours[layer].state_dict(), theirs[layer].state_dict())
-        )
-
-    count = len(list(takewhile(is_shared, layers)))
-    body: Any = base_of(teacher).base_model
-    if not count or not _same_tensors(_outside(student), body.state_dict()):
-        return 0
-    with undisturbed(student):
-        return count if can_replay(student, input_ids, count) else 0
-
-
-def _outside(model: Any) -> dict[str, torch.Tensor]:
-    """The tensors outside the decoder layers that are not trained, among them what comes before these."""
-    base = base_of(model)
-    body: Any = base.base_model
-    inside = {id(tensor) for tensor in find_decoder(base).layers.state_dict(keep_vars=True).values()}
-    tensors = body.state_dict(keep_vars=True).items()
-    return {name: tensor for name, tensor in tensors if id(tensor) not in inside and not tensor.requires_grad}
-
-
-def _same_tensors(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    """Whether all of our tensors are theirs, by name and value."""
-    return all(name in theirs and torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    return parameter.data_ptr(), total
 
 
 def _check(
@@ -312,30 +299,32 @@ def _check(
     hidden_states: bool,
     tokens: int | None,
 ) -> None:
-    """Check that a teacher of this vocabulary, hidden size and lineage can teach `student`."""
-    ours, needed = find_decoder(student).config, get_lineage(student)
-    smaller = min(vocabulary, ours.vocab_size)
-    if vocabulary != ours.vocab_size and (tokens is None or smaller < tokens):
+    """Checks that a teacher of this vocabulary, hidden size and lineage fits `student`."""
+    config, student_lineage = find_decoder(student).config, get_lineage(student)
+    smaller = min(vocabulary, config.vocab_size)
+    if vocabulary != config.vocab_size and (tokens is None or smaller < tokens):
         known = "" if tokens is None else f", and the tokenizer knows {tokens}"
         advice = (
-            " If one is only filled up, give the tokenizer as processing_class." if tokens is None else ""
+            " If one vocabulary is only padded, give the tokenizer as processing_class."
+            if tokens is None
+            else ""
         )
         raise LayerPruneError(
             f"The teacher's vocabulary has {vocabulary} tokens, the student's "
-            f"{ours.vocab_size}{known}: logits can only be compared over the same vocabulary.{advice}"
+            f"{config.vocab_size}{known}: logits can only be compared over the same vocabulary.{advice}"
         )
     if not hidden_states:
         return
-    if width != ours.hidden_size or lineage.original != needed.original:
+    if width != config.hidden_size or lineage.original != student_lineage.original:
         raise LayerPruneError(
             "Hidden states can only be compared with the model that the student was cut from: the "
             f"teacher has {lineage.original} layers of width {width}, the student "
-            f"descends from {needed.original} of width {ours.hidden_size}. Set hidden_weight=0 to "
+            f"descends from {student_lineage.original} of width {config.hidden_size}. Set hidden_weight=0 to "
             "learn from the teacher's logits alone."
         )
-    if not set(needed.kept) <= set(lineage.kept):
+    if not set(student_lineage.kept) <= set(lineage.kept):
         raise LayerPruneError(
-            f"The teacher has {lineage}, but the student still has {needed.kept}, whose hidden states are to "
-            "be compared. Give the original model as teacher, or set hidden_weight=0 to learn from the "
-            "teacher's logits alone."
+            f"The teacher has {lineage}, but the student still has {student_lineage.kept}, whose hidden "
+            "states are to be compared. Give the original model as teacher, or set hidden_weight=0 to "
+            "learn from the teacher's logits alone."
         )

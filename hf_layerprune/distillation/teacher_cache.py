@@ -1,4 +1,4 @@
-"""What a teacher said of a text, on disk: written once, read for as many runs and epochs as wanted."""
+"""Cached top-k logits of a teacher: computed once, read in any number of runs and epochs."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from ..forward.hooks import LAST, captured, hidden, undisturbed
 from ..forward.lm_head import Reader
 from ..surgery.decoder import check_next_token, text_config
 from ..surgery.lineage import Lineage, get_lineage, plain_int
-from .losses import Likeliest, likeliest
+from .losses import TopKLogProbs, top_k_log_probs
 
 
 HEAD = "teacher_outputs.json"
@@ -34,68 +34,70 @@ def write_teacher_outputs(
     temperature: float = 1.0,
     hidden_layers: Sequence[int] = (),
 ) -> None:
-    """Write what `teacher` says of a text, so that `teacher_model=folder` teaches without it.
+    """Caches the teacher's top-k logits: training with `teacher_model=folder` needs no teacher in memory.
 
-    At each position the likeliest tokens and their log-probabilities, that of all others together, and
-    chosen hidden states, by what the rows say: order, padding, epochs and batch size of training may be
-    others. Stopped and called again, or called with more text, it goes on with the rows that are missing.
+    The cache has for each position the top-k tokens, their log-probabilities, that of all other tokens
+    together, and the hidden states of `hidden_layers`. Rows are found by their tokens, so training may use
+    another order, padding and batch size. A second call computes only the rows that are missing.
 
     Args:
         teacher (`PreTrainedModel`): the model.
         batches (iterable of `dict`): `input_ids` `(batch, length)` and what else the model reads, as the
-            trainer's collator makes it; of evaluation too, if the trainer will evaluate.
-        folder (`str` or `Path`): a new folder, or one that this wrote. A position takes `8 * top_k + 4`
-            bytes, and the width of the model in its precision for each of `hidden_layers`.
-        top_k (`int`, *optional*, defaults to 64): how many tokens.
-        temperature (`float`, *optional*, defaults to 1.0): that of training.
-        hidden_layers (`list[int]`, *optional*): whose outputs to keep, by index in the original model.
+            trainer's collator makes it. Include the evaluation data if the trainer evaluates.
+        folder (`str` or `Path`): a new folder or an earlier cache. A position takes `8 * top_k + 4` bytes,
+            and the hidden size in the model's precision for each of `hidden_layers`.
+        top_k (`int`, *optional*, defaults to 64): the number of tokens per position.
+        temperature (`float`, *optional*, defaults to 1.0): the temperature of training.
+        hidden_layers (`list[int]`, *optional*): the layers whose outputs to cache, as original indices.
 
     Raises:
-        LayerPruneError: a setting cannot be, or the folder holds something else.
+        LayerPruneError: a setting is invalid, or the folder holds something else.
     """
     check_next_token(teacher, "write_teacher_outputs")
     top_k, hidden_layers = plain_int(top_k), [plain_int(layer) for layer in hidden_layers]
     settings = _settings(teacher, top_k, temperature, hidden_layers)
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
-        found = TeacherOutputs(folder)
-        other = sorted(name for name in settings if found.settings.get(name) != settings[name])
-        if other:
+        cache = TeacherOutputs(folder)
+        different = sorted(name for name in settings if cache.settings.get(name) != settings[name])
+        if different:
             raise LayerPruneError(
-                f"{folder} holds outputs with another {', '.join(other)}: name a new folder."
+                f"{folder} holds cached logits with another {', '.join(different)}. Choose a new folder."
             )
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        # Where the teacher is from tells its tokenizer; the same one may be written from elsewhere, too.
+        # The name of the teacher finds its tokenizer. It is no setting: a copy gives the same logits.
         head = settings | {"teacher": teacher.name_or_path}
         _write(folder / HEAD, json.dumps(head, indent=1).encode())
-        found = TeacherOutputs(folder)
-    keys, files, done, waiting = found.keys, found.files, [], 0
-    layers = {_name(layer): _own(layer, get_lineage(teacher)) for layer in hidden_layers}
-    reader = None
+        cache = TeacherOutputs(folder)
+    keys, files = cache.keys, cache.files
+    parts: list[dict[str, torch.Tensor]] = []  # computed and not yet written
+    positions = 0
+    layers = {_tensor_name(layer): _present_index(layer, get_lineage(teacher)) for layer in hidden_layers}
+    lm_head = None
     batches = one_by_one(batches)
     with undisturbed(teacher):
         for batch in tqdm(batches, desc="Teacher outputs"):
             new = {key: row for row, key in enumerate(row_keys(batch)) if key not in keys}
             if new:
                 rows = {name: value[[*new.values()]].to(teacher.device) for name, value in batch.items()}
-                reader = reader or Reader(teacher, rows["input_ids"])
-                done.append(_read(reader, rows, [*new], layers, top_k, temperature))
+                lm_head = lm_head or Reader(teacher, rows["input_ids"])
+                parts.append(_compute_rows(lm_head, rows, [*new], layers, top_k, temperature))
                 keys |= new.keys()
-                waiting += len(done[-1]["ids"])
-            if waiting >= SHARD:
-                files, done, waiting = _write_shard(folder, files, done), [], 0
-    if done:
-        _write_shard(folder, files, done)
+                positions += len(parts[-1]["ids"])
+            if positions >= SHARD:
+                files, parts, positions = _write_shard(folder, files, parts), [], 0
+    if parts:
+        _write_shard(folder, files, parts)
 
 
 def _settings(
     teacher: PreTrainedModel, top_k: int, temperature: float, hidden_layers: Sequence[int]
 ) -> dict[str, Any]:
-    """What the outputs depend on, beside the text.
+    """Returns what the cached logits depend on besides the text.
 
     Raises:
-        LayerPruneError: a setting cannot be.
+        LayerPruneError: a setting is invalid.
     """
     config, lineage = text_config(teacher.config), get_lineage(teacher)
     if not 0 < top_k < config.vocab_size:
@@ -107,7 +109,7 @@ def _settings(
         raise LayerPruneError(f"hidden_layers: the teacher has no layers {unknown}.")
     ids = torch.arange(16, device=teacher.device)[None] % config.vocab_size
     with undisturbed(teacher):
-        said = teacher(input_ids=ids, use_cache=False).logits[0]
+        logits = teacher(input_ids=ids, use_cache=False).logits[0]
     return {
         "top_k": top_k,
         "temperature": temperature,
@@ -116,72 +118,72 @@ def _settings(
         "kept_layers": lineage.kept,
         "vocabulary": config.vocab_size,
         "width": config.hidden_size,
-        "weights": said.argmax(-1).tolist(),  # by what they make of some tokens
+        "weights": logits.argmax(-1).tolist(),  # a fingerprint: predictions for fixed tokens
     }
 
 
-def _read(
-    reader: Reader,
+def _compute_rows(
+    lm_head: Reader,
     batch: Batch,
     keys: list[bytes],
     layers: dict[str, int],
     top_k: int,
     temperature: float,
 ) -> dict[str, torch.Tensor]:
-    """What is said of the rows with these keys: at each token but the last, one after the other."""
-    said = _real(batch)
-    said &= said.flip(1).cumsum(1).flip(1) > 1
-    with captured(reader.model, layers.values()) as seen:
-        states = reader.states(batch)[said]
-    if any(hidden(after).dim() != 3 for _, after in seen.values()):
+    """Returns the tensors of the rows with these keys, over all positions but the last of each row."""
+    mask = _not_padding(batch)
+    mask &= mask.flip(1).cumsum(1).flip(1) > 1  # nothing follows the last token
+    with captured(lm_head.model, layers.values()) as states:
+        last_hidden_state = lm_head.states(batch)[mask]
+    if any(hidden(output).dim() != 3 for _, output in states.values()):
         raise LayerPruneError(
-            "The layers of this model pass on several streams, which cannot be kept: leave hidden_layers out."
+            "The layers of this model return several hidden states, which cannot be cached. Leave "
+            "hidden_layers out."
         )
-    parts = [likeliest(rows, top_k, temperature) for rows in reader.rows(states)]
-    found = {name: seen[layer] for name, layer in layers.items()}
+    parts = [top_k_log_probs(logits, top_k, temperature) for logits in lm_head.rows(last_hidden_state)]
     return {
         "keys": torch.tensor([[*key] for key in keys], dtype=torch.uint8),
-        "counts": said.sum(1).cpu(),
+        "counts": mask.sum(1).cpu(),
         "ids": torch.cat([part.ids for part in parts]).int().cpu(),
         "log_probs": torch.cat([part.log_probs for part in parts]).cpu(),
         **{
-            name: (before if layers[name] == LAST else hidden(after))[said].cpu()
-            for name, (before, after) in found.items()
+            name: (states[layer][0] if layer == LAST else hidden(states[layer][1]))[mask].cpu()
+            for name, layer in layers.items()
         },
     }
 
 
 def _write_shard(folder: Path, number: int, parts: list[dict[str, torch.Tensor]]) -> int:
-    """Write one file; return the number of the next."""
+    """Writes one file. Returns the number of the next file."""
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     _write(folder / f"outputs-{number:05d}.safetensors", save(tensors))
     return number + 1
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Writes a file completely or not at all."""
     draft = path.with_name(path.name + ".draft")
     draft.write_bytes(content)
     draft.replace(path)
 
 
-def _name(layer: int) -> str:
+def _tensor_name(layer: int) -> str:
     return f"hidden.{layer}"
 
 
-def _own(layer: int, lineage: Lineage) -> int:
-    """The present index of an original layer; for the last one, what the output head reads."""
+def _present_index(layer: int, lineage: Lineage) -> int:
+    """Returns the present index of an original layer; for the last layer the input of the LM head."""
     return LAST if layer == lineage.original - 1 else lineage.kept.index(layer)
 
 
 class TeacherOutputs:
-    """What [`write_teacher_outputs`] wrote, read as a [`Reader`] reads.
+    """The cached logits of a teacher, made by [`write_teacher_outputs`]. Takes the place of a [`Reader`].
 
     Args:
-        folder (`str` or `Path`): where it is.
+        folder (`str` or `Path`): the folder of the cache.
 
     Raises:
-        LayerPruneError: it is damaged.
+        LayerPruneError: the folder holds no cache, or the cache is damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -198,7 +200,7 @@ class TeacherOutputs:
         except FileNotFoundError as error:
             raise LayerPruneError(f"{folder} holds no teacher outputs.") from error
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise LayerPruneError(f"The teacher outputs in {folder} are damaged: {error}") from error
+            raise LayerPruneError(f"The cached teacher logits in {folder} are damaged: {error}") from error
 
     def _index(self) -> Iterator[tuple[bytes, tuple[int, int, int]]]:
         for number, file in enumerate(self._files):
@@ -208,83 +210,84 @@ class TeacherOutputs:
 
     @property
     def keys(self) -> set[bytes]:
-        """The [`row_keys`] that are there."""
+        """The [`row_keys`] of all cached rows."""
         return set(self._rows)
 
     @property
     def files(self) -> int:
-        """How many files there are."""
+        """The number of files."""
         return len(self._files)
 
     def check_has(self, batch: Batch) -> None:
-        """Check that all rows are there.
+        """Checks that all rows of a batch are cached.
 
         Raises:
-            LayerPruneError: one is not.
+            LayerPruneError: a row is missing.
         """
         for key, ids in zip(row_keys(batch), batch["input_ids"], strict=True):
             if key not in self._rows:
                 raise LayerPruneError(
-                    f"{self.folder} holds what a teacher said of {len(self._rows)} rows, but not of the one "
-                    f"that begins with tokens {ids[:8].tolist()}. Write them of this data, as the same "
-                    "collator makes it (evaluation data too): write_teacher_outputs adds what is missing."
+                    f"{self.folder} holds the teacher's logits of {len(self._rows)} rows, but not of the one "
+                    f"that begins with tokens {ids[:8].tolist()}. Call write_teacher_outputs with this data "
+                    "and the trainer's collator, evaluation data too: it adds the missing rows."
                 )
 
-    def read(self, batch: Batch, layers: Sequence[int]) -> tuple[Likeliest, dict[int, Any]]:
-        """What the teacher said of a batch, zero where nothing follows.
+    def read(self, batch: Batch, layers: Sequence[int]) -> tuple[TopKLogProbs, dict[int, Any]]:
+        """Returns the cached logits and hidden states of a batch, zero at padding and at the last token.
 
         Args:
             batch (`dict`): `input_ids` `(batch, length)` and what else the model reads.
-            layers (`list[int]`): whose hidden states are wanted, by the teacher's own index or
-                [`~hf_layerprune.forward.hooks.LAST`].
+            layers (`list[int]`): the layers whose hidden states are returned, as present indices of the
+                teacher or [`~hf_layerprune.forward.hooks.LAST`].
 
         Returns:
-            The likeliest tokens `(batch, length, k)`, and for each layer its output `(batch, length, hidden)`
-            twice, as [`captured`] has it.
+            The top-k tokens `(batch, length, k)`, and for each layer its output `(batch, length, hidden)`
+            twice, as input and output in [`captured`].
 
         Raises:
-            LayerPruneError: a row is not there.
+            LayerPruneError: a row is missing.
         """
         self.check_has(batch)
-        ids, names = batch["input_ids"], {layer: _name(self._original(layer)) for layer in layers}
-        found: dict[str, torch.Tensor] = {}
-        for row, (key, real) in enumerate(zip(row_keys(batch), _real(batch), strict=True)):
+        ids = batch["input_ids"]
+        names = {layer: _tensor_name(self._original_index(layer)) for layer in layers}
+        tensors: dict[str, torch.Tensor] = {}
+        for row, (key, mask) in enumerate(zip(row_keys(batch), _not_padding(batch), strict=True)):
             number, start, end = self._rows[key]
             for name in ("ids", "log_probs", *names.values()):
                 part = self._files[number].get_slice(name)[start:end]
-                whole = found.setdefault(name, part.new_zeros(*ids.shape, part.shape[-1]))
-                whole[row, real.nonzero()[:-1, 0].cpu()] = part
-        found = {name: value.to(ids.device) for name, value in found.items()}
-        states = {layer: (found[name],) * 2 for layer, name in names.items()}
-        return Likeliest(found["ids"].long(), found["log_probs"]), states
+                tensor = tensors.setdefault(name, part.new_zeros(*ids.shape, part.shape[-1]))
+                tensor[row, mask.nonzero()[:-1, 0].cpu()] = part
+        tensors = {name: value.to(ids.device) for name, value in tensors.items()}
+        states = {layer: (tensors[name],) * 2 for layer, name in names.items()}
+        return TopKLogProbs(tensors["ids"].long(), tensors["log_probs"]), states
 
-    def _original(self, layer: int) -> int:
+    def _original_index(self, layer: int) -> int:
         return self.lineage.original - 1 if layer == LAST else self.lineage.kept[layer]
 
-    def head(self, said: Likeliest) -> Likeliest:
-        """What the head makes of states is there already."""
-        return said
+    def head(self, cached: TopKLogProbs) -> TopKLogProbs:
+        """Returns the cached logits as they are: no LM head runs."""
+        return cached
 
     @contextmanager
     def cast_once(self) -> Iterator[None]:
-        """There is nothing to cast."""
+        """Does nothing: there is no LM head to cast."""
         yield
 
 
 def row_keys(batch: Batch) -> list[bytes]:
-    """A fingerprint of what each row of a batch says to a model, whatever its padding and labels."""
+    """Returns a fingerprint of what the model reads in each row, independent of padding and labels."""
     names = sorted(set(batch) - {"labels", "attention_mask"})
-    found = []
-    for row, real in enumerate(_real(batch)):
+    keys = []
+    for row, mask in enumerate(_not_padding(batch)):
         digest = hashlib.blake2b(digest_size=16)
         for name in names:
             digest.update(name.encode())
-            digest.update(batch[name][row][real].cpu().double().numpy().tobytes())
-        found.append(digest.digest())
-    return found
+            digest.update(batch[name][row][mask].cpu().double().numpy().tobytes())
+        keys.append(digest.digest())
+    return keys
 
 
-def _real(batch: Batch) -> torch.Tensor:
-    """Which tokens are no padding, `(batch, length)`."""
+def _not_padding(batch: Batch) -> torch.Tensor:
+    """Returns which tokens are no padding, `(batch, length)`."""
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()

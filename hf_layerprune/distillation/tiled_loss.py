@@ -1,4 +1,4 @@
-"""Losses of logits, tile by tile: neither logits nor their gradients are held for all tokens at once."""
+"""Losses of logits, tile by tile: memory never holds the logits or their gradients of all tokens at once."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,102 +9,111 @@ from ..forward.lm_head import ROWS, Reader
 from .teacher_cache import TeacherOutputs
 
 
-TILE = 2**23  # logits that a CPU makes at once
-GPU_TILE = 2**26  # and a GPU, whose launches have their price
+LOGITS_PER_CHUNK_CPU = 2**23  # logits per tile on a CPU
+LOGITS_PER_CHUNK_GPU = 2**26  # logits per tile on a GPU, where each kernel launch has a cost
 
-# Of the student's logits `(positions, vocabulary)` in float32, what the teacher says, and the targets
-# `(positions,)`: the sum of each loss.
+# Takes the student's logits `(positions, vocabulary)` in float32, the teacher's logits, and the targets
+# `(positions,)`. Returns the sum of each loss.
 Losses = Callable[[torch.Tensor, Any, torch.Tensor], dict[str, torch.Tensor]]
 
 
 def tiled_loss(
     student: Reader,
-    states: torch.Tensor,
+    student_states: torch.Tensor,
     teacher: Reader | TeacherOutputs,
-    taught: Any,
+    teacher_states: Any,
     targets: torch.Tensor,
     losses: Losses,
     weights: dict[str, float],
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The weighted sum of losses of the student's logits, and the sum of each, without gradient.
+    """Returns the weighted sum of the losses of logits, and the sum of each loss without gradient.
 
     The gradient is computed together with the loss (as in Liger's fused losses, 2410.10989, section 3.2), in
     float32 down to the logits.
 
     Args:
-        student, teacher ([`Reader`]): make logits of states.
-        states, taught (`torch.Tensor`): `(positions, hidden)`, the student's and the teacher's; or, of
-            [`TeacherOutputs`], what they hold.
-        targets (`torch.Tensor`): `(positions,)`.
+        student, teacher ([`Reader`]): the LM heads, which make logits of hidden states. The teacher's may be
+            [`TeacherOutputs`].
+        student_states, teacher_states (`torch.Tensor`): `(positions, hidden)`, the last hidden states; or the
+            cached [`TopKLogProbs`] of the teacher.
+        targets (`torch.Tensor`): `(positions,)`, the next tokens.
         losses (`Callable`): the losses.
-        weights (`dict[str, float]`): what each of them counts.
+        weights (`dict[str, float]`): the weight of each loss.
     """
     parameters = student.head_parameters()
     sums: dict[str, torch.Tensor] = {}
 
-    def read(part: slice, wanted: bool) -> tuple[torch.Tensor, list[Any]]:
-        """Of one tile the weighted sum, and if wanted its gradients for the states and each parameter."""
-        expected = teacher.head(taught[part])
-        with torch.set_grad_enabled(wanted):
-            leaf = states[part].detach().requires_grad_(wanted)
-            logits = student.head(leaf)
+    def tile_loss(tile: slice, with_gradient: bool) -> tuple[torch.Tensor, list[Any]]:
+        """Returns the weighted sum over one tile, and if asked for the gradients of the states and of each
+        parameter."""
+        teacher_logits = teacher.head(teacher_states[tile])
+        with torch.set_grad_enabled(with_gradient):
+            states = student_states[tile].detach().requires_grad_(with_gradient)
+            logits = student.head(states)
         total = torch.zeros((), device=states.device)
-        slope = torch.empty_like(logits, requires_grad=False) if wanted else None
-        few = ROWS if states.device.type == "cpu" else len(logits)
-        for row in range(0, max(1, len(logits)), max(1, few)):
-            rows = slice(row, row + few)
-            with torch.set_grad_enabled(wanted):
-                own = logits[rows].detach().float().requires_grad_(wanted)
-                found = losses(own, expected[rows], targets[part][rows])
-                weighted = torch.stack([weights[name] * value for name, value in found.items()]).sum()
-            if slope is not None:
-                (slope[rows],) = torch.autograd.grad(weighted, own)
+        logits_gradient = torch.empty_like(logits, requires_grad=False) if with_gradient else None
+        step = ROWS if states.device.type == "cpu" else len(logits)
+        for start in range(0, max(1, len(logits)), max(1, step)):
+            rows = slice(start, start + step)
+            with torch.set_grad_enabled(with_gradient):
+                row_logits = logits[rows].detach().float().requires_grad_(with_gradient)
+                values = losses(row_logits, teacher_logits[rows], targets[tile][rows])
+                weighted = torch.stack([weights[name] * value for name, value in values.items()]).sum()
+            if logits_gradient is not None:
+                (logits_gradient[rows],) = torch.autograd.grad(weighted, row_logits)
             total += weighted.detach()
-            for name, value in found.items():
+            for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
-        if slope is None:
+        if logits_gradient is None:
             return total, []
-        del expected  # the most is held while gradients are made
+        del teacher_logits  # the backward pass below needs the most memory
         used = [student.stand_in(parameter) for parameter in parameters]
-        return total, list(torch.autograd.grad(logits, [leaf, *used], slope, allow_unused=True))
+        inputs = [states, *used]
+        return total, list(torch.autograd.grad(logits, inputs, logits_gradient, allow_unused=True))
 
-    def compute(wanted: bool) -> tuple[torch.Tensor, list[Any]]:
-        tile = TILE if states.device.type == "cpu" else GPU_TILE
-        step = max(1, tile // student.vocabulary)
-        total = torch.zeros((), device=states.device)
-        slopes: list[Any] = [torch.empty_like(states), *[None] * len(parameters)] if wanted else []
+    def whole_loss(with_gradient: bool) -> tuple[torch.Tensor, list[Any]]:
+        """Returns the weighted sum over all tiles, and if asked for the gradients."""
+        size = LOGITS_PER_CHUNK_CPU if student_states.device.type == "cpu" else LOGITS_PER_CHUNK_GPU
+        step = max(1, size // student.vocabulary)
+        total = torch.zeros((), device=student_states.device)
+        gradients: list[Any] = []
+        if with_gradient:
+            gradients = [torch.empty_like(student_states), *[None] * len(parameters)]
         with student.cast_once(), teacher.cast_once():
-            for start in range(0, max(1, len(states)), step):  # once also if there is no position
-                part = slice(start, start + step)
-                more, found = read(part, wanted)
-                total += more
-                if wanted:
-                    slopes[0][part] = found[0]
-                    slopes[1:] = [_added(a, b) for a, b in zip(slopes[1:], found[1:], strict=True)]
-        return total, slopes
+            for start in range(0, max(1, len(student_states)), step):  # also once if there is no position
+                tile = slice(start, start + step)
+                tile_total, tile_gradients = tile_loss(tile, with_gradient)
+                total += tile_total
+                if with_gradient:
+                    gradients[0][tile] = tile_gradients[0]
+                    pairs = zip(gradients[1:], tile_gradients[1:], strict=True)
+                    gradients[1:] = [_added(gradient, more) for gradient, more in pairs]
+        return total, gradients
 
-    return _Ahead.apply(compute, torch.is_grad_enabled(), states, *parameters), sums
+    loss = _LossWithGradient.apply(whole_loss, torch.is_grad_enabled(), student_states, *parameters)
+    return loss, sums
 
 
-class _Ahead(torch.autograd.Function):
-    """A number whose gradients are computed together with it."""
+class _LossWithGradient(torch.autograd.Function):
+    """A loss whose gradients are computed in the forward pass."""
 
     @staticmethod
     def forward(
         ctx: Any, compute: Callable[[bool], Any], enabled: bool, *inputs: torch.Tensor
     ) -> torch.Tensor:
-        total, slopes = compute(enabled and any(ctx.needs_input_grad))
-        ctx.save_for_backward(*slopes)
+        total, gradients = compute(enabled and any(ctx.needs_input_grad))
+        ctx.save_for_backward(*gradients)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *slope: torch.Tensor) -> Any:
-        # In place, as a head's gradient is large: a second backward is refused, as after any other.
-        return None, None, *(None if one is None else one.mul_(slope[0]) for one in ctx.saved_tensors)
+    def backward(ctx: Any, *loss_gradient: torch.Tensor) -> Any:
+        # In place, as the gradient of an LM head is large. A second backward pass is refused, as always.
+        gradients = [None if saved is None else saved.mul_(loss_gradient[0]) for saved in ctx.saved_tensors]
+        return None, None, *gradients
 
 
 def _added(total: torch.Tensor | None, more: torch.Tensor | None) -> torch.Tensor | None:
-    """Gradients of tiles, added up in float32."""
+    """Returns the sum of the gradients of tiles, in float32."""
     if total is None or more is None:
         return total if more is None else more.float()
     return total.add_(more)

@@ -1,5 +1,6 @@
-"""Which parameters of a cut model are trained."""
+"""Which parameters of a pruned model are trained."""
 
+import logging
 from typing import Any
 
 from torch import nn
@@ -10,11 +11,13 @@ from ..surgery.lineage import Lineage, get_lineage
 from ..surgery.peft import base_of
 
 
+logger = logging.getLogger(__name__)
+
 CHOICES = "'all', 'around_cuts', or a number of last layers, as '4'"
 
 
 def forget_parameters(optimizer: Any, model: nn.Module) -> None:
-    """Make `optimizer`, in place, forget the parameters that `model` no longer has, and their state."""
+    """Removes the parameters that `model` no longer has from `optimizer`, in place, with their state."""
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     live = {id(parameter) for parameter in model.parameters()}
     for group in inner.param_groups:
@@ -24,20 +27,20 @@ def forget_parameters(optimizer: Any, model: nn.Module) -> None:
 
 
 def check_trainable(what: str) -> None:
-    """Check a choice of what is trained.
+    """Checks the setting `trainable`.
 
     Raises:
-        LayerPruneError: it is none.
+        LayerPruneError: the value is not allowed.
     """
     if what not in ("all", "around_cuts") and not (what.isdecimal() and int(what) > 0):
         raise LayerPruneError(f"trainable is {what!r}: it must be {CHOICES}.")
 
 
 def trained_layers(lineage: Lineage, what: str) -> list[int]:
-    """The present indices of the layers that are trained.
+    """Returns the present indices of the trained layers.
 
     Args:
-        lineage (`Lineage`): of the model.
+        lineage (`Lineage`): the lineage of the model.
         what (`str`): `"all"`; `"around_cuts"`, the last layer before and the first after each cut (Iterative
             Layer-wise Distillation, 2511.05085, section 3); or a number of last layers.
     """
@@ -51,23 +54,59 @@ def trained_layers(lineage: Lineage, what: str) -> list[int]:
 
 
 def trained_parameters(model: Any, what: str) -> list[nn.Parameter]:
-    """The parameters of `model` that are trained: those of [`trained_layers`], for a number of last layers
-    the output head too, unless it is tied to the embeddings, for `"all"` all.
+    """Returns the trained parameters of `model`: those of [`trained_layers`], or all for `"all"`. A number of
+    last layers includes the LM head, unless it is tied to the embeddings.
 
     Raises:
-        LayerPruneError: there is none.
+        LayerPruneError: there is no such parameter.
     """
     if what == "all":
         return list(model.parameters())
     base = base_of(model)
     layers = find_decoder(base).layers
-    found = [p for i in trained_layers(get_lineage(base), what) for p in layers[i].parameters()]
+    parameters = [p for i in trained_layers(get_lineage(base), what) for p in layers[i].parameters()]
     if what != "around_cuts":
         embeddings = {id(parameter) for parameter in base.get_input_embeddings().parameters()}
         head: Any = base.get_output_embeddings()
-        found += [parameter for parameter in head.parameters() if id(parameter) not in embeddings]
-    if not found:
+        parameters += [parameter for parameter in head.parameters() if id(parameter) not in embeddings]
+    if not parameters:
         raise LayerPruneError(
             "trainable='around_cuts', but this model has not been cut: nothing would be trained."
         )
-    return found
+    return parameters
+
+
+class TrainedParameters:
+    """Freezes and unfreezes the parameters of a model that loses layers.
+
+    Args:
+        trainable (`str`): which parameters to train, see [`trained_parameters`]. Parameters that the user
+            froze stay frozen.
+    """
+
+    def __init__(self, trainable: str) -> None:
+        self._trainable = trainable
+        self._not_frozen_by_user: list[nn.Parameter] | None = None
+
+    def choose(self, model: Any) -> None:
+        """Chooses the trained parameters of `model` by its current layers.
+
+        Raises:
+            LayerPruneError: no parameter is left to train.
+        """
+        if self._not_frozen_by_user is None:
+            self._not_frozen_by_user = [p for p in model.parameters() if p.requires_grad]
+        # Parameters of removed layers are not kept, so that their memory is freed.
+        present = {id(parameter) for parameter in model.parameters()}
+        self._not_frozen_by_user = [p for p in self._not_frozen_by_user if id(p) in present]
+        chosen = {id(parameter) for parameter in trained_parameters(model, self._trainable)}
+        for parameter in self._not_frozen_by_user:
+            parameter.requires_grad_(id(parameter) in chosen)
+        # DeepSpeed ZeRO-3 empties parameters and keeps their sizes in ds_numel.
+        trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+        if not trained:
+            raise LayerPruneError(
+                f"trainable={self._trainable!r} leaves nothing to train: all of it is frozen, or has no "
+                "adapter."
+            )
+        logger.info("Training %d of %d parameters.", trained, model.num_parameters())

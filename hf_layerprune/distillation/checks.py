@@ -1,0 +1,178 @@
+"""Checks before training: arguments, the teacher's logits and hidden states, and the data."""
+
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from ..checkpoints.legacy_rope import legacy_rotary
+from ..checkpoints.loading import last_checkpoint
+from ..data import targets_of
+from ..errors import LayerPruneError
+from ..forward.hooks import undisturbed
+from ..surgery.decoder import check_next_token, text_config
+from ..surgery.lineage import get_lineage
+from ..surgery.peft import adapter_configs
+from .arguments import DistillationTrainingArguments, check_processes_joined
+from .teacher import TeacherLayers
+from .teacher_cache import TeacherOutputs
+
+
+def check_arguments(args: Any, unused: dict[str, Any]) -> None:
+    """Checks the arguments of [`DistillationTrainer`].
+
+    Args:
+        args ([`DistillationTrainingArguments`]): the settings.
+        unused (`dict`): arguments of a Trainer that distillation does not use.
+
+    Raises:
+        LayerPruneError: an unused argument was given, or settings exclude each other.
+    """
+    for name, value in unused.items():
+        if value is not None:
+            raise LayerPruneError(f"DistillationTrainer has no use for `{name}`: leave it out.")
+    if not isinstance(args, DistillationTrainingArguments):
+        raise LayerPruneError(
+            f"args is a {type(args).__name__}: make it a DistillationTrainingArguments, which "
+            "takes the same settings."
+        )
+    if args.torch_compile and args.activation_checkpointing:
+        raise LayerPruneError("torch_compile and activation_checkpointing do not go together: use one.")
+    if args.n_gpu > 1:
+        raise LayerPruneError(
+            f"{args.n_gpu} GPUs in one process: start with `accelerate launch` or `torchrun`, or with "
+            "CUDA_VISIBLE_DEVICES=0."
+        )
+    check_processes_joined(args)
+
+
+def check_student(model: Any, args: DistillationTrainingArguments) -> None:
+    """Checks that `model` can be distilled and saved.
+
+    Raises:
+        LayerPruneError: it cannot.
+    """
+    if model is None:
+        raise LayerPruneError(
+            "model is None, but DistillationTrainer needs a student. Give a model, a folder or a hub id."
+        )
+    if args.legacy_rope:
+        legacy_rotary(model.config)
+    if isinstance(model, PreTrainedModel):
+        check_next_token(model, "DistillationTrainer")
+    if adapter_configs(model):
+        raise LayerPruneError("Give the model without its adapters, and these as peft_config=.")
+
+
+def check_teacher(
+    teacher: PreTrainedModel | TeacherOutputs, args: DistillationTrainingArguments
+) -> TeacherLayers:
+    """Checks that a teacher has the logits and hidden states that `args` ask for, and returns its layers.
+
+    Raises:
+        LayerPruneError: it has not.
+    """
+    if isinstance(teacher, PreTrainedModel):
+        lineage, size = get_lineage(teacher), text_config(teacher.config).vocab_size
+        if args.top_k is not None and args.top_k >= size:
+            raise LayerPruneError(f"top_k is {args.top_k}: it must be below the {size} tokens there are.")
+        layers = TeacherLayers(lineage, lineage.kept, args.hidden_layers)
+    else:
+        _check_cache_settings(teacher, args)
+        compared = teacher.hidden_layers if args.hidden_layers is None else args.hidden_layers
+        layers = TeacherLayers(teacher.lineage, teacher.hidden_layers, compared)
+    unknown = sorted(set(args.hidden_layers or []) - set(layers.available))
+    if unknown:
+        raise LayerPruneError(
+            f"hidden_layers names layers {unknown}, whose hidden states the teacher does not have. Available "
+            f"layers: {layers.available}."
+        )
+    return layers
+
+
+def _check_cache_settings(teacher: TeacherOutputs, args: DistillationTrainingArguments) -> None:
+    for name in ("top_k", "temperature"):
+        value, cached = getattr(args, name), getattr(teacher, name)
+        if value not in (None, cached):
+            raise LayerPruneError(f"{name} is {value}, but {teacher.folder} was written with {cached}.")
+    if args.hidden_weight and not teacher.hidden_layers:
+        raise LayerPruneError(
+            f"{teacher.folder} holds no hidden states: write it with hidden_layers=[...], or set "
+            "hidden_weight=0."
+        )
+
+
+def check_finite(loss: torch.Tensor, input_ids: torch.Tensor, step: int, output_dir: str) -> None:
+    """Checks the loss of a batch before the optimizer steps.
+
+    Raises:
+        LayerPruneError: the loss is not finite.
+    """
+    if not torch.isfinite(loss):
+        raise LayerPruneError(
+            f"The loss of step {step} is {float(loss)}, on a batch of {tuple(input_ids.shape)} tokens that "
+            f"begins with {input_ids[0, :8].tolist()}. Look at the data, or lower learning_rate, "
+            "hidden_weight or max_grad_norm. The last checkpoint: "
+            f"{last_checkpoint(output_dir) or 'none'}."
+        )
+
+
+def check_rows_are_cached(
+    teacher: Any, datasets: Iterable[Any], columns: Collection[str] | None, collate: Callable[..., Any]
+) -> None:
+    """Checks that a teacher cache has all rows of the data sets. Streams are checked while they are read.
+
+    Args:
+        teacher ([`TeacherOutputs`] or model): the teacher. A model has no cache to check.
+        datasets (iterable): the data sets.
+        columns (collection of `str`, *optional*): the columns that the model reads. Default: all.
+        collate (`Callable`): makes a batch of rows.
+
+    Raises:
+        LayerPruneError: a row is missing.
+    """
+    if not isinstance(teacher, TeacherOutputs):
+        return
+    for dataset in datasets:
+        rows = _rows_of(dataset, columns)
+        for i in range(len(rows)):
+            teacher.check_has(collate([rows[i]]))
+
+
+def check_some_token_counts(
+    dataset: Any,
+    columns: Collection[str] | None,
+    collate: Callable[..., Any],
+    batch_size: int,
+    model: PreTrainedModel,
+) -> None:
+    """Checks that some token of the training data counts. Reads batches up to the first such token,
+    and leaves the random state as it is. A stream is not read.
+
+    Raises:
+        LayerPruneError: all labels are -100, or all tokens are padding.
+    """
+    rows = _rows_of(dataset, columns)
+    if not len(rows):
+        return
+    with undisturbed(model):  # the collator may draw random numbers
+        for start in range(0, len(rows), batch_size):
+            batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
+            if targets_of(batch)[0].any():
+                return
+    raise LayerPruneError(
+        f"No token of the {len(rows)} rows in train_dataset counts: all labels are -100, or all tokens "
+        "are padding. Check the labels that train_dataset and data_collator make."
+    )
+
+
+def _rows_of(dataset: Any, columns: Collection[str] | None) -> Any:
+    """Returns the rows that can be read before training, with these columns only; none of a stream."""
+    if not isinstance(dataset, Dataset):
+        return []
+    if columns is None:
+        return dataset
+    known = [name for name in dataset.column_names if name in columns]
+    return dataset.select_columns(known) if known else []  # the Trainer refuses data without a known column

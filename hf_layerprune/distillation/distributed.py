@@ -1,0 +1,30 @@
+"""Training in several processes: gradient buckets after a removal, repeated rows in an evaluation."""
+
+from typing import Any
+
+from torch.nn.parallel import DistributedDataParallel
+
+
+def reinitialize_ddp(model: DistributedDataParallel, handler: Any) -> None:
+    """Re-initialises the DDP wrapper in place, so that its buckets match the current trained parameters.
+
+    Args:
+        model (`DistributedDataParallel`): the wrapper.
+        handler (`DistributedDataParallelKwargs`, *optional*): accelerate's settings of the wrapper.
+    """
+    synchronised = model.require_backward_grad_sync
+    settings: dict[str, Any] = {} if handler is None else handler.to_kwargs()
+    settings |= {"device_ids": model.device_ids, "output_device": model.output_device}
+    DistributedDataParallel.__init__(model, model.module, **settings)
+    if handler is not None:
+        handler.register_comm_hook(model)
+    model.require_backward_grad_sync = synchronised
+
+
+def count_distinct_rows(accelerator: Any, rows: int) -> int:
+    """Returns how many of the first `rows` rows of an evaluation batch count. Accelerate repeats rows in the
+    last batch, so that every process has the same number."""
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return rows
+    return min(max(0, state.remainder - rows * accelerator.process_index), rows)

@@ -1,0 +1,86 @@
+"""The forward pass of teacher and student over the same batch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..data import Batch
+from ..forward.hooks import captured, replayed, undisturbed
+from ..forward.lm_head import Reader
+from ..surgery.peft import base_of
+from .compiled_layers import CompiledLayers
+from .objective import ModelOutputs
+from .teacher_cache import TeacherOutputs
+
+
+class ForwardPass:
+    """Runs teacher and student over batches.
+
+    Args:
+        teacher (`PreTrainedModel` or [`TeacherOutputs`]): the teacher, or its cached logits.
+        student (`PreTrainedModel` or `PeftModel`): the student.
+        input_ids (`torch.Tensor`): `(batch, length)`, some tokens to try the LM heads with.
+        compiled ([`CompiledLayers`], *optional*): compiles decoder layers. Default: nothing is compiled.
+    """
+
+    def __init__(
+        self,
+        teacher: PreTrainedModel | TeacherOutputs,
+        student: Any,
+        input_ids: torch.Tensor,
+        compiled: CompiledLayers | None = None,
+    ) -> None:
+        self._compiled = compiled or CompiledLayers(enabled=False)
+        self._teacher: Reader | TeacherOutputs
+        if isinstance(teacher, TeacherOutputs):
+            self._teacher = teacher
+        else:
+            with undisturbed(teacher):
+                self._teacher = Reader(teacher, input_ids)
+        with undisturbed(student):
+            self._student = Reader(student, input_ids)
+
+    def run(
+        self,
+        inputs: Batch,
+        layer_pairs: Sequence[tuple[int, int]] = (),
+        shared_layers: int = 0,
+        wrapped_student: nn.Module | None = None,
+    ) -> tuple[ModelOutputs, ModelOutputs]:
+        """Returns the outputs of the student and of the teacher.
+
+        Args:
+            inputs (`dict`): `input_ids` `(batch, length)` and what else the models read.
+            layer_pairs (`list[tuple[int, int]]`, *optional*): the student and teacher layers whose hidden
+                states are compared.
+            shared_layers (`int`, *optional*, defaults to 0): the number of first layers that run once for
+                both models, see [`shared_prefix`].
+            wrapped_student (`nn.Module`, *optional*): the student inside its wrapper for training on several
+                devices.
+        """
+        last_shared = [shared_layers - 1] if shared_layers else []
+        teacher = self._run_teacher(inputs, [layer for _, layer in layer_pairs] + last_shared)
+        # The student continues from the last shared layer. Earlier outputs matter only if they are compared.
+        shared_outputs = [
+            teacher.layers[layer if layer in teacher.layers else shared_layers - 1][1]
+            for layer in range(shared_layers)
+        ]
+        model: Any = self._student.model
+        with (
+            captured(model, [layer for layer, _ in layer_pairs]) as layers,
+            self._compiled.running(model),
+            replayed(base_of(model), shared_outputs),
+        ):
+            states = self._student.states(inputs, wrapped_student)
+        return ModelOutputs(self._student, states, layers), teacher
+
+    def _run_teacher(self, inputs: Batch, layers: Sequence[int]) -> ModelOutputs:
+        if isinstance(self._teacher, TeacherOutputs):
+            return ModelOutputs(self._teacher, *self._teacher.read(inputs, layers))
+        model: Any = self._teacher.model
+        with torch.no_grad(), captured(model, layers) as states, self._compiled.running(model):
+            last = self._teacher.states(inputs)
+        return ModelOutputs(self._teacher, last, states)

@@ -1,0 +1,113 @@
+"""What the trainer writes: checkpoints, the final model or its adapters, the model card, and the hub."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..checkpoints.loading import last_checkpoint
+from ..checkpoints.saving import cast_state, check_reload, save_adapter, save_model, saving
+from ..errors import LayerPruneError, one_line
+from ..reports.card import write_card
+from ..reports.record import read_record, write_record
+from ..surgery.decoder import is_sharded
+from ..surgery.peft import adapter_configs, base_of
+from .arguments import DistillationTrainingArguments
+
+
+def is_checkpoint(folder: str | Path) -> bool:
+    """Returns whether a folder has the name of a checkpoint."""
+    return re.fullmatch(PREFIX_CHECKPOINT_DIR + r"-\d+", Path(folder).name) is not None
+
+
+@contextmanager
+def use_cache_restored(model: Any, use_cache: bool | None) -> Iterator[None]:
+    """Within this context the model's config has the user's `use_cache`, which the Trainer switches off."""
+    config = base_of(model).config
+    training, config.use_cache = config.use_cache, use_cache
+    try:
+        yield
+    finally:
+        config.use_cache = training
+
+
+@contextmanager
+def checked_saving(
+    model: Any, folder: str, args: DistillationTrainingArguments
+) -> Iterator[dict[str, Any] | None]:
+    """Within this context the Trainer saves `model` in `folder`. Afterwards the model is loaded again and
+    compared, if `verify_save` is set. Yields the weights in `save_dtype`, None where they need no cast."""
+    verify = args.verify_save and args.should_save
+    if is_sharded(model):  # a single process cannot run this model to compare it
+        yield None
+    elif adapter_configs(model):
+        yield None
+        if verify:
+            check_reload(model, Path(folder))
+    else:
+        legacy = args.legacy_rope and args.should_save
+        dtype = args.save_dtype if args.should_save and not is_checkpoint(folder) else None
+        with saving(model, folder, verify=verify, legacy_rope=legacy, dtype=dtype):
+            yield cast_state(model, dtype)
+
+
+def export_adapters(
+    model: Any, folder: str, args: DistillationTrainingArguments, tokenizer: Any, hub_model_id: str | None
+) -> None:
+    """Saves a trained model with adapters: merged, or the adapters alone, as `args.export` says."""
+    if args.export == "adapter":
+        save_adapter(model, folder, verify=args.verify_save)
+        record = read_record(str(args.output_dir))
+        if record is not None:
+            write_record(record, folder)
+            write_card(record, Path(folder), hub_model_id)
+    else:  # merged in a copy, as the teacher reads the same weights
+        save_model(
+            model,
+            folder,
+            verify=args.verify_save,
+            legacy_rope=args.legacy_rope,
+            dtype=args.save_dtype,
+        )
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def not_pushed(error: Exception, folder: Any) -> LayerPruneError:
+    """Returns the error of a push that failed, after the model was saved in `folder`."""
+    return LayerPruneError(
+        f"Not pushed: {one_line(error)} The model is saved in {folder}: push it later, with "
+        f"`hf upload REPOSITORY {folder} --exclude 'checkpoint-*'`."
+    )
+
+
+@contextmanager
+def checkpoint_errors(output_dir: str, step: int, writes: bool) -> Iterator[None]:
+    """Within this context the Trainer writes the checkpoint of a step. A complete checkpoint there counts as
+    incomplete until it is complete again.
+
+    Args:
+        output_dir (`str`): the folder of the run.
+        step (`int`): the optimizer step.
+        writes (`bool`): whether this process writes.
+
+    Raises:
+        LayerPruneError: the checkpoint cannot be written.
+    """
+    if writes:
+        (Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}" / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, LayerPruneError) as error:
+        # Errors of this package say where the weights are, so they are repeated in full.
+        reason = str(error) if isinstance(error, LayerPruneError) else one_line(error)
+        raise LayerPruneError(
+            f"The checkpoint of step {step} cannot be written: {reason} The last whole one: "
+            f"{last_checkpoint(output_dir) or 'none'}. If there was no room, make some, and go "
+            "on from there with resume_from_checkpoint=True."
+        ) from error

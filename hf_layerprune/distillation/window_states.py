@@ -1,0 +1,152 @@
+"""The teacher's hidden states around each window, computed once and kept."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel
+
+from ..data import Batch
+from ..errors import LayerPruneError
+from ..forward.hooks import captured, hidden, undisturbed
+from ..surgery.decoder import find_decoder
+from .windows import Window
+
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "reconstruction"  # of all file names
+
+
+@dataclass(frozen=True)
+class TeacherStates:
+    """The teacher's hidden states before and after a window, for this process's rows of each batch.
+
+    Args:
+        batches (`list`): what the model reads besides the hidden states, on its device.
+        masks (`list[torch.Tensor]`): `(rows, length)`, the positions that count.
+        counts (`list[int]`): the number of positions that count, on all processes.
+        inputs, targets (`list[torch.Tensor]`): `(rows, length, hidden)`, in the teacher's precision.
+    """
+
+    batches: list[dict[str, torch.Tensor]]
+    masks: list[torch.Tensor]
+    counts: list[int]
+    inputs: list[torch.Tensor]
+    targets: list[torch.Tensor]
+
+
+def cache_states(
+    teacher: PreTrainedModel,
+    batches: Sequence[Batch],
+    windows: Sequence[Window],
+    student: PreTrainedModel,
+    autocast: torch.dtype | None,
+    folder: Path | None,
+) -> list[TeacherStates]:
+    """Runs the teacher once over this process's rows of all batches. Returns its hidden states before and
+    after each window: on the student's device if they fit in a quarter of its free memory, else in main
+    memory if they fit in half of it, else in files in `folder`.
+
+    Raises:
+        LayerPruneError: they do not fit, and there is no folder.
+    """
+    rank, world = PartialState().process_index, PartialState().num_processes
+    rows = [{name: x[rank::world] for name, x in batch.items() if name != "labels"} for batch in batches]
+    width = find_decoder(teacher).config.hidden_size
+    sizes = [batch["input_ids"].numel() * width for batch in rows]
+    dtype = autocast or teacher.dtype
+    allocate = _allocator(2 * len(windows) * sum(sizes) * dtype.itemsize, student.device, folder)
+    storage = [
+        [
+            allocate(f"{PREFIX}_states_{number}_{side}", sum(sizes), dtype).split(sizes)
+            for side in ("in", "out")
+        ]
+        for number in range(len(windows))
+    ]
+    layers = sorted({layer for window in windows for layer in (window.teacher_first, window.teacher_last)})
+    context: Any = nullcontext() if autocast is None else torch.autocast(teacher.device.type, autocast)
+    with undisturbed(teacher), context:
+        for number, batch in enumerate(rows):
+            if not len(batch["input_ids"]):
+                continue
+            batch = {name: value.to(teacher.device) for name, value in batch.items()}
+            with captured(teacher, layers) as states, stop_after(teacher, layers[-1]):
+                teacher.base_model(**batch, use_cache=False)
+            for window, (window_inputs, window_targets) in zip(windows, storage, strict=True):
+                window_inputs[number].copy_(states[window.teacher_first][0].flatten())
+                window_targets[number].copy_(hidden(states[window.teacher_last][1]).flatten())
+    inputs = [{name: value.to(student.device) for name, value in batch.items()} for batch in rows]
+    masks = [counted_positions(batch) for batch in inputs]
+    counts = [int(counted_positions(batch).sum()) for batch in batches]
+    shapes = [(*batch["input_ids"].shape, width) for batch in rows]
+
+    def shaped(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    return [TeacherStates(inputs, masks, counts, shaped(given), shaped(wanted)) for given, wanted in storage]
+
+
+def counted_positions(batch: Batch) -> torch.Tensor:
+    """Returns the positions that count, `(rows, length)`: all but padding and the first of each row, whose
+    hidden state is a hundred times as large as the others and the same in every text (2402.17762)."""
+    mask = torch.ones_like(batch["input_ids"])
+    if "attention_mask" in batch:
+        mask = batch["attention_mask"]
+    return mask.bool() & (mask.cumsum(1) > 1)
+
+
+def _allocator(
+    size: int, device: torch.device, folder: Path | None
+) -> Callable[[str, int, torch.dtype], torch.Tensor]:
+    """Returns a function that makes a flat tensor by name, number of elements and dtype, in a place with room
+    for `size` bytes."""
+    on_gpu = device.type == "cuda"
+    place: str | torch.device
+    if on_gpu and size <= torch.cuda.mem_get_info(device)[0] // 4:
+        place = device
+    elif size <= psutil.virtual_memory().available // 2:
+        place = torch.device("cpu")
+    elif folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        place = str(folder)
+    else:
+        raise LayerPruneError(
+            f"The teacher's hidden states take {size / 2**30:.1f} GiB, more than half of the free memory. "
+            "Give a folder to keep them in, or fewer tokens."
+        )
+    logger.info("Reconstruction keeps %.2f GiB of the teacher's hidden states: %s.", size / 2**30, place)
+    rank = PartialState().process_index
+
+    def allocate(name: str, count: int, dtype: torch.dtype) -> torch.Tensor:
+        if isinstance(place, str):
+            return torch.from_file(f"{place}/{name}_{rank}.bin", shared=True, size=count, dtype=dtype)
+        return torch.empty(count, dtype=dtype, device=place, pin_memory=on_gpu and place.type == "cpu")
+
+    return allocate
+
+
+class _LayerReached(Exception):
+    """Ends a forward pass after the last layer of a window."""
+
+
+@contextmanager
+def stop_after(model: Any, layer: int) -> Iterator[None]:
+    """Within this context a forward pass of the model ends, without an error, once `layer` has run."""
+
+    def stop(*args: Any) -> None:
+        raise _LayerReached
+
+    handle = find_decoder(model).layers[layer].register_forward_hook(stop)
+    try:
+        yield
+    except _LayerReached:
+        pass
+    finally:
+        handle.remove()
