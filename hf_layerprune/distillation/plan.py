@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..errors import LayerPruneError
 from ..surgery.decoder import find_decoder, text_config
 from ..surgery.peft import base_of
-from .tiled_loss import GPU_TILE
+from .tiled_loss import LOGITS_PER_CHUNK_GPU
 
 
 GIB = 2**30
@@ -219,7 +219,7 @@ def plan_training(
     else:
         activations = start_layers * layer
     activations += footprint.saved_elsewhere
-    tile = GPU_TILE  # a batch of few tokens has less
+    tile = LOGITS_PER_CHUNK_GPU  # a batch of few tokens has less
     memory = {
         "weights": parameters * settings.weight_bytes,
         "teacher": footprint.parameters * settings.teacher_bytes,
