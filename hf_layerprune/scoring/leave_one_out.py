@@ -16,14 +16,14 @@ from transformers import PreTrainedModel
 from ..errors import LayerPruneError
 from ..forward.hooks import can_replay, captured, check_all_ran, replayed
 from ..forward.lm_head import Reader
+from ..surgery.layer_stack import LayerCut
 from ..surgery.lineage import get_lineage
-from ..surgery.removal import without_layers
 from .journal import Journal
 
 
 logger = logging.getLogger(__name__)
 
-Cuts = Mapping[int, without_layers]
+Cuts = Mapping[int, LayerCut]
 Tick = Callable[[int], object]
 
 FIRST_LOOK = 16  # units that are seen before a candidate is dropped

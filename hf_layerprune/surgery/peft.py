@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..errors import LayerPruneError
 from .decoder import predicts_next_token
-from .fresh_model import build_blueprint, quiet
+from .fresh_model import build_meta_model, quiet
 from .lineage import get_lineage, lineage_entry
 
 
@@ -126,7 +126,7 @@ def adapter_differences(model: Any) -> list[str]:
                 config.init_lora_weights = False  # some ways compute them from the base's
             try:
                 if fresh is None:
-                    fresh = type(model)(build_blueprint(model.get_base_model()), config, adapter_name=name)
+                    fresh = type(model)(build_meta_model(model.get_base_model()), config, adapter_name=name)
                 else:
                     fresh.add_adapter(name, config)
             except RuntimeError as error:  # it computes with values
