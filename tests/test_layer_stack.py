@@ -11,7 +11,9 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hf_layerprune import LayerPruneError, LayerPruningCallback, remove_layers, score_layers
 from hf_layerprune.pruning.prune import prune_layers
-from hf_layerprune.surgery import exact_cut, peft
+from hf_layerprune.scoring.criteria import CRITERIA
+from hf_layerprune.surgery import exact_cut, layer_stack, peft
+from hf_layerprune.surgery.decoder import find_decoder
 from hf_layerprune.surgery.layer_stack import LayerStack
 from hf_layerprune.surgery.removal import possible_cuts, put_back, without_layers
 
@@ -260,3 +262,11 @@ def test_at_most_one_model_a_layer_is_built_before_the_first_removal_in_training
     ).train()
     assert len(llama.model.layers) == 5
     assert len(builds) <= LAYERS
+
+
+@pytest.mark.parametrize("criterion", sorted(set(CRITERIA) - {"task"}))
+def test_the_decoder_is_found_once_to_score(llama, criterion, monkeypatch):
+    calls = []
+    monkeypatch.setattr(layer_stack, "find_decoder", lambda model: calls.append(1) or find_decoder(model))
+    score_layers(llama, calibration(), criterion, progress=False)
+    assert len(calls) == 1

@@ -4,17 +4,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .criteria import CRITERIA
 
-UNITS = {
-    "block_influence": "Block Influence",
-    "angular": "angular distance of the last token\n(parts of pi)",
-    "loss": "rise of the loss without it\n(nats per token)",
-    "kl": "KL divergence without it\n(nats per token)",
-    "hidden_mse": "relative error of the last state\nwithout it",
-    "taylor": "sum of |gradient x weight|",
-    "task": "fall of the task's score without it",
-    "positional": "place",
-}
+
+UNITS = {name: criterion.unit for name, criterion in CRITERIA.items()}
 BY_LAYER = ("scores", "refused", "errors", "seen")
 
 
@@ -82,7 +75,7 @@ class ScoreTable:
         axes.set_xticks(range(max(self.kept) + 1))
         axes.tick_params("x", labelsize=7)
         axes.set_xlabel("decoder layer (index in the original model)")
-        axes.set_ylabel(UNITS[self.criterion])
+        axes.set_ylabel(CRITERIA[self.criterion].unit)
         axes.set_title(
             f"Importance of {len(layers)} of {len(self.kept)} layers; least important: {self.kept[least]}",
             fontsize=10,
