@@ -164,10 +164,10 @@ def compared_output(model: Any, input_ids: torch.Tensor, forward: Any = None) ->
         return forward(input_ids=input_ids, use_cache=False).logits
     # Row by row: classifiers cannot tell where several rows end without a padding token.
     rows = [forward(input_ids=row, **cache_off(inner)) for row in input_ids.split(1)]
-    return torch.stack([torch.cat([part.flatten() for part in _tensors(row)]) for row in rows])
+    return torch.stack([torch.cat([part.flatten() for part in _floating_tensors(row)]) for row in rows])
 
 
-def _tensors(output: ModelOutput) -> list[torch.Tensor]:
+def _floating_tensors(output: ModelOutput) -> list[torch.Tensor]:
     return [value for value in output.to_tuple() if torch.is_tensor(value) and value.is_floating_point()]
 
 

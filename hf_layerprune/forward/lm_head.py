@@ -141,14 +141,14 @@ class Reader:
         def swap(*args: Any) -> None:
             if module.weight is weight and weight.is_floating_point() and torch.is_autocast_enabled(device):
                 cast = weight.detach().to(torch.get_autocast_dtype(device))
-                module._parameters["weight"] = nn.Parameter(cast, weight.requires_grad)
+                module.weight = nn.Parameter(cast, weight.requires_grad)
 
         handle, self._cast = module.register_forward_pre_hook(swap), (weight, module)
         try:
             yield
         finally:
             handle.remove()
-            module._parameters["weight"], self._cast = weight, None
+            module.weight, self._cast = weight, None
 
     def stand_in(self, parameter: nn.Parameter) -> nn.Parameter:
         """What is used in place of a parameter within [`Reader.cast_once`]."""

@@ -112,7 +112,7 @@ def score_layers(
         given = _small_enough(stack, given, cache_mb)
         if racing is not None:  # the first batches must be like the others
             random.Random(0).shuffle(given)
-    settings = [criterion, block, racing, sorted(cuts), pattern, seed, list(map(_task_name, tasks))]
+    settings = [criterion, block, racing, sorted(cuts), pattern, seed, list(map(_task_label, tasks))]
     while True:
         work = "" if journal is None else fingerprint([stack.base, teacher], given, settings)
         notes = Journal(journal, work)
@@ -373,7 +373,7 @@ def _split(batch: Any, rows: int) -> list[Any]:
     return [dict(zip(split, values, strict=True)) for values in zip(*split.values(), strict=True)]
 
 
-def _task_name(task: Any) -> str:
+def _task_label(task: Any) -> str:
     if isinstance(task, MultipleChoice):
         return repr((task.batch_tokens, task.encoded))
     return getattr(task, "__qualname__", type(task).__qualname__)

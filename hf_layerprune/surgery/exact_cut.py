@@ -22,7 +22,7 @@ from .lineage import CONFIG_KEY, Lineage, get_lineage, lineage_entry
 from .peft import adapter_configs, adapter_differences, base_of, cut_adapter
 
 
-_ABSENT: Any = object()
+_UNSET: Any = object()
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class _Change:
             old = getattr(owner, self.name)
             setattr(owner, self.name, self.value.compute(old))
             return old
-        old = vars(owner).get(self.name, _ABSENT)
+        old = vars(owner).get(self.name, _UNSET)
         vars(owner)[self.name] = self.value
         return old
 
@@ -67,7 +67,7 @@ class _Change:
         owner = self.owner()
         if isinstance(self.value, _Computed):
             setattr(owner, self.name, old)
-        elif old is _ABSENT:
+        elif old is _UNSET:
             vars(owner).pop(self.name, None)
         else:
             vars(owner)[self.name] = old
@@ -340,10 +340,10 @@ def _cut_config(
     names = [
         name
         for name in vars(config).keys() | vars(new).keys()
-        if name == "_heterogeneity_spec"
-        or (not name.startswith("_") and name in after and before.get(name, _ABSENT) != after[name])
+        if name == "_heterogeneity_spec"  # private, as it has no other name: what per_layer_config is read as
+        or (not name.startswith("_") and name in after and before.get(name, _UNSET) != after[name])
     ]
-    changed = {name: (vars(config).get(name, _ABSENT), vars(new).get(name, _ABSENT)) for name in names}
+    changed = {name: (vars(config).get(name, _UNSET), vars(new).get(name, _UNSET)) for name in names}
     for name, (_, value) in changed.items():
         edits.set(config, name, value)
     copies = {id(c): c for c in (getattr(m, "config", None) for m in model.modules())}
@@ -411,7 +411,9 @@ def _reconcile(edits: Edits, model: PreTrainedModel, removal: _Removal) -> list[
             left.append(difference)
     edits.set(model, "all_tied_weights_keys", meta_model.all_tied_weights_keys)
     fresh = dict(meta_model.named_modules())
-    for path, module in model.named_modules():  # of Zamba they are made for each depth
+    # Private, as transformers has no other name for the ties that a class declares. Zamba declares them for
+    # each depth.
+    for path, module in model.named_modules():
         if "_tied_weights_keys" in vars(module) and path in fresh:
             edits.set(module, "_tied_weights_keys", fresh[path]._tied_weights_keys)
     return left

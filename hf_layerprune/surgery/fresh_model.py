@@ -71,7 +71,7 @@ def differences(model: PreTrainedModel, meta_model: PreTrainedModel) -> list[Dif
             continue
         here, there = module_facts(module), module_facts(fresh[path])
         # What is not saved and not built anew is not needed: tables of an attention kind now gone.
-        stale = here.keys() - there.keys() - module._parameters.keys() - _saved_buffers(module)
+        stale = here.keys() - there.keys() - _saved_tensors(module)
         found += [
             Difference(path, module, name, here.get(name, _ABSENT), there.get(name, _ABSENT))
             for name in sorted((here.keys() | there.keys()) - stale)
@@ -97,8 +97,9 @@ def quiet() -> Iterator[None]:
 def module_facts(module: nn.Module) -> dict[str, Any]:
     """Returns all of a module that a config determines: its class, the shapes of its own tensors, and its
     plain attributes."""
-    tensors = {**module._parameters, **module._buffers}
-    facts: dict[str, Any] = {k: tuple(v.shape) for k, v in tensors.items() if v is not None}
+    parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+    buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+    facts: dict[str, Any] = {name: tuple(tensor.shape) for name, tensor in (*parameters, *buffers)}
     facts["class"] = type(module).__name__
     for name, value in vars(module).items():
         if not name.startswith("_") and name != "training" and _is_plain(value):
@@ -121,8 +122,14 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, SCALARS)
 
 
-def _saved_buffers(module: nn.Module) -> set[str]:
-    return module._buffers.keys() - module._non_persistent_buffers_set
+def _saved_tensors(module: nn.Module) -> set[str]:
+    """Returns the names of a module's own parameters and saved buffers."""
+    tensors = (
+        *module.named_parameters(recurse=False, remove_duplicate=False),
+        *module.named_buffers(recurse=False, remove_duplicate=False),
+    )
+    # Private, as torch tells otherwise only by `state_dict`, which runs hooks and gathers sharded weights.
+    return {name for name, _ in tensors} - module._non_persistent_buffers_set
 
 
 def _parameter(model: nn.Module, path: str) -> Any:

@@ -38,6 +38,8 @@ def base_of(model: Any) -> PreTrainedModel:
             they are in a `PeftMixedModel`.
     """
     if isinstance(model, PreTrainedModel):
+        # Private, as the public `active_adapters` needs PEFT and tells only by an error, and `peft_config` is
+        # also set on the model inside a PeftModel.
         if getattr(model, "_hf_peft_config_loaded", False):
             raise LayerPruneError(
                 "This model got its adapters by `add_adapter` or by loading: make it with "
@@ -238,16 +240,16 @@ def _untie(model: nn.Module) -> None:
     """Give each module parameters of its own."""
     seen: set[int] = set()
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in seen:
-                module._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if id(parameter) in seen:
+                setattr(module, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
             seen.add(id(parameter))
 
 
 def base_name(model: Any) -> str:
     """Returns the folder or hub id of the model that the adapters of a `PeftModel` are for, or ""."""
     named = next(iter(adapter_configs(model).values())).base_model_name_or_path
-    return named or base_of(model).config._name_or_path or ""
+    return named or base_of(model).config.name_or_path or ""
 
 
 def write_pruned_base(model: Any, folder: Path) -> None:
