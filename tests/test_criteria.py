@@ -8,6 +8,7 @@ from hf_layerprune.forward.hooks import captured, hidden
 from hf_layerprune.forward.lm_head import LOGITS_PER_CHUNK, Reader, unit_losses
 from hf_layerprune.forward.token_losses import UNIT
 from hf_layerprune.scoring.criteria import CRITERIA, _count_tokens
+from hf_layerprune.scoring.score import check_criterion_fits
 from hf_layerprune.surgery.removal import without_layers
 
 from .conftest import logits, make_model, tokens
@@ -253,3 +254,28 @@ def test_losses_of_units_are_float64_sums(llama):
     assert found.tolist() == pytest.approx(expected, rel=1e-5)
     assert found.dtype == torch.float64
     assert _count_tokens(batch).tolist() == [UNIT, UNIT, 8, UNIT, 4, 0]
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_the_table_says_what_each_criterion_does(name, llama):
+    kind = CRITERIA[name]
+    settings = {"task": lambda model: logits(model, tokens()).mean().item()} if kind.needs_task else {}
+
+    def works(given=None, **more):
+        try:
+            return score_layers(llama, given or [], name, progress=False, **settings, **more)
+        except LayerPruneError:
+            return None
+
+    table = works(batches())
+    assert (table.quality is not None) == kind.measures_quality
+    assert (works() is None) == (kind.reads_text and not kind.needs_task)
+    assert (works(batches(), racing=0.9) is not None) == kind.leave_one_out
+    assert (works(batches(), teacher=make_model()) is not None) == kind.takes_teacher
+    settings = {} if kind.needs_task else {"task": len}
+    assert works(batches()) is None
+    if kind.needs_next_token:
+        with pytest.raises(LayerPruneError, match="block_influence, angular, hidden_mse or positional, or"):
+            check_criterion_fits(tiny_model("bert").base_model, name)
+    else:
+        check_criterion_fits(tiny_model("bert").base_model, name)

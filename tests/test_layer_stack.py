@@ -196,6 +196,18 @@ def test_a_copy_of_a_model_has_removals_of_its_own(llama):
     assert torch.equal(logits(llama, tokens()), logits(copied, tokens()))
 
 
+def test_a_new_wrapper_around_the_same_adapters_is_another_model(llama):
+    llama.model.layers[2].self_attn.attention_dropout = 0.5  # differs from a fresh model before any removal
+    config = LoraConfig(target_modules=["q_proj"])
+    wrapped = get_peft_model(llama, config)
+    LayerStack(wrapped).removable([])
+    copied = copy.copy(wrapped)
+    del wrapped
+    gc.collect()
+    cuts, reasons = LayerStack(copied).removable([3, 4])
+    assert (cuts.keys(), reasons) == ({3, 4}, {})
+
+
 def test_nothing_is_kept_alive(llama):
     gc.disable()
     try:

@@ -26,7 +26,7 @@ from ..surgery.lineage import plain_int
 from ..surgery.peft import base_of
 from .criteria import CRITERIA, PATTERNS, CriterionResult, ScoringContext, find_criterion
 from .journal import Journal
-from .leave_one_out import Prefixes
+from .leave_one_out import Cuts, Prefixes
 from .table import ScoreTable
 
 
@@ -113,37 +113,20 @@ def score_layers(
         if racing is not None:  # the first batches must be like the others
             random.Random(0).shuffle(given)
     settings = [criterion, block, racing, sorted(cuts), pattern, seed, list(map(_task_label, tasks))]
+    choices: dict[str, Any] = {
+        "racing": racing,
+        "tasks": tasks,
+        "teacher": teacher,
+        "pattern": pattern,
+        "seed": seed,
+    }
     while True:
         work = "" if journal is None else fingerprint([stack.base, teacher], given, settings)
         notes = Journal(journal, work)
-        passes = len(given) if kind.reads_text else int(kind.needs_task)
         try:
-            with (
-                tqdm(
-                    total=passes * len(cuts),
-                    desc=f"scoring ({criterion})",
-                    disable=not progress,
-                    leave=False,
-                ) as bar,
-                undisturbed(stack.base),
-                nullcontext() if teacher is None else undisturbed(teacher),
-            ):
-                result = kind.score(
-                    ScoringContext(
-                        stack=stack,
-                        batches=given,
-                        cuts=cuts,
-                        block=block,
-                        bar=bar,
-                        journal=notes,
-                        racing=racing,
-                        tasks=tasks,
-                        teacher=teacher,
-                        pattern=pattern,
-                        seed=seed,
-                        prefixes=prefixes,
-                    )
-                )
+            result = _score_batches(
+                criterion, stack, given, cuts, block, notes, progress, prefixes=prefixes, **choices
+            )
             break
         except RuntimeError as error:
             halves = [part for batch in given for part in _split(batch, -(-len(batch["input_ids"]) // 2))]
@@ -155,6 +138,32 @@ def score_layers(
     table = _table(criterion, result, kept, block, list(cuts), refused)
     notes.finish()
     return table
+
+
+def _score_batches(
+    criterion: str,
+    stack: LayerStack,
+    batches: list[Any],
+    cuts: Cuts,
+    block: int,
+    journal: Journal,
+    progress: bool,
+    teacher: PreTrainedModel | None,
+    **choices: Any,
+) -> CriterionResult:
+    """Scores all candidates, with the models in eval mode and a progress bar."""
+    kind = CRITERIA[criterion]
+    passes = 1 if kind.needs_task else len(batches) if kind.reads_text else 0
+    with (
+        tqdm(
+            total=passes * len(cuts), desc=f"scoring ({criterion})", disable=not progress, leave=False
+        ) as bar,
+        undisturbed(stack.base),
+        nullcontext() if teacher is None else undisturbed(teacher),
+    ):
+        return kind.score(
+            ScoringContext(stack, batches, cuts, block, bar, journal, teacher=teacher, **choices)
+        )
 
 
 def _check_models(model: Any, criterion: str, tasks: list[Any], teacher: PreTrainedModel | None) -> None:

@@ -4,7 +4,6 @@ import copy
 import math
 import re
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,96 +16,13 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from ..errors import LayerPruneError
 from .config_fields import cut_fields, cut_names
 from .decoder import INDEX_ATTRIBUTES, Decoder, count_fields, layer_count
+from .edits import Computed, Edits
 from .fresh_model import Difference, build_meta_model, differences, quiet
 from .lineage import CONFIG_KEY, Lineage, get_lineage, lineage_entry
 from .peft import adapter_configs, adapter_differences, base_of, cut_adapter
 
 
 _UNSET: Any = object()
-
-
-@dataclass(frozen=True)
-class _Computed:
-    """A new value that is computed from the old one when a change is made, and kept by nobody else: it may
-    be gigabytes.
-
-    Args:
-        compute (`Callable`): returns the new value for the old one.
-    """
-
-    compute: Callable[[Any], Any]
-
-
-@dataclass(frozen=True)
-class _Change:
-    """A new value of one attribute.
-
-    Args:
-        owner (`weakref.ref`): the module or config that has the attribute.
-        name (`str`): its name.
-        value: the new value, or [`_Computed`].
-    """
-
-    owner: "weakref.ref[Any]"
-    name: str
-    value: Any
-
-    def make(self) -> Any:
-        """Makes the change and returns the value before it."""
-        owner = self.owner()
-        if isinstance(self.value, _Computed):  # a parameter or a module
-            old = getattr(owner, self.name)
-            setattr(owner, self.name, self.value.compute(old))
-            return old
-        old = vars(owner).get(self.name, _UNSET)
-        vars(owner)[self.name] = self.value
-        return old
-
-    def take_back(self, old: Any) -> None:
-        """Sets the value that [`make`] returned."""
-        owner = self.owner()
-        if isinstance(self.value, _Computed):
-            setattr(owner, self.name, old)
-        elif old is _UNSET:
-            vars(owner).pop(self.name, None)
-        else:
-            vars(owner)[self.name] = old
-
-
-class Edits:
-    """Changes of attributes that can be undone and made again.
-
-    Undone, they keep no module and no tensor alive.
-    """
-
-    def __init__(self) -> None:
-        self.renumbered: list[int] = []  # layers whose number was not that of their place before
-        self._changes: list[_Change] = []
-        self._old: list[Any] = []
-
-    def set(self, owner: Any, name: str, value: Any) -> None:
-        """Sets an attribute of a module or a config."""
-        change = _Change(weakref.ref(owner), name, value)
-        self._old.append(change.make())
-        self._changes.append(change)
-
-    def undo(self) -> None:
-        """Takes all changes back."""
-        while self._old:
-            self._changes[len(self._old) - 1].take_back(self._old.pop())
-
-    def make(self) -> None:
-        """Makes all changes again, or none if it is interrupted."""
-        try:
-            for change in self._changes:
-                self._old.append(change.make())
-        except BaseException:
-            self.undo()
-            raise
-
-    def forget_old(self) -> None:
-        """Lets the changes stand: they can no longer be undone, and the old values may be freed."""
-        self._old.clear()
 
 
 class StateBefore:
@@ -135,7 +51,7 @@ class StateBefore:
         return set(adapter_differences(model)) if adapter_configs(model) else set()
 
 
-def _kept_layers(kept: list[int]) -> _Computed:
+def _kept_layers(kept: list[int]) -> Computed:
     """The list of layers with these indices."""
 
     def compute(stack: nn.ModuleList) -> nn.ModuleList:
@@ -143,10 +59,10 @@ def _kept_layers(kept: list[int]) -> _Computed:
         layers.training = stack.training
         return layers
 
-    return _Computed(compute)
+    return Computed(compute)
 
 
-def _kept_part(dimension: int, width: int, kept: list[int]) -> _Computed:
+def _kept_part(dimension: int, width: int, kept: list[int]) -> Computed:
     """The part of a parameter that packs all layers side by side which belongs to the kept ones."""
 
     def compute(packed: nn.Parameter) -> nn.Parameter:
@@ -154,7 +70,7 @@ def _kept_part(dimension: int, width: int, kept: list[int]) -> _Computed:
         index = torch.tensor(entries, device=packed.device)
         return nn.Parameter(packed.detach().index_select(dimension, index), packed.requires_grad)
 
-    return _Computed(compute)
+    return Computed(compute)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import LayerPruneError
 from .decoder import Decoder, find_decoder, layer_count, text_config
-from .exact_cut import Edits, StateBefore, cut_exactly
+from .edits import Edits
+from .exact_cut import StateBefore, cut_exactly
 from .fresh_model import module_facts
 from .lineage import Lineage, get_lineage, plain_int
 from .peft import adapter_configs, base_of
@@ -177,7 +178,7 @@ class _ModelState:
     """All of a model, but for the values of its weights, that decides whether a removal is exact.
 
     Args:
-        objects (list of `weakref.ref`): its modules and configs.
+        objects (list of `weakref.ref`): the model, its modules and configs.
         facts: what they say, as plain values.
     """
 
@@ -201,7 +202,7 @@ class _ModelState:
             copy.deepcopy([adapter.to_dict() for adapter in adapters]),
             list(getattr(quantizer, "modules_to_not_convert", None) or []),
         ]
-        objects = [one for one in (*modules, *configs, quantizer, *adapters) if one is not None]
+        objects = [one for one in (model, *modules, *configs, quantizer, *adapters) if one is not None]
         return cls([weakref.ref(one) for one in objects], facts)
 
     def is_same(self, other: "_ModelState") -> bool:
