@@ -114,15 +114,15 @@ def can_replay(model: Any, input_ids: torch.Tensor, deepest: int) -> bool:
 
 
 def hidden(output: Any) -> torch.Tensor:
-    """The hidden state in what a decoder layer returned: itself, or the first of several things."""
+    """Returns the hidden state in the output of a decoder layer: the output, or the first of several."""
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def check_all_ran(states: Collection[int], layers: Iterable[int]) -> None:
-    """Check that each of `layers` is in what [`captured`] filled.
+    """Checks that each of `layers` is in the dict of [`captured`].
 
     Raises:
-        LayerPruneError: one is not.
+        LayerPruneError: a layer did not run.
     """
     idle = [layer for layer in layers if layer not in states]
     if idle:
@@ -151,7 +151,7 @@ def running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 def compared_output(model: Any, input_ids: torch.Tensor, forward: Any = None) -> torch.Tensor:
-    """The output of a model for tokens, to compare it with another model's: the logits, or without a
+    """Returns the output of a model for tokens, to compare it with another model's: the logits, or without a
     language-model head all floating-point tensors that the model returns, flattened row by row.
 
     Args:
@@ -172,6 +172,6 @@ def _floating_tensors(output: ModelOutput) -> list[torch.Tensor]:
 
 
 def cache_off(module: nn.Module) -> dict[str, Any]:
-    """The argument of a forward pass without a key/value cache; none where the model has no cache."""
+    """Returns the argument of a forward pass without a key/value cache; none if the model has no cache."""
     reads = inspect.signature(type(module).forward).parameters
     return {"use_cache": False} if "use_cache" in reads or predicts_next_token(module) else {}

@@ -66,7 +66,7 @@ class Reader:
             )
 
     def states(self, batch: Batch, model: nn.Module | None = None) -> torch.Tensor:
-        """The states `(batch, length, hidden)` that the output head reads, or all logits.
+        """Returns the states `(batch, length, hidden)` that the LM head reads, or all logits.
 
         Args:
             batch (`dict`): `input_ids` `(batch, length)` and what else the model reads.
@@ -89,7 +89,7 @@ class Reader:
         return found[0].last_hidden_state
 
     def _body_states(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """The last hidden states of a model without a language-model head. Its own head is not run."""
+        """Returns the last hidden states of a model without a language-model head. Its head is not run."""
         # Sharded weights are whole only within the model's own forward.
         runs = self._inner if is_sharded(self.model) else self._body
         found = []
@@ -110,7 +110,7 @@ class Reader:
             ) from error
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
-        """The logits `(positions, vocabulary)` of states `(positions, hidden)`."""
+        """Returns the logits `(positions, vocabulary)` of states `(positions, hidden)`."""
         if not self.is_chunked:
             return states
         ids = torch.zeros((1, len(states)), dtype=torch.long, device=states.device)
@@ -119,7 +119,7 @@ class Reader:
             return self._inner(input_ids=ids, use_cache=False).logits[0]
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """The parameters that are trained and that [`Reader.head`] reads."""
+        """Returns the trained parameters that [`Reader.head`] reads."""
         if not self.is_chunked:
             return []
         others = {id(parameter) for parameter in self._body.parameters()}
@@ -129,7 +129,7 @@ class Reader:
 
     @contextmanager
     def cast_once(self) -> Iterator[None]:
-        """Within this context autocast casts the weight of a plain output head once, not in each call of
+        """Within this context autocast casts the weight of a plain LM head once, not in each call of
         [`Reader.head`]. Gradients are then those of its [`Reader.stand_in`]."""
         module: Any = self._inner.get_output_embeddings()
         if not self.is_chunked or type(module) is not nn.Linear:
@@ -151,7 +151,7 @@ class Reader:
             module.weight, self._cast = weight, None
 
     def stand_in(self, parameter: nn.Parameter) -> nn.Parameter:
-        """What is used in place of a parameter within [`Reader.cast_once`]."""
+        """Returns the parameter that takes the place of a parameter within [`Reader.cast_once`]."""
         if self._cast is not None and parameter is self._cast[0]:
             return self._cast[1].weight
         return parameter
@@ -230,7 +230,7 @@ class _StandingStill:
 
 
 def unit_losses(lm_head: Reader, batch: Batch) -> torch.Tensor:
-    """The next-token loss of each [`UNIT`] of the batch, in nats, `(units,)`, float64."""
+    """Returns the next-token loss of each [`UNIT`] of the batch, in nats, `(units,)`, float64."""
     mask, tokens = targets_of(batch)
     logits = lm_head.rows(lm_head.states(batch)[:, :-1][mask])
     targets = tokens[:, 1:][mask].split(lm_head.rows_at_once)

@@ -45,7 +45,7 @@ def scaled_logits(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tenso
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in nats, summed over positions.
+    """Returns the cross-entropy in nats, summed over positions.
 
     Args:
         logits (`torch.Tensor`): `(positions, vocabulary)`.

@@ -46,7 +46,7 @@ class Metric:
 
 @dataclass
 class PerUnitScores:
-    """A number for each unit of text (a sequence, or a part of it) and candidate: the sum over its tokens.
+    """The sum over tokens for each unit of text (a sequence, or a part of it) and candidate.
 
     Args:
         tokens (`list[float]`): of each unit, how many tokens count.
@@ -60,20 +60,20 @@ class PerUnitScores:
     without: dict[int, list[float]] = field(default_factory=dict)
 
     def score(self, layer: int) -> float:
-        """The mean per token of what the model loses without this candidate, on what it has seen."""
+        """Returns how much worse the model is without this candidate, per token of the units seen."""
         return self._rises(layer).sum().item() / self._count(len(self.without[layer]))
 
     def error(self, layer: int) -> float | None:
-        """The standard error of the score over units; None of less than two."""
+        """Returns the standard error of the score over units; None for less than two units."""
         return self._error(self._rises(layer))
 
     def quality(self) -> float:
-        """Minus the whole model's mean per token."""
+        """Returns minus the whole model's mean per token."""
         return -sum(self.whole) / self._count(len(self.whole))
 
     def possible(self, layers: Collection[int], confidence: float, looks: int, units: int) -> list[int]:
-        """The candidates that may still matter less than the least important so far, by more than a standard
-        error of what it scores on all `units`.
+        """Returns the candidates that may still matter less than the least important so far, by more than a
+        standard error of its score on all `units`.
 
         Candidates are compared unit by unit. What bounds their difference on all units is the quantile of
         Student's distribution at `confidence`, shared out over candidates and looks (Bonferroni), times its
@@ -105,7 +105,7 @@ class PerUnitScores:
         return count
 
     def _error(self, sums: torch.Tensor) -> float | None:
-        """The standard error of a ratio of sums over units (of values, of tokens)."""
+        """Returns the standard error of a ratio of sums over units (of values, of tokens)."""
         number = len(sums)
         if number < 2:
             return None
@@ -130,13 +130,13 @@ class Prefixes:
         self._found: dict[int, tuple[list[int], list[Any]]] = {}
 
     def known(self, batch: int, kept: Sequence[int]) -> list[Any]:
-        """What the first layers of those in `kept` (by original index) return for this batch."""
+        """Returns the known outputs of the first layers of `kept` (original indices) for this batch."""
         layers, outputs = self._found.get(batch, ([], []))
         same = takewhile(lambda pair: pair[0] == pair[1], zip(layers, kept, strict=False))
         return outputs[: len(list(same))]
 
     def keep(self, batch: int, kept: Sequence[int], outputs: list[Any]) -> None:
-        """Keep what the first layers of those in `kept` returned, if there is room."""
+        """Keeps the outputs of the first layers of `kept` (original indices), if there is room."""
         self._left += sum(map(_bytes_of, self._found.pop(batch, ([], []))[1]))
         size = sum(map(_bytes_of, outputs))
         if size <= self._left:
@@ -160,7 +160,7 @@ def leave_out(
     journal: Journal,
     prefixes: Prefixes | None = None,
 ) -> PerUnitScores:
-    """Read all batches with the whole model and without each candidate.
+    """Reads all batches with the whole model and without each candidate.
 
     The layers before the missing one return what they returned in the whole model: the same numbers as one
     full pass for each candidate, to the bit, in about half the time. Where layers hand on more than their
@@ -190,7 +190,7 @@ def leave_out(
         logger.info("Layers of this model hand on more than their outputs: each score takes a full pass.")
 
     def read(number: int, batch: Any) -> list[list[float]]:
-        """The sums of the whole model, and of it without each candidate that is left."""
+        """Returns the sums of the whole model, and without each candidate that is left."""
         known = prefixes.known(number, kept)[: max(cuts)] if prefixes and replay else []
         with replayed(stack, known), captured(stack, range(max(alive))) as states:
             reference, sums = metric.refer(lm_head, batch)
@@ -236,7 +236,7 @@ def leave_out(
 
 
 def _student_quantile(probability: float, degrees: int) -> float:
-    """The quantile of Student's distribution (Cornish-Fisher, to the second order in 1 / degrees)."""
+    """Returns the quantile of Student's distribution (Cornish-Fisher, to the second order in 1 / degrees)."""
     z = NormalDist().inv_cdf(probability)
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
     return z + (z**3 + z) / (4 * degrees) + second / degrees**2

@@ -53,7 +53,7 @@ def score_layers(
     prefixes: Prefixes | None = None,
     progress: bool = True,
 ) -> ScoreTable:
-    """Score how much each decoder layer of `model` matters. The model is not changed.
+    """Scores how much each decoder layer of `model` matters. The model is not changed.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): a causal language model; with adapters as they are. Other
@@ -263,7 +263,7 @@ def _calibration(model: PreTrainedModel, data: Any, tokenizer: Any) -> list[Batc
 
 
 def read_table(path: str | Path) -> ScoreTable:
-    """The table that `hf-layerprune score --json` wrote.
+    """Returns the table that `hf-layerprune score --json` wrote.
 
     Raises:
         LayerPruneError: there is none.
@@ -275,8 +275,8 @@ def read_table(path: str | Path) -> ScoreTable:
 
 
 def rank_correlation(one: ScoreTable, other: ScoreTable) -> float:
-    """Spearman's rank correlation of two tables over the candidates of both, by original layer: 1 if they
-    rank alike, 0 if by chance.
+    """Returns Spearman's rank correlation of two tables over the candidates of both, by original layer: 1 if
+    they rank alike, 0 if by chance.
 
     Raises:
         LayerPruneError: they have less than two candidates in common.
@@ -304,7 +304,7 @@ def check_choices(
     pattern: str = "output",
     racing: float | None = None,
 ) -> list[Any]:
-    """Check what of the arguments of [`score_layers`] can be checked without a model; the list of tasks.
+    """Checks the arguments of [`score_layers`] that need no model, and returns the list of tasks.
 
     Raises:
         LayerPruneError: a choice is unknown, or two do not go together.
@@ -330,7 +330,7 @@ def check_choices(
 
 
 def check_criterion_fits(model: Any, criterion: str, task: Any = None) -> None:
-    """Check that a model, or a class of models, can be scored by a criterion.
+    """Checks that a model, or a class of models, can be scored by a criterion.
 
     Args:
         model (`PreTrainedModel` or a subclass): the model, or its class before its weights are loaded.
@@ -389,7 +389,7 @@ def _task_label(task: Any) -> str:
 
 
 def fingerprint(models: list[Any], batches: list[Any], settings: list[Any]) -> str:
-    """What a result is of: configs, some weights of each tensor, the text as it is batched, and settings."""
+    """Returns a hash of configs, some weights of each tensor, the batches, and settings."""
     present = [model for model in models if model is not None]
     digest = hashlib.sha256(repr((settings, [model.config.to_dict() for model in present])).encode())
     tensors = [tensor for model in present for tensor in model.state_dict().values()]
@@ -401,7 +401,7 @@ def fingerprint(models: list[Any], batches: list[Any], settings: list[Any]) -> s
 
 
 def check_plot_path(path: str | Path) -> None:
-    """Check that [`ScoreTable.plot`] can write to `path`, before long work.
+    """Checks that [`ScoreTable.plot`] can write to `path`, before long work.
 
     Raises:
         LayerPruneError: its folder does not exist, or its ending is no kind of picture.

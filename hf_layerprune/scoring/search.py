@@ -44,7 +44,7 @@ def select_layers(
     progress: bool = True,
     **settings: Any,
 ) -> Selection:
-    """Find the layers that cost least together. The model is not changed.
+    """Finds the layers that cost least together. The model is not changed.
 
     Greedy: the least important layer, then the least important of what is left, and so on (SLEB, 2402.09025).
     Contiguous: the least important block (LLM-Streamline, 2403.19135; Gromov et al., 2403.17887). Refined: as
@@ -75,8 +75,8 @@ def select_layers(
         raise LayerPruneError(f"remove is {remove!r}, but {len(kept) - len(fixed)} layers are not protected.")
     measured = find_criterion(criterion).measures_quality and settings.get("racing") is None
 
-    def table(gone: Sequence[int], run: int = 1) -> tuple[ScoreTable, dict[int, int]]:
-        """Scores of what is left without some layers, and which layer each of its indices is."""
+    def table(gone: Sequence[int], block: int = 1) -> tuple[ScoreTable, dict[int, int]]:
+        """Returns the scores without some layers, and the present index of each layer in them."""
         left = [layer for layer in range(len(kept)) if layer not in gone]
         stay = [left.index(layer) for layer in fixed]
         with stack.without(gone):
@@ -84,7 +84,7 @@ def select_layers(
                 model,
                 given,
                 criterion,
-                run=run,
+                run=block,
                 protected=stay,
                 prefixes=prefixes,
                 progress=progress,

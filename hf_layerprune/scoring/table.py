@@ -40,23 +40,25 @@ class ScoreTable:
     seen: dict[int, int] = field(default_factory=dict)
 
     def ranking(self) -> list[int]:
-        """The candidates, least important first; of equals the deeper first. Those that racing dropped early
-        come after all that it did not."""
+        """Returns the candidates, least important first; of equals the deeper first.
+
+        Those that racing dropped early come last.
+        """
         return sorted(self.scores, key=lambda i: (-self.seen.get(i, 0), self.scores[i], -i))
 
     def to_dict(self) -> dict[str, Any]:
-        """The table as plain values for JSON, the layer indices as strings."""
+        """Returns plain values for JSON, with layer indices as strings."""
         values = asdict(self)
         return values | {name: {str(i): v for i, v in values[name].items()} for name in BY_LAYER}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ScoreTable":
-        """The table that [`~ScoreTable.to_dict`] gave."""
+        """Returns the table of values that [`~ScoreTable.to_dict`] returned."""
         by_layer = {name: values.get(name, {}) for name in BY_LAYER}
         return cls(**values | {name: {int(i): v for i, v in d.items()} for name, d in by_layer.items()})
 
     def plot(self, path: str | Path) -> None:
-        """Write a bar chart of the scores by original layer, the least important one marked."""
+        """Writes a bar chart of the scores by original layer, with the least important layer marked."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(max(6.0, 0.28 * len(self.kept)), 3.2), layout="constrained")

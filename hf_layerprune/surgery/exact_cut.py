@@ -1,4 +1,4 @@
-"""One removal, made so that the model is exactly what its new config builds, or refused and taken back."""
+"""One removal, after which the model is exactly what its new config builds. Otherwise it is undone."""
 
 import copy
 import math
@@ -52,7 +52,7 @@ class StateBefore:
 
 
 def _kept_layers(kept: list[int]) -> Computed:
-    """The list of layers with these indices."""
+    """Returns the change of a list of layers to those with these indices."""
 
     def compute(stack: nn.ModuleList) -> nn.ModuleList:
         layers = nn.ModuleList([stack[i] for i in kept])
@@ -63,7 +63,7 @@ def _kept_layers(kept: list[int]) -> Computed:
 
 
 def _kept_part(dimension: int, width: int, kept: list[int]) -> Computed:
-    """The part of a parameter that packs all layers side by side which belongs to the kept ones."""
+    """Returns the change of a parameter that packs all layers side by side to the part of the kept layers."""
 
     def compute(packed: nn.Parameter) -> nn.Parameter:
         entries = [layer * width + i for layer in kept for i in range(width)]
@@ -75,7 +75,7 @@ def _kept_part(dimension: int, width: int, kept: list[int]) -> Computed:
 
 @dataclass(frozen=True)
 class _Removal:
-    """What a removal means for what speaks of layers.
+    """Decides which differences to a fresh model follow from a removal.
 
     Args:
         count (`int`): how many layers there were.
@@ -120,8 +120,8 @@ class _Removal:
         return name == "layer_idx" and (here // 2, here % 2) == (layer, there % 2) and there // 2 == new
 
     def unpacked(self, difference: Difference) -> tuple[int, int] | None:
-        """If a tensor's shape, or a number of a module, packs all layers side by side as in Gemma's
-        embed_tokens_per_layer: the packed dimension and the width of one layer's part."""
+        """Returns the packed dimension and the width of one layer's part, if a tensor's shape, or a number of
+        a module, packs all layers side by side as Gemma's embed_tokens_per_layer does."""
         if "per_layer" not in difference.path:
             return None
         here, there = difference.here, difference.there
@@ -135,7 +135,7 @@ class _Removal:
 
 
 def cut_exactly(model: Any, decoder: Decoder, removed: set[int], before: StateBefore) -> Edits:
-    """Removes layers in place and returns what takes it back. If the result is not exact, nothing changes.
+    """Removes layers in place and returns the edits. If the result is not exact, nothing changes.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): the model.
@@ -204,7 +204,7 @@ def cut_exactly(model: Any, decoder: Decoder, removed: set[int], before: StateBe
 
 
 def _renumber(edits: Edits, earlier: list[Difference], places: dict[nn.Module, int]) -> list[Difference]:
-    """Number the layers of a stack that was cut by hand, whose modules still carry the numbers that they had.
+    """Numbers the layers of a stack anew that was cut by hand, whose modules still have their old numbers.
 
     Args:
         edits (`Edits`): where the numbers are set.
@@ -226,7 +226,7 @@ def _renumber(edits: Edits, earlier: list[Difference], places: dict[nn.Module, i
 
 
 def _check_pictures(model: PreTrainedModel) -> None:
-    """Refuse a model that adds what it sees in pictures to the output of layers by their number.
+    """Checks that a model does not add features of pictures to the output of layers by their number.
 
     Raises:
         LayerPruneError: it does.
@@ -246,7 +246,7 @@ def _reason(error: Exception) -> str:
 def _cut_config(
     edits: Edits, model: PreTrainedModel, config: PreTrainedConfig, kept: list[int], lineage: Lineage
 ) -> dict[str, tuple[Any, Any]]:
-    """Let `config`, and the copies of it that modules hold, follow the removal; return what changed."""
+    """Changes `config` and its copies in modules as the removal needs, and returns the changed fields."""
     before = config.to_dict()
     fields = cut_fields(before, layer_count(config), kept)
     fields |= dict.fromkeys(count_fields(config), len(kept)) | {CONFIG_KEY: lineage_entry(lineage)}
@@ -272,8 +272,8 @@ def _cut_config(
 
 
 def _cut_names(edits: Edits, model: PreTrainedModel, decoder: Decoder, kept: list[int]) -> None:
-    """Let what names modules by their layer follow the removal: the config, its quantisation, and the
-    quantizer that the model was loaded with.
+    """Changes names of modules that contain a layer, in the config, its quantisation, and the quantizer that
+    the model was loaded with.
 
     Raises:
         LayerPruneError: other modules would be quantised when the model is loaded.
@@ -313,7 +313,7 @@ def _cut_names(edits: Edits, model: PreTrainedModel, decoder: Decoder, kept: lis
 
 
 def _reconcile(edits: Edits, model: PreTrainedModel, removal: _Removal) -> list[Difference]:
-    """Let modules follow the removal; return the differences to a fresh model that are left."""
+    """Changes modules as the removal needs, and returns the differences to a fresh model that remain."""
     meta_model = build_meta_model(model)
     left = []
     for difference in differences(model, meta_model):

@@ -17,7 +17,7 @@ class LayerFacts:
     Args:
         layer (`int`): its index in the present model.
         original (`int`): its index in the original model.
-        kind (`str`): what the config says of it alone, as `"sliding_attention, sparse"`, else its class.
+        kind (`str`): its kind by the config, as `"sliding_attention, sparse"`, else its class.
         parameters (`int`): how many there are in it.
         refused (`str` or `None`): why it cannot be removed; None if it can.
     """
@@ -31,7 +31,7 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What [`inspect_layers`] found.
+    """The result of [`inspect_layers`].
 
     Args:
         model_type (`str`): the type by its config.
@@ -46,7 +46,7 @@ class Inspection:
     layers: list[LayerFacts]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Returns plain values for JSON."""
         return asdict(self)
 
 

@@ -1,4 +1,4 @@
-"""Taking decoder layers out of a live model, with config and indices kept in step."""
+"""Removes decoder layers from a live model and puts them back. Config and indices follow."""
 
 import logging
 from collections.abc import Iterable
@@ -17,22 +17,22 @@ logger = logging.getLogger(__name__)
 
 
 def remove_layers(model: Any, layers: int | Iterable[int]) -> Lineage:
-    """Remove decoder layers from `model`, in place, and return what is left.
+    """Removes decoder layers from `model`, in place, and returns the lineage of the pruned model.
 
-    The config follows (the number of layers, every field that speaks of single layers, the lineage), and so
-    do the modules' own indices, so that the model saves, reloads and generates as a plain transformers
-    model. The result must be what the new config builds; where it would not be, nothing is changed. An
-    optimizer made before keeps the removed parameters: see `LayerPruningCallback`.
+    The config follows: the number of layers, every field that names single layers, and the lineage. The
+    indices in modules follow, too. The model then saves, reloads and generates as a plain transformers model.
+    If the result is not exactly what the new config builds, nothing is changed. An optimizer made before
+    keeps the removed parameters: see `LayerPruningCallback`.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): a causal language model. Of adapters, every index in their
-            configs follows as well; see [`~hf_layerprune.save_adapter`].
+        model (`PreTrainedModel` or `PeftModel`): a causal language model. Indices in the configs of adapters
+            follow, too; see [`~hf_layerprune.save_adapter`].
         layers (`int` or iterable of `int`): indices in the present model, from 0.
 
     Returns:
         `Lineage`: the original indices of the layers that are left.
 
-    Layers that were cut by hand before are numbered anew, with a warning.
+    Layers of a model that was cut by hand before are numbered anew, with a warning.
 
     Raises:
         LayerPruneError: an index is not one of the model's layers or named twice, no layer would be
@@ -52,7 +52,7 @@ def remove_layers(model: Any, layers: int | Iterable[int]) -> Lineage:
 
 
 def keep_lineage(model: Any, lineage: Lineage) -> None:
-    """Remove layers from `model`, in place, until it has exactly the layers that `lineage` keeps.
+    """Removes layers from `model`, in place, until it has exactly the layers that `lineage` keeps.
 
     Raises:
         LayerPruneError: `lineage` is of another original model, or has a layer that `model` has not.
