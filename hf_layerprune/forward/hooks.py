@@ -105,10 +105,10 @@ def can_replay(model: Any, input_ids: torch.Tensor, deepest: int) -> bool:
     for count in range(1, deepest + 1):
         with replayed(stack, outputs[:count]):
             try:
-                found = compared_output(stack.model, input_ids)
+                output = compared_output(stack.model, input_ids)
             except Exception:  # a layer missed what an earlier one should have left for it
                 return False
-        if not torch.allclose(found, expected, rtol=0, atol=0, equal_nan=True):
+        if not torch.allclose(output, expected, rtol=0, atol=0, equal_nan=True):
             return False
     return True
 

@@ -79,26 +79,26 @@ class Reader:
         model = model or self.model
         if not self.is_chunked:
             return model(**inputs).logits
-        found = []
-        handle = self._body.register_forward_hook(lambda module, args, output: found.append(output))
+        outputs = []
+        handle = self._body.register_forward_hook(lambda module, args, output: outputs.append(output))
         try:
             # Through the model's own forward, as accelerate puts the precision of training there.
             model(**inputs, logits_to_keep=batch["input_ids"].new_empty(0))
         finally:
             handle.remove()
-        return found[0].last_hidden_state
+        return outputs[0].last_hidden_state
 
     def _body_states(self, inputs: dict[str, Any]) -> torch.Tensor:
         """Returns the last hidden states of a model without a language-model head. Its head is not run."""
         # Sharded weights are whole only within the model's own forward.
         runs = self._inner if is_sharded(self.model) else self._body
-        found = []
-        handle = self._body.register_forward_hook(lambda module, args, output: found.append(output))
+        outputs = []
+        handle = self._body.register_forward_hook(lambda module, args, output: outputs.append(output))
         try:
             runs(**inputs, **cache_off(runs))
         finally:
             handle.remove()
-        return found[0].last_hidden_state
+        return outputs[0].last_hidden_state
 
     def _check_text_alone(self, input_ids: torch.Tensor) -> None:
         try:
@@ -190,16 +190,16 @@ def router_losses(model: Any) -> Iterator[list[tuple[float, torch.Tensor]]]:
         LayerPruneError: the weight is under no name that is known.
     """
     inner: Any = base_of(model)
-    found: list[tuple[float, torch.Tensor]] = []
+    losses: list[tuple[float, torch.Tensor]] = []
 
     def keep(module: nn.Module, args: tuple, output: Any) -> None:
         value = getattr(output, "aux_loss", None)
         if torch.is_tensor(value):
-            found.append((_router_weight(inner), value))
+            losses.append((_router_weight(inner), value))
 
     handle = inner.register_forward_hook(keep) if balances_routers(inner) else None
     try:
-        yield found
+        yield losses
     finally:
         if handle is not None:
             handle.remove()

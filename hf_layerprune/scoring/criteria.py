@@ -198,8 +198,8 @@ def kl(context: ScoringContext) -> CriterionResult:
         mask, _ = targets_of(batch)
         own = lm_head.rows(lm_head.states(batch)[:, :-1][mask])
         theirs = (teacher or lm_head).rows(reference[:, :-1][mask])
-        found = [_kl_at_positions(a, b) for a, b in zip(own, theirs, strict=True)]
-        return sum_by_unit(mask, joined(found, mask))
+        divergences = [_kl_at_positions(a, b) for a, b in zip(own, theirs, strict=True)]
+        return sum_by_unit(mask, joined(divergences, mask))
 
     return CriterionResult.of(_read_without_each(context, refer, compare), quality=teacher is not None)
 
@@ -250,10 +250,10 @@ def taylor(context: ScoringContext) -> CriterionResult:
                 logits = model(**inputs, use_cache=False).logits
                 total = cross_entropy(logits[:, :-1][mask], targets[:, 1:][mask])
             tokens += int(mask.sum())
-            found = torch.autograd.grad(total, flat, allow_unused=True)
-            for gradient, more in zip(gradients, found, strict=True):
-                if more is not None:
-                    gradient += more
+            batch_gradients = torch.autograd.grad(total, flat, allow_unused=True)
+            for gradient, batch_gradient in zip(gradients, batch_gradients, strict=True):
+                if batch_gradient is not None:
+                    gradient += batch_gradient
             for _ in context.cuts:
                 context.bar.update()
     finally:
@@ -297,9 +297,9 @@ def task(context: ScoringContext) -> CriterionResult:
 def _score_answers(context: ScoringContext, tasks: Sequence[MultipleChoice]) -> CriterionResult:
     """Scores by the share of right answers, with standard errors over questions, and with racing."""
     batches = []
-    for one in tasks:
-        lm_head = Reader(context.model, one.example(context.model))
-        batches += [(batch, 1 / len(one)) for batch in one.batches(lm_head)]
+    for questions in tasks:
+        lm_head = Reader(context.model, questions.example(context.model))
+        batches += [(batch, 1 / len(questions)) for batch in questions.batches(lm_head)]
     random.Random(0).shuffle(batches)
     context.bar.reset(len(batches) * len(context.cuts))
 

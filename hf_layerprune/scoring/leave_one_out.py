@@ -198,12 +198,12 @@ def leave_out(
         outputs = [states[layer][1] for layer in range(max(alive))]
         if prefixes and replay:
             prefixes.keep(number, kept, outputs)
-        found = [sums.double().tolist()]
+        all_sums = [sums.double().tolist()]
         for layer in alive:
             with cuts[layer], replayed(stack, outputs[: layer if replay else 0]):
-                found.append(metric.compare(lm_head, batch, reference).double().tolist())
+                all_sums.append(metric.compare(lm_head, batch, reference).double().tolist())
             tick(1)
-        return found
+        return all_sums
 
     units = sum(len(metric.tokens(batch)) for batch in batches)
     looks = max(1, math.ceil(math.log(max(2, units / FIRST_LOOK), NEXT_LOOK)))

@@ -32,7 +32,7 @@ from .table import ScoreTable
 
 logger = logging.getLogger(__name__)
 
-LEAVE_ONE_OUT = tuple(name for name, one in CRITERIA.items() if one.leave_one_out)
+LEAVE_ONE_OUT = tuple(name for name, criterion in CRITERIA.items() if criterion.leave_one_out)
 
 
 def score_layers(
@@ -220,13 +220,13 @@ def _on_device(model: PreTrainedModel, batches: list[Batch]) -> list[Any]:
     Raises:
         LayerPruneError: they have one token each, or labels that are no tokens.
     """
-    found = [{k: v.to(model.device) for k, v in batch.items() if torch.is_tensor(v)} for batch in batches]
-    if any(batch["input_ids"].shape[1] < 2 for batch in found):
+    on_device = [{k: v.to(model.device) for k, v in batch.items() if torch.is_tensor(v)} for batch in batches]
+    if any(batch["input_ids"].shape[1] < 2 for batch in on_device):
         raise LayerPruneError("Calibration batches of one token have nothing to predict.")
     if not predicts_next_token(model):  # the labels are for its own head, which no criterion runs
-        return [{k: v for k, v in batch.items() if k != "labels"} for batch in found]
-    check_token_labels(found)
-    return found
+        return [{k: v for k, v in batch.items() if k != "labels"} for batch in on_device]
+    check_token_labels(on_device)
+    return on_device
 
 
 def _table(
@@ -393,8 +393,8 @@ def fingerprint(models: list[Any], batches: list[Any], settings: list[Any]) -> s
     present = [model for model in models if model is not None]
     digest = hashlib.sha256(repr((settings, [model.config.to_dict() for model in present])).encode())
     tensors = [tensor for model in present for tensor in model.state_dict().values()]
-    few = [tensor.flatten()[:: max(1, tensor.numel() // 1000)] for tensor in tensors]
-    for tensor in [*few, *(value for batch in batches for value in batch.values())]:
+    samples = [tensor.flatten()[:: max(1, tensor.numel() // 1000)] for tensor in tensors]
+    for tensor in [*samples, *(value for batch in batches for value in batch.values())]:
         digest.update(repr((tensor.dtype, tensor.shape)).encode())
         digest.update(tensor.detach().double().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -80,7 +80,7 @@ def select_layers(
         left = [layer for layer in range(len(kept)) if layer not in gone]
         stay = [left.index(layer) for layer in fixed]
         with stack.without(gone):
-            found = score_layers(
+            scores = score_layers(
                 model,
                 given,
                 criterion,
@@ -90,7 +90,7 @@ def select_layers(
                 progress=progress,
                 **settings,
             )
-        return found, dict(enumerate(left))
+        return scores, dict(enumerate(left))
 
     prefixes = Prefixes()
     steps: list[tuple[list[int], float]] = []
@@ -113,12 +113,12 @@ def select_layers(
     while helped:
         helped = False
         for layer in list(layers):
-            others = [one for one in layers if one != layer]
+            others = [other for other in layers if other != layer]
             scores, place = table(others)
             best = scores.ranking()[0]
-            found = whole - (scores.quality or 0.0) + scores.scores[best]
-            if place[best] != layer and found < cost - 1e-9 * abs(cost):
-                layers, cost, helped = sorted([*others, place[best]]), found, True
+            cost_after = whole - (scores.quality or 0.0) + scores.scores[best]
+            if place[best] != layer and cost_after < cost - 1e-9 * abs(cost):
+                layers, cost, helped = sorted([*others, place[best]]), cost_after, True
                 steps.append((layers, cost))
                 break
     return Selection(layers, cost, steps)

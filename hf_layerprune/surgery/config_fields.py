@@ -184,10 +184,10 @@ def cut_name(name: str, stack: str, others: Collection[str], kept: Sequence[int]
     """
     last = stack.rpartition(".")[2]
     parts, end, gone = [], 0, False
-    for found in re.finditer(rf"(?<!\w){re.escape(last)}\\?\.", name):
-        rest = name[found.end() :]
+    for match in re.finditer(rf"(?<!\w){re.escape(last)}\\?\.", name):
+        rest = name[match.end() :]
         layer = re.match(r"\d+", rest)
-        if _is_of_another(name[: found.end()].rstrip("\\."), stack, others) or _ANY_LAYER.match(rest):
+        if _is_of_another(name[: match.end()].rstrip("\\."), stack, others) or _ANY_LAYER.match(rest):
             continue
         after = rest[layer.end() :] if layer else rest
         if not re.match(r"\\?\.|[)|$]|$", after) if layer else re.match(r"[(\[\\]", rest):
@@ -198,8 +198,8 @@ def cut_name(name: str, stack: str, others: Collection[str], kept: Sequence[int]
         if layer:
             gone |= int(layer[0]) not in kept
             new = str(kept.index(int(layer[0]))) if int(layer[0]) in kept else ""
-            parts += [name[end : found.end()], new]
-            end = found.end() + layer.end()
+            parts += [name[end : match.end()], new]
+            end = match.end() + layer.end()
     if gone and "|" in name:
         raise LayerPruneError(
             f"the config names modules by the pattern {name!r}, of which a part would be gone. Name each "

@@ -217,7 +217,9 @@ def _renumber(edits: Edits, earlier: list[Difference], places: dict[nn.Module, i
     """
     inside = [difference for difference in earlier if difference.module in places]
     stale = [
-        one for one in inside if one.name in INDEX_ATTRIBUTES and type(one.here) is type(one.there) is int
+        difference
+        for difference in inside
+        if difference.name in INDEX_ATTRIBUTES and type(difference.here) is type(difference.there) is int
     ]
     for difference in stale:
         edits.set(difference.module, difference.name, difference.there)
@@ -234,9 +236,9 @@ def _check_pictures(model: PreTrainedModel) -> None:
     parts = [model.config.to_dict()]
     for part in parts:
         parts += [value for value in part.values() if isinstance(value, dict)]
-        found = [name for name, value in part.items() if "deepstack" in str(name) and value]
-        if found:
-            raise LayerPruneError(f"pictures enter it at layers by their number ({found[0]}).")
+        fields = [name for name, value in part.items() if "deepstack" in str(name) and value]
+        if fields:
+            raise LayerPruneError(f"pictures enter it at layers by their number ({fields[0]}).")
 
 
 def _reason(error: Exception) -> str:
@@ -289,7 +291,9 @@ def _cut_names(edits: Edits, model: PreTrainedModel, decoder: Decoder, kept: lis
         cut = {name: cut_names(value, stack, others, kept) for name, value in values.items()}
         return {name: value for name, value in cut.items() if value != values[name]}
 
-    holders = {id(one): one for one in (model.config, decoder.config, quantizer) if one is not None}
+    holders = {
+        id(holder): holder for holder in (model.config, decoder.config, quantizer) if holder is not None
+    }
     for holder in holders.values():
         settings = getattr(holder, "quantization_config", None)
         fields = changed(holder)

@@ -58,29 +58,29 @@ def differences(model: PreTrainedModel, meta_model: PreTrainedModel) -> list[Dif
     """Returns all differences between a live model and a fresh one: modules and their classes, shapes of
     tensors, attributes that are plain values, lists of them or tables by layer, and tied weights."""
     live, fresh = dict(model.named_modules()), dict(meta_model.named_modules())
-    found = []
+    different = []
     for path in fresh.keys() - live.keys():
         inside = path
         while inside not in live:
             inside = inside.rpartition(".")[0]
         name = path[len(inside) :].lstrip(".")
-        found.append(Difference(inside, live[inside], name, _ABSENT, "a module"))
+        different.append(Difference(inside, live[inside], name, _ABSENT, "a module"))
     for path, module in live.items():
         if path not in fresh:
-            found.append(Difference(path, module, "", "a module", _ABSENT))
+            different.append(Difference(path, module, "", "a module", _ABSENT))
             continue
         here, there = module_facts(module), module_facts(fresh[path])
         # What is not saved and not built anew is not needed: tables of an attention kind now gone.
         stale = here.keys() - there.keys() - _saved_tensors(module)
-        found += [
+        different += [
             Difference(path, module, name, here.get(name, _ABSENT), there.get(name, _ABSENT))
             for name in sorted((here.keys() | there.keys()) - stale)
             if here.get(name, _ABSENT) != there.get(name, _ABSENT)
         ]
     for target, source in meta_model.all_tied_weights_keys.items():
         if _parameter(model, target) is not _parameter(model, source):
-            found.append(Difference("", model, target, "a parameter of its own", f"tied to {source}"))
-    return sorted(found, key=str)
+            different.append(Difference("", model, target, "a parameter of its own", f"tied to {source}"))
+    return sorted(different, key=str)
 
 
 @contextmanager

@@ -145,7 +145,7 @@ class LayerStack:
 
     def _removals(self) -> "_Removals":
         """What is known of removals from the model in its present state."""
-        state, known = _ModelState.of(self.model), _REMOVALS.get(self.layers)
+        state, known = _ModelState.of(self), _REMOVALS.get(self.layers)
         if known is None or not known.state.is_same(state):
             known = _REMOVALS[self.layers] = _Removals(state, StateBefore(self.model))
         return known
@@ -186,8 +186,10 @@ class _ModelState:
     facts: list[Any]
 
     @classmethod
-    def of(cls, model: Any) -> "_ModelState":
-        base, adapters = base_of(model), list(adapter_configs(model).values())
+    def of(cls, stack: LayerStack) -> "_ModelState":
+        """Returns the present state of a model."""
+        model, base = stack.model, stack.base
+        adapters = list(adapter_configs(model).values())
         modules, quantizer = list(base.modules()), getattr(base, "hf_quantizer", None)
         configs = [getattr(module, "config", None) for module in modules]
         configs = [config for config in configs if isinstance(config, PreTrainedConfig)]
@@ -202,8 +204,8 @@ class _ModelState:
             copy.deepcopy([adapter.to_dict() for adapter in adapters]),
             list(getattr(quantizer, "modules_to_not_convert", None) or []),
         ]
-        objects = [one for one in (model, *modules, *configs, quantizer, *adapters) if one is not None]
-        return cls([weakref.ref(one) for one in objects], facts)
+        objects = [owner for owner in (model, *modules, *configs, quantizer, *adapters) if owner is not None]
+        return cls([weakref.ref(owner) for owner in objects], facts)
 
     def is_same(self, other: "_ModelState") -> bool:
         """Whether it is the same model in the same state."""

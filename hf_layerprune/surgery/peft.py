@@ -81,11 +81,11 @@ def cut_adapter(config: Any, stack: str, kept: Sequence[int]) -> dict[str, Any]:
     def follow(name: str) -> str | None:
         """Returns the name after the removal; None if its layer is gone."""
         # With "layers.3." in it, the dots perhaps escaped, or from "3." on, as PEFT shortens many names.
-        found = re.search(rf"(?:(?:^|\.){re.escape(stack)}\\?\.|^)(\d+)(?=\\?\.|$)", name)
-        if found is None:
+        match = re.search(rf"(?:(?:^|\.){re.escape(stack)}\\?\.|^)(\d+)(?=\\?\.|$)", name)
+        if match is None:
             return name
-        layer = int(found[1])
-        return f"{name[: found.start(1)]}{kept.index(layer)}{name[found.end(1) :]}" if layer in kept else None
+        layer = int(match[1])
+        return f"{name[: match.start(1)]}{kept.index(layer)}{name[match.end(1) :]}" if layer in kept else None
 
     changed: dict[str, Any] = {}
     layers = getattr(config, "layers_to_transform", None)
