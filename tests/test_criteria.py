@@ -5,9 +5,10 @@ import torch
 
 from hf_layerprune import LayerPruneError, score_layers
 from hf_layerprune.forward.hooks import captured, hidden
-from hf_layerprune.forward.lm_head import PIECE, Reader, unit_losses
+from hf_layerprune.forward.lm_head import LOGITS_PER_CHUNK, Reader, unit_losses
 from hf_layerprune.forward.token_losses import UNIT
-from hf_layerprune.scoring.criteria import CRITERIA, _tokens
+from hf_layerprune.scoring.criteria import CRITERIA, _count_tokens
+from hf_layerprune.scoring.score import check_criterion_fits
 from hf_layerprune.surgery.removal import without_layers
 
 from .conftest import logits, make_model, tokens
@@ -213,14 +214,14 @@ def test_wrong_choices_are_refused(llama, settings, message):
 
 
 @pytest.mark.parametrize("name", ["gemma2", "cohere", "granite", "gpt2", "bert", "opt", "minicpm3", "gemma3"])
-def test_logits_in_pieces_are_the_models_own(name, monkeypatch):
+def test_logits_is_chunked_are_the_models_own(name, monkeypatch):
     model = tiny_model(name)
     whole = logits(model, tokens()).flatten(0, 1)
-    monkeypatch.setattr("hf_layerprune.forward.lm_head.PIECE", 260 * 20)
+    monkeypatch.setattr("hf_layerprune.forward.lm_head.LOGITS_PER_CHUNK", 260 * 20)
     with torch.no_grad():
         reader = Reader(model, tokens())
         pieces = list(reader.rows(reader.states({"input_ids": tokens()}).flatten(0, 1)))
-        assert reader.in_pieces == (name != "opt")  # whose last hidden states are not those the head reads
+        assert reader.is_chunked == (name != "opt")  # whose last hidden states are not those the head reads
     assert [len(piece) for piece in pieces] == [16, 8]
     torch.testing.assert_close(torch.cat(pieces), whole, rtol=0, atol=1e-5)
     assert "forward" not in vars(model.base_model)
@@ -235,9 +236,9 @@ def test_a_forward_that_was_patched_before_is_patched_after(llama):
     assert llama.base_model.forward is patched
 
 
-def test_pieces_hold_few_logits():
-    """The memory of a piece does not grow with the length of the text."""
-    assert PIECE * 4 <= 128 * 2**20
+def test_chunks_hold_few_logits():
+    """The memory of a chunk does not grow with the length of the text."""
+    assert LOGITS_PER_CHUNK * 4 <= 128 * 2**20
 
 
 def test_losses_of_units_are_float64_sums(llama):
@@ -252,4 +253,29 @@ def test_losses_of_units_are_float64_sums(llama):
     expected = [part.sum().item() for row in losses for part in row.split(UNIT)]
     assert found.tolist() == pytest.approx(expected, rel=1e-5)
     assert found.dtype == torch.float64
-    assert _tokens(batch).tolist() == [UNIT, UNIT, 8, UNIT, 4, 0]
+    assert _count_tokens(batch).tolist() == [UNIT, UNIT, 8, UNIT, 4, 0]
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_the_table_says_what_each_criterion_does(name, llama):
+    kind = CRITERIA[name]
+    settings = {"task": lambda model: logits(model, tokens()).mean().item()} if kind.needs_task else {}
+
+    def works(given=None, **more):
+        try:
+            return score_layers(llama, given or [], name, progress=False, **settings, **more)
+        except LayerPruneError:
+            return None
+
+    table = works(batches())
+    assert (table.quality is not None) == kind.measures_quality
+    assert (works() is None) == (kind.reads_text and not kind.needs_task)
+    assert (works(batches(), racing=0.9) is not None) == kind.leave_one_out
+    assert (works(batches(), teacher=make_model()) is not None) == kind.takes_teacher
+    settings = {} if kind.needs_task else {"task": len}
+    assert works(batches()) is None
+    if kind.needs_next_token:
+        with pytest.raises(LayerPruneError, match="block_influence, angular, hidden_mse or positional, or"):
+            check_criterion_fits(tiny_model("bert").base_model, name)
+    else:
+        check_criterion_fits(tiny_model("bert").base_model, name)

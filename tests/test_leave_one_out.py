@@ -8,10 +8,11 @@ import torch
 from hf_layerprune import LayerPruneError, remove_layers, score_layers
 from hf_layerprune.forward.hooks import replayed
 from hf_layerprune.forward.lm_head import Reader, unit_losses
-from hf_layerprune.scoring.criteria import _tokens
+from hf_layerprune.scoring.criteria import _count_tokens
 from hf_layerprune.scoring.journal import Journal
-from hf_layerprune.scoring.leave_one_out import Measure, Prefixes, Values, _student, leave_out
+from hf_layerprune.scoring.leave_one_out import Metric, PerUnitScores, Prefixes, _student_quantile, leave_out
 from hf_layerprune.scoring.score import _small_enough
+from hf_layerprune.surgery.layer_stack import LayerStack
 from hf_layerprune.surgery.removal import possible_cuts, without_layers
 
 from .conftest import LAYERS, logits, make_model, tokens
@@ -26,16 +27,16 @@ def batches():
 
 def losses(model, given, cuts=None, confidence=None, ticks=None):
     """The leave-one-out losses of every layer."""
-    measure = Measure(
-        _tokens,
+    metric = Metric(
+        _count_tokens,
         lambda reader, batch: (None, unit_losses(reader, batch)),
         lambda reader, batch, reference: unit_losses(reader, batch),
     )
     with torch.no_grad():
         return leave_out(
-            model,
+            LayerStack(model),
             given,
-            measure,
+            metric,
             given[0]["input_ids"][:1],
             cuts or possible_cuts(model, range(LAYERS))[0],
             confidence,
@@ -84,7 +85,7 @@ def test_only_what_comes_after_is_computed(llama):
 def example():
     tokens_of = [10.0, 12.0, 8.0, 10.0]
     whole = [30.0, 40.0, 20.0, 33.0]
-    return Values(tokens_of, whole, {1: [31.0, 41.5, 21.0, 34.0], 2: [36.0, 46.0, 24.0, 39.0]})
+    return PerUnitScores(tokens_of, whole, {1: [31.0, 41.5, 21.0, 34.0], 2: [36.0, 46.0, 24.0, 39.0]})
 
 
 def test_scores_and_errors_of_a_ratio():
@@ -95,7 +96,7 @@ def test_scores_and_errors_of_a_ratio():
     residuals = [r - 4.5 / 40 * t for r, t in zip(rises, values.tokens, strict=True)]
     expected = math.sqrt(sum(r * r for r in residuals) * 4 / 3) / 40
     assert values.error(1) == pytest.approx(expected)
-    assert Values([3.0], [1.0], {0: [2.0]}).error(0) is None
+    assert PerUnitScores([3.0], [1.0], {0: [2.0]}).error(0) is None
 
 
 def test_the_error_is_that_of_repeated_samples():
@@ -105,7 +106,7 @@ def test_the_error_is_that_of_repeated_samples():
     for _ in range(400):
         count = torch.randint(5, 50, (30,), generator=generator).double()
         rise = count * (0.3 + 0.2 * torch.randn(30, generator=generator, dtype=torch.float64))
-        values = Values(count.tolist(), [0.0] * 30, {0: rise.tolist()})
+        values = PerUnitScores(count.tolist(), [0.0] * 30, {0: rise.tolist()})
         scores.append(values.score(0))
         errors.append(values.error(0))
     assert torch.tensor(scores).std().item() == pytest.approx(sum(errors) / len(errors), rel=0.1)
@@ -119,11 +120,11 @@ def test_surely_worse_candidates_are_dropped():
     assert values.possible([1, 2], 0.9999, 1, 5) == [1]
     # Nor need those be told apart that differ by less than their scores are known.
     nearly = [x + y for x, y in zip(values.without[1], [0.001, -0.001, 0.001, -0.001], strict=True)]
-    equal = Values(values.tokens, values.whole, {1: values.without[1], 2: nearly})
+    equal = PerUnitScores(values.tokens, values.whole, {1: values.without[1], 2: nearly})
     assert len(equal.possible([1, 2], 0.99, 1, 5)) == 1
-    unlike = Values(values.tokens, values.whole, {1: values.without[1], 2: values.without[1][::-1]})
+    unlike = PerUnitScores(values.tokens, values.whole, {1: values.without[1], 2: values.without[1][::-1]})
     assert unlike.possible([1, 2], 0.99, 1, many) == [1, 2]
-    assert Values([1.0], [1.0], {1: [1.0], 2: [9.0]}).possible([1, 2], 0.99, 1, many) == [1, 2]
+    assert PerUnitScores([1.0], [1.0], {1: [1.0], 2: [9.0]}).possible([1, 2], 0.99, 1, many) == [1, 2]
 
 
 def test_the_least_important_is_seldom_dropped():
@@ -134,8 +135,8 @@ def test_the_least_important_is_seldom_dropped():
     lost = 0
     for _ in range(500):
         rises = torch.randn(40, 5, generator=generator, dtype=torch.float64) + means
-        full = Values([1.0] * 40, [0.0] * 40, dict(enumerate(rises.T.tolist())))
-        part = Values([1.0] * 12, [0.0] * 12, dict(enumerate(rises[:12].T.tolist())))
+        full = PerUnitScores([1.0] * 40, [0.0] * 40, dict(enumerate(rises.T.tolist())))
+        part = PerUnitScores([1.0] * 12, [0.0] * 12, dict(enumerate(rises[:12].T.tolist())))
         least = min(range(5), key=full.score)
         near = [i for i in range(5) if full.score(i) <= full.score(least) + full.error(least)]
         lost += not set(near) & set(part.possible(range(5), 0.9, 1, 40))
@@ -147,7 +148,7 @@ def test_the_least_important_is_seldom_dropped():
     [(0.975, 5, 2.571), (0.975, 10, 2.228), (0.995, 7, 3.499), (0.999, 15, 3.733), (0.95, 30, 1.697)],
 )
 def test_students_quantiles(probability, degrees, expected):
-    assert _student(probability, degrees) == pytest.approx(expected, rel=0.03)
+    assert _student_quantile(probability, degrees) == pytest.approx(expected, rel=0.03)
 
 
 def many(model):
@@ -185,7 +186,7 @@ def test_the_bar_is_full_in_the_end(llama):
 
 def test_large_batches_are_read_in_parts(llama):
     batch = {"input_ids": tokens(50, 64), "attention_mask": torch.ones(50, 64, dtype=torch.long)}
-    parts = _small_enough(llama, [batch], 1)
+    parts = _small_enough(LayerStack(llama), [batch], 1)
     state = 6 * 64 * 32 * 4  # layers, length, hidden size, bytes
     assert [len(part["input_ids"]) for part in parts] == [
         2**20 // state,
@@ -301,7 +302,9 @@ def test_prefixes_are_of_the_same_parts_when_layers_have_gone(llama):
     """A batch is read in parts of as many rows as fit, which must not be more when fewer layers are left."""
     given, prefixes = [{"input_ids": tokens(48, 32)}], Prefixes()
     settings = {"cache_mb": 1, "progress": False}
-    parts = [len(_small_enough(make_model(num_hidden_layers=count), given, 1)) for count in (6, 5)]
+    parts = [
+        len(_small_enough(LayerStack(make_model(num_hidden_layers=count)), given, 1)) for count in (6, 5)
+    ]
     assert parts[0] > parts[1]  # as a model of that depth would be read
     score_layers(llama, given, prefixes=prefixes, **settings)
     remove_layers(llama, 3)

@@ -476,3 +476,16 @@ def test_one_layer_in_two_places_is_refused():
     model.model.layers[3] = model.model.layers[2]
     with pytest.raises(LayerPruneError, match=r"Layers \[3\] .* are the same modules as earlier layers"):
         remove_layers(model, 1)
+
+
+@pytest.mark.skipif("gemma4_text" not in TYPES, reason="newer than this transformers")
+def test_settings_of_single_layers_follow():
+    """Fails if transformers keeps them in another private attribute."""
+    model = tiny_model("gemma4_text")
+    before = {int(layer): entry for layer, entry in model.config.to_dict()["per_layer_config"].items()}
+    count = len(find_decoder(model).layers)
+    assert before
+    remove_layers(model, [1])
+    kept = [layer for layer in range(count) if layer != 1]
+    after = {int(layer): entry for layer, entry in model.config.to_dict()["per_layer_config"].items()}
+    assert after == {kept.index(layer): entry for layer, entry in before.items() if layer in kept}

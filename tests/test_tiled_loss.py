@@ -76,7 +76,7 @@ def check_against_whole_logits(model):
         one, other = (grads.get(name, torch.zeros(1)) for grads in (found, plain))
         assert (one - other).norm() <= 0.02 * other.norm() + 1e-6, name
     assert sum(gradient.norm() for gradient in plain.values()) > 0
-    return student_reader.in_pieces
+    return student_reader.is_chunked
 
 
 @pytest.fixture

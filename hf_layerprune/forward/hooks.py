@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..errors import LayerPruneError
-from ..surgery.decoder import find_decoder, predicts_next_token
+from ..surgery.decoder import predicts_next_token
+from ..surgery.layer_stack import LayerStack
 from ..surgery.peft import base_of
 
 
@@ -40,12 +41,20 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def captured(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int, tuple[Any, Any]]]:
-    """Within this context a forward pass of `model` fills the dict with each layer's first input, the
-    state `(batch, length, hidden)` before it, and its output as it came (see [`hidden`]).
-    For [`~hf_layerprune.forward.hooks.LAST`] both are the last hidden state."""
+def captured(model: Any, layers: Iterable[int]) -> Iterator[dict[int, tuple[Any, Any]]]:
+    """Within this context a forward pass of `model` fills the dict with the first input and the output of
+    each layer.
+
+    The first input is the hidden state `(batch, length, hidden)`. The output is what the layer returned (see
+    [`hidden`]). For [`~hf_layerprune.forward.hooks.LAST`] both are the last hidden state.
+
+    Args:
+        model (`PreTrainedModel`, `PeftModel` or [`LayerStack`]): the model.
+        layers (iterable of `int`): present indices, or [`~hf_layerprune.forward.hooks.LAST`].
+    """
     states: dict[int, tuple[Any, Any]] = {}
-    stack = find_decoder(base_of(model)).layers
+    stack = LayerStack.of(model)
+    modules = stack.layers
 
     def keep(layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -59,51 +68,61 @@ def captured(model: PreTrainedModel, layers: Iterable[int]) -> Iterator[dict[int
     with ExitStack() as hooks:
         for layer in layers:
             if layer == LAST:
-                handle = base_of(model).base_model.register_forward_hook(keep_last)
+                handle = stack.base.base_model.register_forward_hook(keep_last)
             else:
-                handle = stack[layer].register_forward_hook(keep(layer), with_kwargs=True)
+                handle = modules[layer].register_forward_hook(keep(layer), with_kwargs=True)
             hooks.callback(handle.remove)
         yield states
 
 
 @contextmanager
-def replayed(model: PreTrainedModel, outputs: Sequence[Any]) -> Iterator[None]:
-    """Within this context the first layers compute nothing: they return these outputs again."""
+def replayed(model: Any, outputs: Sequence[Any]) -> Iterator[None]:
+    """Within this context the first layers compute nothing: they return these outputs again.
 
+    Args:
+        model (`PreTrainedModel`, `PeftModel` or [`LayerStack`]): the model.
+        outputs (sequence): what the first layers return.
+    """
     with ExitStack() as patches:
-        for module, output in zip(find_decoder(base_of(model)).layers, outputs, strict=False):
+        for module, output in zip(LayerStack.of(model).layers, outputs, strict=False):
             patches.enter_context(running(module, partial(_give, output)))
         yield
 
 
-def can_replay(model: PreTrainedModel, input_ids: torch.Tensor, deepest: int) -> bool:
-    """Whether layers that only return what they returned before leave the output as it is to the bit,
-    however many of the first `deepest` they are."""
-    with captured(model, range(deepest)) as states:
-        expected = compared_output(model, input_ids)
+def can_replay(model: Any, input_ids: torch.Tensor, deepest: int) -> bool:
+    """Whether the output stays the same to the bit when the first layers only return their earlier outputs.
+
+    Args:
+        model (`PreTrainedModel`, `PeftModel` or [`LayerStack`]): the model.
+        input_ids (`torch.Tensor`): `(batch, length)`, some tokens to try this with.
+        deepest (`int`): up to how many of the first layers are tried.
+    """
+    stack = LayerStack.of(model)
+    with captured(stack, range(deepest)) as states:
+        expected = compared_output(stack.model, input_ids)
     check_all_ran(states, range(deepest))
     outputs = [states[layer][1] for layer in range(deepest)]
     for count in range(1, deepest + 1):
-        with replayed(model, outputs[:count]):
+        with replayed(stack, outputs[:count]):
             try:
-                found = compared_output(model, input_ids)
+                output = compared_output(stack.model, input_ids)
             except Exception:  # a layer missed what an earlier one should have left for it
                 return False
-        if not torch.allclose(found, expected, rtol=0, atol=0, equal_nan=True):
+        if not torch.allclose(output, expected, rtol=0, atol=0, equal_nan=True):
             return False
     return True
 
 
 def hidden(output: Any) -> torch.Tensor:
-    """The hidden state in what a decoder layer returned: itself, or the first of several things."""
+    """Returns the hidden state in the output of a decoder layer: the output, or the first of several."""
     return output[0] if isinstance(output, (tuple, list)) else output
 
 
 def check_all_ran(states: Collection[int], layers: Iterable[int]) -> None:
-    """Check that each of `layers` is in what [`captured`] filled.
+    """Checks that each of `layers` is in the dict of [`captured`].
 
     Raises:
-        LayerPruneError: one is not.
+        LayerPruneError: a layer did not run.
     """
     idle = [layer for layer in layers if layer not in states]
     if idle:
@@ -132,7 +151,7 @@ def running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 def compared_output(model: Any, input_ids: torch.Tensor, forward: Any = None) -> torch.Tensor:
-    """The output of a model for tokens, to compare it with another model's: the logits, or without a
+    """Returns the output of a model for tokens, to compare it with another model's: the logits, or without a
     language-model head all floating-point tensors that the model returns, flattened row by row.
 
     Args:
@@ -145,14 +164,14 @@ def compared_output(model: Any, input_ids: torch.Tensor, forward: Any = None) ->
         return forward(input_ids=input_ids, use_cache=False).logits
     # Row by row: classifiers cannot tell where several rows end without a padding token.
     rows = [forward(input_ids=row, **cache_off(inner)) for row in input_ids.split(1)]
-    return torch.stack([torch.cat([part.flatten() for part in _tensors(row)]) for row in rows])
+    return torch.stack([torch.cat([part.flatten() for part in _floating_tensors(row)]) for row in rows])
 
 
-def _tensors(output: ModelOutput) -> list[torch.Tensor]:
+def _floating_tensors(output: ModelOutput) -> list[torch.Tensor]:
     return [value for value in output.to_tuple() if torch.is_tensor(value) and value.is_floating_point()]
 
 
 def cache_off(module: nn.Module) -> dict[str, Any]:
-    """The argument of a forward pass without a key/value cache; none where the model has no cache."""
+    """Returns the argument of a forward pass without a key/value cache; none if the model has no cache."""
     reads = inspect.signature(type(module).forward).parameters
     return {"use_cache": False} if "use_cache" in reads or predicts_next_token(module) else {}

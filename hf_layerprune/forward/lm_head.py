@@ -1,5 +1,5 @@
-"""Reading text with a model: its last hidden states, and the logits of them piece by piece, so that memory
-does not grow with length times vocabulary."""
+"""Last hidden states of a model, and their logits chunk by chunk, so that memory does not grow with length
+times vocabulary."""
 
 import inspect
 from collections.abc import Iterator
@@ -15,20 +15,21 @@ from ..errors import LayerPruneError
 from ..surgery.decoder import describe_class, is_sharded, predicts_next_token, text_config
 from ..surgery.peft import base_of
 from .hooks import cache_off, running
-from .token_losses import _by_unit, _joined, logit_spread
+from .token_losses import joined, logit_spread, sum_by_unit
 
 
-PIECE = 2**25  # logits made at once
+LOGITS_PER_CHUNK = 2**25  # logits computed at once
 ROWS = 16  # positions whose probabilities a CPU computes at once: so few stay in its cache
 
 
 class Reader:
-    """Reads batches with one model, also while layers are missing from it.
+    """Computes the last hidden states of one model, and the logits of a chunk of them at a time, also while
+    layers are missing from the model.
 
-    Logits are made from last hidden states by the model's own forward, with the part before its head
-    standing still, so that whatever it does to logits (bias, scale, soft cap) is done. Where that does not
-    give the model's logits, they are made at once, and the states are the logits themselves.
-    A model without a language-model head has states only.
+    Logits are computed by the model's own forward. The part before the LM head returns the given states, so
+    that all that the model does to logits (bias, scale, soft cap) is done. Where that does not give the
+    model's logits, all logits are computed at once and take the place of the states. A model without a
+    language-model head has states only.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): a model of text, in eval mode while this is made.
@@ -39,7 +40,7 @@ class Reader:
         self.model, self._inner = model, base_of(model)
         # Sharded weights are whole only within the model's own forward, in which all parts run.
         self.has_logits = predicts_next_token(self._inner)
-        self.in_pieces = (
+        self.is_chunked = (
             self.has_logits
             and not is_sharded(model)
             and "logits_to_keep" in inspect.signature(type(self._inner).forward).parameters
@@ -50,54 +51,54 @@ class Reader:
         input_ids = input_ids[:1, :8]
         if not self.has_logits:
             self._check_text_alone(input_ids)
-        if not self.in_pieces:
+        if not self.is_chunked:
             return
         whole = model(input_ids=input_ids, use_cache=False).logits
         try:
-            pieces = self.head(self.states({"input_ids": input_ids})[0])[None]
+            chunked = self.head(self.states({"input_ids": input_ids})[0])[None]
         except Exception:  # a model that is put together in another way
-            self.in_pieces = False
+            self.is_chunked = False
         else:
             scale = logit_spread(whole)
             # In float32: under mixed precision accelerate makes only the whole model's logits so.
-            self.in_pieces &= pieces.shape == whole.shape and torch.allclose(
-                pieces.float(), whole.float(), rtol=0, atol=0.05 * scale, equal_nan=True
+            self.is_chunked &= chunked.shape == whole.shape and torch.allclose(
+                chunked.float(), whole.float(), rtol=0, atol=0.05 * scale, equal_nan=True
             )
 
     def states(self, batch: Batch, model: nn.Module | None = None) -> torch.Tensor:
-        """The states `(batch, length, hidden)` that the output head reads, or all logits.
+        """Returns the states `(batch, length, hidden)` that the LM head reads, or all logits.
 
         Args:
             batch (`dict`): `input_ids` `(batch, length)` and what else the model reads.
-            model (`nn.Module`, *optional*): what wraps the reader's own, as for training on many devices.
+            model (`nn.Module`, *optional*): what wraps the model, as for training on many devices.
         """
         inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
         if not self.has_logits:
             return self._body_states(inputs)
         inputs["use_cache"] = False
         model = model or self.model
-        if not self.in_pieces:
+        if not self.is_chunked:
             return model(**inputs).logits
-        found = []
-        handle = self._body.register_forward_hook(lambda module, args, output: found.append(output))
+        outputs = []
+        handle = self._body.register_forward_hook(lambda module, args, output: outputs.append(output))
         try:
             # Through the model's own forward, as accelerate puts the precision of training there.
             model(**inputs, logits_to_keep=batch["input_ids"].new_empty(0))
         finally:
             handle.remove()
-        return found[0].last_hidden_state
+        return outputs[0].last_hidden_state
 
     def _body_states(self, inputs: dict[str, Any]) -> torch.Tensor:
-        """The last hidden states of a model without a language-model head. Its own head is not run."""
+        """Returns the last hidden states of a model without a language-model head. Its head is not run."""
         # Sharded weights are whole only within the model's own forward.
         runs = self._inner if is_sharded(self.model) else self._body
-        found = []
-        handle = self._body.register_forward_hook(lambda module, args, output: found.append(output))
+        outputs = []
+        handle = self._body.register_forward_hook(lambda module, args, output: outputs.append(output))
         try:
             runs(**inputs, **cache_off(runs))
         finally:
             handle.remove()
-        return found[0].last_hidden_state
+        return outputs[0].last_hidden_state
 
     def _check_text_alone(self, input_ids: torch.Tensor) -> None:
         try:
@@ -109,8 +110,8 @@ class Reader:
             ) from error
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
-        """The logits `(positions, vocabulary)` of states `(positions, hidden)`."""
-        if not self.in_pieces:
+        """Returns the logits `(positions, vocabulary)` of states `(positions, hidden)`."""
+        if not self.is_chunked:
             return states
         ids = torch.zeros((1, len(states)), dtype=torch.long, device=states.device)
         output = _StandingStill(states[None])
@@ -118,8 +119,8 @@ class Reader:
             return self._inner(input_ids=ids, use_cache=False).logits[0]
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """The parameters that are trained and that [`Reader.head`] reads."""
-        if not self.in_pieces:
+        """Returns the trained parameters that [`Reader.head`] reads."""
+        if not self.is_chunked:
             return []
         others = {id(parameter) for parameter in self._body.parameters()}
         others -= {id(parameter) for parameter in self._inner.get_output_embeddings().parameters()}
@@ -128,10 +129,10 @@ class Reader:
 
     @contextmanager
     def cast_once(self) -> Iterator[None]:
-        """Within this context autocast casts the weight of a plain output head once, not in each call of
+        """Within this context autocast casts the weight of a plain LM head once, not in each call of
         [`Reader.head`]. Gradients are then those of its [`Reader.stand_in`]."""
         module: Any = self._inner.get_output_embeddings()
-        if not self.in_pieces or type(module) is not nn.Linear:
+        if not self.is_chunked or type(module) is not nn.Linear:
             yield
             return
         weight: Any = module.weight
@@ -140,33 +141,39 @@ class Reader:
         def swap(*args: Any) -> None:
             if module.weight is weight and weight.is_floating_point() and torch.is_autocast_enabled(device):
                 cast = weight.detach().to(torch.get_autocast_dtype(device))
-                module._parameters["weight"] = nn.Parameter(cast, weight.requires_grad)
+                module.weight = nn.Parameter(cast, weight.requires_grad)
 
         handle, self._cast = module.register_forward_pre_hook(swap), (weight, module)
         try:
             yield
         finally:
             handle.remove()
-            module._parameters["weight"], self._cast = weight, None
+            module.weight, self._cast = weight, None
 
     def stand_in(self, parameter: nn.Parameter) -> nn.Parameter:
-        """What is used in place of a parameter within [`Reader.cast_once`]."""
+        """Returns the parameter that takes the place of a parameter within [`Reader.cast_once`]."""
         if self._cast is not None and parameter is self._cast[0]:
             return self._cast[1].weight
         return parameter
 
     def rows(self, states: torch.Tensor) -> Iterator[torch.Tensor]:
-        """The logits of states `(positions, hidden)`, [`Reader.rows_at_once`] positions at a time, a piece of
-        them made at once."""
-        step = ROWS * max(1, PIECE // self.vocabulary // ROWS)
-        for piece in states.split(step) if self.in_pieces else [states]:
-            yield from self.head(piece).split(self.rows_at_once)
+        """Yields the logits of states `(positions, hidden)`, [`Reader.rows_at_once`] positions at a time.
+
+        Those of a chunk are computed at once.
+        """
+        for chunk in states.split(self._chunk_size) if self.is_chunked else [states]:
+            yield from self.head(chunk).split(self.rows_at_once)
 
     @property
     def rows_at_once(self) -> int:
-        """Of how many positions [`Reader.rows`] gives the logits at once: on a CPU as many as stay in its
-        cache, elsewhere, where each call has its price, a whole piece."""
-        return ROWS if self.model.device.type == "cpu" else ROWS * max(1, PIECE // self.vocabulary // ROWS)
+        """For how many positions [`Reader.rows`] yields the logits at once: on a CPU as many as stay in its
+        cache, elsewhere, where each call has its price, a whole chunk."""
+        return ROWS if self.model.device.type == "cpu" else self._chunk_size
+
+    @property
+    def _chunk_size(self) -> int:
+        """The number of positions in a chunk."""
+        return ROWS * max(1, LOGITS_PER_CHUNK // self.vocabulary // ROWS)
 
 
 def balances_routers(model: Any) -> bool:
@@ -183,16 +190,16 @@ def router_losses(model: Any) -> Iterator[list[tuple[float, torch.Tensor]]]:
         LayerPruneError: the weight is under no name that is known.
     """
     inner: Any = base_of(model)
-    found: list[tuple[float, torch.Tensor]] = []
+    losses: list[tuple[float, torch.Tensor]] = []
 
     def keep(module: nn.Module, args: tuple, output: Any) -> None:
         value = getattr(output, "aux_loss", None)
         if torch.is_tensor(value):
-            found.append((_router_weight(inner), value))
+            losses.append((_router_weight(inner), value))
 
     handle = inner.register_forward_hook(keep) if balances_routers(inner) else None
     try:
-        yield found
+        yield losses
     finally:
         if handle is not None:
             handle.remove()
@@ -210,7 +217,7 @@ def _router_weight(model: Any) -> float:
 
 
 class _StandingStill:
-    """What the part before the head would return: its states, and nothing else."""
+    """The output of the part before the LM head: its states, and nothing else."""
 
     def __init__(self, states: torch.Tensor) -> None:
         self.last_hidden_state = states
@@ -222,14 +229,14 @@ class _StandingStill:
         return None
 
 
-def unit_losses(reader: Reader, batch: Batch) -> torch.Tensor:
-    """The next-token loss of each [`UNIT`] of the batch, in nats, `(units,)`, float64."""
+def unit_losses(lm_head: Reader, batch: Batch) -> torch.Tensor:
+    """Returns the next-token loss of each [`UNIT`] of the batch, in nats, `(units,)`, float64."""
     mask, tokens = targets_of(batch)
-    logits = reader.rows(reader.states(batch)[:, :-1][mask])
-    targets = tokens[:, 1:][mask].split(reader.rows_at_once)
-    # Of no positions there is one empty part of targets, and none of logits.
-    found = [
-        F.cross_entropy(few.float(), said.long(), reduction="none").double()
-        for few, said in zip(logits, targets, strict=bool(len(targets[0])))
+    logits = lm_head.rows(lm_head.states(batch)[:, :-1][mask])
+    targets = tokens[:, 1:][mask].split(lm_head.rows_at_once)
+    # Without positions there is one empty part of targets, and none of logits.
+    losses = [
+        F.cross_entropy(rows.float(), tokens_after.long(), reduction="none").double()
+        for rows, tokens_after in zip(logits, targets, strict=bool(len(targets[0])))
     ]
-    return _by_unit(mask, _joined(found, mask))
+    return sum_by_unit(mask, joined(losses, mask))

@@ -13,15 +13,16 @@ HIDDEN_ERRORS = ("mse", "normalized_mse", "cosine")
 MASKED = -1e30
 
 
-def _by_unit(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """The sum over each unit of the values at the positions in `mask` `(batch, places)`."""
+def sum_by_unit(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Returns the sum over each unit of the values at the positions in `mask` `(batch, places)`."""
     units = -(-mask.shape[1] // UNIT)
     row, place = mask.nonzero(as_tuple=True)
     sums = torch.zeros(len(mask) * units, dtype=torch.float64, device=mask.device)
     return sums.index_add_(0, row * units + place // UNIT, values)
 
 
-def _joined(parts: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+def joined(parts: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+    """Returns the values of all parts; there may be none."""
     return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=mask.device)
 
 
@@ -44,7 +45,7 @@ def scaled_logits(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tenso
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in nats, summed over positions.
+    """Returns the cross-entropy in nats, summed over positions.
 
     Args:
         logits (`torch.Tensor`): `(positions, vocabulary)`.

@@ -1,6 +1,6 @@
-"""How much a decoder layer matters, or a run of layers: one function for each published criterion.
+"""How much a decoder layer matters, or a block of layers: a table with a function for each criterion.
 
-Each takes a [`Request`] and returns what it [`Found`]: higher matters more.
+Each function takes a [`ScoringContext`] and returns a [`CriterionResult`]: higher matters more.
 """
 
 import math
@@ -20,10 +20,11 @@ from ..evaluation.evaluate import Task
 from ..evaluation.multiple_choice import Choices, MultipleChoice, right_answers
 from ..forward.hooks import captured, check_all_ran, hidden
 from ..forward.lm_head import Reader, unit_losses
-from ..forward.token_losses import _by_unit, _joined, cross_entropy, scaled_logits
-from ..surgery.decoder import find_decoder, predicts_next_token, text_config
+from ..forward.token_losses import cross_entropy, joined, scaled_logits, sum_by_unit
+from ..surgery.decoder import predicts_next_token, text_config
+from ..surgery.layer_stack import LayerStack
 from .journal import Journal
-from .leave_one_out import Cuts, Measure, Prefixes, Values, leave_out
+from .leave_one_out import Cuts, Metric, PerUnitScores, Prefixes, leave_out
 
 
 # Orders in which layers go by their place alone (LayerChop, 2305.14864, section 3, and 2411.15558).
@@ -36,16 +37,16 @@ PATTERNS: dict[str, Callable[[float, int], float]] = {
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a criterion is to look at.
+class ScoringContext:
+    """What a criterion scores, and with what.
 
     Args:
-        model (`PreTrainedModel`): in eval mode, without gradients.
+        stack ([`LayerStack`]): the layers of a model in eval mode, without gradients.
         batches (sequence of dict): calibration, each `input_ids` `(batch, length)` and so on.
-        cuts (`Mapping`): for each candidate, by its first layer, the context in which the model lacks it.
-        run (`int`): how many layers a candidate is.
+        cuts (`Mapping`): the context without each candidate, by its first layer.
+        block (`int`): how many layers a candidate is.
         bar (`tqdm`): moves on by 1 after each candidate and batch.
-        journal ([`Journal`]): where results go that need not be computed again.
+        journal ([`Journal`]): keeps results, so that stopped work can go on.
         racing (`float` or `None`): the confidence with which candidates may be dropped early.
         tasks (sequence of `Callable`): for `task`.
         teacher (`PreTrainedModel` or `None`): for `kl`, the model to compare with; None for the model itself.
@@ -54,10 +55,10 @@ class Request:
         prefixes ([`Prefixes`] or `None`): of an earlier round, for leave-one-out.
     """
 
-    model: PreTrainedModel
+    stack: LayerStack
     batches: Sequence[Batch]
     cuts: Cuts
-    run: int
+    block: int
     bar: tqdm
     journal: Journal
     racing: float | None = None
@@ -67,10 +68,15 @@ class Request:
     seed: int = 0
     prefixes: Prefixes | None = None
 
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model whose layers are scored."""
+        return self.stack.base
+
 
 @dataclass(frozen=True)
-class Found:
-    """What a criterion found.
+class CriterionResult:
+    """The scores by one criterion.
 
     Args:
         scores (`dict[int, float]`): for each candidate, by its first layer; higher matters more.
@@ -85,19 +91,50 @@ class Found:
     seen: dict[int, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, values: Values, quality: bool = False) -> "Found":
-        """The scores of what was measured unit by unit."""
-        errors = {layer: values.error(layer) for layer in values.without}
+    def of(cls, per_unit: PerUnitScores, quality: bool = False) -> "CriterionResult":
+        """Returns the means over all units."""
+        errors = {layer: per_unit.error(layer) for layer in per_unit.without}
         return cls(
-            scores={layer: values.score(layer) for layer in values.without},
-            quality=values.quality() if quality else None,
+            scores={layer: per_unit.score(layer) for layer in per_unit.without},
+            quality=per_unit.quality() if quality else None,
             errors={layer: error for layer, error in errors.items() if error is not None},
-            seen={layer: len(sums) for layer, sums in values.without.items()},
+            seen={layer: len(sums) for layer, sums in per_unit.without.items()},
         )
 
 
-def block_influence(request: Request) -> Found:
-    """Block Influence (ShortGPT, 2403.03853, equation 1): `1 - E[cos(x_i, x_{i+n})]` over tokens, for a run
+@dataclass(frozen=True)
+class Criterion:
+    """One way to score layers.
+
+    Args:
+        score (`Callable`): scores all candidates.
+        unit (`str`): the unit of the scores, for the axis of a plot.
+        reads_text (`bool`): whether calibration text is read. A task reads its own, or the calibration text.
+        leave_one_out (`bool`): whether the model is run without each candidate. Racing and the cache of
+            prefixes are for these.
+        needs_next_token (`bool`): whether the model must be a causal language model.
+        takes_teacher (`bool`): whether a teacher can be compared with.
+        needs_task (`bool`): whether a task must be given.
+        measures_quality (`bool`): whether scores are falls of a quality of the model that is measured, too.
+    """
+
+    score: Callable[[ScoringContext], CriterionResult]
+    unit: str
+    reads_text: bool = True
+    leave_one_out: bool = False
+    needs_next_token: bool = False
+    takes_teacher: bool = False
+    needs_task: bool = False
+    measures_quality: bool = False
+
+    @property
+    def score_is_cost(self) -> bool:
+        """Whether a score says how much worse the model becomes by the removal."""
+        return self.leave_one_out or self.needs_task
+
+
+def block_influence(context: ScoringContext) -> CriterionResult:
+    """Block Influence (ShortGPT, 2403.03853, equation 1): `1 - E[cos(x_i, x_{i+n})]` over tokens, for a block
     of n layers as in LLM-Streamline (2403.19135, section 3.1).
 
     The states are the raw ones before and after the layers, also at the end of the stack. One forward pass
@@ -109,10 +146,10 @@ def block_influence(request: Request) -> Found:
         cosine = cosine.flatten(2).mean(-1) if cosine.dim() > 2 else cosine
         return torch.where(real, 1 - cosine, 0.0).sum(1)
 
-    return _between(request, distance, lambda real: real.sum(1))
+    return _compare_states(context, distance, lambda real: real.sum(1))
 
 
-def angular(request: Request) -> Found:
+def angular(context: ScoringContext) -> CriterionResult:
     """Angular distance of the last token (Gromov et al., 2403.17887, equation 8): `arccos(cos(x_l, x_{l+n}))
     / pi`, mean over sequences. One forward pass scores all candidates."""
 
@@ -125,78 +162,78 @@ def angular(request: Request) -> Found:
         angles = cosine.clamp(-1, 1).arccos() / torch.pi
         return torch.where(last >= 0, angles, 0.0)
 
-    return _between(request, distance, lambda real: real.any(1))
+    return _compare_states(context, distance, lambda real: real.any(1))
 
 
-def loss(request: Request) -> Found:
+def loss(context: ScoringContext) -> CriterionResult:
     """Rise of the language-model loss (nats per token) without the layers (SLEB, 2402.09025; Shortened
     LLaMA, 2402.02834). The quality is minus the loss."""
 
-    def refer(reader: Reader, batch: Batch) -> tuple[Any, torch.Tensor]:
-        return None, unit_losses(reader, batch)
+    def refer(lm_head: Reader, batch: Batch) -> tuple[Any, torch.Tensor]:
+        return None, unit_losses(lm_head, batch)
 
-    def compare(reader: Reader, batch: Batch, reference: Any) -> torch.Tensor:
-        return unit_losses(reader, batch)
+    def compare(lm_head: Reader, batch: Batch, reference: Any) -> torch.Tensor:
+        return unit_losses(lm_head, batch)
 
-    return Found.of(_read(request, refer, compare), quality=True)
+    return CriterionResult.of(_read_without_each(context, refer, compare), quality=True)
 
 
-def kl(request: Request) -> Found:
+def kl(context: ScoringContext) -> CriterionResult:
     """KL divergence (nats per token) of the output without the layers from that of the teacher, or of the
     model as it is. With a teacher, its rise; the quality is then minus the divergence of the model."""
     teacher = None
-    if request.teacher is not None:
-        sizes = [text_config(model.config).vocab_size for model in (request.model, request.teacher)]
+    if context.teacher is not None:
+        sizes = [text_config(model.config).vocab_size for model in (context.model, context.teacher)]
         if sizes[0] != sizes[1]:
             raise LayerPruneError(f"Model and teacher have vocabularies of {sizes[0]} and {sizes[1]} tokens.")
-        teacher = Reader(request.teacher, request.batches[0]["input_ids"])
+        teacher = Reader(context.teacher, context.batches[0]["input_ids"])
 
-    def refer(reader: Reader, batch: Batch) -> tuple[Any, torch.Tensor]:
-        reference = (teacher or reader).states(batch)
+    def refer(lm_head: Reader, batch: Batch) -> tuple[Any, torch.Tensor]:
+        reference = (teacher or lm_head).states(batch)
         if teacher is None:
-            return reference, torch.zeros_like(_tokens(batch), dtype=torch.float64)
-        return reference, compare(reader, batch, reference)
+            return reference, torch.zeros_like(_count_tokens(batch), dtype=torch.float64)
+        return reference, compare(lm_head, batch, reference)
 
-    def compare(reader: Reader, batch: Batch, reference: Any) -> torch.Tensor:
+    def compare(lm_head: Reader, batch: Batch, reference: Any) -> torch.Tensor:
         mask, _ = targets_of(batch)
-        own = reader.rows(reader.states(batch)[:, :-1][mask])
-        theirs = (teacher or reader).rows(reference[:, :-1][mask])
-        found = [_divergence(a, b) for a, b in zip(own, theirs, strict=True)]
-        return _by_unit(mask, _joined(found, mask))
+        own = lm_head.rows(lm_head.states(batch)[:, :-1][mask])
+        theirs = (teacher or lm_head).rows(reference[:, :-1][mask])
+        divergences = [_kl_at_positions(a, b) for a, b in zip(own, theirs, strict=True)]
+        return sum_by_unit(mask, joined(divergences, mask))
 
-    return Found.of(_read(request, refer, compare), quality=teacher is not None)
+    return CriterionResult.of(_read_without_each(context, refer, compare), quality=teacher is not None)
 
 
-def hidden_mse(request: Request) -> Found:
+def hidden_mse(context: ScoringContext) -> CriterionResult:
     """Squared error of the last hidden state without the layers, relative to its own square (so that models
     compare), mean over tokens."""
 
-    places = _predicting if predicts_next_token(request.model) else _real
+    places = _predicting_positions if predicts_next_token(context.model) else _without_padding
 
     def tokens(batch: Batch) -> torch.Tensor:
         mask = places(batch)
-        return _by_unit(mask, torch.ones(int(mask.sum()), dtype=torch.float64, device=mask.device))
+        return sum_by_unit(mask, torch.ones(int(mask.sum()), dtype=torch.float64, device=mask.device))
 
-    def refer(reader: Reader, batch: Batch) -> tuple[Any, torch.Tensor]:
-        return reader.states(batch), torch.zeros_like(tokens(batch), dtype=torch.float64)
+    def refer(lm_head: Reader, batch: Batch) -> tuple[Any, torch.Tensor]:
+        return lm_head.states(batch), torch.zeros_like(tokens(batch), dtype=torch.float64)
 
-    def compare(reader: Reader, batch: Batch, reference: Any) -> torch.Tensor:
+    def compare(lm_head: Reader, batch: Batch, reference: Any) -> torch.Tensor:
         mask = places(batch)
         length = mask.shape[1]
         own = reference[:, :length][mask].float()
-        error = (reader.states(batch)[:, :length][mask].float() - own).square().sum(-1)
-        return _by_unit(mask, (error / own.square().sum(-1)).double())
+        error = (lm_head.states(batch)[:, :length][mask].float() - own).square().sum(-1)
+        return sum_by_unit(mask, (error / own.square().sum(-1)).double())
 
-    example = request.batches[0]["input_ids"][:1]
-    return Found.of(_leave_out(request, request.batches, Measure(tokens, refer, compare), example))
+    example = context.batches[0]["input_ids"][:1]
+    return CriterionResult.of(_leave_out(context, context.batches, Metric(tokens, refer, compare), example))
 
 
-def taylor(request: Request) -> Found:
+def taylor(context: ScoringContext) -> CriterionResult:
     """First-order estimate of the change of the loss without the layers' weights: the sum of `|gradient x
     weight|` over them, the gradient that of the mean loss (Shortened LLaMA, 2402.02834, section 3.1)."""
-    model, stack = request.model, find_decoder(request.model).layers
-    wanted = {i for layer in request.cuts for i in range(layer, layer + request.run)}
-    parameters = {i: list(stack[i].parameters()) for i in sorted(wanted)}
+    model, layers = context.model, context.stack.layers
+    wanted = {i for layer in context.cuts for i in range(layer, layer + context.block)}
+    parameters = {i: list(layers[i].parameters()) for i in sorted(wanted)}
     flat = [parameter for layer in parameters.values() for parameter in layer]
     flags = [parameter.requires_grad for parameter in model.parameters()]
     gradients = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in flat]
@@ -206,19 +243,19 @@ def taylor(request: Request) -> Found:
             parameter.requires_grad_(False)
         for parameter in flat:
             parameter.requires_grad_(True)
-        for batch in request.batches:
+        for batch in context.batches:
             with torch.enable_grad():
                 mask, targets = targets_of(batch)
                 inputs = {name: value for name, value in batch.items() if name != "labels"}
                 logits = model(**inputs, use_cache=False).logits
                 total = cross_entropy(logits[:, :-1][mask], targets[:, 1:][mask])
             tokens += int(mask.sum())
-            found = torch.autograd.grad(total, flat, allow_unused=True)
-            for gradient, more in zip(gradients, found, strict=True):
-                if more is not None:
-                    gradient += more
-            for _ in request.cuts:
-                request.bar.update()
+            batch_gradients = torch.autograd.grad(total, flat, allow_unused=True)
+            for gradient, batch_gradient in zip(gradients, batch_gradients, strict=True):
+                if batch_gradient is not None:
+                    gradient += batch_gradient
+            for _ in context.cuts:
+                context.bar.update()
     finally:
         for parameter, flag in zip(model.parameters(), flags, strict=True):
             parameter.requires_grad_(flag)
@@ -228,149 +265,178 @@ def taylor(request: Request) -> Found:
         (g / tokens * p.detach()).abs().double().sum().item() for g, p in zip(gradients, flat, strict=True)
     )
     by_layer = {i: sum(next(importance) for _ in layer) for i, layer in parameters.items()}
-    return Found({layer: sum(by_layer[layer + i] for i in range(request.run)) for layer in request.cuts})
+    return CriterionResult(
+        {layer: sum(by_layer[layer + i] for i in range(context.block)) for layer in context.cuts}
+    )
 
 
-def task(request: Request) -> Found:
+def task(context: ScoringContext) -> CriterionResult:
     """Fall of a task's score, or of the mean over several, without the layers (Iterative Layer-wise
     Distillation, 2511.05085, section 3). The quality is the score itself.
 
     A layer without which the score is not a number is infinitely important.
     """
-    choices = [one for one in request.tasks if isinstance(one, MultipleChoice)]
-    if len(choices) == len(request.tasks):
-        return _answers(request, choices)
+    choices = [one for one in context.tasks if isinstance(one, MultipleChoice)]
+    if len(choices) == len(context.tasks):
+        return _score_answers(context, choices)
 
     def score() -> float:
-        return sum(_number(one(request.model)) for one in request.tasks) / len(request.tasks)
+        return sum(_as_number(one(context.model)) for one in context.tasks) / len(context.tasks)
 
-    quality = request.journal.once(score)
+    quality = context.journal.once(score)
     if not math.isfinite(quality):
         raise LayerPruneError(f"The task's score of the whole model is {quality}: not a finite number.")
     scores = {}
-    for layer, cut in request.cuts.items():
+    for layer, cut in context.cuts.items():
         with cut:
-            scores[layer] = quality - request.journal.once(score)
-        request.bar.update()
-    return Found({layer: fall for layer, fall in scores.items() if math.isfinite(fall)}, quality)
+            scores[layer] = quality - context.journal.once(score)
+        context.bar.update()
+    return CriterionResult({layer: fall for layer, fall in scores.items() if math.isfinite(fall)}, quality)
 
 
-def _answers(request: Request, tasks: Sequence[MultipleChoice]) -> Found:
-    """The fall of the mean share of right answers: with standard errors over questions, and with racing."""
+def _score_answers(context: ScoringContext, tasks: Sequence[MultipleChoice]) -> CriterionResult:
+    """Scores by the share of right answers, with standard errors over questions, and with racing."""
     batches = []
-    for one in tasks:
-        reader = Reader(request.model, one.example(request.model))
-        batches += [(batch, 1 / len(one)) for batch in one.batches(reader)]
+    for questions in tasks:
+        lm_head = Reader(context.model, questions.example(context.model))
+        batches += [(batch, 1 / len(questions)) for batch in questions.batches(lm_head)]
     random.Random(0).shuffle(batches)
-    request.bar.reset(len(batches) * len(request.cuts))
+    context.bar.reset(len(batches) * len(context.cuts))
 
     def tokens(batch: tuple[Choices, float]) -> torch.Tensor:
         return torch.full((len(batch[0].answers),), batch[1], dtype=torch.float64)
 
-    def refer(reader: Reader, batch: tuple[Choices, float]) -> tuple[Any, torch.Tensor]:
-        return None, -right_answers(reader, batch[0]) * batch[1]
+    def refer(lm_head: Reader, batch: tuple[Choices, float]) -> tuple[Any, torch.Tensor]:
+        return None, -right_answers(lm_head, batch[0]) * batch[1]
 
-    def compare(reader: Reader, batch: tuple[Choices, float], reference: Any) -> torch.Tensor:
-        return -right_answers(reader, batch[0]) * batch[1]
+    def compare(lm_head: Reader, batch: tuple[Choices, float], reference: Any) -> torch.Tensor:
+        return -right_answers(lm_head, batch[0]) * batch[1]
 
-    example = tasks[0].example(request.model)
-    return Found.of(_leave_out(request, batches, Measure(tokens, refer, compare), example), quality=True)
+    example = tasks[0].example(context.model)
+    return CriterionResult.of(
+        _leave_out(context, batches, Metric(tokens, refer, compare), example), quality=True
+    )
 
 
-def positional(request: Request) -> Found:
+def positional(context: ScoringContext) -> CriterionResult:
     """A layer's place alone: by one of LayerChop's patterns (2305.14864, section 3), the deepest first
     (2411.15558), or at random."""
-    count = len(find_decoder(request.model).layers)
-    if request.pattern == "random":
-        generator = torch.Generator().manual_seed(request.seed)
+    count = len(context.stack)
+    if context.pattern == "random":
+        generator = torch.Generator().manual_seed(context.seed)
         order = torch.rand(count, generator=generator, dtype=torch.float64).tolist()
-        return Found({layer: order[layer] for layer in request.cuts})
-    middle = (request.run - 1) / 2
-    place = PATTERNS[request.pattern]
-    return Found({layer: float(place(layer + middle, count)) for layer in request.cuts})
+        return CriterionResult({layer: order[layer] for layer in context.cuts})
+    middle = (context.block - 1) / 2
+    place = PATTERNS[context.pattern]
+    return CriterionResult({layer: float(place(layer + middle, count)) for layer in context.cuts})
 
 
-CRITERIA: dict[str, Callable[[Request], Found]] = {
-    "block_influence": block_influence,
-    "angular": angular,
-    "loss": loss,
-    "kl": kl,
-    "hidden_mse": hidden_mse,
-    "taylor": taylor,
-    "task": task,
-    "positional": positional,
+CRITERIA: dict[str, Criterion] = {
+    "block_influence": Criterion(block_influence, "Block Influence"),
+    "angular": Criterion(angular, "angular distance of the last token\n(parts of pi)"),
+    "loss": Criterion(
+        loss,
+        "rise of the loss without it\n(nats per token)",
+        leave_one_out=True,
+        needs_next_token=True,
+        measures_quality=True,
+    ),
+    "kl": Criterion(
+        kl,
+        "KL divergence without it\n(nats per token)",
+        leave_one_out=True,
+        needs_next_token=True,
+        takes_teacher=True,
+    ),
+    "hidden_mse": Criterion(hidden_mse, "relative error of the last state\nwithout it", leave_one_out=True),
+    "taylor": Criterion(taylor, "sum of |gradient x weight|", needs_next_token=True),
+    "task": Criterion(task, "fall of the task's score without it", needs_task=True, measures_quality=True),
+    "positional": Criterion(positional, "place", reads_text=False),
 }
 
 
-def _divergence(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """KL divergence at each position, `(positions,)`, float64."""
+def find_criterion(name: str) -> Criterion:
+    """Returns the criterion of this name.
+
+    Raises:
+        LayerPruneError: there is none.
+    """
+    if name not in CRITERIA:
+        raise LayerPruneError(f"Unknown criterion {name!r}: choose from {', '.join(CRITERIA)}.")
+    return CRITERIA[name]
+
+
+def _kl_at_positions(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Returns the KL divergence at each position, `(positions,)`, float64."""
     own, theirs = (scaled_logits(one).log_softmax(-1) for one in (logits, expected))
     return F.kl_div(own, theirs, reduction="none", log_target=True).sum(-1).double()
 
 
-def _tokens(batch: Batch) -> torch.Tensor:
-    """How many tokens of each unit count, `(units,)`."""
+def _count_tokens(batch: Batch) -> torch.Tensor:
+    """Returns how many tokens of each unit count, `(units,)`."""
     mask, _ = targets_of(batch)
-    return _by_unit(mask, torch.ones(int(mask.sum()), dtype=torch.float64, device=mask.device))
+    return sum_by_unit(mask, torch.ones(int(mask.sum()), dtype=torch.float64, device=mask.device))
 
 
-def _predicting(batch: Batch) -> torch.Tensor:
-    """The positions `(batch, length - 1)` that predict a token that counts."""
+def _predicting_positions(batch: Batch) -> torch.Tensor:
+    """Returns the positions `(batch, length - 1)` that predict a token that counts."""
     return targets_of(batch)[0]
 
 
-def _real(batch: Batch) -> torch.Tensor:
-    """The positions `(batch, length)` that are no padding."""
+def _without_padding(batch: Batch) -> torch.Tensor:
+    """Returns the positions `(batch, length)` that are no padding."""
     return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
 
 
-def _read(request: Request, refer: Any, compare: Any) -> Values:
-    """Leave out each candidate in reading the calibration text."""
-    example = request.batches[0]["input_ids"][:1]
-    return _leave_out(request, request.batches, Measure(_tokens, refer, compare), example)
+def _read_without_each(context: ScoringContext, refer: Any, compare: Any) -> PerUnitScores:
+    """Reads the calibration text without each candidate."""
+    example = context.batches[0]["input_ids"][:1]
+    return _leave_out(context, context.batches, Metric(_count_tokens, refer, compare), example)
 
 
-def _leave_out(request: Request, batches: Sequence[Any], measure: Measure, example: torch.Tensor) -> Values:
+def _leave_out(
+    context: ScoringContext, batches: Sequence[Any], metric: Metric, example: torch.Tensor
+) -> PerUnitScores:
     return leave_out(
-        request.model,
+        context.stack,
         batches,
-        measure,
+        metric,
         example,
-        request.cuts,
-        request.racing,
-        request.bar.update,
-        request.journal,
-        request.prefixes,
+        context.cuts,
+        context.racing,
+        context.bar.update,
+        context.journal,
+        context.prefixes,
     )
 
 
-def _between(
-    request: Request,
+def _compare_states(
+    context: ScoringContext,
     distance: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     tokens: Callable[[torch.Tensor], torch.Tensor],
-) -> Found:
-    """Compare the raw states before and after each candidate, in one forward pass for all."""
-    values = Values(without={layer: [] for layer in request.cuts})
-    ends = {end for layer in request.cuts for end in (layer, layer + request.run - 1)}
-    reader = Reader(request.model, request.batches[0]["input_ids"])
-    for batch in request.batches:
-        with captured(request.model, ends) as states:
-            reader.states(batch)
+) -> CriterionResult:
+    """Compares the raw states before and after each candidate, in one forward pass for all."""
+    per_unit = PerUnitScores(without={layer: [] for layer in context.cuts})
+    ends = {end for layer in context.cuts for end in (layer, layer + context.block - 1)}
+    lm_head = Reader(context.model, context.batches[0]["input_ids"])
+    for batch in context.batches:
+        with captured(context.stack, ends) as states:
+            lm_head.states(batch)
         check_all_ran(states, ends)
-        real = _real(batch)
+        real = _without_padding(batch)
         counts = tokens(real).double().tolist()
-        values.tokens += counts
-        values.whole += [0.0] * len(counts)
-        for layer, sums in values.without.items():
-            before = _states(states[layer][0], real)
-            after = _states(hidden(states[layer + request.run - 1][1]), real)
+        per_unit.tokens += counts
+        per_unit.whole += [0.0] * len(counts)
+        for layer, sums in per_unit.without.items():
+            before = _by_position(states[layer][0], real)
+            after = _by_position(hidden(states[layer + context.block - 1][1]), real)
             sums += distance(before, after, real).double().tolist()
-            request.bar.update()
-    return Found.of(values)
+            context.bar.update()
+    return CriterionResult.of(per_unit)
 
 
-def _states(state: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """States as `(batch, length, ...)`, where a layer may pass on several streams of them."""
+def _by_position(state: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Returns states as `(batch, length, ...)`. A layer may pass on several streams of them."""
     if state.dim() == 4 and state.shape[1:3] == real.shape:  # Gemma 3n has its streams in front
         state = state.movedim(0, 2)
     if state.shape[:2] != real.shape:
@@ -382,7 +448,7 @@ def _states(state: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     return state
 
 
-def _number(score: Any) -> float:
+def _as_number(score: Any) -> float:
     try:
         return float(score)
     except (TypeError, ValueError) as error:

@@ -59,7 +59,7 @@ class Journal:
         return bool(self._found)
 
     def once(self, compute: Callable[[], Any]) -> Any:
-        """The next result, of plain JSON values: from the journal, or else computed and written."""
+        """Returns the next result, of plain JSON values, from the journal, or computes and writes it."""
         if self._found:
             return self._found.pop()
         value = compute()
@@ -69,6 +69,6 @@ class Journal:
         return value
 
     def finish(self) -> None:
-        """Remove the file: the work is done."""
+        """Removes the file when the work is done."""
         if self._path is not None:
             self._path.unlink()

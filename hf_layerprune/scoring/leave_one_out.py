@@ -11,19 +11,17 @@ from statistics import NormalDist
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from ..errors import LayerPruneError
 from ..forward.hooks import can_replay, captured, check_all_ran, replayed
 from ..forward.lm_head import Reader
-from ..surgery.lineage import get_lineage
-from ..surgery.removal import without_layers
+from ..surgery.layer_stack import LayerCut, LayerStack
 from .journal import Journal
 
 
 logger = logging.getLogger(__name__)
 
-Cuts = Mapping[int, without_layers]
+Cuts = Mapping[int, LayerCut]
 Tick = Callable[[int], object]
 
 FIRST_LOOK = 16  # units that are seen before a candidate is dropped
@@ -31,13 +29,14 @@ NEXT_LOOK = 1.2  # times as many before the next look
 
 
 @dataclass(frozen=True)
-class Measure:
-    """What is measured of a batch, of whatever kind.
+class Metric:
+    """What is measured on a batch.
 
     Args:
-        tokens (`Callable`): how many tokens of each unit count, `(units,)`.
-        refer (`Callable`): read by the whole model: what cut ones are compared with, and each unit's sum.
-        compare (`Callable`): read by a cut model, and compared with that: each unit's sum.
+        tokens (`Callable`): returns how many tokens of each unit count, `(units,)`.
+        refer (`Callable`): reads the batch with the whole model. Returns the reference for models that have
+            a layer less, and each unit's sum.
+        compare (`Callable`): reads the batch with a model that has a layer less. Returns each unit's sum.
     """
 
     tokens: Callable[[Any], torch.Tensor]
@@ -46,8 +45,8 @@ class Measure:
 
 
 @dataclass
-class Values:
-    """A number for each unit of text (a sequence, or a part of it) and candidate: the sum over its tokens.
+class PerUnitScores:
+    """The sum over tokens for each unit of text (a sequence, or a part of it) and candidate.
 
     Args:
         tokens (`list[float]`): of each unit, how many tokens count.
@@ -61,20 +60,20 @@ class Values:
     without: dict[int, list[float]] = field(default_factory=dict)
 
     def score(self, layer: int) -> float:
-        """The mean per token of what the model loses without this candidate, on what it has seen."""
+        """Returns how much worse the model is without this candidate, per token of the units seen."""
         return self._rises(layer).sum().item() / self._count(len(self.without[layer]))
 
     def error(self, layer: int) -> float | None:
-        """The standard error of the score over units; None of less than two."""
+        """Returns the standard error of the score over units; None for less than two units."""
         return self._error(self._rises(layer))
 
     def quality(self) -> float:
-        """Minus the whole model's mean per token."""
+        """Returns minus the whole model's mean per token."""
         return -sum(self.whole) / self._count(len(self.whole))
 
     def possible(self, layers: Collection[int], confidence: float, looks: int, units: int) -> list[int]:
-        """The candidates that may still matter less than the least important so far, by more than a standard
-        error of what it scores on all `units`.
+        """Returns the candidates that may still matter less than the least important so far, by more than a
+        standard error of its score on all `units`.
 
         Candidates are compared unit by unit. What bounds their difference on all units is the quantile of
         Student's distribution at `confidence`, shared out over candidates and looks (Bonferroni), times its
@@ -85,7 +84,7 @@ class Values:
         if seen < 2:
             return list(layers)
         tail = (1 - confidence) / max(1, (len(layers) - 1) * looks)
-        limit = _student(1 - tail, seen - 1) * math.sqrt(1 - seen / units)
+        limit = _student_quantile(1 - tail, seen - 1) * math.sqrt(1 - seen / units)
         alike = (self.error(least) or 0.0) * math.sqrt(seen / units)
         left = []
         for layer in layers:
@@ -106,7 +105,7 @@ class Values:
         return count
 
     def _error(self, sums: torch.Tensor) -> float | None:
-        """The standard error of a ratio of sums over units (of values, of tokens)."""
+        """Returns the standard error of a ratio of sums over units (of values, of tokens)."""
         number = len(sums)
         if number < 2:
             return None
@@ -117,7 +116,7 @@ class Values:
 
 
 class Prefixes:
-    """What layers returned for each calibration batch, kept for the next round of scoring.
+    """The outputs of layers for each calibration batch, kept for the next round of scoring.
 
     The layers before the first one that has gone since return the same again, as long as there was no
     training in between and the batches are the same.
@@ -131,37 +130,37 @@ class Prefixes:
         self._found: dict[int, tuple[list[int], list[Any]]] = {}
 
     def known(self, batch: int, kept: Sequence[int]) -> list[Any]:
-        """What the first layers of those in `kept` (by original index) return for this batch."""
+        """Returns the known outputs of the first layers of `kept` (original indices) for this batch."""
         layers, outputs = self._found.get(batch, ([], []))
         same = takewhile(lambda pair: pair[0] == pair[1], zip(layers, kept, strict=False))
         return outputs[: len(list(same))]
 
     def keep(self, batch: int, kept: Sequence[int], outputs: list[Any]) -> None:
-        """Keep what the first layers of those in `kept` returned, if there is room."""
-        self._left += sum(map(_size, self._found.pop(batch, ([], []))[1]))
-        size = sum(map(_size, outputs))
+        """Keeps the outputs of the first layers of `kept` (original indices), if there is room."""
+        self._left += sum(map(_bytes_of, self._found.pop(batch, ([], []))[1]))
+        size = sum(map(_bytes_of, outputs))
         if size <= self._left:
             self._left -= size
             self._found[batch] = list(kept), outputs
 
 
-def _size(output: Any) -> int:
+def _bytes_of(output: Any) -> int:
     parts = output if isinstance(output, (tuple, list)) else [output]
     return sum(part.nbytes for part in parts if torch.is_tensor(part))
 
 
 def leave_out(
-    model: PreTrainedModel,
+    stack: LayerStack,
     batches: Sequence[Any],
-    measure: Measure,
+    metric: Metric,
     example: torch.Tensor,
     cuts: Cuts,
     confidence: float | None,
     tick: Tick,
     journal: Journal,
     prefixes: Prefixes | None = None,
-) -> Values:
-    """Read all batches with the whole model and without each candidate.
+) -> PerUnitScores:
+    """Reads all batches with the whole model and without each candidate.
 
     The layers before the missing one return what they returned in the whole model: the same numbers as one
     full pass for each candidate, to the bit, in about half the time. Where layers hand on more than their
@@ -169,9 +168,9 @@ def leave_out(
     sum is not finite is dropped.
 
     Args:
-        model (`PreTrainedModel`): in eval mode, without gradients.
-        batches (sequence): as `measure` reads them.
-        measure ([`Measure`]): what is measured.
+        stack ([`LayerStack`]): the layers of a model in eval mode, without gradients.
+        batches (sequence): as `metric` reads them.
+        metric ([`Metric`]): what is measured.
         example (`torch.Tensor`): `(1, length)`, some tokens of them.
         cuts (`Mapping`): for each candidate, by its first layer, the context in which the model lacks it.
         confidence (`float` or `None`): drop candidates that are surely not the least important (racing);
@@ -183,30 +182,30 @@ def leave_out(
     Raises:
         LayerPruneError: the whole model's own sums are not finite.
     """
-    values = Values(without={layer: [] for layer in cuts})
-    reader = Reader(model, example)
-    alive, kept = sorted(cuts), get_lineage(model).kept
-    replay = can_replay(model, example[:, :8], max(cuts))
+    scores = PerUnitScores(without={layer: [] for layer in cuts})
+    lm_head = Reader(stack.base, example)
+    alive, kept = sorted(cuts), stack.lineage.kept
+    replay = can_replay(stack, example[:, :8], max(cuts))
     if not replay:
         logger.info("Layers of this model hand on more than their outputs: each score takes a full pass.")
 
     def read(number: int, batch: Any) -> list[list[float]]:
-        """The sums of the whole model, and of it without each candidate that is left."""
+        """Returns the sums of the whole model, and without each candidate that is left."""
         known = prefixes.known(number, kept)[: max(cuts)] if prefixes and replay else []
-        with replayed(model, known), captured(model, range(max(alive))) as states:
-            reference, sums = measure.refer(reader, batch)
+        with replayed(stack, known), captured(stack, range(max(alive))) as states:
+            reference, sums = metric.refer(lm_head, batch)
         check_all_ran(states, range(max(alive)))
         outputs = [states[layer][1] for layer in range(max(alive))]
         if prefixes and replay:
             prefixes.keep(number, kept, outputs)
-        found = [sums.double().tolist()]
+        all_sums = [sums.double().tolist()]
         for layer in alive:
-            with cuts[layer], replayed(model, outputs[: layer if replay else 0]):
-                found.append(measure.compare(reader, batch, reference).double().tolist())
+            with cuts[layer], replayed(stack, outputs[: layer if replay else 0]):
+                all_sums.append(metric.compare(lm_head, batch, reference).double().tolist())
             tick(1)
-        return found
+        return all_sums
 
-    units = sum(len(measure.tokens(batch)) for batch in batches)
+    units = sum(len(metric.tokens(batch)) for batch in batches)
     looks = max(1, math.ceil(math.log(max(2, units / FIRST_LOOK), NEXT_LOOK)))
     next_look: float = FIRST_LOOK
     for number, batch in enumerate(batches):
@@ -219,25 +218,25 @@ def leave_out(
                 f"The model's own score on calibration batch {number + 1} is not a finite number: "
                 "check the model and the calibration data."
             )
-        values.tokens += measure.tokens(batch).double().tolist()
-        values.whole += whole
+        scores.tokens += metric.tokens(batch).double().tolist()
+        scores.whole += whole
         for layer, sums in zip(alive, without, strict=True):
-            values.without[layer] += sums
-        possible = [layer for layer in alive if all(map(math.isfinite, values.without[layer]))]
-        if confidence is not None and possible and len(values.tokens) >= next_look and left:
-            possible = values.possible(possible, confidence, looks, units)
-            while next_look <= len(values.tokens):
+            scores.without[layer] += sums
+        possible = [layer for layer in alive if all(map(math.isfinite, scores.without[layer]))]
+        if confidence is not None and possible and len(scores.tokens) >= next_look and left:
+            possible = scores.possible(possible, confidence, looks, units)
+            while next_look <= len(scores.tokens):
                 next_look *= NEXT_LOOK
         tick((len(alive) - len(possible)) * left)
         alive = possible
         if not alive or (confidence is not None and len(alive) == 1):
             tick(len(alive) * left)
             break
-    return values
+    return scores
 
 
-def _student(probability: float, degrees: int) -> float:
-    """The quantile of Student's distribution (Cornish-Fisher, to the second order in 1 / degrees)."""
+def _student_quantile(probability: float, degrees: int) -> float:
+    """Returns the quantile of Student's distribution (Cornish-Fisher, to the second order in 1 / degrees)."""
     z = NormalDist().inv_cdf(probability)
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
     return z + (z**3 + z) / (4 * degrees) + second / degrees**2

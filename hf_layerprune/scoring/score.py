@@ -21,19 +21,18 @@ from ..evaluation.evaluate import next_token_metric
 from ..evaluation.multiple_choice import MultipleChoice
 from ..forward.hooks import undisturbed
 from ..surgery.decoder import check_reads_text, describe_class, predicts_next_token
-from ..surgery.lineage import get_lineage, plain_int
+from ..surgery.layer_stack import LayerCut, LayerStack
+from ..surgery.lineage import plain_int
 from ..surgery.peft import base_of
-from ..surgery.removal import check_layers, possible_cuts
-from .criteria import CRITERIA, PATTERNS, Request
+from .criteria import CRITERIA, PATTERNS, CriterionResult, ScoringContext, find_criterion
 from .journal import Journal
-from .leave_one_out import Prefixes
+from .leave_one_out import Cuts, Prefixes
 from .table import ScoreTable
 
 
 logger = logging.getLogger(__name__)
 
-LEAVE_ONE_OUT = ("loss", "kl", "hidden_mse")
-OF_NEXT_TOKENS = ("loss", "kl", "taylor")  # what only a causal language model can be scored by
+LEAVE_ONE_OUT = tuple(name for name, criterion in CRITERIA.items() if criterion.leave_one_out)
 
 
 def score_layers(
@@ -54,7 +53,7 @@ def score_layers(
     prefixes: Prefixes | None = None,
     progress: bool = True,
 ) -> ScoreTable:
-    """Score how much each decoder layer of `model` matters. The model is not changed.
+    """Scores how much each decoder layer of `model` matters. The model is not changed.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): a causal language model; with adapters as they are. Other
@@ -66,7 +65,7 @@ def score_layers(
         criterion (`str`, *optional*, defaults to `"loss"`): one of `CRITERIA`: `"loss"`, `"kl"`,
             `"hidden_mse"`, `"block_influence"`, `"angular"`, `"taylor"`, `"task"`, `"positional"`.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's own, where `batches` is text.
-        run (`int`, *optional*, defaults to 1): score runs of so many consecutive layers, each by its first.
+        run (`int`, *optional*, defaults to 1): score blocks of so many consecutive layers, each by its first.
         task (`Callable` or `evaluate.EvaluationModule`, *optional*): for `criterion="task"`, a function
             `score(model) -> float`, higher is better, such as [`MultipleChoice`], a list of such, whose mean
             counts, or a metric that is computed from predicted and true next tokens of `batches`.
@@ -96,7 +95,83 @@ def score_layers(
         LayerPruneError: an unknown criterion or layer, no candidate, a model that cannot be cut exactly,
             no calibration, or a score that is not a number.
     """
-    tasks = check_choices(criterion, task, teacher, pattern, racing)
+    tasks, kind = check_choices(criterion, task, teacher, pattern, racing), find_criterion(criterion)
+    _check_models(model, criterion, tasks, teacher)
+    cache_mb = plain_int(cache_mb)
+    if type(cache_mb) is not int or cache_mb < 1:
+        raise LayerPruneError(f"cache_mb is {cache_mb!r}: it must be a whole number of at least 1.")
+    stack = LayerStack(model)
+    kept, block = stack.lineage.kept, _check_block(run, len(stack))
+    cuts, refused = _candidates(stack, block, protected)
+    given = _calibration(stack.base, batches, tokenizer) if reads_text(criterion, tasks) else []
+    if reads_text(criterion, tasks) and not given:
+        raise LayerPruneError("No calibration batches to score with.")
+    given = _on_device(stack.base, given)
+    tasks = [next_token_metric(one, given) if hasattr(one, "compute") else one for one in tasks]
+    if kind.leave_one_out:
+        given = _small_enough(stack, given, cache_mb)
+        if racing is not None:  # the first batches must be like the others
+            random.Random(0).shuffle(given)
+    settings = [criterion, block, racing, sorted(cuts), pattern, seed, list(map(_task_label, tasks))]
+    choices: dict[str, Any] = {
+        "racing": racing,
+        "tasks": tasks,
+        "teacher": teacher,
+        "pattern": pattern,
+        "seed": seed,
+    }
+    while True:
+        work = "" if journal is None else fingerprint([stack.base, teacher], given, settings)
+        notes = Journal(journal, work)
+        try:
+            result = _score_batches(
+                criterion, stack, given, cuts, block, notes, progress, prefixes=prefixes, **choices
+            )
+            break
+        except RuntimeError as error:
+            halves = [part for batch in given for part in _split(batch, -(-len(batch["input_ids"]) // 2))]
+            if not should_reduce_batch_size(error) or len(halves) == len(given):
+                raise
+            logger.warning("Out of memory in scoring: it goes on with batches of half the size.")
+            given, prefixes = halves, None
+            clear_device_cache(garbage_collection=True)
+    table = _table(criterion, result, kept, block, list(cuts), refused)
+    notes.finish()
+    return table
+
+
+def _score_batches(
+    criterion: str,
+    stack: LayerStack,
+    batches: list[Any],
+    cuts: Cuts,
+    block: int,
+    journal: Journal,
+    progress: bool,
+    teacher: PreTrainedModel | None,
+    **choices: Any,
+) -> CriterionResult:
+    """Scores all candidates, with the models in eval mode and a progress bar."""
+    kind = CRITERIA[criterion]
+    passes = 1 if kind.needs_task else len(batches) if kind.reads_text else 0
+    with (
+        tqdm(
+            total=passes * len(cuts), desc=f"scoring ({criterion})", disable=not progress, leave=False
+        ) as bar,
+        undisturbed(stack.base),
+        nullcontext() if teacher is None else undisturbed(teacher),
+    ):
+        return kind.score(
+            ScoringContext(stack, batches, cuts, block, bar, journal, teacher=teacher, **choices)
+        )
+
+
+def _check_models(model: Any, criterion: str, tasks: list[Any], teacher: PreTrainedModel | None) -> None:
+    """Checks that a criterion can score a model, with this teacher.
+
+    Raises:
+        LayerPruneError: it cannot.
+    """
     base = base_of(model)
     if isinstance(base, PreTrainedModel):
         check_reads_text(type(base), base.config, "This model")
@@ -105,73 +180,82 @@ def score_layers(
         raise LayerPruneError(
             f"The teacher is on {teacher.device}, the model on {model.device}: move the teacher there."
         )
-    cache_mb, run = plain_int(cache_mb), plain_int(run)
-    if type(cache_mb) is not int or cache_mb < 1:
-        raise LayerPruneError(f"cache_mb is {cache_mb!r}: it must be a whole number of at least 1.")
-    kept = get_lineage(model).kept
-    if type(run) is not int or not 1 <= run < len(kept):
-        raise LayerPruneError(f"run is {run!r}: it must be at least 1 and below the {len(kept)} layers.")
-    fixed = {0, len(kept) - 1} if protected is None else check_layers(model, protected)
-    starts = [i for i in range(len(kept) - run + 1) if fixed.isdisjoint(range(i, i + run))]
+
+
+def _check_block(run: Any, count: int) -> int:
+    """Returns how many layers a candidate is.
+
+    Raises:
+        LayerPruneError: it is no number of layers, or all of them.
+    """
+    block = plain_int(run)
+    if type(block) is not int or not 1 <= block < count:
+        raise LayerPruneError(f"run is {block!r}: it must be at least 1 and below the {count} layers.")
+    return block
+
+
+def _candidates(
+    stack: LayerStack, block: int, protected: Iterable[int] | None
+) -> tuple[dict[int, LayerCut], dict[int, str]]:
+    """Returns the blocks that are not protected and can be removed, by their first layer, and the reason for
+    those that cannot.
+
+    Raises:
+        LayerPruneError: there is no candidate.
+    """
+    count = len(stack)
+    fixed = {0, count - 1} if protected is None else stack.check_layers(protected)
+    starts = [i for i in range(count - block + 1) if fixed.isdisjoint(range(i, i + block))]
     if not starts:
-        raise LayerPruneError(f"No layer to score: {len(kept)} layers, protected {sorted(fixed)}.")
-    cuts, refused = possible_cuts(model, starts, run)  # a score of what cannot go would help nobody
-    model = base_of(model)
+        raise LayerPruneError(f"No layer to score: {count} layers, protected {sorted(fixed)}.")
+    cuts, refused = stack.removable(starts, block)  # a score is of no use for what cannot be removed
     if not cuts:
         raise LayerPruneError(next(iter(refused.values())))
-    given = _calibration(model, batches, tokenizer) if reads_text(criterion, tasks) else []
-    on_device = [{k: v.to(model.device) for k, v in batch.items() if torch.is_tensor(v)} for batch in given]
-    if reads_text(criterion, tasks) and not on_device:
-        raise LayerPruneError("No calibration batches to score with.")
+    return cuts, refused
+
+
+def _on_device(model: PreTrainedModel, batches: list[Batch]) -> list[Any]:
+    """Returns calibration batches on the model's device, with labels only if they are next tokens.
+
+    Raises:
+        LayerPruneError: they have one token each, or labels that are no tokens.
+    """
+    on_device = [{k: v.to(model.device) for k, v in batch.items() if torch.is_tensor(v)} for batch in batches]
     if any(batch["input_ids"].shape[1] < 2 for batch in on_device):
         raise LayerPruneError("Calibration batches of one token have nothing to predict.")
-    if not predicts_next_token(model):  # labels are of its own head, which no criterion reads
-        on_device = [{k: v for k, v in batch.items() if k != "labels"} for batch in on_device]
-    else:
-        check_token_labels(on_device)
-    tasks = [next_token_metric(one, on_device) if hasattr(one, "compute") else one for one in tasks]
-    if criterion in LEAVE_ONE_OUT:
-        on_device = _small_enough(model, on_device, cache_mb)
-        if racing is not None:  # what is seen first is to be like the rest
-            random.Random(0).shuffle(on_device)
-    settings = [criterion, run, racing, sorted(cuts), pattern, seed, list(map(_task_name, tasks))]
-    while True:
-        rounds = {"task": 1, "positional": 0}.get(criterion, len(on_device))
-        work = "" if journal is None else fingerprint([model, teacher], on_device, settings)
-        notes, size = Journal(journal, work), rounds * len(cuts)
-        try:
-            with (
-                tqdm(total=size, desc=f"scoring ({criterion})", disable=not progress, leave=False) as bar,
-                undisturbed(model),
-                nullcontext() if teacher is None else undisturbed(teacher),
-            ):
-                request = Request(
-                    model, on_device, cuts, run, bar, notes, racing, tasks, teacher, pattern, seed, prefixes
-                )
-                found = CRITERIA[criterion](request)
-            break
-        except RuntimeError as error:
-            halves = [part for batch in on_device for part in _split(batch, -(-len(batch["input_ids"]) // 2))]
-            if not should_reduce_batch_size(error) or len(halves) == len(on_device):
-                raise
-            logger.warning("Out of memory in scoring: it goes on with batches of half the size.")
-            on_device, prefixes = halves, None
-            clear_device_cache(garbage_collection=True)
-    for layer in cuts:
-        if not np.isfinite(found.scores.get(layer, np.nan)):
+    if not predicts_next_token(model):  # the labels are for its own head, which no criterion runs
+        return [{k: v for k, v in batch.items() if k != "labels"} for batch in on_device]
+    check_token_labels(on_device)
+    return on_device
+
+
+def _table(
+    criterion: str,
+    result: CriterionResult,
+    kept: list[int],
+    block: int,
+    candidates: list[int],
+    refused: dict[int, str],
+) -> ScoreTable:
+    """Returns the table of all finite scores.
+
+    Raises:
+        LayerPruneError: there is none.
+    """
+    for layer in candidates:
+        if not np.isfinite(result.scores.get(layer, np.nan)):
             refused[layer] = f"Without layer {layer} the {criterion} score is not a finite number."
-    scores = {layer: score for layer, score in found.scores.items() if layer not in refused}
+    scores = {layer: score for layer, score in result.scores.items() if layer not in refused}
     if not scores:
         raise LayerPruneError(
             f"No layer has a {criterion} score that is a finite number: check the model and the calibration "
             "data."
         )
-    notes.finish()
-    return ScoreTable(criterion, scores, found.quality, kept, refused, run, found.errors, found.seen)
+    return ScoreTable(criterion, scores, result.quality, kept, refused, block, result.errors, result.seen)
 
 
 def _calibration(model: PreTrainedModel, data: Any, tokenizer: Any) -> list[Batch]:
-    """Batches of calibration data of any form, as `model` reads them."""
+    """Returns calibration data of any form as the batches that `model` reads."""
     if isinstance(data, (list, tuple)) and not data:
         return []
     length = min(256, most_tokens(model) or 256)
@@ -179,7 +263,7 @@ def _calibration(model: PreTrainedModel, data: Any, tokenizer: Any) -> list[Batc
 
 
 def read_table(path: str | Path) -> ScoreTable:
-    """The table that `hf-layerprune score --json` wrote.
+    """Returns the table that `hf-layerprune score --json` wrote.
 
     Raises:
         LayerPruneError: there is none.
@@ -191,8 +275,8 @@ def read_table(path: str | Path) -> ScoreTable:
 
 
 def rank_correlation(one: ScoreTable, other: ScoreTable) -> float:
-    """Spearman's rank correlation of two tables over the candidates of both, by original layer: 1 if they
-    rank alike, 0 if by chance.
+    """Returns Spearman's rank correlation of two tables over the candidates of both, by original layer: 1 if
+    they rank alike, 0 if by chance.
 
     Raises:
         LayerPruneError: they have less than two candidates in common.
@@ -220,27 +304,24 @@ def check_choices(
     pattern: str = "output",
     racing: float | None = None,
 ) -> list[Any]:
-    """Check what of the arguments of [`score_layers`] can be checked without a model; the list of tasks.
+    """Checks the arguments of [`score_layers`] that need no model, and returns the list of tasks.
 
     Raises:
         LayerPruneError: a choice is unknown, or two do not go together.
     """
-    tasks = [] if task is None else list(task) if isinstance(task, (list, tuple)) else [task]
-    if criterion not in CRITERIA:
-        raise LayerPruneError(f"Unknown criterion {criterion!r}: choose from {', '.join(CRITERIA)}.")
-    if bool(tasks) != (criterion == "task"):
+    tasks, kind = _as_list(task), find_criterion(criterion)
+    if bool(tasks) != kind.needs_task:
         raise LayerPruneError("`task` (a function or a metric) and criterion='task' go together.")
     strange = [one for one in tasks if not callable(one) and not hasattr(one, "compute")]
     if strange:
         raise LayerPruneError(f"{strange[0]!r} is no task: give a function of the model, or a metric.")
-    if teacher is not None and criterion != "kl":
-        raise LayerPruneError(
-            f"{criterion} has no use for a teacher: leave it out, or choose criterion='kl'."
-        )
+    if teacher is not None and not kind.takes_teacher:
+        others = " or ".join(f"criterion={name!r}" for name, one in CRITERIA.items() if one.takes_teacher)
+        raise LayerPruneError(f"{criterion} has no use for a teacher: leave it out, or choose {others}.")
     if pattern not in (*PATTERNS, "random"):
         raise LayerPruneError(f"Unknown pattern {pattern!r}: choose from {', '.join(PATTERNS)}, random.")
     by_question = bool(tasks) and all(isinstance(one, MultipleChoice) for one in tasks)
-    if racing is not None and not ((by_question or criterion in LEAVE_ONE_OUT) and 0.5 < racing < 1):
+    if racing is not None and not ((by_question or kind.leave_one_out) and 0.5 < racing < 1):
         raise LayerPruneError(
             f"racing is {racing!r} with {criterion}: it is a confidence above 0.5 and below 1, as 0.99, for "
             f"{', '.join(LEAVE_ONE_OUT)}, and for tasks of MultipleChoice."
@@ -249,7 +330,7 @@ def check_choices(
 
 
 def check_criterion_fits(model: Any, criterion: str, task: Any = None) -> None:
-    """Check that a model, or a class of models, can be scored by a criterion.
+    """Checks that a model, or a class of models, can be scored by a criterion.
 
     Args:
         model (`PreTrainedModel` or a subclass): the model, or its class before its weights are loaded.
@@ -260,57 +341,67 @@ def check_criterion_fits(model: Any, criterion: str, task: Any = None) -> None:
     """
     if predicts_next_token(model):
         return
-    tasks = task if isinstance(task, (list, tuple)) else [] if task is None else [task]
-    asking = [one for one in tasks if isinstance(one, MultipleChoice) or hasattr(one, "compute")]
-    if criterion in OF_NEXT_TOKENS or asking:
+    asking = [one for one in _as_list(task) if isinstance(one, MultipleChoice) or hasattr(one, "compute")]
+    if find_criterion(criterion).needs_next_token or asking:
         what = f"criterion {criterion!r}" if not asking else f"the task {type(asking[0]).__name__}"
+        *others, last = [
+            name for name, one in CRITERIA.items() if not (one.needs_next_token or one.needs_task)
+        ]
         raise LayerPruneError(
             f"The {what} needs logits of the next token, but the model is {describe_class(model)}. Use "
-            "block_influence, angular, hidden_mse or positional, or in Python a task score(model)."
+            f"{', '.join(others)} or {last}, or in Python a task score(model)."
         )
 
 
 def reads_text(criterion: str, task: Any) -> bool:
-    """Whether a criterion reads calibration text: tasks that are functions of the model do not."""
-    tasks = task if isinstance(task, (list, tuple)) else [] if task is None else [task]
-    return criterion != "positional" and (not tasks or any(hasattr(one, "compute") for one in tasks))
+    """Whether a criterion reads calibration text. Tasks that are functions of the model do not."""
+    tasks = _as_list(task)
+    return find_criterion(criterion).reads_text and (
+        not tasks or any(hasattr(one, "compute") for one in tasks)
+    )
 
 
-def _small_enough(model: PreTrainedModel, batches: list[Any], cache_mb: int) -> list[Any]:
-    """The batches in parts of which the states after all layers fit into so many MiB, or of one row."""
-    embeddings: Any = model.get_input_embeddings().weight
-    # By the original depth, so that the parts stay the same when layers go, and their prefixes are theirs.
-    state = embeddings.shape[-1] * embeddings.element_size() * get_lineage(model).original
+def _as_list(task: Any) -> list[Any]:
+    if task is None:
+        return []
+    return list(task) if isinstance(task, (list, tuple)) else [task]
+
+
+def _small_enough(stack: LayerStack, batches: list[Any], cache_mb: int) -> list[Any]:
+    """Returns the batches in parts whose states after all layers fit into so many MiB, or of one row."""
+    embeddings: Any = stack.base.get_input_embeddings().weight
+    # The original depth decides, so that the parts and their prefixes stay the same when layers go.
+    state = embeddings.shape[-1] * embeddings.element_size() * stack.lineage.original
     rows = [cache_mb * 2**20 // (state * batch["input_ids"].shape[1]) for batch in batches]
     return [part for batch, most in zip(batches, rows, strict=True) for part in _split(batch, most)]
 
 
 def _split(batch: Any, rows: int) -> list[Any]:
-    """A batch in parts of at most so many rows, but at least one."""
+    """Returns a batch in parts of at most so many rows, but at least one."""
     split = {name: value.split(max(1, rows)) for name, value in batch.items()}
     return [dict(zip(split, values, strict=True)) for values in zip(*split.values(), strict=True)]
 
 
-def _task_name(task: Any) -> str:
+def _task_label(task: Any) -> str:
     if isinstance(task, MultipleChoice):
         return repr((task.batch_tokens, task.encoded))
     return getattr(task, "__qualname__", type(task).__qualname__)
 
 
 def fingerprint(models: list[Any], batches: list[Any], settings: list[Any]) -> str:
-    """What a result is of: configs, some weights of each tensor, the text as it is batched, and settings."""
+    """Returns a hash of configs, some weights of each tensor, the batches, and settings."""
     present = [model for model in models if model is not None]
     digest = hashlib.sha256(repr((settings, [model.config.to_dict() for model in present])).encode())
     tensors = [tensor for model in present for tensor in model.state_dict().values()]
-    few = [tensor.flatten()[:: max(1, tensor.numel() // 1000)] for tensor in tensors]
-    for tensor in [*few, *(value for batch in batches for value in batch.values())]:
+    samples = [tensor.flatten()[:: max(1, tensor.numel() // 1000)] for tensor in tensors]
+    for tensor in [*samples, *(value for batch in batches for value in batch.values())]:
         digest.update(repr((tensor.dtype, tensor.shape)).encode())
         digest.update(tensor.detach().double().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
 def check_plot_path(path: str | Path) -> None:
-    """Check that [`ScoreTable.plot`] can write to `path`, before long work.
+    """Checks that [`ScoreTable.plot`] can write to `path`, before long work.
 
     Raises:
         LayerPruneError: its folder does not exist, or its ending is no kind of picture.

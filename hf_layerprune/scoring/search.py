@@ -1,4 +1,4 @@
-"""Which layers to remove together, without training: one after another, or a run, and then exchanged."""
+"""Which layers to remove together, without training: one after another, or a block, and then exchanged."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 
 from ..data import take_rows
 from ..errors import LayerPruneError
-from ..surgery.lineage import get_lineage, plain_int
-from ..surgery.removal import check_layers, without_layers
+from ..surgery.layer_stack import LayerStack
+from ..surgery.lineage import plain_int
+from .criteria import find_criterion
 from .leave_one_out import Prefixes
 from .score import score_layers
 from .table import ScoreTable
@@ -43,10 +44,10 @@ def select_layers(
     progress: bool = True,
     **settings: Any,
 ) -> Selection:
-    """Find the layers that cost least together. The model is not changed.
+    """Finds the layers that cost least together. The model is not changed.
 
     Greedy: the least important layer, then the least important of what is left, and so on (SLEB, 2402.09025).
-    Contiguous: the least important run (LLM-Streamline, 2403.19135; Gromov et al., 2403.17887). Refined: as
+    Contiguous: the least important block (LLM-Streamline, 2403.19135; Gromov et al., 2403.17887). Refined: as
     long as it helps, one of the set is put back and the layer that then costs least is taken out instead.
 
     Args:
@@ -54,7 +55,7 @@ def select_layers(
         batches: calibration, as for [`score_layers`].
         remove (`int`): how many layers.
         criterion (`str`, *optional*, defaults to `"loss"`): see [`score_layers`].
-        contiguous (`bool`, *optional*, defaults to `False`): start from a run.
+        contiguous (`bool`, *optional*, defaults to `False`): start from a block.
         refine (`bool`, *optional*, defaults to `True`): exchange layers after that; only for `"loss"` and
             `"task"`, whose quality says whether it helps, and not with `racing`, which reads but a part of
             the text.
@@ -65,30 +66,31 @@ def select_layers(
     Raises:
         LayerPruneError: so many layers cannot be removed, or as [`score_layers`].
     """
-    kept = get_lineage(model).kept
+    stack = LayerStack(model)
+    kept = stack.lineage.kept
     given = take_rows(batches) if isinstance(batches, Iterator) else batches  # it is read again and again
-    fixed = {0, len(kept) - 1} if protected is None else check_layers(model, protected)
+    fixed = {0, len(kept) - 1} if protected is None else stack.check_layers(protected)
     remove = plain_int(remove)
     if type(remove) is not int or not 1 <= remove <= len(kept) - len(fixed) - (not fixed):
         raise LayerPruneError(f"remove is {remove!r}, but {len(kept) - len(fixed)} layers are not protected.")
-    measured = criterion in ("loss", "task") and settings.get("racing") is None
+    measured = find_criterion(criterion).measures_quality and settings.get("racing") is None
 
-    def table(gone: Sequence[int], run: int = 1) -> tuple[ScoreTable, dict[int, int]]:
-        """Scores of what is left without some layers, and which layer each of its indices is."""
+    def table(gone: Sequence[int], block: int = 1) -> tuple[ScoreTable, dict[int, int]]:
+        """Returns the scores without some layers, and the present index of each layer in them."""
         left = [layer for layer in range(len(kept)) if layer not in gone]
         stay = [left.index(layer) for layer in fixed]
-        with without_layers(model, gone):
-            found = score_layers(
+        with stack.without(gone):
+            scores = score_layers(
                 model,
                 given,
                 criterion,
-                run=run,
+                run=block,
                 protected=stay,
                 prefixes=prefixes,
                 progress=progress,
                 **settings,
             )
-        return found, dict(enumerate(left))
+        return scores, dict(enumerate(left))
 
     prefixes = Prefixes()
     steps: list[tuple[list[int], float]] = []
@@ -111,12 +113,12 @@ def select_layers(
     while helped:
         helped = False
         for layer in list(layers):
-            others = [one for one in layers if one != layer]
+            others = [other for other in layers if other != layer]
             scores, place = table(others)
             best = scores.ranking()[0]
-            found = whole - (scores.quality or 0.0) + scores.scores[best]
-            if place[best] != layer and found < cost - 1e-9 * abs(cost):
-                layers, cost, helped = sorted([*others, place[best]]), found, True
+            cost_after = whole - (scores.quality or 0.0) + scores.scores[best]
+            if place[best] != layer and cost_after < cost - 1e-9 * abs(cost):
+                layers, cost, helped = sorted([*others, place[best]]), cost_after, True
                 steps.append((layers, cost))
                 break
     return Selection(layers, cost, steps)

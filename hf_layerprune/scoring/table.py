@@ -4,17 +4,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .criteria import CRITERIA
 
-UNITS = {
-    "block_influence": "Block Influence",
-    "angular": "angular distance of the last token\n(parts of pi)",
-    "loss": "rise of the loss without it\n(nats per token)",
-    "kl": "KL divergence without it\n(nats per token)",
-    "hidden_mse": "relative error of the last state\nwithout it",
-    "taylor": "sum of |gradient x weight|",
-    "task": "fall of the task's score without it",
-    "positional": "place",
-}
+
+UNITS = {name: criterion.unit for name, criterion in CRITERIA.items()}
 BY_LAYER = ("scores", "refused", "errors", "seen")
 
 
@@ -47,23 +40,25 @@ class ScoreTable:
     seen: dict[int, int] = field(default_factory=dict)
 
     def ranking(self) -> list[int]:
-        """The candidates, least important first; of equals the deeper first. Those that racing dropped early
-        come after all that it did not."""
+        """Returns the candidates, least important first; of equals the deeper first.
+
+        Those that racing dropped early come last.
+        """
         return sorted(self.scores, key=lambda i: (-self.seen.get(i, 0), self.scores[i], -i))
 
     def to_dict(self) -> dict[str, Any]:
-        """The table as plain values for JSON, the layer indices as strings."""
+        """Returns plain values for JSON, with layer indices as strings."""
         values = asdict(self)
         return values | {name: {str(i): v for i, v in values[name].items()} for name in BY_LAYER}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ScoreTable":
-        """The table that [`~ScoreTable.to_dict`] gave."""
+        """Returns the table of values that [`~ScoreTable.to_dict`] returned."""
         by_layer = {name: values.get(name, {}) for name in BY_LAYER}
         return cls(**values | {name: {int(i): v for i, v in d.items()} for name, d in by_layer.items()})
 
     def plot(self, path: str | Path) -> None:
-        """Write a bar chart of the scores by original layer, the least important one marked."""
+        """Writes a bar chart of the scores by original layer, with the least important layer marked."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(max(6.0, 0.28 * len(self.kept)), 3.2), layout="constrained")
@@ -82,7 +77,7 @@ class ScoreTable:
         axes.set_xticks(range(max(self.kept) + 1))
         axes.tick_params("x", labelsize=7)
         axes.set_xlabel("decoder layer (index in the original model)")
-        axes.set_ylabel(UNITS[self.criterion])
+        axes.set_ylabel(CRITERIA[self.criterion].unit)
         axes.set_title(
             f"Importance of {len(layers)} of {len(self.kept)} layers; least important: {self.kept[least]}",
             fontsize=10,

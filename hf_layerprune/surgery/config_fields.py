@@ -1,7 +1,7 @@
-"""The fields of a config that speak of single layers, and what becomes of them when layers go.
+"""Config fields that name single layers, and how they change when layers are removed.
 
-General rules go by a field's form and name. What no rule can tell stands in the tables, with the reason.
-Whatever both get wrong is found when the result is compared with a freshly built model (`removal.py`).
+General rules use a field's form and name. Tables hold what no rule can tell, with the reason. A mistake of
+both is found when the result is compared with a freshly built model (`exact_cut.py`).
 """
 
 import re
@@ -25,7 +25,7 @@ ONE_BASED = ("ple_layer_ids",)
 
 
 def cut_fields(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
-    """The fields of a config after a removal.
+    """Returns the fields of a config after a removal.
 
     Args:
         fields (`dict`): the config's fields as `to_dict` gives them. They are not changed.
@@ -33,7 +33,7 @@ def cut_fields(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
         kept (sequence of `int`): the present indices of the layers that stay.
 
     Raises:
-        LayerPruneError: what would be left cannot run.
+        LayerPruneError: the layers left could not run.
     """
     cut = {name: _cut_value(name, value, count, kept) for name, value in fields.items()}
     for special in SPECIAL:
@@ -104,7 +104,7 @@ def _attention_types(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
 
 
 def _depth_scale(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
-    """MiniCPM3: what a layer adds is scaled by scale_depth / sqrt(num_hidden_layers). It shall stay."""
+    """MiniCPM3: what a layer adds is scaled by scale_depth / sqrt(num_hidden_layers). The scale must stay."""
     scale = fields.get("scale_depth")
     return {"scale_depth": scale * (len(kept) / count) ** 0.5} if scale else {}
 
@@ -184,10 +184,10 @@ def cut_name(name: str, stack: str, others: Collection[str], kept: Sequence[int]
     """
     last = stack.rpartition(".")[2]
     parts, end, gone = [], 0, False
-    for found in re.finditer(rf"(?<!\w){re.escape(last)}\\?\.", name):
-        rest = name[found.end() :]
+    for match in re.finditer(rf"(?<!\w){re.escape(last)}\\?\.", name):
+        rest = name[match.end() :]
         layer = re.match(r"\d+", rest)
-        if _is_of_another(name[: found.end()].rstrip("\\."), stack, others) or _ANY_LAYER.match(rest):
+        if _is_of_another(name[: match.end()].rstrip("\\."), stack, others) or _ANY_LAYER.match(rest):
             continue
         after = rest[layer.end() :] if layer else rest
         if not re.match(r"\\?\.|[)|$]|$", after) if layer else re.match(r"[(\[\\]", rest):
@@ -198,8 +198,8 @@ def cut_name(name: str, stack: str, others: Collection[str], kept: Sequence[int]
         if layer:
             gone |= int(layer[0]) not in kept
             new = str(kept.index(int(layer[0]))) if int(layer[0]) in kept else ""
-            parts += [name[end : found.end()], new]
-            end = found.end() + layer.end()
+            parts += [name[end : match.end()], new]
+            end = match.end() + layer.end()
     if gone and "|" in name:
         raise LayerPruneError(
             f"the config names modules by the pattern {name!r}, of which a part would be gone. Name each "

@@ -57,7 +57,8 @@ class Decoder:
 
 
 def find_decoder(model: PreTrainedModel) -> Decoder:
-    """Find the decoder layers of `model`: the outermost module list that is as long as its config says.
+    """Returns where `model` keeps its decoder layers: the outermost module list that is as long as its config
+    says.
 
     Raises:
         LayerPruneError: the model is no `PreTrainedModel`, or has no such list, or more than one.
@@ -93,10 +94,10 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
 
 
 def _check_counted(model: PreTrainedModel, root: nn.Module, count: int) -> None:
-    """Refuse a model whose only stack of layers is not as long as its config says.
+    """Checks that the only stack of layers of a model is as long as its config says.
 
     Raises:
-        LayerPruneError: it is one.
+        LayerPruneError: it is not.
     """
     lists = [(path, module) for path, module in root.named_modules() if isinstance(module, nn.ModuleList)]
     depth = min((path.count(".") for path, _ in lists), default=0)
@@ -124,14 +125,14 @@ def _builds_as_many(model: PreTrainedModel, stack: nn.ModuleList) -> bool:
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The part of `config` that counts decoder layers: itself, or the text part of a multimodal one."""
+    """Returns the config that counts decoder layers: `config`, or the text part of a multimodal config."""
     text = config.get_text_config(decoder=True)
     # Of a flat encoder-decoder config that is a changed copy, which nobody would read again.
     return text if any(text is value for value in vars(config).values()) else config
 
 
 def layer_count(config: PreTrainedConfig) -> int:
-    """How many decoder layers `config` says there are.
+    """Returns the number of decoder layers in `config`.
 
     Raises:
         LayerPruneError: it does not say.
@@ -144,7 +145,7 @@ def layer_count(config: PreTrainedConfig) -> int:
 
 
 def count_fields(config: PreTrainedConfig) -> list[str]:
-    """The fields in which `config` stores how many decoder layers there are; none where it counts a list."""
+    """Returns the fields of `config` that store the number of decoder layers; none where it counts a list."""
     first = next(name for name in COUNT_FIELDS if type(getattr(config, name, None)) is int)
     names = {config.attribute_map.get(first, first), *COUNT_FIELDS}
     return [name for name in sorted(names) if vars(config).get(name) == layer_count(config)]
@@ -170,7 +171,7 @@ def predicts_next_token(model: Any) -> bool:
 
 
 def describe_class(model: Any) -> str:
-    """What kind of model something is, in words, with the name of its class."""
+    """Returns the kind of a model in words, with the name of its class."""
     cls = model if isinstance(model, type) else type(model)
     kinds = (kind for pattern, kind in _KINDS.items() if re.search(pattern, cls.__name__))
     default = (
@@ -180,7 +181,7 @@ def describe_class(model: Any) -> str:
 
 
 def check_next_token(model: Any, what: str) -> None:
-    """Check that a model, or a class of models, predicts next tokens, which `what` is about.
+    """Checks that a model, or a class of models, predicts next tokens, as `what` needs.
 
     Raises:
         LayerPruneError: it does not.
@@ -193,7 +194,7 @@ def check_next_token(model: Any, what: str) -> None:
 
 
 def check_reads_text(cls: Any, config: PreTrainedConfig, name: str) -> None:
-    """Check, before any weights are loaded, that a class of models reads tokens and nothing else.
+    """Checks, before any weights are loaded, that a class of models reads tokens and nothing else.
 
     Args:
         cls (a subclass of `PreTrainedModel`): what would be loaded.

@@ -1,6 +1,7 @@
-"""A model as its config alone would build it, and how a live one differs from that."""
+"""A model as its config alone builds it, without weights, and how a live model differs from it."""
 
 import copy
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,14 +19,14 @@ _ABSENT = "absent"
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing in which a live model differs from its blueprint.
+    """One difference between a live model and a fresh one.
 
     Args:
         path (`str`): the live module's path in the model.
         module (`nn.Module`): the live module.
-        name (`str`): what of the module: an attribute, a parameter, a buffer, a module that should be inside;
-            empty for itself.
-        here, there: the value in the live model and in the blueprint; of a tensor, its shape.
+        name (`str`): an attribute, a parameter, a buffer or a submodule of the module; empty for the module
+            itself.
+        here, there: the value in the live model and in the fresh one. Of a tensor, its shape.
     """
 
     path: str
@@ -36,16 +37,16 @@ class Difference:
 
     @property
     def key(self) -> tuple[Any, str]:
-        """The same for the same difference before and after a removal, when the path has changed."""
-        return self.module, self.name
+        """Identifies the same difference before and after a removal, when the path has changed."""
+        return weakref.ref(self.module), self.name
 
     def __str__(self) -> str:
         where = f"{self.path}.{self.name}".strip(".")
         return f"{where} is {self.here} here, {self.there} there"
 
 
-def build_blueprint(model: PreTrainedModel) -> PreTrainedModel:
-    """A fresh model of the same class from `model`'s config, on the meta device: it takes no memory."""
+def build_meta_model(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns a model of the same class and config as `model` on the meta device, where it has no weights."""
     # Some models draw random numbers although they hold none (DiffLlama).
     with torch.device("meta"), torch.random.fork_rng(devices=[]), quiet():
         # As a reload does it: through plain values, so that the config's own rules run again.
@@ -53,38 +54,38 @@ def build_blueprint(model: PreTrainedModel) -> PreTrainedModel:
         return type(model)(config)
 
 
-def differences(model: PreTrainedModel, blueprint: PreTrainedModel) -> list[Difference]:
-    """All in which `model` differs from `blueprint`: modules and their classes, shapes of tensors, attributes
-    that are plain values, lists of them or tables by layer, and tied weights."""
-    live, fresh = dict(model.named_modules()), dict(blueprint.named_modules())
-    found = []
+def differences(model: PreTrainedModel, meta_model: PreTrainedModel) -> list[Difference]:
+    """Returns all differences between a live model and a fresh one: modules and their classes, shapes of
+    tensors, attributes that are plain values, lists of them or tables by layer, and tied weights."""
+    live, fresh = dict(model.named_modules()), dict(meta_model.named_modules())
+    different = []
     for path in fresh.keys() - live.keys():
         inside = path
         while inside not in live:
             inside = inside.rpartition(".")[0]
         name = path[len(inside) :].lstrip(".")
-        found.append(Difference(inside, live[inside], name, _ABSENT, "a module"))
+        different.append(Difference(inside, live[inside], name, _ABSENT, "a module"))
     for path, module in live.items():
         if path not in fresh:
-            found.append(Difference(path, module, "", "a module", _ABSENT))
+            different.append(Difference(path, module, "", "a module", _ABSENT))
             continue
-        here, there = _facts(module), _facts(fresh[path])
+        here, there = module_facts(module), module_facts(fresh[path])
         # What is not saved and not built anew is not needed: tables of an attention kind now gone.
-        stale = here.keys() - there.keys() - module._parameters.keys() - _saved_buffers(module)
-        found += [
+        stale = here.keys() - there.keys() - _saved_tensors(module)
+        different += [
             Difference(path, module, name, here.get(name, _ABSENT), there.get(name, _ABSENT))
             for name in sorted((here.keys() | there.keys()) - stale)
             if here.get(name, _ABSENT) != there.get(name, _ABSENT)
         ]
-    for target, source in blueprint.all_tied_weights_keys.items():
+    for target, source in meta_model.all_tied_weights_keys.items():
         if _parameter(model, target) is not _parameter(model, source):
-            found.append(Difference("", model, target, "a parameter of its own", f"tied to {source}"))
-    return sorted(found, key=str)
+            different.append(Difference("", model, target, "a parameter of its own", f"tied to {source}"))
+    return sorted(different, key=str)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within this context transformers says nothing below an error: a blueprint is nobody's model."""
+    """Within this context transformers logs errors only: users need no warnings about a meta model."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -93,14 +94,24 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def _facts(module: nn.Module) -> dict[str, Any]:
-    tensors = {**module._parameters, **module._buffers}
-    facts: dict[str, Any] = {k: tuple(v.shape) for k, v in tensors.items() if v is not None}
+def module_facts(module: nn.Module) -> dict[str, Any]:
+    """Returns all of a module that a config determines: its class, the shapes of its own tensors, and its
+    plain attributes."""
+    parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+    buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+    facts: dict[str, Any] = {name: tuple(tensor.shape) for name, tensor in (*parameters, *buffers)}
     facts["class"] = type(module).__name__
     for name, value in vars(module).items():
         if not name.startswith("_") and name != "training" and _is_plain(value):
-            facts[name] = list(value) if isinstance(value, tuple) else value
+            facts[name] = _copied(value)
     return facts
+
+
+def _copied(value: Any) -> Any:
+    """Returns a list for a sequence, a new dict for a dict, and a scalar as it is."""
+    if isinstance(value, dict):
+        return dict(value)
+    return list(value) if isinstance(value, (list, tuple)) else value
 
 
 def _is_plain(value: Any) -> bool:
@@ -111,8 +122,14 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, SCALARS)
 
 
-def _saved_buffers(module: nn.Module) -> set[str]:
-    return module._buffers.keys() - module._non_persistent_buffers_set
+def _saved_tensors(module: nn.Module) -> set[str]:
+    """Returns the names of a module's own parameters and saved buffers."""
+    tensors = (
+        *module.named_parameters(recurse=False, remove_duplicate=False),
+        *module.named_buffers(recurse=False, remove_duplicate=False),
+    )
+    # Private, as torch tells otherwise only by `state_dict`, which runs hooks and gathers sharded weights.
+    return {name for name, _ in tensors} - module._non_persistent_buffers_set
 
 
 def _parameter(model: nn.Module, path: str) -> Any:

@@ -6,9 +6,8 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .config_fields import is_per_layer
-from .decoder import find_decoder, layer_count
-from .lineage import get_lineage
-from .removal import possible_cuts
+from .decoder import layer_count
+from .layer_stack import LayerStack
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class LayerFacts:
     Args:
         layer (`int`): its index in the present model.
         original (`int`): its index in the original model.
-        kind (`str`): what the config says of it alone, as `"sliding_attention, sparse"`, else its class.
+        kind (`str`): its kind by the config, as `"sliding_attention, sparse"`, else its class.
         parameters (`int`): how many there are in it.
         refused (`str` or `None`): why it cannot be removed; None if it can.
     """
@@ -32,7 +31,7 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What [`inspect_layers`] found.
+    """The result of [`inspect_layers`].
 
     Args:
         model_type (`str`): the type by its config.
@@ -47,21 +46,21 @@ class Inspection:
     layers: list[LayerFacts]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Returns plain values for JSON."""
         return asdict(self)
 
 
 def inspect_layers(model: PreTrainedModel) -> Inspection:
-    """Look at each decoder layer of `model`, which is not changed: a model on the meta device will do.
+    """Returns what each decoder layer of `model` is. The model is not changed and may be on the meta device.
 
-    Whether layers can be removed is asked for each layer alone; of several at once, `remove_layers` says.
+    Whether a layer can be removed is decided for each layer alone. For several at once, call `remove_layers`.
 
     Raises:
         LayerPruneError: the model has no decoder layers that can be told.
     """
-    decoder, lineage = find_decoder(model), get_lineage(model)
-    _, refused = possible_cuts(model, range(len(decoder.layers)))
-    kinds = _kinds(decoder.config)
+    stack = LayerStack(model)
+    lineage, kinds = stack.lineage, _kinds(stack.config)
+    _, refused = stack.removable()
     layers = [
         LayerFacts(
             layer=i,
@@ -70,9 +69,9 @@ def inspect_layers(model: PreTrainedModel) -> Inspection:
             parameters=sum(parameter.numel() for parameter in layer.parameters()),
             refused=refused.get(i),
         )
-        for i, layer in enumerate(decoder.layers)
+        for i, layer in enumerate(stack.layers)
     ]
-    return Inspection(decoder.config.model_type, model.num_parameters(), lineage.original, layers)
+    return Inspection(stack.config.model_type, model.num_parameters(), lineage.original, layers)
 
 
 def _kinds(config: PreTrainedConfig) -> list[str]:

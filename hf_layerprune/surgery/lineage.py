@@ -27,7 +27,7 @@ def plain_int(number: Any) -> Any:
 
 @dataclass(frozen=True)
 class Lineage:
-    """Where the layers of a cut model come from.
+    """Which layers of the original model a pruned model has.
 
     Args:
         original (`int`): how many layers the original model had.
@@ -38,7 +38,7 @@ class Lineage:
     kept: list[int]
 
     def __post_init__(self) -> None:
-        # Into JSON go no numbers of numpy or torch.
+        # JSON takes no numbers of numpy or torch.
         object.__setattr__(self, "original", plain_int(self.original))
         object.__setattr__(self, "kept", [plain_int(layer) for layer in self.kept])
         increasing = all(a < b for a, b in zip(self.kept, self.kept[1:], strict=False))
@@ -59,7 +59,7 @@ class Lineage:
         return [i for i, (a, b) in enumerate(zip(before, self.kept, strict=True)) if b != a + 1]
 
     def without(self, layers: Collection[int]) -> "Lineage":
-        """The lineage after removing the layers with these present indices."""
+        """Returns the lineage after a removal of the layers with these present indices."""
         return Lineage(self.original, [o for i, o in enumerate(self.kept) if i not in layers])
 
     def __str__(self) -> str:
@@ -67,10 +67,10 @@ class Lineage:
 
 
 def get_lineage(model: PreTrainedModel | PreTrainedConfig) -> Lineage:
-    """Read which original layers a model (or a config) still has; all of them if it was never cut.
+    """Returns which original layers a model (or a config) still has: all of them if none was removed.
 
     Raises:
-        LayerPruneError: the record in the config is damaged or speaks of another number of layers.
+        LayerPruneError: the entry in the config is damaged or lists another number of layers.
     """
     config = model if isinstance(model, PreTrainedConfig) else model.config
     config = text_config(config)
@@ -93,12 +93,12 @@ def get_lineage(model: PreTrainedModel | PreTrainedConfig) -> Lineage:
 
 
 def lineage_entry(lineage: Lineage) -> dict[str, Any]:
-    """What a (text) config says of `lineage`, under [`CONFIG_KEY`]."""
+    """Returns the entry for `lineage` in a (text) config, under [`CONFIG_KEY`]."""
     return {"original_num_hidden_layers": lineage.original, "kept_layers": lineage.kept}
 
 
 def read_lineage(entry: Any) -> Lineage:
-    """The lineage that [`lineage_entry`] gave.
+    """Returns the lineage of an entry that [`lineage_entry`] returned.
 
     Raises:
         KeyError, TypeError, ValueError: it is damaged.

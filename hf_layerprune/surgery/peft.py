@@ -1,4 +1,4 @@
-"""Adapters of PEFT on a model whose layers go: what of their configs speaks of layers."""
+"""PEFT adapters on a model whose layers are removed: how their configs follow."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from ..errors import LayerPruneError
 from .decoder import predicts_next_token
-from .fresh_model import build_blueprint, quiet
+from .fresh_model import build_meta_model, quiet
 from .lineage import get_lineage, lineage_entry
 
 
@@ -31,13 +31,15 @@ PRUNED_BASE = "pruned_base.json"  # beside adapters: the base model and the laye
 
 
 def base_of(model: Any) -> PreTrainedModel:
-    """The transformers model inside a `PeftModel`, its adapters in it; any other model as it is.
+    """Returns the transformers model inside a `PeftModel`, with its adapters in it; any other model as it is.
 
     Raises:
         LayerPruneError: adapters were put into a transformers model directly, so that nothing holds them, or
             they are in a `PeftMixedModel`.
     """
     if isinstance(model, PreTrainedModel):
+        # Private, as the public `active_adapters` needs PEFT and tells only by an error, and `peft_config` is
+        # also set on the model inside a PeftModel.
         if getattr(model, "_hf_peft_config_loaded", False):
             raise LayerPruneError(
                 "This model got its adapters by `add_adapter` or by loading: make it with "
@@ -55,12 +57,12 @@ def base_of(model: Any) -> PreTrainedModel:
 
 
 def adapter_configs(model: Any) -> dict[str, Any]:
-    """The `PeftConfig` of each adapter of a `PeftModel`; none of any other model."""
+    """Returns the `PeftConfig` of each adapter of a `PeftModel`; none for any other model."""
     return {} if isinstance(model, PreTrainedModel) else dict(getattr(model, "peft_config", {}))
 
 
 def cut_adapter(config: Any, stack: str, kept: Sequence[int]) -> dict[str, Any]:
-    """The fields of a `PeftConfig` that change when layers go.
+    """Returns the fields of a `PeftConfig` that change when layers are removed.
 
     Args:
         config (`PeftConfig`): of one adapter. It is not changed.
@@ -77,13 +79,13 @@ def cut_adapter(config: Any, stack: str, kept: Sequence[int]) -> dict[str, Any]:
         )
 
     def follow(name: str) -> str | None:
-        """The name after the removal; None if its layer is gone."""
+        """Returns the name after the removal; None if its layer is gone."""
         # With "layers.3." in it, the dots perhaps escaped, or from "3." on, as PEFT shortens many names.
-        found = re.search(rf"(?:(?:^|\.){re.escape(stack)}\\?\.|^)(\d+)(?=\\?\.|$)", name)
-        if found is None:
+        match = re.search(rf"(?:(?:^|\.){re.escape(stack)}\\?\.|^)(\d+)(?=\\?\.|$)", name)
+        if match is None:
             return name
-        layer = int(found[1])
-        return f"{name[: found.start(1)]}{kept.index(layer)}{name[found.end(1) :]}" if layer in kept else None
+        layer = int(match[1])
+        return f"{name[: match.start(1)]}{kept.index(layer)}{name[match.end(1) :]}" if layer in kept else None
 
     changed: dict[str, Any] = {}
     layers = getattr(config, "layers_to_transform", None)
@@ -107,7 +109,7 @@ def cut_adapter(config: Any, stack: str, kept: Sequence[int]) -> dict[str, Any]:
 
 
 def adapter_differences(model: Any) -> list[str]:
-    """How a live `PeftModel` differs from one built from its base's config and its adapters' configs.
+    """Returns the differences of a live `PeftModel` to one built from its base's and its adapters' configs.
 
     Raises:
         LayerPruneError: adapters of this type cannot be built without weights.
@@ -126,7 +128,7 @@ def adapter_differences(model: Any) -> list[str]:
                 config.init_lora_weights = False  # some ways compute them from the base's
             try:
                 if fresh is None:
-                    fresh = type(model)(build_blueprint(model.get_base_model()), config, adapter_name=name)
+                    fresh = type(model)(build_meta_model(model.get_base_model()), config, adapter_name=name)
                 else:
                     fresh.add_adapter(name, config)
             except RuntimeError as error:  # it computes with values
@@ -153,7 +155,7 @@ def _adapter_facts(model: Any) -> dict[str, Any]:
 
 
 def check_adapter_type(config: Any) -> None:
-    """Check that a `PeftConfig` puts adapters on modules of the model.
+    """Checks that a `PeftConfig` puts adapters on modules of the model.
 
     Raises:
         LayerPruneError: it is prompt learning, or changes the model's forward pass in another way.
@@ -222,7 +224,7 @@ def _copy(model: Any) -> Any:
 
 
 def _computed_tensors(model: nn.Module) -> list[torch.Tensor]:
-    """The tensors that modules hold and that autograd has computed, which a deepcopy refuses."""
+    """Returns the tensors in modules that autograd has computed, which a deepcopy refuses."""
 
     def within(value: Any) -> Iterator[torch.Tensor]:
         if torch.is_tensor(value):
@@ -235,23 +237,23 @@ def _computed_tensors(model: nn.Module) -> list[torch.Tensor]:
 
 
 def _untie(model: nn.Module) -> None:
-    """Give each module parameters of its own."""
+    """Gives each module parameters of its own."""
     seen: set[int] = set()
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in seen:
-                module._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if id(parameter) in seen:
+                setattr(module, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
             seen.add(id(parameter))
 
 
 def base_name(model: Any) -> str:
     """Returns the folder or hub id of the model that the adapters of a `PeftModel` are for, or ""."""
     named = next(iter(adapter_configs(model).values())).base_model_name_or_path
-    return named or base_of(model).config._name_or_path or ""
+    return named or base_of(model).config.name_or_path or ""
 
 
 def write_pruned_base(model: Any, folder: Path) -> None:
-    """Note in `folder` which layers of which model the adapters of a `PeftModel` are for."""
+    """Writes into `folder` which layers of which model the adapters of a `PeftModel` are for."""
     base = base_of(model)
     record = {"base_model": base_name(model), **lineage_entry(get_lineage(base))}
     record["class"] = type(base).__name__
@@ -261,8 +263,8 @@ def write_pruned_base(model: Any, folder: Path) -> None:
 
 
 def keep_base_known(model: Any) -> None:
-    """Let every `save_pretrained` of a `PeftModel` also write what [`load_pruned_adapter`] needs, and a card
-    that says so: PEFT alone would put the adapters on the wrong layers of the whole base.
+    """Makes every `save_pretrained` of a `PeftModel` also write what [`load_pruned_adapter`] needs, and a
+    card that names it. PEFT alone would put the adapters on the wrong layers of the whole base.
 
     Both are methods of this object, as accelerate's `forward` is, so that they follow it into a copy.
     """
@@ -280,7 +282,7 @@ def save_with_base(model: Any, save_directory: str | Path, *args: Any, **kwargs:
 
 
 def adapter_folder(folder: str | Path, name: str) -> Path:
-    """Where PEFT puts the adapter of this name when it saves all of them in `folder`."""
+    """Returns where PEFT puts the adapter of this name when it saves all of them in `folder`."""
     return Path(folder) / ("" if name == "default" else name)
 
 
@@ -310,7 +312,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a kill leaves the old one or the new one."""
+    """Writes a file so that a kill leaves the old one or the new one."""
     draft = path.with_suffix(".tmp")
     draft.write_text(text, encoding="utf-8")
     draft.replace(path)

@@ -4,30 +4,30 @@ import pytest
 import torch
 from torch import nn
 
-from hf_layerprune.surgery.fresh_model import build_blueprint, differences
+from hf_layerprune.surgery.fresh_model import build_meta_model, differences
 
 from .conftest import make_model
 from .tiny_models import tiny_model
 
 
 def found(model):
-    return [str(difference) for difference in differences(model, build_blueprint(model))]
+    return [str(difference) for difference in differences(model, build_meta_model(model))]
 
 
 def test_a_model_is_as_its_config_says(model):
     assert found(model) == []
 
 
-def test_a_blueprint_takes_no_memory_and_changes_nothing(llama):
+def test_a_meta_model_takes_no_memory_and_changes_nothing(llama):
     config = llama.config.to_dict()
-    assert {p.device.type for p in build_blueprint(llama).parameters()} == {"meta"}
+    assert {p.device.type for p in build_meta_model(llama).parameters()} == {"meta"}
     assert llama.config.to_dict() == config
 
 
 @pytest.mark.parametrize("name", ["llama", "diffllama"])
-def test_a_blueprint_draws_no_random_number(name):
+def test_a_meta_model_draws_no_random_number(name):
     model, state = tiny_model(name), torch.get_rng_state()
-    build_blueprint(model)
+    build_meta_model(model)
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -1,0 +1,93 @@
+"""Changes of attributes of modules and configs that can be undone and made again."""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+_UNSET: Any = object()
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A new value that is computed from the old one when a change is made, and kept by nobody else: it may
+    be gigabytes.
+
+    Args:
+        compute (`Callable`): returns the new value for the old one.
+    """
+
+    compute: Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A new value of one attribute.
+
+    Args:
+        owner (`weakref.ref`): the module or config that has the attribute.
+        name (`str`): its name.
+        value: the new value, or [`Computed`].
+    """
+
+    owner: "weakref.ref[Any]"
+    name: str
+    value: Any
+
+    def make(self) -> Any:
+        """Makes the change and returns the value before it."""
+        owner = self.owner()
+        if isinstance(self.value, Computed):  # a parameter or a module
+            old = getattr(owner, self.name)
+            setattr(owner, self.name, self.value.compute(old))
+            return old
+        old = vars(owner).get(self.name, _UNSET)
+        vars(owner)[self.name] = self.value
+        return old
+
+    def take_back(self, old: Any) -> None:
+        """Sets the value that [`make`] returned."""
+        owner = self.owner()
+        if isinstance(self.value, Computed):
+            setattr(owner, self.name, old)
+        elif old is _UNSET:
+            vars(owner).pop(self.name, None)
+        else:
+            vars(owner)[self.name] = old
+
+
+class Edits:
+    """Changes of attributes that can be undone and made again.
+
+    Undone, they keep no module and no tensor alive.
+    """
+
+    def __init__(self) -> None:
+        self.renumbered: list[int] = []  # layers whose number was not that of their place before
+        self._changes: list[_Change] = []
+        self._old: list[Any] = []
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Sets an attribute of a module or a config."""
+        change = _Change(weakref.ref(owner), name, value)
+        self._old.append(change.make())
+        self._changes.append(change)
+
+    def undo(self) -> None:
+        """Takes all changes back."""
+        while self._old:
+            self._changes[len(self._old) - 1].take_back(self._old.pop())
+
+    def make(self) -> None:
+        """Makes all changes again, or none if it is interrupted."""
+        try:
+            for change in self._changes:
+                self._old.append(change.make())
+        except BaseException:
+            self.undo()
+            raise
+
+    def forget_old(self) -> None:
+        """Lets the changes stand: they can no longer be undone, and the old values may be freed."""
+        self._old.clear()
