@@ -52,7 +52,7 @@ from ..forward.hooks import LAST, captured, hidden, replayed, running, undisturb
 from ..forward.lm_head import Reader, balances_routers, router_losses
 from ..forward.token_losses import cross_entropy
 from ..reports.card import write_card
-from ..reports.record import Record, checkpoint_of, read_record, write_record
+from ..reports.record import RunRecord, checkpoint_of, read_record, write_record
 from ..surgery.decoder import check_next_token, find_decoder, is_sharded, text_config
 from ..surgery.lineage import Lineage, get_lineage
 from ..surgery.peft import adapter_configs, base_of
@@ -173,6 +173,7 @@ class DistillationTrainer(Trainer):
             check_merge(adapted)
         super().__init__(adapted, args, **kwargs)
         self.add_callback(_ConfigCheck)
+        self._hand_over()
         model.add_model_tags(list(self._tag_names))
         if args.torch_compile:  # layer by layer, see _compiled: a whole compiled model does not see layers go
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
@@ -199,6 +200,17 @@ class DistillationTrainer(Trainer):
             "train": defaultdict(float),
             "eval": defaultdict(float),
         }
+
+    def add_callback(self, callback: Any) -> None:
+        """See [`~transformers.Trainer.add_callback`]."""
+        super().add_callback(callback)
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Hands this Trainer over to the callbacks that ask for it, as [`LayerPruningCallback`]."""
+        for callback in list(self.callback_handler.callbacks):
+            if hasattr(callback, "set_trainer") and getattr(callback, "trainer", None) is not self:
+                callback.set_trainer(self)
 
     def compute_loss(
         self,
@@ -574,7 +586,10 @@ class DistillationTrainer(Trainer):
         self._check_labels()
         self._idle_steps = self._steps = 0
         check_writable(output_dir)
-        return super().train(folder, *args, **kwargs)
+        try:
+            return super().train(folder, *args, **kwargs)
+        finally:
+            self.is_in_train = False  # the Trainer leaves it so after an error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load a checkpoint's weights as a new process would, so that every tensor of every type arrives."""
@@ -635,12 +650,12 @@ class DistillationTrainer(Trainer):
             "are padding. Check the labels that train_dataset and data_collator make."
         )
 
-    def _check_teacher_of(self, record: Record | None) -> None:
+    def _check_teacher_of(self, record: RunRecord | None) -> None:
         """A model loaded from a checkpoint would, copied, be its own teacher."""
         layers = len(self._taught_by.kept)
-        if self._is_own_teacher and record is not None and layers < record["model"]["layers"]:
+        if self._is_own_teacher and record is not None and layers < record.model["layers"]:
             raise LayerPruneError(
-                f"The run began with a model of {record['model']['layers']} layers, but the teacher has "
+                f"The run began with a model of {record.model['layers']} layers, but the teacher has "
                 f"{layers}: start from the original model, or give it as teacher_model."
             )
 
@@ -666,7 +681,7 @@ class DistillationTrainer(Trainer):
                     record = read_record(str(self.args.output_dir))
                     if record is not None:
                         write_record(record, folder)
-                        write_card(record, Path(folder), self.hub_model_id)
+                        write_card(record.to_dict(), Path(folder), self.hub_model_id)
                 else:  # in a copy, as the teacher reads the same weights
                     legacy, dtype = self.args.legacy_rope, self.args.save_dtype
                     save_model(model, folder, verify=verify, legacy_rope=legacy, dtype=dtype)
@@ -719,7 +734,7 @@ class DistillationTrainer(Trainer):
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
             folder = Path(str(self.args.output_dir))
-            write_card(record, folder, self.hub_model_id, *args, **kwargs)
+            write_card(record.to_dict(), folder, self.hub_model_id, *args, **kwargs)
 
 
 class _ConfigCheck(TrainerCallback):
