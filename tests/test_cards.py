@@ -222,7 +222,7 @@ def test_training_in_mixed_precision_is_seen_in_the_speeds():
 def test_speeds_of_two_precisions_are_not_put_side_by_side():
     record = prune_layers(
         make_model(), target_layers=4, calibration=calibration(), evaluation=HeldOutText(calibration())
-    )
+    ).to_dict()
     assert "tokens/s" in table_rows(record)[0]
     mixed = copy.deepcopy(record)
     mixed["phases"][-1]["healed"] = mixed["phases"][-1]["cut"] | {"precision": "bfloat16"}

@@ -65,8 +65,9 @@ def test_phases_of_so_many_tokens(llama):
 def test_tokens_and_steps_do_not_go_together():
     with pytest.raises(LayerPruneError, match="not both"):
         pruning(steps_per_phase=2, tokens_per_phase=100)
-    with pytest.raises(LayerPruneError, match=r"layers_per_phase is 1\.0: .* or a share between 0 and 1"):
-        pruning(layers_per_phase=1.0)
+    with pytest.raises(LayerPruneError, match=r"layers_per_phase is 1\.5: .* or a share between 0 and 1"):
+        pruning(layers_per_phase=1.5)
+    assert pruning(layers_per_phase=1.0).args.layers_per_phase == 1  # as flags give it
 
 
 def rates(trainer):
@@ -126,7 +127,7 @@ def test_a_schedule_that_cannot_start_again_is_refused(llama):
     trainer = make_trainer(llama, callbacks=[callback], eval_dataset=examples(4), **settings)
     with pytest.raises(LayerPruneError, match="ReduceLROnPlateau cannot be run through again"):
         trainer.train()
-    with pytest.raises(LayerPruneError, match="choose an lr_scheduler_type"):
+    with pytest.raises(LayerPruneError, match="Choose an lr_scheduler_type"):
         RestartedSchedule(None, 3)
 
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from transformers import (
@@ -129,7 +130,8 @@ class LayerPruningCallback(TrainerCallback, ExportableState):
         check_restores_no_callbacks(args)
         self.trainer, self._recorder, self._loading_hooks = None, Recorder(), []
         if model is not None and not isinstance(args, DistillationTrainingArguments):  # whose trainer cuts it
-            self._loading_hooks.append(model.register_load_state_dict_pre_hook(check_depth_of_weights))
+            check = partial(check_depth_of_weights, str(args.output_dir))
+            self._loading_hooks.append(model.register_load_state_dict_pre_hook(check))
         if optimizer is not None:  # the user's own, with groups of any kind
             self._loading_hooks.append(
                 optimizer.register_load_state_dict_pre_hook(check_groups_of_checkpoint)

@@ -78,10 +78,13 @@ def check_same_depth(model: Any, folder: str) -> None:
     )
 
 
-def check_depth_of_weights(model: nn.Module, weights: dict[str, Any], *args: Any) -> None:
+def check_depth_of_weights(output_dir: str, model: nn.Module, weights: dict[str, Any], *args: Any) -> None:
     """Checks, before `model` loads weights, that they have as many layers: a pre-hook of `load_state_dict`.
 
     A plain Trainer would ignore layers that do not fit, and fail later at the optimizer, without a reason.
+
+    Args:
+        output_dir (`str`): the output folder of the run.
 
     Raises:
         LayerPruneError: they have more or fewer layers. The error says how to get the same layers.
@@ -96,7 +99,10 @@ def check_depth_of_weights(model: nn.Module, weights: dict[str, Any], *args: Any
     adapted = bool(adapter_configs(model))
     lacking = expected - set(saved) if adapted or _is_whole(model, weights, prefix) else set()
     if set(saved) - set(own) or lacking:
-        advice = "Load the model with from_pretrained(CHECKPOINT) before you resume"
+        # The Trainer tells no callback from which checkpoint it resumes: any with these layers will do.
+        folders = [str(folder) for folder in sorted(Path(output_dir).glob("checkpoint-*"))]
+        fitting = [one for one in folders if not adapted and len(load_lineage(one).kept) == len(saved)]
+        advice = f"Load the model with from_pretrained({', '.join(map(repr, fitting[:1]))}) before you resume"
         if adapted:
             advice = "Take the same layers out of the base first, with remove_layers"
         raise LayerPruneError(
