@@ -29,7 +29,7 @@ from .other_callbacks import move_before_printing, trainer_warnings
 from .prune import Evaluation, run_evaluation
 from .recorder import Recorder
 from .resume import callback_states, check_depth_of_weights, check_groups_of_checkpoint, checkpoint_folder
-from .run import PruningRun
+from .run import PruningInputs, PruningRun
 from .start import begin_record, check_start, start_run
 from .termination import Termination
 
@@ -90,11 +90,7 @@ class LayerPruningCallback(TrainerCallback, ExportableState):
     ) -> None:
         self.args = make_arguments(PruningArguments, args, settings)
         check_choices(self.args.criterion, task, teacher, self.args.pattern, self.args.racing)
-        self.calibration = calibration
-        self.task = task
-        self.teacher = teacher
-        self.evaluation = evaluation
-        self.verify_save = verify_save
+        self.inputs = PruningInputs(self.args, calibration, task, teacher, evaluation, verify_save)
         self.trainer: Trainer | None = None
         self._recorder = Recorder()
         self._termination = Termination()
@@ -144,8 +140,6 @@ class LayerPruningCallback(TrainerCallback, ExportableState):
         control: TrainerControl,
         model: PreTrainedModel | None = None,
         optimizer: Any = None,
-        lr_scheduler: Any = None,
-        train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
         """Checks everything, and starts or resumes the run."""
@@ -157,34 +151,19 @@ class LayerPruningCallback(TrainerCallback, ExportableState):
         name, states = type(self).__name__, callback_states(state)
         if isinstance(states.get(name), list):
             raise LayerPruneError(f"The Trainer has more than one {name}: give it only one.")
-        check_start(self.args, self.task, self.trainer, args, state, model, optimizer)
+        check_start(self.inputs, self.trainer, args, state, model, optimizer)
         self._termination.install(self.trainer)
-        begin_record(self._recorder, self.args, self.teacher, args, state, model)
+        begin_record(self._recorder, self.inputs, args, state, model)
         states[name] = self.state()  # a checkpoint of an earlier version has none
-        if isinstance(self.calibration, Iterator):  # a later call of train() reads it again
-            self.calibration = take_rows(self.calibration)
+        if isinstance(self.inputs.calibration, Iterator):  # a later call of train() reads it again
+            self.inputs.calibration = take_rows(self.inputs.calibration)
         self._shows_tokens = args.include_num_input_tokens_seen != "no"
         self._run = start_run(
-            self.args,
-            self.calibration,
-            self.task,
-            self.teacher,
-            self.evaluation,
-            self._recorder,
-            self._termination,
-            self.trainer,
-            args,
-            state,
-            model,
-            lr_scheduler=lr_scheduler,
-            train_dataloader=train_dataloader,
-            eval_dataloader=kwargs.get("eval_dataloader"),
-            processing_class=kwargs.get("processing_class"),
-            verify_save=self.verify_save,
+            self.inputs, self._recorder, self._termination, self.trainer, args, state, model, **kwargs
         )
         self._run.restart_learning_rate(state, model)
         if not state.global_step:
-            self.record.dense = run_evaluation(self.evaluation, model)
+            self.record.dense = run_evaluation(self.inputs.evaluation, model)
 
     def on_step_begin(
         self,
@@ -269,7 +248,7 @@ class LayerPruningCallback(TrainerCallback, ExportableState):
         self._recorder.add_evaluation({"step": state.global_step, "layers": layers, **(metrics or {})})
         if not self._recorder.has_begun:
             return
-        if self.evaluation is None:
+        if self.inputs.evaluation is None:
             self._recorder.describe_evaluation(metrics or {}, kwargs.get("eval_dataloader"))
         self._recorder.write()
 

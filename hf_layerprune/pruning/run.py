@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 from ..data import Batch
 from ..reports.record import Removal
 from ..scoring.leave_one_out import Prefixes
-from ..scoring.score import LEAVE_ONE_OUT
+from ..scoring.score import LEAVE_ONE_OUT, reads_text
 from ..scoring.table import ScoreTable
 from ..surgery.lineage import get_lineage
 from .arguments import PruningArguments
@@ -33,11 +33,33 @@ from .termination import Termination
 
 
 @dataclass
+class PruningInputs:
+    """What the user gave [`LayerPruningCallback`].
+
+    Args:
+        args ([`PruningArguments`]): the settings.
+        calibration, task, teacher, evaluation, verify_save: see [`LayerPruningCallback`].
+    """
+
+    args: PruningArguments
+    calibration: Any = None
+    task: Any = None
+    teacher: PreTrainedModel | None = None
+    evaluation: Evaluation | None = None
+    verify_save: bool = True
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether layers are scored on text."""
+        return reads_text(self.args.criterion, self.task)
+
+
+@dataclass
 class PruningRun:
     """Removes layers from a model in training, and keeps the record of it.
 
     Args:
-        args ([`PruningArguments`]): the settings.
+        inputs ([`PruningInputs`]): settings and functions of the user.
         recorder ([`Recorder`]): writes the record.
         schedule ([`PhaseSchedule`]): says when phases begin.
         batches (`list[dict]`): the calibration data.
@@ -45,10 +67,9 @@ class PruningRun:
         termination ([`Termination`]): ends the process at once while layers are scored.
         losses ([`LossMonitor`]): watches the loss.
         recovery ([`Recovery`], *optional*): undoes a phase that recovers too little.
-        task, teacher, evaluation (*optional*): see [`LayerPruningCallback`].
     """
 
-    args: PruningArguments
+    inputs: PruningInputs
     recorder: Recorder
     schedule: PhaseSchedule
     batches: list[Batch]
@@ -56,13 +77,10 @@ class PruningRun:
     termination: Termination
     losses: LossMonitor
     recovery: Recovery | None = None
-    task: Any = None
-    teacher: PreTrainedModel | None = None
-    evaluation: Evaluation | None = None
 
     def excess(self, model: PreTrainedModel) -> int:
         """Returns how many layers are still to remove."""
-        return len(get_lineage(model).kept) - self.args.target_layers
+        return len(get_lineage(model).kept) - self.inputs.args.target_layers
 
     def is_last_phase(self, model: PreTrainedModel) -> bool:
         """Returns whether no more layers are removed."""
@@ -103,7 +121,7 @@ class PruningRun:
             self._check_cost(removals, model)
             self.output.report(args, state, control, model, _reported(table, removals[-1]))
         if removals:
-            phase = phase_entry(model, state.global_step, removals, self.evaluation)
+            phase = phase_entry(model, state.global_step, removals, self.inputs.evaluation)
             phase.tokens = state.num_input_tokens_seen
             if self.recovery is not None:
                 phase.qualities = {"before": before, "cut": self.recovery.measure(model)}
@@ -129,20 +147,20 @@ class PruningRun:
             table = score_present(
                 model,
                 self.batches,
-                self.args.criterion,
+                self.inputs.args.criterion,
                 self.recorder.record.pruning["protected_originals"],
-                task=self.task,
-                teacher=self.teacher,
+                task=self.inputs.task,
+                teacher=self.inputs.teacher,
                 journal=journal,
                 prefixes=prefixes,
                 progress=not args.disable_tqdm and state.is_local_process_zero,
-                **scoring_settings(self.args),
+                **scoring_settings(self.inputs.args),
             )
         [table] = broadcast_object_list([table])  # of one process, as all must remove the same
         return table
 
     def _is_below_floor(self, quality: float | None, state: TrainerState) -> bool:
-        floor = self.args.quality_floor
+        floor = self.inputs.args.quality_floor
         if floor is None or quality is None or quality >= floor:
             return False
         self.recorder.stop(
@@ -161,8 +179,8 @@ class PruningRun:
         self.recorder.warn(no_recovery(tables[0].quality, cut, quality))
 
     def _check_cost(self, removals: list[Removal], model: PreTrainedModel) -> None:
-        """Warns if the last removal was of an essential layer."""
-        if self.args.criterion not in (*LEAVE_ONE_OUT, "task"):  # whose scores are the cost of a removal
+        """Warns if the last removal was of an essential layer, where scores are the cost of a removal."""
+        if self.inputs.args.criterion not in (*LEAVE_ONE_OUT, "task"):
             return
         *earlier, cost = [one.score or 0.0 for one in self.recorder.record.removals + removals]
         left = len(get_lineage(model).kept)
@@ -201,7 +219,7 @@ class PruningRun:
     def end_phase(self, model: PreTrainedModel) -> None:
         """Evaluates the model at the end of a phase."""
         if self.recorder.record.phases and self.recorder.record.phases[-1].healed is None:
-            self.recorder.end_phase(run_evaluation(self.evaluation, model))
+            self.recorder.end_phase(run_evaluation(self.inputs.evaluation, model))
 
     def end(self, state: TrainerState, model: PreTrainedModel) -> None:
         """Ends the run."""

@@ -10,21 +10,21 @@ from ..data import Batch
 from ..distillation.arguments import DistillationTrainingArguments
 from ..distillation.teacher import check_tokens
 from ..errors import LayerPruneError
-from ..reports.record import check_folder_is_free, start_record
+from ..reports.record import RunRecord, check_folder_is_free, start_record
 from ..reports.texts import count_tokens, describe_text, describe_texts
-from ..scoring.score import check_criterion_fits, reads_text
+from ..scoring.score import check_criterion_fits
 from ..surgery.decoder import is_sharded
 from ..surgery.peft import adapter_configs, base_of, keep_base_known
-from .arguments import PruningArguments, record_settings
+from .arguments import record_settings
 from .calibration import calibration_batches, evaluation_rows
 from .compatibility import check_compatibility, check_parameters_stay
 from .diagnostics import LossMonitor, loss_in_nats
 from .other_callbacks import TrainerOutput
-from .prune import Evaluation, check_plan
+from .prune import check_plan
 from .recorder import Recorder
 from .recovery import Recovery
 from .resume import resumed_record
-from .run import PruningRun
+from .run import PruningInputs, PruningRun
 from .schedule import PhaseSchedule
 from .termination import Termination
 
@@ -33,8 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_start(
-    settings: PruningArguments,
-    task: Any,
+    inputs: PruningInputs,
     trainer: Trainer | None,
     args: TrainingArguments,
     state: TrainerState,
@@ -46,9 +45,9 @@ def check_start(
     Raises:
         LayerPruneError: they cannot. The error says what to change.
     """
-    check_criterion_fits(base_of(model), settings.criterion, task)
+    check_criterion_fits(base_of(model), inputs.args.criterion, inputs.task)
     check_compatibility(args, model, optimizer)
-    if settings.min_recovery is not None and (adapter_configs(model) or is_sharded(model)):
+    if inputs.args.min_recovery is not None and (adapter_configs(model) or is_sharded(model)):
         raise LayerPruneError(
             "min_recovery puts layers back, but not under adapters or in sharded models: leave it out."
         )
@@ -66,8 +65,7 @@ def check_start(
 
 def begin_record(
     recorder: Recorder,
-    settings: PruningArguments,
-    teacher: PreTrainedModel | None,
+    inputs: PruningInputs,
     args: TrainingArguments,
     state: TrainerState,
     model: PreTrainedModel,
@@ -78,63 +76,53 @@ def begin_record(
         LayerPruneError: layers cannot be removed as asked for, or the output folder holds another run.
     """
     recorder.start_clock(args)
-    values = record_settings(settings, teacher)
+    settings = record_settings(inputs.args, inputs.teacher)
     if state.global_step:
-        recorder.resume(resumed_record(args, state, model, values))
+        recorder.resume(resumed_record(args, state, model, settings))
         return
     check_folder_is_free(str(args.output_dir), resume="resume_from_checkpoint=True")
-    fixed = check_plan(model, settings.target_layers, settings.protected)
+    fixed = check_plan(model, inputs.args.target_layers, inputs.args.protected)
     check_parameters_stay(model)
-    recorder.begin(start_record(model, values | {"protected_originals": fixed}, args))
+    recorder.begin(start_record(model, settings | {"protected_originals": fixed}, args))
 
 
 def start_run(
-    settings: PruningArguments,
-    calibration: Any,
-    task: Any,
-    teacher: PreTrainedModel | None,
-    evaluation: Evaluation | None,
+    inputs: PruningInputs,
     recorder: Recorder,
     termination: Termination,
     trainer: Trainer | None,
     args: TrainingArguments,
     state: TrainerState,
     model: PreTrainedModel,
-    *,
-    lr_scheduler: Any,
-    train_dataloader: Any,
-    eval_dataloader: Any = None,
-    processing_class: Any = None,
-    verify_save: bool = True,
+    **others: Any,
 ) -> PruningRun:
     """Returns the run, whose record has begun.
 
     Args:
-        settings, calibration, task, teacher, evaluation, verify_save: see [`LayerPruningCallback`].
-        others: of the run, and as callbacks get them.
+        others: `lr_scheduler`, `train_dataloader`, `eval_dataloader` and `processing_class`, as callbacks get
+            them.
 
     Raises:
         LayerPruneError: the schedule, the texts or the teacher do not fit the training.
     """
+    settings, record, loader = inputs.args, recorder.record, others["train_dataloader"]
+    tokenizer = others.get("processing_class")
     if adapter_configs(model):
         keep_base_known(model)
-    if verify_save and not isinstance(args, DistillationTrainingArguments):  # whose trainer checks, too
+    checks_itself = isinstance(args, DistillationTrainingArguments)  # by a setting of its own
+    if inputs.verify_save and not checks_itself:
         check_saves(model)
-    if teacher is not None:
-        check_tokens(teacher, base_of(model), processing_class)
-    record = recorder.record
-    schedule = PhaseSchedule(settings, record, state.max_steps, lr_scheduler)
+    if inputs.teacher is not None:
+        check_tokens(inputs.teacher, base_of(model), tokenizer)
+    schedule = PhaseSchedule(settings, record, state.max_steps, others["lr_scheduler"])
     batches: list[Batch] = []
-    reads = reads_text(settings.criterion, task)
-    if calibration is None and reads:
-        rows = evaluation_rows(settings.criterion, trainer, eval_dataloader)
-        batches = calibration_batches(rows, args, train_dataloader, model, processing_class)
-    elif calibration is not None:
-        batches = calibration_batches(calibration, args, train_dataloader, model, processing_class)
-    texts = describe_texts(calibration, batches if reads else [], evaluation)
-    texts["healing"] = {"name": describe_text(train_dataloader)["name"]}
-    record.texts = {**texts, **record.texts}  # a resumed run knows its texts
-    counted = count_tokens(args, train_dataloader.dataset, processing_class)
+    calibration = inputs.calibration
+    if calibration is None and inputs.reads_text:
+        calibration = evaluation_rows(settings.criterion, trainer, others.get("eval_dataloader"))
+    if calibration is not None:
+        batches = calibration_batches(calibration, args, loader, model, tokenizer)
+    _describe_texts(inputs, record, batches, loader)
+    counted = count_tokens(args, loader.dataset, tokenizer)
     if settings.tokens_per_phase is not None and not counted:
         raise LayerPruneError(
             "tokens_per_phase is set, but the training data has no input_ids: its tokens cannot be "
@@ -142,8 +130,14 @@ def start_run(
         )
     recovery = None
     if settings.min_recovery is not None:
-        recovery = Recovery(settings.min_recovery, str(args.output_dir), batches, task)
+        recovery = Recovery(settings.min_recovery, str(args.output_dir), batches, inputs.task)
         recovery.check(len(record.phases))
     output, losses = TrainerOutput(trainer), LossMonitor(loss_in_nats(trainer, args))
-    inputs = {"task": task, "teacher": teacher, "evaluation": evaluation}
-    return PruningRun(settings, recorder, schedule, batches, output, termination, losses, recovery, **inputs)
+    return PruningRun(inputs, recorder, schedule, batches, output, termination, losses, recovery)
+
+
+def _describe_texts(inputs: PruningInputs, record: RunRecord, batches: list[Batch], loader: Any) -> None:
+    read = batches if inputs.reads_text else []
+    texts = describe_texts(inputs.calibration, read, inputs.evaluation)
+    texts["healing"] = {"name": describe_text(loader)["name"]}
+    record.texts = {**texts, **record.texts}  # a resumed run knows its texts
