@@ -83,8 +83,9 @@ def trainer_warnings(trainer: Trainer, callback: TrainerCallback, model: PreTrai
         )
     # trl takes the model without its adapters for the reference, as for DPO and GRPO.
     shares = adapter_configs(model) and getattr(trainer, "ref_model", trainer) is None
-    precomputed = getattr(trainer.args, "precompute_ref_log_probs", False)
-    if shares and getattr(trainer.args, "beta", 0) and not precomputed:
+    args: Any = trainer.args
+    is_read = getattr(args, "beta", 0) and not getattr(args, "precompute_ref_log_probs", False)
+    if shares and is_read:
         yield (
             f"The reference of {type(trainer).__name__} is this model without its adapters, so it loses the "
             "same layers. To compare with the original model, train without adapters, or set "
