@@ -20,6 +20,7 @@ length = min(256, model.config.max_position_embeddings)
 blocks = token_blocks(load_texts(text), tokenizer, length)
 calibration, heldout, train = split_blocks(blocks, calibration=8, heldout=8)
 
+pruning = LayerPruningCallback(target_layers=int(target_layers), calibration=calibration)
 trainer = Trainer(
     model=model,
     args=TrainingArguments(
@@ -27,8 +28,9 @@ trainer = Trainer(
     ),
     train_dataset=train,
     eval_dataset=heldout,
-    callbacks=[LayerPruningCallback(target_layers=int(target_layers), calibration=calibration)],
+    callbacks=[pruning],
 )
+pruning.set_trainer(trainer)
 trainer.train()
 print(trainer.evaluate())
 model.save_pretrained(output_dir)

@@ -39,7 +39,9 @@ trainer = SFTTrainer(
 )
 # SFTTrainer has made its data sets ready by now, so score on what it would evaluate.
 calibration = trainer.eval_dataset.select(range(16))
-trainer.add_callback(LayerPruningCallback(target_layers=int(target_layers), calibration=calibration))
+pruning = LayerPruningCallback(target_layers=int(target_layers), calibration=calibration)
+trainer.add_callback(pruning)
+pruning.set_trainer(trainer)
 trainer.train(resume_from_checkpoint=checkpoint)
 trainer.save_model()
 print(f"Saved a model of {model.config.num_hidden_layers} layers in {output_dir}.")

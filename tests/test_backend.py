@@ -93,7 +93,7 @@ def test_callbacks_that_keep_parameters_are_named(llama, caplog):
     pruned = pruning()
     model = make_model()
     plain_trainer(model, [average, Average(), Holds(find_decoder(model).layers[2]), pruned]).train()
-    [sign] = [sign for sign in pruned.record["signs"] if "keeps parameters" in sign]
+    [sign] = [sign for sign in pruned.record.warnings if "keeps parameters" in sign]
     assert sign.startswith("BEMACallback, Average, Holds keeps")
 
 
@@ -103,13 +103,13 @@ def test_callbacks_of_another_trainer_do_not_matter(llama):
     average.on_train_begin(None, None, None, model=other.model)
     pruned = pruning()
     plain_trainer(llama, pruned).train()
-    assert "signs" not in pruned.record or not any("keeps" in sign for sign in pruned.record["signs"])
+    assert not any("keeps" in sign for sign in pruned.record.warnings)
 
 
 def test_the_same_is_seen_of_callbacks_that_begin_later(llama):
     pruned = pruning()
     plain_trainer(llama, [pruned, Average()]).train()
-    assert any(sign.startswith("Average keeps") for sign in pruned.record["signs"])
+    assert any(sign.startswith("Average keeps") for sign in pruned.record.warnings)
 
 
 def events(folder):
@@ -131,14 +131,14 @@ def test_tensorboard_shows_scores_depth_and_losses(llama, tmp_path, kind):
     assert shown["train/layers"] == [(1, 5), (2, 5), (3, 4), (4, 4)]
     assert [step for step, _ in shown["train/loss"]] == [1, 2, 3, 4]
     assert ("train/kl" in shown) == (kind == "distillation")
-    for place, phase in enumerate(callback.record["phases"]):
-        [removal] = phase["removals"]
-        table = removal["table"]
-        assert shown["train/removed_layer"][place] == (phase["step"], removal["original"])
-        assert shown["train/removed_score"][place][1] == pytest.approx(removal["score"], abs=1e-5)
-        for layer, score in table["scores"].items():
-            tag = f"train/loss_score/layer_{table['kept'][int(layer)]:02d}"
-            assert dict(shown[tag])[phase["step"]] == pytest.approx(score, abs=1e-5)
+    for place, phase in enumerate(callback.record.phases):
+        [removal] = phase.removals
+        table = removal.table
+        assert shown["train/removed_layer"][place] == (phase.step, removal.original)
+        assert shown["train/removed_score"][place][1] == pytest.approx(removal.score, abs=1e-5)
+        for layer, score in table.scores.items():
+            tag = f"train/loss_score/layer_{table.kept[layer]:02d}"
+            assert dict(shown[tag])[phase.step] == pytest.approx(score, abs=1e-5)
 
 
 def early_stopping(patience, metrics, **settings):

@@ -17,7 +17,8 @@ from hf_layerprune.evaluation.evaluate import HeldOutText, agreement, compare_mo
 from hf_layerprune.pruning.prune import prune_layers
 from hf_layerprune.reports import card as report
 from hf_layerprune.reports.card import evaluation_rows, removal_marks, table_rows, text_rows, write_card
-from hf_layerprune.reports.record import describe_text, read_record
+from hf_layerprune.reports.record import read_record
+from hf_layerprune.reports.texts import describe_text
 
 from .conftest import make_model, tokens
 from .test_callback import calibration, plain_trainer, pruning
@@ -60,7 +61,7 @@ def test_a_card_shows_what_the_trainer_evaluated(kind, tmp_path):
     for entry in trainer.state.log_history:
         if "eval_loss" in entry and entry["step"]:
             healed[5 if entry["step"] <= 3 else 4] = entry["eval_loss"]
-    write_card(read_record("out"), Path("out"))
+    write_card(read_record("out").to_dict(), Path("out"))
     heads, *rows = sections("out")["What the cut cost"]
     assert "healed" not in " ".join(heads)
     column = [row[heads.index("eval_loss")] for row in rows]
@@ -78,7 +79,7 @@ def test_evaluations_of_several_data_sets_stand_side_by_side():
     trainer = plain_trainer(make_model(), pruning())
     evaluate_at(trainer, 3, {"one": examples(4), "two": calibration().remove_columns("text")})
     trainer.train()
-    record = read_record("out")
+    record = read_record("out").to_dict()
     assert {"eval_one_loss", "eval_two_loss"} <= set(table_rows(record)[0])
     assert [row[0] for row in text_rows(record)[1:]][-2:] == ["evaluation (one)", "evaluation (two)"]
 
@@ -92,7 +93,7 @@ def test_a_card_names_the_texts_and_counts_their_tokens(folder):
         ["healing", "text.txt", "", "128"],
         ["evaluation", "text.txt", "3", "48"],
     ]
-    assert "num_input_tokens" not in str(read_record("healed")["training"])
+    assert "num_input_tokens" not in str(read_record("healed").training)
     assert main(["prune", folder, *DATA, *SMALL, "--target_layers", "4", "--output_dir", "cut"]) == 0
     assert [row[0] for row in sections("cut")["Text"]] == ["", "calibration", "evaluation"]
     assert sections("cut")["What the cut cost"][0] == [
@@ -117,7 +118,7 @@ def test_a_recipe_counts_the_tokens_of_its_healing(folder, recipe, stream):
     words += ["--gradient_accumulation_steps", "1", "--streaming", str(stream)]
     words += ["--steps_per_phase", "2"] if recipe == "iterative-small" else []
     assert main(["run", recipe, *words]) == 0
-    record = read_record("out")
+    record = read_record("out").to_dict()
     assert record["texts"]["healing"] == {"name": "text.txt", "tokens": 128}
     assert report.healing_tokens(record) == 128
 
@@ -153,7 +154,7 @@ def test_supervised_fine_tuning_counts_its_tokens(folder):
     callback = pruning(calibration=trainer.train_dataset.select(range(2)), target_layers=5)
     trainer.add_callback(callback)
     trainer.train()
-    record = read_record("out")
+    record = read_record("out").to_dict()
     assert 0 < record["texts"]["healing"]["tokens"] <= sum(seen)
     assert sum(seen[:2]) == record["texts"]["healing"]["tokens"]
     assert record["texts"]["calibration"]["tokens"] > 0
@@ -178,7 +179,7 @@ def test_data_without_input_ids_is_not_counted():
     trainer.args.remove_unused_columns = False
     trainer.train()
     assert trainer.args.include_num_input_tokens_seen == "no"
-    assert "tokens" not in callback.record["texts"]["healing"]
+    assert "tokens" not in callback.record.texts["healing"]
 
 
 def test_a_stream_of_torch_is_not_looked_into():
@@ -190,7 +191,7 @@ def test_a_stream_of_torch_is_not_looked_into():
     trainer = plain_trainer(make_model(), callback, max_steps=2)
     trainer.train_dataset = Stream()
     trainer.train()
-    assert text_rows(callback.record) == [
+    assert text_rows(callback.record.to_dict()) == [
         ["", "sequences", "tokens"],
         ["calibration", "4", "48"],
         ["evaluation", "", "7"],
@@ -210,15 +211,18 @@ def test_a_speed_is_noted_with_its_precision(precision):
 def test_training_in_mixed_precision_is_seen_in_the_speeds():
     callback = pruning(evaluation=HeldOutText(calibration()))
     make_trainer(make_model(), max_steps=2, bf16=True, callbacks=[callback]).train()
-    measured = [callback.record["dense"], *(phase["healed"] for phase in callback.record["phases"])]
+    measured = [
+        callback.record.to_dict()["dense"],
+        *(phase["healed"] for phase in callback.record.to_dict()["phases"]),
+    ]
     assert {found["precision"] for found in measured} == {"bfloat16"}
-    assert "tokens/s" in table_rows(callback.record)[0]
+    assert "tokens/s" in table_rows(callback.record.to_dict())[0]
 
 
 def test_speeds_of_two_precisions_are_not_put_side_by_side():
     record = prune_layers(
         make_model(), target_layers=4, calibration=calibration(), evaluation=HeldOutText(calibration())
-    )
+    ).to_dict()
     assert "tokens/s" in table_rows(record)[0]
     mixed = copy.deepcopy(record)
     mixed["phases"][-1]["healed"] = mixed["phases"][-1]["cut"] | {"precision": "bfloat16"}
@@ -256,7 +260,7 @@ def test_stability_is_shown_where_many_questions_decide(spread, steady, tmp_path
     rows = {row[0]: row[1:] for row in evaluation_rows(results)}
     assert rows["agreement, piqa"] == ["", "0.700 ± 0.046"]
     assert ("stability, piqa" in rows) == steady
-    record = prune_layers(make_model(), target_layers=5, calibration=calibration())
+    record = prune_layers(make_model(), target_layers=5, calibration=calibration()).to_dict()
     record["evaluation"] = {"text": "t.txt", "dense": results["a"], "model": results["b"]}
     before = json.dumps(record)
     write_card(record, tmp_path)
@@ -276,7 +280,7 @@ def test_agreement_is_shown_of_evaluations_of_an_earlier_version(tmp_path):
         for name in ("perplexities", "agreement"):
             found["tasks"]["piqa"].pop(name)
         found["tasks"]["piqa"]["stability"].pop("effective_questions")
-    record = prune_layers(make_model(), target_layers=5, calibration=calibration())
+    record = prune_layers(make_model(), target_layers=5, calibration=calibration()).to_dict()
     record["evaluation"] = {"text": "t.txt", "dense": results["a"], "model": results["b"]}
     write_card(record, tmp_path)
     card = (tmp_path / "README.md").read_text()
@@ -291,7 +295,7 @@ def test_losses_are_marked_where_layers_went(tmp_path, monkeypatch):
     monkeypatch.setattr(Axes, "axvline", lambda axes, place, **kwargs: places.append(place))
     callback = pruning(target_layers=3, layers_per_phase=2)
     make_trainer(make_model(), max_steps=4, callbacks=[callback]).train()
-    record = read_record("out")
+    record = read_record("out").to_dict()
     report.plot_record(record, tmp_path)
     assert places == [0, 2]
     first, second = ([r["original"] for r in phase["removals"]] for phase in record["phases"])
@@ -299,7 +303,7 @@ def test_losses_are_marked_where_layers_went(tmp_path, monkeypatch):
         (0, f"layers {first[0]}, {first[1]} removed"),
         (2, f"layer {second[0]} removed"),
     ]
-    greedy = prune_layers(make_model(), target_layers=4, calibration=calibration())
+    greedy = prune_layers(make_model(), target_layers=4, calibration=calibration()).to_dict()
     assert len(removal_marks(greedy)) == 1
 
 
@@ -327,5 +331,5 @@ def test_results_say_what_their_error_bars_are(tmp_path, monkeypatch):
 
 
 def test_a_model_without_a_name_has_a_card_that_reads(tmp_path):
-    write_card(prune_layers(make_model(), target_layers=5, calibration=calibration()), tmp_path)
+    write_card(prune_layers(make_model(), target_layers=5, calibration=calibration()).to_dict(), tmp_path)
     assert "\nA model of type llama with 5 of its 6" in (tmp_path / "README.md").read_text()

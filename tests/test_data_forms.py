@@ -202,7 +202,7 @@ def train(calibration, **settings):
         **settings,
     )
     trainer.train()
-    return pruning.record["phases"][0]["removals"][0]["table"]["scores"]
+    return pruning.record.phases[0].removals[0].table.scores
 
 
 def test_the_callback_takes_tokens_of_every_form():
@@ -236,7 +236,7 @@ def test_a_generator_serves_a_second_training():
         settings = DistillationTrainingArguments(folder, **args)
         trainer = DistillationTrainer(make_model(), settings, train_dataset=data, callbacks=[pruning])
         trainer.train()
-        assert len(pruning.record["phases"]) == 1
+        assert len(pruning.record.phases) == 1
 
 
 def test_trl_trains_on_raw_rows_and_is_calibrated_with_them(chatting):
@@ -255,7 +255,7 @@ def test_trl_trains_on_raw_rows_and_is_calibrated_with_them(chatting):
     )
     pruning = LayerPruningCallback(target_layers=5, calibration=rows.select(range(4)))
     SFTTrainer(make_model(), args, train_dataset=rows, processing_class=chatting, callbacks=[pruning]).train()
-    assert len(pruning.record["phases"]) == 1
+    assert len(pruning.record.phases) == 1
 
 
 def test_the_helpers_are_public():

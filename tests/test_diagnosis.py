@@ -3,7 +3,7 @@ import logging
 import pytest
 
 from hf_layerprune.distillation.losses import hidden_loss_dominates
-from hf_layerprune.pruning.diagnostics import exploded, no_recovery, steep_fall
+from hf_layerprune.pruning.diagnostics import loss_diverged, no_recovery, removal_too_costly
 from hf_layerprune.reports.record import read_record
 
 from .conftest import make_model
@@ -21,7 +21,7 @@ from .test_trainer import make_trainer
     ],
 )
 def test_an_essential_layer_is_named(earlier, fall, told):
-    sign = steep_fall(earlier, fall, 17, 20)
+    sign = removal_too_costly(earlier, fall, 17, 20)
     assert (sign is not None) == told
     if told:
         assert sign.startswith(f"Layer 17 cost {fall:.3f}")
@@ -56,7 +56,7 @@ def test_hidden_states_that_drown_the_rest_are_told():
     ],
 )
 def test_a_loss_that_runs_away_is_told(losses, norm, told):
-    sign = exploded(losses, norm)
+    sign = loss_diverged(losses, norm)
     assert (sign is not None) == told
     if told:
         assert f"The loss is {losses[-1]:.3g}, where it was" in sign
@@ -70,12 +70,12 @@ def test_a_run_that_runs_away_says_so_once_a_phase(kind, caplog):
         plain_trainer(make_model(), callback, **settings).train()
     else:
         make_trainer(make_model(), callbacks=[callback], **settings).train()
-    signs = [sign for sign in callback.record["signs"] if "training runs away" in sign]
+    signs = [sign for sign in callback.record.warnings if "training runs away" in sign]
     assert 1 <= len(signs) <= 2
     caplog.clear()
     callback = pruning()
     plain_trainer(make_model(), callback, output_dir="calm", max_steps=8).train()
-    assert not any("runs away" in sign for sign in callback.record.get("signs", []))
+    assert not any("runs away" in sign for sign in callback.record.warnings)
 
 
 def test_a_run_tells_its_signs(caplog):
@@ -86,7 +86,7 @@ def test_a_run_tells_its_signs(caplog):
         make_trainer(make_model(), max_steps=4, callbacks=[callback]).train()
     assert "won back 0 % of what its removal cost" in caplog.text
     assert "cost 8.000, where removals before it cost 1.000" in caplog.text
-    assert [sign[:14] for sign in read_record("out")["signs"]] == ["The last phase", "Layer 3 cost 8"]
+    assert [sign[:14] for sign in read_record("out").warnings] == ["The last phase", "Layer 3 cost 8"]
     caplog.clear()
     with caplog.at_level(logging.WARNING, "hf_layerprune"):
         settings = {"max_steps": 2, "learning_rate": 1e-2, "output_dir": "other"}
@@ -99,7 +99,7 @@ def test_a_run_tells_its_signs(caplog):
 
 def test_a_place_costs_nothing(monkeypatch):
     told = []
-    monkeypatch.setattr("hf_layerprune.pruning.callback.steep_fall", lambda *args: told.append(args))
+    monkeypatch.setattr("hf_layerprune.pruning.run.removal_too_costly", lambda *args: told.append(args))
     make_trainer(make_model(), max_steps=4, callbacks=[pruning(criterion="positional")]).train()
     assert told == []
     callback = pruning()

@@ -65,8 +65,9 @@ def run(settings):
             args,
             train_dataset=dataset(),
             data_collator=default_data_collator,
-            callbacks=[pruning()],
+            callbacks=[callback := pruning()],
         )
+        callback.set_trainer(trainer)
     else:
         callbacks = [pruning()] if kind == "pruned" else None
         trainer = make_trainer(student, dataset(), teacher_model=teacher, callbacks=callbacks, **settings)
@@ -156,8 +157,8 @@ def test_two_processes_learn_what_one_does(kind, settings):
     for one, other in zip(ours["log"], theirs["log"], strict=True):
         assert all(other[term] == pytest.approx(one[term], rel=1e-4) for term in terms if "loss" in one)
     if kind == "pruned":
-        records = [read_record(name)["phases"] for name in ("two", "one")]
-        removed = [[one["original"] for p in phases for one in p["removals"]] for phases in records]
+        records = [read_record(name).phases for name in ("two", "one")]
+        removed = [[one.original for p in phases for one in p.removals] for phases in records]
         assert len(removed[0]) == 2
         assert removed[0] == removed[1]
     if "save_steps" in settings:

@@ -73,9 +73,7 @@ def train(folder, save_steps):
     )
     trainer.train(resume_from_checkpoint=read_record(folder) is not None)
     save_file(trainer.model.state_dict(), f"{folder}/end.safetensors")
-    removed = [
-        [one["original"], one["score"]] for p in read_record(folder)["phases"] for one in p["removals"]
-    ]
+    removed = [[one.original, one.score] for one in read_record(folder).removals]
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     end = {"kept": get_lineage(trainer.model).kept, "removed": removed, "losses": losses}
     Path(folder, "end.json").write_text(json.dumps(end))
@@ -141,7 +139,7 @@ def check_termination():
         assert doing[0] == part
         found = last_checkpoint("told")
         assert found == (None if step is None else f"told/checkpoint-{step}")
-        assert not read_record("told") or not read_record("told")["finished"]
+        assert not read_record("told") or not read_record("told").finished
         attempt("told", save_steps=3)
         assert Path("told/end.json").read_text() == Path("whole/end.json").read_text()
         shutil.rmtree("told")
@@ -293,7 +291,7 @@ def test_the_handler_of_a_run_that_broke_off_is_replaced():
         with pytest.raises(ValueError, match="stop"):
             make_trainer(make_model(), **settings).train()
         handlers.append(signal.getsignal(signal.SIGTERM))
-        assert handlers[-1] == callback._on_sigterm
+        assert handlers[-1] == callback._termination.handle
     with pytest.raises(SystemExit, match="143"):  # nothing is in training
         handlers[-1](signal.SIGTERM, sys._getframe())
 

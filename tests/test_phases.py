@@ -65,15 +65,15 @@ def test_each_phase_is_trained_by_the_command(layers_per_phase, sizes):
 
     record = run(layers_per_phase=layers_per_phase, evaluation=evaluation)
     model, removed = expected(sizes)
-    assert [one["original"] for phase in record["phases"] for one in phase["removals"]] == removed
+    assert [one.original for phase in record.phases for one in phase.removals] == removed
     last = AutoModelForCausalLM.from_pretrained(f"out/phase_{len(sizes)}/healed").eval()
     assert torch.equal(logits(last, tokens()), logits(model, tokens()))
     depths = [6 - sum(sizes[:n]) for n in range(1, len(sizes) + 1)]
     assert seen == [6, *(depth for depth in depths for _ in ("cut", "healed"))]
-    for phase in record["phases"]:
-        assert phase["healed"]["std"] == pytest.approx(phase["cut"]["std"] / 2)
+    for phase in record.phases:
+        assert phase.healed["std"] == pytest.approx(phase.cut["std"] / 2)
     assert read_record("out") == record
-    assert record["finished"]
+    assert record.finished
     assert not list(Path("out").glob("*/cut"))
 
 
@@ -83,12 +83,12 @@ def test_a_run_goes_on_with_the_phase_in_which_the_command_failed():
         LayerPruneError, match=r"exit code 3: .*phase_2/cut out/phase_2/healed 2\. Called again"
     ):
         run()
-    before = read_record("out")["phases"]
+    before = read_record("out").phases
     Path("fail").unlink()
     record = run()
     assert Path("calls.txt").read_text() == "1223"
-    assert record["phases"][0] == before[0]
-    assert record["phases"][1]["removals"] == before[1]["removals"]
+    assert record.phases[0] == before[0]
+    assert record.phases[1].removals == before[1].removals
     model, _ = expected([1, 1, 1])
     last = AutoModelForCausalLM.from_pretrained("out/phase_3/healed").eval()
     assert torch.equal(logits(last, tokens()), logits(model, tokens()))

@@ -7,7 +7,7 @@ import pytest
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from hf_layerprune.pruning import compatibility as backend
+from hf_layerprune.pruning import other_callbacks
 from hf_layerprune.reports.record import read_record
 
 from .conftest import make_model
@@ -40,14 +40,16 @@ def test_each_removal_prints_one_line(kind, bar, late, printed):
         trainer = make_trainer(make_model(), callbacks=[] if late else [callback], **settings)
     if late:
         trainer.add_callback(callback)
+    if kind == "plain":
+        callback.set_trainer(trainer)
     trainer.train()
     lines = printed()
     removals = [line for line in lines if "removed_layer" in line]
-    phases = read_record("out")["phases"]
-    assert [line["removed_layer"] for line in removals] == [p["removals"][0]["original"] for p in phases]
+    phases = read_record("out").phases
+    assert [line["removed_layer"] for line in removals] == [p.removals[0].original for p in phases]
     assert [line["layers"] for line in removals] == [5, 4]
     assert [float(line["loss_score"]) for line in removals] == [
-        pytest.approx(phase["removals"][0]["score"], rel=1e-3) for phase in phases
+        pytest.approx(phase.removals[0].score, rel=1e-3) for phase in phases
     ]
     losses = [line for line in lines if "loss" in line]
     assert [line["layers"] for line in losses] == [5, 5, 4, 4]
@@ -59,7 +61,7 @@ def test_a_notebook_prints_the_line_beside_its_table(printed, monkeypatch):
     class Table(TrainerCallback):
         """As the one of notebooks, which shows losses only."""
 
-    monkeypatch.setattr(backend, "DEFAULT_PROGRESS_CALLBACK", Table)
+    monkeypatch.setattr(other_callbacks, "DEFAULT_PROGRESS_CALLBACK", Table)
     trainer = plain_trainer(make_model(), pruning(), max_steps=4)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Table())
@@ -86,6 +88,7 @@ def test_other_callbacks_keep_their_order():
     others, late = [type(name, (Other,), {})() for name in "ABC"], pruning()
     trainer = plain_trainer(make_model(), others[:2], max_steps=4, disable_tqdm=False)
     trainer.add_callback(late)
+    late.set_trainer(trainer)
     trainer.add_callback(others[2])
     trainer.train()
     names = [type(one).__name__ for one in trainer.callback_handler.callbacks]

@@ -14,7 +14,7 @@ from hf_layerprune.data import load_texts, make_batches, split_blocks, token_blo
 from hf_layerprune.evaluation.evaluate import evaluate_text
 from hf_layerprune.pruning.replacement import replace_by_linear_map, replace_run
 from hf_layerprune.recipes.recipe import shipped_recipes
-from hf_layerprune.reports.record import read_record, write_record
+from hf_layerprune.reports.record import RunRecord, read_record, write_record
 
 from .conftest import logits, make_model, tokens
 
@@ -69,7 +69,7 @@ def result():
     model = AutoModelForCausalLM.from_pretrained("out").eval()
     assert model.config.use_cache is True
     assert model.generate(tokens()[:1, :4], max_new_tokens=4, do_sample=False).shape == (1, 8)
-    return model, read_record("out")
+    return model, read_record("out").to_dict()
 
 
 def test_every_shipped_recipe_is_of_known_fields_and_says_where_it_is_from():
@@ -430,7 +430,7 @@ def test_removal_at_once_resumes_in_training_to_the_same_weights(folder, recipe)
         shutil.rmtree(Path("out", gone))
     for gone in ("model.safetensors", "config.json"):
         Path("out", gone).unlink()
-    write_record(record | {"finished": False, "log": []}, "out")
+    write_record(RunRecord.from_dict(record | {"finished": False, "log": []}), "out")
     assert run(*words, "--resume") == 0
     again, resumed = result()
     assert resumed["resumed_at"] == "checkpoint-2"

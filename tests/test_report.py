@@ -18,7 +18,7 @@ from hf_layerprune.reports.card import (
     table_rows,
     write_card,
 )
-from hf_layerprune.reports.record import read_record, write_record
+from hf_layerprune.reports.record import RunRecord, read_record, write_record
 
 from .conftest import logits, make_model, tokens
 from .test_callback import calibration, pruning
@@ -92,7 +92,7 @@ def test_push_to_hub_sends_a_plain_model_with_its_card(llama, tokenizer, tmp_pat
 
 def test_a_local_base_model_is_not_called_a_hub_id(llama, tmp_path):
     llama.config._name_or_path = str(tmp_path / "someone" / "mine")
-    record = prune_layers(llama, target_layers=5, calibration=calibration())
+    record = prune_layers(llama, target_layers=5, calibration=calibration()).to_dict()
     write_card(record, tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model is None
@@ -119,7 +119,7 @@ def test_pruning_without_training_is_the_greedy_search(llama):
         least = min(table.scores, key=table.scores.get)
         order.append(table.kept[least])
         remove_layers(reference, least)
-    record = prune_layers(llama, target_layers=3, calibration=calibration())
+    record = prune_layers(llama, target_layers=3, calibration=calibration()).to_dict()
     assert [phase["removals"][0]["original"] for phase in record["phases"]] == order
     assert (logits(llama, tokens()) == logits(reference, tokens())).all()
     rows = table_rows(record)
@@ -131,19 +131,25 @@ def test_pruning_without_training_is_the_greedy_search(llama):
 
 def test_a_record_is_read_back_and_a_broken_one_refused(tmp_path):
     assert read_record(tmp_path) is None
-    write_record({"format": 1, "phases": []}, tmp_path)
-    assert read_record(tmp_path) == {"format": 1, "phases": []}
-    for content in ("{", '{"format": 9}', "[]"):
+    record = prune_layers(make_model(), target_layers=4, calibration=calibration())
+    record.warnings, record.undone = ["Look at this."], record.phases.pop()
+    write_record(record, tmp_path)
+    assert read_record(tmp_path) == record
+    values = json.loads((tmp_path / "layer_pruning.json").read_text())
+    assert values == record.to_dict()
+    assert values["signs"] == ["Look at this."]
+    assert not {"warnings", "recipe", "evaluation"} & set(values)
+    for content in ("{", '{"format": 9}', "[]", '{"format": 1, "unknown": 1}'):
         (tmp_path / "layer_pruning.json").write_text(content)
         with pytest.raises(LayerPruneError, match="not a record of this version"):
             read_record(tmp_path)
 
 
 def test_a_record_that_cannot_be_written_leaves_the_old_one(tmp_path):
-    write_record({"format": 1}, tmp_path)
+    write_record(RunRecord(), tmp_path)
     with pytest.raises(TypeError):
-        write_record({"format": 1, "bad": object()}, tmp_path)
-    assert read_record(tmp_path) == {"format": 1}
+        write_record(RunRecord(training={"bad": object()}), tmp_path)
+    assert read_record(tmp_path) == RunRecord()
 
 
 def test_phases_are_drawn_as_a_heat_map(tmp_path):
@@ -154,7 +160,7 @@ def test_phases_are_drawn_as_a_heat_map(tmp_path):
 
 
 def test_the_card_tells_what_the_run_saw(llama):
-    record = prune_layers(llama, target_layers=5, calibration=calibration())
+    record = prune_layers(llama, target_layers=5, calibration=calibration()).to_dict()
     for wrong in ({}, {"signs": ["Layer 3 cost too much.", "Nothing came back."], "stopped": "It ended."}):
         write_card(record | wrong, Path())
         card = Path("README.md").read_text()
@@ -199,7 +205,7 @@ def test_a_card_says_what_was_measured(folder, capsys):
     assert result.metric_type == "acc"
     assert table in card.content
     assert 'from_pretrained("me/cut")' in card.content
-    after = read_record("cut")
+    after = read_record("cut").to_dict()
     found["tasks"]["lambada_openai"].pop("perplexities")
     assert after["evaluation"]["model"] == found
     assert {k: v for k, v in after.items() if k not in ("model", "evaluation")} == {
@@ -212,7 +218,7 @@ def test_a_card_says_what_was_measured(folder, capsys):
 def test_a_card_of_what_is_no_run_is_refused(folder, capsys):
     assert main(["card", folder]) == 2
     assert "holds no layer_pruning.json" in capsys.readouterr().err
-    write_record({"format": 1}, folder)
+    write_record(RunRecord(), folder)
     Path("e.json").write_text('{"text": "t", "models": {"other": {}}}')
     assert main(["card", folder, "--evaluation", "e.json"]) == 2
     assert "e.json is of other alone, not of model" in capsys.readouterr().err
@@ -233,7 +239,7 @@ def test_every_part_of_the_loss_that_a_trainer_logs_is_drawn(llama, tmp_path, mo
 def test_quality_and_losses_are_drawn_where_they_are_known(llama, tmp_path):
     record = prune_layers(
         llama, target_layers=4, calibration=calibration(), evaluation=lambda model: {"perplexity": 9.0}
-    )
+    ).to_dict()
     assert list(plot_record(record, tmp_path)) == ["quality.png"]
     record["log"] = [{"loss": "2.5", "kl": "2.0", "step": 1}, {"loss": "1.5", "kl": "1.0", "step": 2}]
     assert list(plot_record(record, tmp_path)) == ["quality.png", "losses.png"]
@@ -253,7 +259,7 @@ def test_a_card_tells_two_models_of_one_name_apart(folder, capsys):
     words = ["evaluate", folder, f"cut/{folder}", *data, "--max_blocks", "4", "--json", "e.json"]
     assert main(words) == 0
     assert main(["card", f"cut/{folder}", "--evaluation", "e.json"]) == 0
-    measured = read_record(f"cut/{folder}")["evaluation"]
+    measured = read_record(f"cut/{folder}").evaluation
     assert (measured["dense"]["layers"], measured["model"]["layers"]) == (6, 4)
     lines = Path("cut", folder, "README.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
@@ -264,11 +270,11 @@ def test_a_card_tells_two_models_of_one_name_apart(folder, capsys):
     assert main(words) == 0
     for place, layers in (("cut", 4), ("more", 3)):
         assert main(["card", f"{place}/{folder}", "--evaluation", "e.json"]) == 0
-        assert read_record(f"{place}/{folder}")["evaluation"]["model"]["layers"] == layers
+        assert read_record(f"{place}/{folder}").evaluation["model"]["layers"] == layers
 
 
 def test_an_evaluation_that_was_stopped_is_refused(folder, capsys):
-    write_record({"format": 1}, folder)
+    write_record(RunRecord(), folder)
     model = {"layers": 1, "tasks": {}}
     Path("e.json").write_text(json.dumps({"text": "t", "models": {"dense": model, folder: model}}))
     assert main(["card", folder, "--evaluation", "e.json"]) == 2

@@ -29,7 +29,7 @@ def test_how_many_layers_go_in_each_phase():
 def test_a_share_of_the_layers_or_all_at_once(llama, share, sizes):
     callback = pruning(target_layers=3, layers_per_phase=share)
     plain_trainer(llama, callback).train()
-    assert [len(phase["removals"]) for phase in callback.record["phases"]] == sizes
+    assert [len(phase.removals) for phase in callback.record.phases] == sizes
     assert len(get_lineage(llama).kept) == 3
 
 
@@ -52,7 +52,7 @@ def test_phases_of_so_many_tokens(llama):
     trainer = plain_trainer(llama, [callback, Count()], max_steps=12, per_device_train_batch_size=2)
     trainer.train_dataset = ragged()
     trainer.train()
-    starts = [phase["step"] for phase in callback.record["phases"]]
+    starts = [phase.step for phase in callback.record.phases]
     assert starts[0] == 0
     assert len(starts) == 3
     before = 0
@@ -65,8 +65,9 @@ def test_phases_of_so_many_tokens(llama):
 def test_tokens_and_steps_do_not_go_together():
     with pytest.raises(LayerPruneError, match="not both"):
         pruning(steps_per_phase=2, tokens_per_phase=100)
-    with pytest.raises(LayerPruneError, match=r"layers_per_phase is 1\.0: .* or a share between 0 and 1"):
-        pruning(layers_per_phase=1.0)
+    with pytest.raises(LayerPruneError, match=r"layers_per_phase is 1\.5: .* or a share between 0 and 1"):
+        pruning(layers_per_phase=1.5)
+    assert pruning(layers_per_phase=1.0).args.layers_per_phase == 1  # as flags give it
 
 
 def rates(trainer):
@@ -126,7 +127,7 @@ def test_a_schedule_that_cannot_start_again_is_refused(llama):
     trainer = make_trainer(llama, callbacks=[callback], eval_dataset=examples(4), **settings)
     with pytest.raises(LayerPruneError, match="ReduceLROnPlateau cannot be run through again"):
         trainer.train()
-    with pytest.raises(LayerPruneError, match="choose an lr_scheduler_type"):
+    with pytest.raises(LayerPruneError, match="Choose an lr_scheduler_type"):
         RestartedSchedule(None, 3)
 
 
@@ -214,19 +215,19 @@ def test_the_last_phase_has_to_win_back_too(llama):
     callback = pruning(target_layers=5, min_recovery=0.5, criterion="task", task=task)
     plain_trainer(llama, callback, max_steps=1).train()
     assert torch.equal(logits(llama.eval(), tokens()), before)
-    assert "Phase 1 did not win back" in callback.record["stopped"]
+    assert "Phase 1 did not win back" in callback.record.stopped
 
 
 def test_a_phase_that_wins_back_leaves_nothing_behind(llama):
     callback = pruning(target_layers=5, min_recovery=1e-9)
     plain_trainer(llama, callback).train()
     assert len(get_lineage(llama).kept) == 5
-    assert callback.record["stopped"] is None
+    assert callback.record.stopped is None
     assert not list(Path("out").glob("before*"))
-    qualities = callback.record["phases"][0]["qualities"]
-    removal = callback.record["phases"][0]["removals"][0]
-    assert qualities["before"] == pytest.approx(removal["table"]["quality"], abs=1e-5)
-    assert qualities["before"] - qualities["cut"] == pytest.approx(removal["score"], abs=1e-5)
+    qualities = callback.record.phases[0].qualities
+    removal = callback.record.phases[0].removals[0]
+    assert qualities["before"] == pytest.approx(removal.table.quality, abs=1e-5)
+    assert qualities["before"] - qualities["cut"] == pytest.approx(removal.score, abs=1e-5)
 
 
 def test_a_resumed_run_puts_back_what_the_stopped_one_removed():
@@ -284,8 +285,8 @@ def test_what_is_put_back_is_not_the_best_of_the_phase_that_failed(llama, saves)
     trainer.train()
     assert trainer.state.global_step == 3
     assert torch.equal(logits(llama.eval(), tokens()), before)
-    assert callback.record["finished"]
-    assert "Phase 1 did not win back" in callback.record["stopped"]
+    assert callback.record.finished
+    assert "Phase 1 did not win back" in callback.record.stopped
     depths = [
         json.loads(path.read_text())["num_hidden_layers"] for path in Path("out").glob("check*/config.json")
     ]

@@ -38,8 +38,7 @@ from hf_layerprune import (
 from hf_layerprune.commands.cli import main
 from hf_layerprune.distillation.losses import divergence, top_k_log_probs
 from hf_layerprune.forward.token_losses import DIVERGENCES, logit_spread
-from hf_layerprune.pruning.compatibility import loss_is_known, trainer_of
-from hf_layerprune.pruning.diagnostics import exploded
+from hf_layerprune.pruning.diagnostics import loss_diverged, loss_in_nats
 from hf_layerprune.pruning.prune import prune_layers
 
 from .conftest import LAYERS, logits, make_model, tokens
@@ -513,7 +512,7 @@ def test_the_spread_of_logits_is_of_those_that_are_not_masked():
     ],
 )
 def test_a_loss_that_may_take_any_value_does_not_run_away(losses, in_nats, told):
-    assert (exploded(losses, 1.0, in_nats) is not None) == told
+    assert (loss_diverged(losses, 1.0, in_nats) is not None) == told
 
 
 class OtherLoss(Trainer):
@@ -527,25 +526,27 @@ class OtherLoss(Trainer):
 def test_other_loops_raise_no_alarm(caplog):
     callback = pruning(target_layers=5)
     args = plain_trainer(make_model(), callback).args
-    OtherLoss(make_model(), args, train_dataset=examples(), callbacks=[callback]).train()
-    assert not any("runs away" in sign for sign in callback.record.get("signs", []))
+    trainer = OtherLoss(make_model(), args, train_dataset=examples(), callbacks=[callback])
+    callback.set_trainer(trainer)
+    trainer.train()
+    assert not any("runs away" in sign for sign in callback.record.warnings)
 
 
-def test_which_loss_is_known(llama):
+def test_which_loss_in_nats(llama):
     class SFTTrainer(OtherLoss):  # as trl's, by name
         compute_loss = OtherLoss.compute_loss
 
     callback = pruning()
     trainer = plain_trainer(llama, callback)
-    assert trainer_of(callback) is trainer
-    assert trainer_of(pruning()) is None
-    assert loss_is_known(trainer, trainer.args)
+    assert callback.trainer is trainer
+    assert pruning().trainer is None
+    assert loss_in_nats(trainer, trainer.args)
     trainer.compute_loss_func = len
-    assert not loss_is_known(trainer, trainer.args)
+    assert not loss_in_nats(trainer, trainer.args)
     for kind, known in ((OtherLoss, False), (SFTTrainer, True)):
-        assert loss_is_known(kind(llama, trainer.args), trainer.args) == known
-    assert loss_is_known(None, make_trainer(llama).args)
-    assert not loss_is_known(None, trainer.args)
+        assert loss_in_nats(kind(llama, trainer.args), trainer.args) == known
+    assert loss_in_nats(None, make_trainer(llama).args)
+    assert not loss_in_nats(None, trainer.args)
 
 
 def test_gradients_that_are_no_numbers_are_usual_with_float16(llama):
@@ -553,13 +554,13 @@ def test_gradients_that_are_no_numbers_are_usual_with_float16(llama):
     trainer = plain_trainer(llama, callback, max_steps=2)
     trainer.train()
     for half, told in ((True, False), (False, True)):
-        callback._runs_away, callback._losses = False, []
-        callback.record["signs"] = []
+        callback._run.losses.start_phase()
+        callback.record.warnings = []
         args = TrainingArguments(output_dir="out", use_cpu=True, report_to="none")
         args.fp16 = half
         state, control = trainer.state, trainer.control
         callback.on_log(args, state, control, model=llama, logs={"loss": 1.0, "grad_norm": float("inf")})
-        assert bool(callback.record["signs"]) == told
+        assert bool(callback.record.warnings) == told
 
 
 # Calibration
@@ -572,7 +573,7 @@ def test_the_evaluation_data_serves_as_calibration(kind, form, caplog, monkeypat
     data = {"several": {"a": rows, "b": examples(2)}, "stream": rows.to_iterable_dataset()}.get(form, rows)
     used = rows
     if form == "long":
-        monkeypatch.setattr("hf_layerprune.pruning.callback.EVALUATION_ROWS", 2)
+        monkeypatch.setattr("hf_layerprune.pruning.calibration.EVALUATION_ROWS", 2)
         used = rows.select([0, 2])
     tables = []
     for given, evaluated in ((None, data), (used, None)):
@@ -583,10 +584,11 @@ def test_the_evaluation_data_serves_as_calibration(kind, form, caplog, monkeypat
             trainer = Trainer(
                 make_model(), args, train_dataset=examples(), eval_dataset=evaluated, callbacks=[callback]
             )
+            callback.set_trainer(trainer)
         else:
             trainer = make_trainer(make_model(), eval_dataset=evaluated, callbacks=[callback], **output)
         trainer.train()
-        tables.append(callback.record["phases"][0]["removals"][0]["table"])
+        tables.append(callback.record.phases[0].removals[0].table)
     assert tables[0] == tables[1]
     name = "eval_dataset['a']" if form == "several" else "eval_dataset"
     assert f"layers are scored on {len(used)} rows of {name}." in caplog.text
@@ -825,7 +827,7 @@ def test_layers_are_named_by_whole_numbers_of_any_type(kind, llama):
     trainer.train()
     assert json.loads(Path("out/layer_pruning.json").read_text())["pruning"]["protected"] == [0, 5]
     record = prune_layers(make_model(), target_layers=kind(5), calibration=batches, protected=several)
-    assert json.loads(json.dumps(record))["pruning"]["target_layers"] == 5
+    assert json.loads(json.dumps(record.to_dict()))["pruning"]["target_layers"] == 5
     write_teacher_outputs(make_model(), batches, "said", top_k=kind(5), hidden_layers=[kind(5)])
 
 

@@ -179,7 +179,7 @@ def prepare(folder, text, batch, length, steps):
     from hf_layerprune import remove_layers, save_model
     from hf_layerprune.commands.quickstart import load_embedded_model
     from hf_layerprune.data import load_texts, token_blocks
-    from hf_layerprune.reports.record import surroundings
+    from hf_layerprune.reports.machine import surroundings
 
     model, tokenizer = load_embedded_model()
     tokenizer.save_pretrained(folder / "whole")

@@ -45,7 +45,7 @@ STEPS = {  # distill_step.py's ways in README's words
 def published_records() -> dict[str, Record]:
     """The runs in model_cards/ that were evaluated, by depth, the default one first, then the best."""
     found = {folder.name: read_record(folder) for folder in CARDS.iterdir() if folder.is_dir()}
-    runs = {name: record for name, record in found.items() if record and "evaluation" in record}
+    runs = {name: record.to_dict() for name, record in found.items() if record and record.evaluation}
 
     def place(name: str) -> tuple[int, bool, float]:
         found = runs[name]["evaluation"]

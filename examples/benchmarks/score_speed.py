@@ -21,7 +21,7 @@ from hf_layerprune.commands.quickstart import load_embedded_model
 from hf_layerprune.data import load_texts, make_batches, targets_of, token_blocks
 from hf_layerprune.forward.hooks import undisturbed
 from hf_layerprune.forward.lm_head import Reader, unit_losses
-from hf_layerprune.reports.record import surroundings
+from hf_layerprune.reports.machine import surroundings
 from hf_layerprune.surgery.removal import possible_cuts
 
 

@@ -130,9 +130,9 @@ def prune(arguments: list[str]) -> None:
     tokenizer.save_pretrained(output.output_dir)
     copy_companions(name, output.output_dir)
     write_record(record, output.output_dir)
-    write_card(record, Path(output.output_dir))
-    print(markdown_table(table_rows(record)))
-    advice = "train it on your task" if record["dense"] is None else "`hf-layerprune distill` does both"
+    write_card(record.to_dict(), Path(output.output_dir))
+    print(markdown_table(table_rows(record.to_dict())))
+    advice = "train it on your task" if record.dense is None else "`hf-layerprune distill` does both"
     print(f"\nSaved in {output.output_dir}. It was not healed: {advice}.")
 
 
@@ -225,7 +225,7 @@ def distill(arguments: list[str]) -> None:
     trainer.save_model()
     copy_companions(name, args.output_dir)
     trainer.create_model_card()
-    print(markdown_table(table_rows(pruning.record)))
+    print(markdown_table(table_rows(pruning.record.to_dict())))
     print(f"\nSaved in {args.output_dir}.")
 
 
@@ -261,13 +261,13 @@ def phases(arguments: list[str]) -> None:
         protected=how.protected,
         evaluation=HeldOutText(heldout),
     )
-    last = Path(output.output_dir) / f"phase_{len(record['phases'])}" / "healed"
+    last = Path(output.output_dir) / f"phase_{len(record.phases)}" / "healed"
     settings = {"legacy_rope": output.legacy_rope, "dtype": stored_dtype(name, source.trust_remote_code)}
     save_model(load(str(last)), output.output_dir, verify=output.verify_save, **settings)
     tokenizer.save_pretrained(output.output_dir)
     copy_companions(name, output.output_dir)
-    write_card(record, Path(output.output_dir))
-    print(markdown_table(table_rows(record)))
+    write_card(record.to_dict(), Path(output.output_dir))
+    print(markdown_table(table_rows(record.to_dict())))
     print(f"\nSaved in {output.output_dir}; what each phase left is in its folder there.")
 
 
@@ -415,12 +415,12 @@ def card(arguments: list[str]) -> None:
     if record is None:
         raise LayerPruneError(f"{folder} holds no layer_pruning.json: give the folder of a run.")
     if output.base_model:
-        record["model"]["name"] = output.base_model
+        record.model["name"] = output.base_model
     if output.evaluation:
-        record["evaluation"] = _evaluation_of(folder, output)
+        record.evaluation = _evaluation_of(folder, output)
     write_record(record, folder)
     names = {"license": output.license, "dataset": output.datasets, "language": output.language}
-    write_card(record, Path(folder), output.repository, **names)
+    write_card(record.to_dict(), Path(folder), output.repository, **names)
     print(f"{Path(folder) / 'README.md'}")
 
 

@@ -126,7 +126,7 @@ def quickstart(settings: QuickstartArguments) -> None:
     trainer.save_model()
     trainer.create_model_card()
     record = next(
-        callback.record
+        callback.record.to_dict()
         for callback in trainer.callback_handler.callbacks
         if isinstance(callback, LayerPruningCallback)
     )

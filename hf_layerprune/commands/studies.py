@@ -26,7 +26,7 @@ from ..pruning.callback import LayerPruningCallback
 from ..pruning.prune import prune_layers
 from ..pruning.replacement import replace_by_linear_map
 from ..reports.card import markdown_table, plot_lines, plot_points
-from ..reports.record import surroundings
+from ..reports.machine import surroundings
 from ..scoring.criteria import CRITERIA
 from ..scoring.journal import Journal
 from ..scoring.score import fingerprint, rank_correlation, score_layers
@@ -155,7 +155,7 @@ class Setting:
         plan: Any = {"target_layers": self.layers - remove, "criterion": criterion, "select": select}
         record = prune_layers(model, calibration=self.calibration, **plan)
         seconds = round(time.monotonic() - began, 1)
-        gone = [removal["original"] for phase in record["phases"] for removal in phase["removals"]]
+        gone = [removal.original for removal in record.removals]
         return model, {"layers gone": gone, "seconds to score": seconds}
 
     def cut_with_map(self, remove: int) -> tuple[PreTrainedModel, Row]:
@@ -263,7 +263,7 @@ def iterative(setting: Setting) -> Iterator[Row]:
             target_layers=depth, calibration=setting.calibration, restart_learning_rate=restart
         )
         found = setting.heal(model, pruning)
-        gone = [one["original"] for phase in pruning.record["phases"] for one in phase["removals"]]
+        gone = [removal.original for removal in pruning.record.removals]
         return {"cut": None, **found, "layers gone": gone, "seconds to score": None}
 
     ways = {

@@ -40,9 +40,9 @@ def check_teacher_is_original(checkpoint: str, teacher_layers: int) -> None:
         LayerPruneError: it has not.
     """
     record = read_record(checkpoint)
-    if record is not None and teacher_layers < record["model"]["layers"]:
+    if record is not None and teacher_layers < record.model["layers"]:
         raise LayerPruneError(
-            f"The run began with a model of {record['model']['layers']} layers, but the teacher has "
+            f"The run began with a model of {record.model['layers']} layers, but the teacher has "
             f"{teacher_layers}: start from the original model, or give it as teacher_model."
         )
 

@@ -165,6 +165,7 @@ class DistillationTrainer(Trainer):
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
         self.add_callback(_ConfigCheck)
+        self._hand_over()
         student.add_model_tags(["hf_layerprune", "knowledge-distillation"])
         if args.torch_compile:  # layer by layer instead, as a compiled model would keep its removed layers
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
@@ -186,6 +187,17 @@ class DistillationTrainer(Trainer):
         self._loss_log = LossLog(self.accelerator.reduce)
         self._kept_layers: list[int] | None = None
         self._needs_logits = True
+
+    def add_callback(self, callback: Any) -> None:
+        """See [`~transformers.Trainer.add_callback`]."""
+        super().add_callback(callback)
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Hands this Trainer over to the callbacks that ask for it, as [`LayerPruningCallback`]."""
+        for callback in list(self.callback_handler.callbacks):
+            if hasattr(callback, "set_trainer") and getattr(callback, "trainer", None) is not self:
+                callback.set_trainer(self)
 
     def compute_loss(
         self,
@@ -339,7 +351,10 @@ class DistillationTrainer(Trainer):
         self._check_data(student)
         self._loss_log.clear_steps()
         check_writable(output_dir)
-        return super().train(checkpoint, *args, **kwargs)
+        try:
+            return super().train(checkpoint, *args, **kwargs)
+        finally:
+            self.is_in_train = False  # which the Trainer leaves True after an error
 
     def _check_data(self, student: Any) -> None:
         columns = None
@@ -412,7 +427,7 @@ class DistillationTrainer(Trainer):
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
             folder = Path(str(self.args.output_dir))
-            write_card(record, folder, self.hub_model_id, *args, **kwargs)
+            write_card(record.to_dict(), folder, self.hub_model_id, *args, **kwargs)
 
 
 class _ConfigCheck(TrainerCallback):

@@ -65,7 +65,7 @@ def export_adapters(
         record = read_record(str(args.output_dir))
         if record is not None:
             write_record(record, folder)
-            write_card(record, Path(folder), hub_model_id)
+            write_card(record.to_dict(), Path(folder), hub_model_id)
     else:  # merged in a copy, as the teacher reads the same weights
         save_model(
             model,

@@ -1,6 +1,8 @@
 """Settings of scoring, of removal and of its phases: declared once, for Python, command line and recipes."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
+from typing import Any, TypeVar
 
 from ..errors import LayerPruneError
 from ..surgery.lineage import plain_int
@@ -122,6 +124,33 @@ class PruningArguments(RemovalArguments):
                 raise LayerPruneError(f"{self.criterion} measures no quality: leave {name} out.")
         if self.min_recovery is not None and not 0 < self.min_recovery < float("inf"):
             raise LayerPruneError(f"min_recovery is {self.min_recovery}: it is a share, as 0.5.")
+
+
+Arguments = TypeVar("Arguments", bound=RemovalArguments)
+
+
+def make_arguments(kind: type[Arguments], args: Arguments | None, settings: dict[str, Any]) -> Arguments:
+    """Returns `args` with the given settings changed, or new arguments with these settings.
+
+    Raises:
+        LayerPruneError: an unknown setting, or a setting that cannot work.
+    """
+    names = [one.name for one in fields(kind)]
+    for name in settings:
+        if name not in names:
+            near = get_close_matches(name, names, 1, 0.4)
+            advice = f"Did you mean {near[0]}?" if near else f"Choose from {', '.join(names)}."
+            raise LayerPruneError(f"There is no setting {name!r}. {advice}")
+    if args is not None:
+        return replace(args, **settings)
+    if "target_layers" not in settings:
+        raise LayerPruneError("target_layers is missing: give the number of layers to keep.")
+    return kind(**settings)
+
+
+def record_settings(args: RemovalArguments, teacher: Any = None) -> dict[str, Any]:
+    """Returns the settings as a record holds them."""
+    return asdict(args) | ({} if teacher is None else {"teacher": type(teacher).__name__})
 
 
 def check_count(name: str, value: object, otherwise: str = "") -> int:

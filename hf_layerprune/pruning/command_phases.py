@@ -1,4 +1,4 @@
-"""Phases that a command of their own trains: with DeepSpeed, FSDP, or any other trainer of plain models."""
+"""Phases that a separate command trains: with DeepSpeed, FSDP, or any other trainer of plain models."""
 
 import gc
 import logging
@@ -15,26 +15,28 @@ from transformers import PreTrainedModel
 from ..checkpoints.saving import save_model
 from ..data import make_batches
 from ..errors import LayerPruneError
+from ..reports.machine import peak_memory_mb
 from ..reports.record import (
     COMMANDED,
-    Record,
+    Removal,
+    RunRecord,
     check_folder_is_free,
     check_same_settings,
-    describe_texts,
-    peak_memory_mb,
     read_record,
     start_record,
     write_record,
 )
+from ..reports.texts import describe_texts
 from ..scoring.score import check_choices, reads_text
-from ..surgery.lineage import get_lineage, plain_int
+from ..surgery.lineage import get_lineage
+from .arguments import PruningArguments
 from .prune import Evaluation, check_plan, phase_entry, remove_least, run_evaluation, score_present
 from .schedule import phase_sizes
 
 
 logger = logging.getLogger(__name__)
 
-PLACES = ("{model}", "{output_dir}")  # what a command must name
+PLACES = ("{model}", "{output_dir}")  # a command must name both
 
 
 def run_phases(
@@ -49,99 +51,103 @@ def run_phases(
     racing: float | None = None,
     protected: Sequence[int] | None = None,
     evaluation: Evaluation | None = None,
-) -> Record:
-    """Remove layers and let a command train what is left, phase by phase, each in processes of its own.
+) -> RunRecord:
+    """Removes layers phase by phase. In each phase a command trains the pruned model, in its own processes.
 
-    What cannot lose layers while it runs (DeepSpeed, FSDP1, other trainers) is so started anew for each
-    phase, with a new optimizer. In `output_dir` each phase has a folder: `cut`, the model that the command
-    begins with, and `healed`, where it leaves a plain model of the same layers. Called again after a stop, it
-    goes on with the phase it was in, and the command may go on from its own checkpoints in `healed`.
+    Layers cannot be removed while DeepSpeed, FSDP1 or another trainer runs, so the command starts again in
+    each phase, with a new optimizer. In `output_dir` each phase has a folder: `cut` holds the model that the
+    command starts with, and the command saves a plain model with the same layers in `healed`. After a stop,
+    call the function again: it continues with the same phase, and the command may continue from its own
+    checkpoints.
 
     Args:
-        load (`Callable`): a function `load(folder)` that gives the model there, and the original for None.
-        command (sequence of `str`): what trains a phase, with `{model}` and `{output_dir}` for these folders,
-            and `{phase}` for its number, as for a seed.
+        load (`Callable`): a function `load(folder)` that returns the model in a folder, for None the
+            original.
+        command (sequence of `str`): the training command, with `{model}` and `{output_dir}` for these
+            folders, and `{phase}` for the number of the phase.
         output_dir (`str` or `Path`): a new folder, or that of a run that was stopped.
-        calibration (`Dataset` or sequence of dict): sequences or batches to score with.
-        others: see [`LayerPruningCallback`].
+        calibration (`Dataset` or sequence of dict): sequences or batches to score layers on.
+        others: see [`PruningArguments`].
 
     Returns:
-        `dict`: the run record; it is written after each step into `output_dir`.
+        [`RunRecord`]: the run record. It is written into `output_dir` after each step.
 
     Raises:
-        LayerPruneError: a setting that cannot work, a command that fails, or one that leaves another model
-            than it was to train.
+        LayerPruneError: a setting cannot work, the command fails, or it saves a model with other layers.
     """
     lacking = [place for place in PLACES if not any(place in word for word in command)]
-    if lacking or shutil.which(command[0]) is None:  # an empty command lacks both
+    if lacking or shutil.which(command[0]) is None:  # an empty command lacks both places
         raise LayerPruneError(
             f"The command {' '.join(command)!r} must be a program, and name {' and '.join(PLACES)}, for the "
             "model that it is to train and the folder where to leave it."
         )
     folder = Path(output_dir)
-    target_layers, layers_per_phase = plain_int(target_layers), plain_int(layers_per_phase)
-    settings = {
-        "target_layers": target_layers,
-        "layers_per_phase": layers_per_phase,
-        "criterion": criterion,
-        "racing": racing,
-        "protected": None if protected is None else [plain_int(layer) for layer in protected],
-    }
+    args = PruningArguments(
+        target_layers=target_layers,
+        layers_per_phase=layers_per_phase,
+        criterion=criterion,
+        racing=racing,
+        protected=None if protected is None else list(protected),
+    )
+    names = ("target_layers", "layers_per_phase", "criterion", "racing", "protected")
+    settings = {name: getattr(args, name) for name in names}
     check_choices(criterion, racing=racing)
     batches = make_batches(calibration, 4)
     record = read_record(folder)
     if record is None:
         model = load(None)
-        fixed = check_plan(model, target_layers, protected)
+        fixed = check_plan(model, args.target_layers, args.protected)
         check_folder_is_free(folder)
-        record = start_record(model, settings | {"protected_originals": fixed}) | {"method": COMMANDED}
-        record["texts"] = describe_texts(
-            calibration, batches if reads_text(criterion, None) else [], evaluation
-        )
-        record["dense"] = run_evaluation(evaluation, model)
+        record = start_record(model, settings | {"protected_originals": fixed})
+        record.method = COMMANDED
+        read = batches if reads_text(criterion, None) else []
+        record.texts = describe_texts(calibration, read, evaluation)
+        record.dense = run_evaluation(evaluation, model)
         write_record(record, folder)
         del model
-    check_same_settings(record["pruning"], settings, folder)
-    began = time.monotonic() - record["seconds"]
-
-    def note() -> None:
-        record["seconds"] = round(time.monotonic() - began, 2)
-        record["peak_memory_mb"] = max(record["peak_memory_mb"], peak_memory_mb())
-        write_record(record, folder)
-
-    phases, present = record["phases"], record["model"]["layers"]
-    sizes = phase_sizes(present, target_layers, layers_per_phase)
+    check_same_settings(record.pruning, settings, folder)
+    began = time.monotonic() - record.seconds
+    phases = record.phases
+    sizes = phase_sizes(record.model["layers"], args.target_layers, args.layers_per_phase)
     for number, size in enumerate(sizes, 1):
         here = folder / f"phase_{number}"
         if number > len(phases):
             model = load(str(folder / f"phase_{number - 1}" / "healed") if phases else None)
-            removals: list[dict[str, Any]] = []
+            removals: list[Removal] = []
             for _ in range(size):
                 scoring = {"racing": racing, "journal": folder / "scoring.jsonl"}
-                fixed = record["pruning"]["protected_originals"]
+                fixed = record.pruning["protected_originals"]
                 table = score_present(model, batches, criterion, fixed, **scoring)
                 removals += remove_least(model, table)
             save_model(model, here / "cut")
             phases.append(phase_entry(model, 0, removals, evaluation))
-            note()
+            _write(record, folder, began)
             del model
-        if phases[number - 1]["healed"] is None:
+        phase = phases[number - 1]
+        if phase.healed is None:
             started = time.monotonic()
             _train(command, here, number)
             model = load(str(here / "healed"))
-            _check_layers(model, here / "healed", phases[-1]["kept"])
-            seconds = round(time.monotonic() - started, 2)
-            phases[-1] |= {"healed": run_evaluation(evaluation, model) or {}, "seconds": seconds}
-            note()
+            _check_layers(model, here / "healed", phase.kept)
+            phase.healed = run_evaluation(evaluation, model) or {}
+            phase.seconds = round(time.monotonic() - started, 2)
+            _write(record, folder, began)
             del model
         shutil.rmtree(here / "cut", ignore_errors=True)
-    record["finished"] = True
-    note()
+    record.finished = True
+    _write(record, folder, began)
     return record
 
 
+def _write(record: RunRecord, folder: Path, began: float) -> None:
+    """Writes the record of a run that began at this time of `time.monotonic`."""
+    record.seconds = round(time.monotonic() - began, 2)
+    record.peak_memory_mb = max(record.peak_memory_mb, peak_memory_mb())
+    write_record(record, folder)
+
+
 def _train(command: Sequence[str], here: Path, number: int) -> None:
-    """Run the command of a phase."""
+    """Runs the command of a phase."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # for the command
@@ -160,7 +166,7 @@ def _train(command: Sequence[str], here: Path, number: int) -> None:
 
 
 def _check_layers(model: PreTrainedModel, healed: Path, kept: list[int]) -> None:
-    """Check that the command of a phase left the layers that it was given."""
+    """Checks that the command of a phase saved a model with the same layers."""
     lineage = get_lineage(model)
     if lineage.kept != kept:
         raise LayerPruneError(

@@ -1,37 +1,41 @@
-"""Signs that a run goes wrong, in plain words, while something can be done about it."""
+"""Warnings that a run goes wrong, while something can be done about it."""
 
 from collections.abc import Sequence
 from math import isfinite
 from statistics import median
 
+from transformers import Trainer, TrainingArguments
 
-STEEP = 3.0  # times the median removal so far
-LITTLE = 0.1  # of what a removal cost
-EXPLODED = 5.0  # times the lowest loss of the phase
-FAR = 0.5  # nats above it: of losses near 0 any rise is many times
+from ..distillation.arguments import DistillationTrainingArguments
 
 
-def steep_fall(earlier: Sequence[float], fall: float, layer: int, left: int) -> str | None:
-    """Whether a removal costs much more than those before it, so that the layer does essential work.
+COSTLY = 3.0  # times the median removal so far
+LITTLE = 0.1  # of the cost of a removal
+DIVERGED = 5.0  # times the lowest loss of the phase
+FAR = 0.5  # nats above it: near a loss of 0, any rise is many times
+
+
+def removal_too_costly(earlier: Sequence[float], cost: float, layer: int, left: int) -> str | None:
+    """Returns a warning if a removal costs much more than those before it: the layer was essential.
 
     Args:
-        earlier (`list[float]`): what each earlier removal cost, in the criterion's own unit.
-        fall (`float`): what this one cost.
-        layer (`int`): which it was, by its index in the original model.
-        left (`int`): how many layers are left.
+        earlier (`list[float]`): the cost of each earlier removal, in the unit of the criterion.
+        cost (`float`): the cost of this removal.
+        layer (`int`): the removed layer, by original index.
+        left (`int`): the number of layers left.
     """
     usual = median(earlier) if earlier else 0.0
-    if not fall > STEEP * usual > 0:
+    if not cost > COSTLY * usual > 0:
         return None
     return (
-        f"Layer {layer} cost {fall:.3f}, where removals before it cost {usual:.3f} (median): no layer that "
+        f"Layer {layer} cost {cost:.3f}, where removals before it cost {usual:.3f} (median): no layer that "
         f"is left is unimportant. Consider to stop with {left + 1} layers (target_layers, quality_floor), or "
         "to heal longer before the next removal (steps_per_phase)."
     )
 
 
 def no_recovery(before: float, cut: float, now: float) -> str | None:
-    """Whether the training after a removal won back next to nothing of what it cost.
+    """Returns a warning if the training after a removal won back next to nothing of its cost.
 
     Args:
         before, cut, now (`float`): the quality before the removal, right after it, and after the training.
@@ -46,17 +50,17 @@ def no_recovery(before: float, cut: float, now: float) -> str | None:
     )
 
 
-def exploded(losses: Sequence[float], grad_norm: float, in_nats: bool = True) -> str | None:
-    """Whether the loss runs away, or the gradient is no number any more.
+def loss_diverged(losses: Sequence[float], grad_norm: float, in_nats: bool = True) -> str | None:
+    """Returns a warning if the loss diverges, or the gradient is not finite.
 
     Args:
-        losses (`list[float]`): of this phase, the last one now.
-        grad_norm (`float`): the norm of the gradient now; a plain Trainer hides a loss that is no number.
+        losses (`list[float]`): the losses of this phase, the present one last.
+        grad_norm (`float`): the present norm of the gradient. A plain Trainer hides a loss that is nan.
         in_nats (`bool`, *optional*, defaults to `True`): whether the loss is a cross-entropy or a divergence.
-            Others, as of reinforcement learning, may take any value; only their gradient is looked at.
+            Other losses, as in reinforcement learning, may take any value: only the gradient is checked.
     """
     loss, lowest = losses[-1], min(losses)
-    grew = in_nats and loss > max(losses[0], EXPLODED * lowest, lowest + FAR)
+    grew = in_nats and loss > max(losses[0], DIVERGED * lowest, lowest + FAR)
     if isfinite(loss) and isfinite(grad_norm) and not grew:
         return None
     return (
@@ -64,3 +68,39 @@ def exploded(losses: Sequence[float], grad_norm: float, in_nats: bool = True) ->
         f"{grad_norm:.3g}: training runs away. Lower learning_rate or max_grad_norm, warm up (warmup_steps), "
         "or lower the weight of the term that grew (hidden_weight)."
     )
+
+
+def loss_in_nats(trainer: Trainer | None, args: TrainingArguments) -> bool:
+    """Returns whether the loss of a Trainer is a cross-entropy or a divergence.
+
+    Other losses, as in reinforcement learning, may take any value. So may that of an unknown Trainer.
+    """
+    if isinstance(args, DistillationTrainingArguments):
+        return True
+    own = next((c for c in type(trainer).__mro__ if "compute_loss" in vars(c)), None)
+    usual = own is Trainer or (own is not None and own.__name__ == "SFTTrainer")
+    return trainer is not None and usual and trainer.compute_loss_func is None
+
+
+class LossMonitor:
+    """Watches the loss of each phase.
+
+    Args:
+        in_nats (`bool`, *optional*, defaults to `False`): see [`loss_diverged`].
+    """
+
+    def __init__(self, in_nats: bool = False) -> None:
+        self._in_nats = in_nats
+        self._losses: list[float] = []
+        self._has_warned = False
+
+    def start_phase(self) -> None:
+        """Forgets the losses of the phase before."""
+        self._losses, self._has_warned = [], False
+
+    def check(self, loss: float, grad_norm: float) -> str | None:
+        """Returns a warning if the loss diverges, once in a phase."""
+        self._losses.append(loss)
+        warning = None if self._has_warned else loss_diverged(self._losses, grad_norm, self._in_nats)
+        self._has_warned |= warning is not None
+        return warning

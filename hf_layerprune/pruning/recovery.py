@@ -1,4 +1,4 @@
-"""Whether a phase wins back what its removals cost, and the way back from one that does not."""
+"""Whether a phase recovers what its removals cost, and how to undo a phase that does not."""
 
 import shutil
 from collections.abc import Sequence
@@ -13,24 +13,25 @@ from ..checkpoints.saving import load_again, save_model
 from ..data import Batch
 from ..errors import LayerPruneError
 from ..evaluation.evaluate import measure_quality
+from ..reports.record import Phase
 from ..surgery.removal import put_back
 
 
 class Recovery:
-    """Keeps the model as it was before a phase, and goes back to it where that is better.
+    """Saves the model before each phase, and goes back to it if the phase recovers too little.
 
     Args:
-        share (`float`): of what its removals cost, what a phase must win back.
-        output_dir (`str`): where the copies lie, as `before_phase_1` and so on, until they are not needed.
-        batches (sequence of dict): the calibration data, on which the model is measured.
-        task (*optional*): what it is measured by instead of its loss, as for [`score_layers`].
+        share (`float`): the share of the cost of its removals that a phase must recover.
+        output_dir (`str`): the folder for the copies `before_phase_1` and so on.
+        batches (sequence of dict): the calibration data, on which quality is measured.
+        task (*optional*): the task that measures quality, instead of the loss, as for [`score_layers`].
     """
 
     def __init__(self, share: float, output_dir: str, batches: Sequence[Batch], task: Any = None) -> None:
         self._share, self._folder, self._batches, self._task = share, Path(output_dir), batches, task
 
     def keep(self, model: PreTrainedModel, number: int) -> float:
-        """Keep the model before a phase, and none from before the last one; how good it is."""
+        """Saves the model before a phase and returns its quality. The copy from two phases ago is deleted."""
         if PartialState().is_main_process:
             save_model(model, self._copy(number), verify=False)
             shutil.rmtree(self._copy(number - 2), ignore_errors=True)
@@ -38,29 +39,31 @@ class Recovery:
         return self.measure(model)
 
     def measure(self, model: PreTrainedModel) -> float:
-        """How good the model is, higher is better."""
+        """Returns the quality of the model, higher is better."""
         return measure_quality(model, self._batches, self._task)
 
     def check(self, number: int) -> None:
-        """Check that there is a way back from a phase.
+        """Checks that the copy before a phase exists.
 
         Raises:
-            LayerPruneError: the copy is gone.
+            LayerPruneError: it does not.
         """
         copy = self._copy(number)
         if number and not copy.is_dir():
             raise LayerPruneError(f"{copy} is gone, and min_recovery may have to go back to it.")
 
-    def go_back(self, model: PreTrainedModel, phase: dict[str, Any], number: int) -> str | None:
-        """At the end of a phase that did not win back enough, make `model`, in place, what it was before.
+    def go_back(self, model: PreTrainedModel, phase: Phase, number: int) -> str | None:
+        """Restores `model`, in place, at the end of a phase that recovered too little.
 
         Args:
-            phase (`dict`): its entry in the record, with `qualities` `before` and `cut`; `now` is added.
+            phase ([`Phase`]): the phase, with the qualities `before` and `cut`. `now` is added.
+            number (`int`): the number of the phase.
 
         Returns:
-            `str` or `None`: what was done, in words; None if the phase won back enough.
+            `str` or `None`: a message that says what was restored; None if the phase recovered enough.
         """
-        qualities = phase["qualities"]
+        qualities = phase.qualities
+        assert qualities is not None
         before, cut = qualities["before"], qualities["cut"]
         now = qualities["now"] = self.measure(model)
         enough = cut >= before or now - cut >= self._share * (before - cut)
@@ -68,7 +71,7 @@ class Recovery:
         if enough:
             return None
         put_back(model, load_again(model, self._copy(number)))
-        removed = [removal["original"] for removal in phase["removals"]]
+        removed = [removal.original for removal in phase.removals]
         return (
             f"Phase {number} did not win back {self._share:.0%} of what the removal of {removed} cost "
             f"(quality {before:.4f} before it, {cut:.4f} cut, {now:.4f} at its end): the model is as it was "
@@ -76,12 +79,12 @@ class Recovery:
         )
 
     def forget(self, phases: int) -> None:
-        """Remove the copies from before so many phases, which all won back enough."""
+        """Deletes the copies of the first phases, which all recovered enough."""
         for number in range(1, phases + 1):
             self.drop(number)
 
     def drop(self, number: int) -> None:
-        """Remove the copy from before a phase."""
+        """Deletes the copy of a phase."""
         if PartialState().is_main_process:
             shutil.rmtree(self._copy(number), ignore_errors=True)
 

@@ -1,19 +1,23 @@
-"""The phases of a run: how many layers go in each, when it is over, and how its learning rate runs."""
+"""The phases of a run: how many layers go in each, when it is over, and its learning rate."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerState
 
 from ..errors import LayerPruneError
+from ..reports.record import RunRecord
+from .arguments import PruningArguments
 
 
 def phase_sizes(present: int, target: int, layers_per_phase: int | float) -> list[int]:
-    """How many layers go in each phase, from `present` to `target`.
+    """Returns how many layers go in each phase.
 
     Args:
-        present, target (`int`): layers there are, and layers there shall be.
-        layers_per_phase (`int` or `float`): a number, or a share of the layers that a phase begins with.
+        present, target (`int`): the number of layers now, and at the end.
+        layers_per_phase (`int` or `float`): a number, or a share of the layers at the start of a phase.
     """
     sizes: list[int] = []
     while present > target:
@@ -25,34 +29,103 @@ def phase_sizes(present: int, target: int, layers_per_phase: int | float) -> lis
 
 
 class RestartedSchedule:
-    """A learning rate schedule of which each phase runs through the whole, in place.
+    """A learning rate schedule that each phase runs through from start to end.
 
     Args:
-        scheduler (`LambdaLR`): of the run, which takes the learning rate times a factor of the step.
-        total (`int`): its steps.
+        scheduler (`LambdaLR`): the scheduler of the run. It is changed in place.
+        total (`int`): the steps of the schedule.
 
     Raises:
-        LayerPruneError: the schedule is no factor of the step alone.
+        LayerPruneError: the schedule is not a factor of the step alone.
     """
 
     def __init__(self, scheduler: Any, total: int) -> None:
         if not isinstance(scheduler, LambdaLR):
             raise LayerPruneError(
-                f"restart_learning_rate: a {type(scheduler).__name__} cannot be run through again for each "
-                "phase; choose an lr_scheduler_type such as linear or cosine."
+                f"restart_learning_rate is set, but a {type(scheduler).__name__} cannot be run through again "
+                "for each phase. Choose an lr_scheduler_type such as linear or cosine."
             )
         self._scheduler, self._total = scheduler, total
         self._factors: list[Callable[[Any], float]] = scheduler.lr_lambdas
 
     def restart(self, share: Callable[[int], float]) -> None:
-        """Begin a phase, of which `share(step)` is over at a step of the run."""
+        """Starts a phase. `share(step)` is the share of the phase that is over at a step of the run."""
 
         def within(factor: Callable[[Any], float]) -> Callable[[int], float]:
             return lambda step: factor(share(step) * self._total)
 
-        scheduler = self._scheduler
-        scheduler.lr_lambdas = [within(factor) for factor in self._factors]
-        rates = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-        scheduler._last_lr = [rate * factor(scheduler.last_epoch) for rate, factor in rates]
-        for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
-            group["lr"] = rate
+        self._scheduler.lr_lambdas = [within(factor) for factor in self._factors]
+        # Repeat the present step, with the new factors.
+        self._scheduler.last_epoch -= 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a step of the scheduler before one of the optimizer
+            self._scheduler.step()
+
+
+class PhaseSchedule:
+    """When the phases of a run begin and end.
+
+    Args:
+        args ([`PruningArguments`]): the settings of the run.
+        record ([`RunRecord`]): the record of the run. The steps of a phase are noted in it.
+        max_steps (`int`): the training steps of the run.
+        lr_scheduler (`LambdaLR`): the learning rate scheduler of the run.
+
+    Raises:
+        LayerPruneError: training is too short, or a resumed run would get phases of another length.
+    """
+
+    def __init__(self, args: PruningArguments, record: RunRecord, max_steps: int, lr_scheduler: Any) -> None:
+        self._args, self._record, self._max_steps = args, record, max_steps
+        self._steps = self._plan()
+        self._learning_rate = (
+            RestartedSchedule(lr_scheduler, max_steps) if args.restart_learning_rate else None
+        )
+
+    def _plan(self) -> int:
+        """Returns the steps of a phase; 1 where tokens are counted."""
+        layers, target = self._record.model["layers"], self._args.target_layers
+        phases = len(phase_sizes(layers, target, self._args.layers_per_phase))
+        steps = self._args.steps_per_phase or self._max_steps // phases
+        if self._args.tokens_per_phase is not None:
+            steps = 1
+        if not 1 <= steps * phases <= self._max_steps:
+            raise LayerPruneError(
+                f"Removing {layers - target} layers takes {phases} phases of at least {max(1, steps)} "
+                f"steps, but training has {self._max_steps} steps: train longer or remove more layers per "
+                "phase."
+            )
+        planned = self._record.pruning.setdefault("phase_steps", steps)
+        if planned != steps:
+            raise LayerPruneError(
+                f"The run was started with phases of {planned} steps, now it would go on with {steps}: "
+                "resume with the same max_steps and steps_per_phase."
+            )
+        return steps
+
+    def next_size(self, layers: int) -> int:
+        """Returns how many layers the next phase removes from a model with `layers` layers."""
+        return phase_sizes(layers, self._args.target_layers, self._args.layers_per_phase)[0]
+
+    def is_over(self, state: TrainerState) -> bool:
+        """Returns whether the present phase, which is not the last, is over."""
+        return self._share_over(state, state.global_step) >= 1
+
+    def restart_learning_rate(self, state: TrainerState, is_last: bool) -> None:
+        """Starts the learning rate schedule again for the present phase, if the settings ask for it."""
+        if self._learning_rate is None or not self._record.phases:
+            return
+        first = self._record.phases[-1].step
+
+        def share(step: int) -> float:
+            if is_last:
+                return (step - first) / (state.max_steps - first)
+            return self._share_over(state, step)
+
+        self._learning_rate.restart(share)
+
+    def _share_over(self, state: TrainerState, step: int) -> float:
+        phase = self._record.phases[-1]
+        if self._args.tokens_per_phase is not None:
+            return (state.num_input_tokens_seen - (phase.tokens or 0)) / self._args.tokens_per_phase
+        return (step - phase.step) / self._steps

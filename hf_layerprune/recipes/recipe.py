@@ -38,19 +38,19 @@ from ..pruning.prune import (
 )
 from ..pruning.replacement import KINDS, replace_by_linear_map, replace_run
 from ..reports.card import write_card
+from ..reports.machine import peak_memory_mb
 from ..reports.record import (
     Record,
+    Removal,
+    RunRecord,
     changed_settings,
     check_same_settings,
     checkpoint_of,
-    count_tokens,
-    describe_text,
-    describe_texts,
-    peak_memory_mb,
     read_record,
     start_record,
     write_record,
 )
+from ..reports.texts import count_tokens, describe_text, describe_texts
 from ..scoring.table import ScoreTable
 from ..surgery.lineage import get_lineage
 from ..surgery.removal import remove_layers, without_layers
@@ -274,7 +274,7 @@ def run_recipe(
             raise LayerPruneError("select phases trains between removals: set max_steps or steps_per_phase.")
         pruning = LayerPruningCallback(**choice, **(phases or {}))
         _train(model, None, args, train, pruning, found)
-        record = pruning.record
+        record = pruning.record.to_dict()
     else:
         record = _remove_and_heal(model, recipe, args, choice, train, found)
     if caches is not None:
@@ -291,7 +291,7 @@ def run_recipe(
     tokenizer.save_pretrained(folder)
     if resolved is not None:
         record["recipe"] = resolved
-    write_record(record, folder)
+    write_record(RunRecord.from_dict(record), folder)
     write_card(record, folder)
     return record
 
@@ -318,8 +318,9 @@ def _remove_and_heal(
     reconstructs = recipe.reconstruction_layers > 0 and not checkpoint
     teacher = copy.deepcopy(model) if teaches or reconstructs else None
     trained: list[nn.Parameter] = []
-    cut = read_record(str(args.output_dir)) if checkpoint else None
-    if cut is not None:  # the weights are the checkpoint's, what it knows not of is how deep the model is
+    begun = read_record(str(args.output_dir)) if checkpoint else None
+    if begun is not None:  # the weights are the checkpoint's, what it knows not of is how deep the model is
+        cut = begun.to_dict()
         _check_same(cut, recipe, choice, args.output_dir)
         left = cut["phases"][-1]["kept"]
         remove_layers(model, [i for i, one in enumerate(get_lineage(model).kept) if one not in left])
@@ -327,12 +328,12 @@ def _remove_and_heal(
     elif replaces:
         record, trained = _replace(model, recipe, choice)
     else:
-        record = prune_layers(model, **choice, select=recipe.select)
+        record = prune_layers(model, **choice, select=recipe.select).to_dict()
     if reconstructs:
         assert teacher is not None
         record["reconstruction"] = _reconstruct(model, teacher, recipe, args, train)
     if args.max_steps:
-        write_record(record | {"finished": False}, str(args.output_dir))
+        write_record(RunRecord.from_dict(record | {"finished": False}), str(args.output_dir))
         if alone:
             for parameter in model.parameters():
                 parameter.requires_grad_(any(parameter is one for one in trained))
@@ -424,8 +425,8 @@ def _replace(
     settings |= {"protected_originals": fixed, "select": "run", "replacement": recipe.replacement}
     record = start_record(model, settings)
     batches = make_batches(choice["calibration"], 4)
-    record["texts"] = describe_texts(choice["calibration"], batches, choice["evaluation"])
-    record["dense"] = run_evaluation(choice["evaluation"], model)
+    record.texts = describe_texts(choice["calibration"], batches, choice["evaluation"])
+    record.dense = run_evaluation(choice["evaluation"], model)
     if recipe.replacement == "linear":  # part of the layer before
         standing = 0
     run = len(before) - recipe.keep + standing
@@ -437,13 +438,11 @@ def _replace(
     else:
         trained = replace_run(model, first, run, recipe.replacement, standing)
     gone = [original for original in before if original not in get_lineage(model).kept]
-    removals: list[dict[str, Any]] = [
-        {"layer": before.index(original), "original": original, "score": None} for original in gone
-    ]
-    removals[0] |= {"score": table.scores[first], "table": table.to_dict()}
-    record["phases"].append(phase_entry(model, 0, removals, choice["evaluation"]))
-    record["finished"] = True
-    return record, trained
+    removals = [Removal(before.index(original), original, None) for original in gone]
+    removals[0].score, removals[0].table = table.scores[first], table
+    record.phases.append(phase_entry(model, 0, removals, choice["evaluation"]))
+    record.finished = True
+    return record.to_dict(), trained
 
 
 def _last_replaced(record: Record) -> int:
@@ -477,6 +476,8 @@ def _train(
         trainer = kind(model, args, train_dataset=train, callbacks=callbacks, **settings)
     except ValueError as error:  # the Trainer refused an argument
         raise LayerPruneError(str(error)) from error
+    if pruning is not None:
+        pruning.set_trainer(trainer)
     count_tokens(args, train)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)

@@ -1,35 +1,29 @@
-"""The one record that a run leaves: settings, versions, every score table, removal and evaluation."""
+"""The record that a run leaves: settings, versions, every score table, removal and evaluation."""
 
 import dataclasses
 import json
 import logging
 import os
-import platform
-import resource
-import sys
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from datasets import Dataset
-from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..checkpoints.loading import is_whole, last_checkpoint
 from ..checkpoints.saving import check_writable
-from ..data import Batch
 from ..errors import LayerPruneError
-from ..evaluation.evaluate import HeldOutText
+from ..scoring.table import ScoreTable
 from ..surgery.lineage import get_lineage
+from .machine import surroundings
 
 
 logger = logging.getLogger(__name__)
 
 RECORD_NAME = "layer_pruning.json"
-# What a run did, by how it healed.
+# The method of a run, by how the pruned model is trained.
 DISTILLED = {
     "name": "Iterative Layer-wise Distillation",
     "url": "https://arxiv.org/abs/2511.05085",
@@ -51,179 +45,245 @@ UNHEALED = {
     "healing": "not healed",
 }
 
-Record = dict[str, Any]
+Record = dict[str, Any]  # a RunRecord as JSON holds it
+
+
+@dataclass
+class Removal:
+    """A layer that was removed.
+
+    Args:
+        layer (`int`): its index in the model at that time.
+        original (`int`): its index in the original model.
+        score (`float`, *optional*): its score; of several layers that go together, the first has the score.
+        table ([`ScoreTable`], *optional*): the scores by which it was chosen; the first of several has them.
+    """
+
+    layer: int
+    original: int
+    score: float | None
+    table: ScoreTable | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the removal as plain values for JSON."""
+        values = {"layer": self.layer, "original": self.original, "score": self.score}
+        return values if self.table is None else values | {"table": self.table.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Removal":
+        """Returns the removal that [`~Removal.to_dict`] gave."""
+        table = values.get("table")
+        return cls(**{**values, "table": None if table is None else ScoreTable.from_dict(table)})
+
+
+@dataclass
+class Phase:
+    """Layers that were removed together, and the training after them.
+
+    Args:
+        step (`int`): the training step before which they were removed.
+        removals (`list[Removal]`): the removed layers, in order.
+        kept (`list[int]`): the layers after the removals, by original index.
+        parameters (`int`): the parameters after the removals.
+        cut (`dict[str, float]`, *optional*): the evaluation after the removals.
+        healed (`dict[str, float]`, *optional*): the evaluation after the training.
+        seconds (`float`, *optional*): the time of the phase.
+        tokens (`int`, *optional*): the training tokens before the phase.
+        qualities (`dict[str, float]`, *optional*): for `min_recovery`, the quality `before` the removals,
+            right after them (`cut`), and at the end of the phase (`now`).
+    """
+
+    step: int
+    removals: list[Removal]
+    kept: list[int]
+    parameters: int
+    cut: dict[str, float] | None = None
+    healed: dict[str, float] | None = None
+    seconds: float = 0.0
+    tokens: int | None = None
+    qualities: dict[str, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the phase as plain values for JSON."""
+        values = _set_values(self, optional=("tokens", "qualities"))
+        return values | {"removals": [removal.to_dict() for removal in self.removals]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Phase":
+        """Returns the phase that [`~Phase.to_dict`] gave."""
+        return cls(**{**values, "removals": [Removal.from_dict(one) for one in values["removals"]]})
+
+
+@dataclass
+class RunRecord:
+    """The record of a run. Card, plots, tables and resuming are made from it.
+
+    Args:
+        method (`dict`): `name`, `url` and `healing` of the method.
+        model (`dict`): `name`, `model_type`, `layers` and `parameters` of the original model.
+        pruning (`dict`): the settings of scoring and removal.
+        training (`dict`): the training arguments that are not at their default.
+        versions, machine (`dict`): see [`surroundings`].
+        texts (`dict`): for each use of a text its [`describe_text`].
+        dense (`dict[str, float]`, *optional*): the evaluation of the original model.
+        phases (`list[Phase]`): the phases so far.
+        evaluations (`list[dict]`): the evaluations of the Trainer, with `step` and `layers`.
+        log (`list[dict]`): the log of the Trainer.
+        stopped (`str`, *optional*): why the run removed fewer layers than asked for.
+        seconds (`float`): the time of the run.
+        peak_memory_mb (`int`): the peak memory.
+        finished (`bool`): whether the run came to its end.
+        format (`int`): the version of the file format.
+        warnings (`list[str]`): what the run warned of; `signs` in JSON.
+        undone (`Phase`, *optional*): the phase whose layers were put back.
+        recipe (`dict`, *optional*): the recipe of the run.
+        reconstruction (`dict`, *optional*): the result of [`reconstruct_layers`].
+        evaluation (`dict`, *optional*): a comparison with the original model, made after the run.
+        resumed_at (`str`, *optional*): the checkpoint from which a recipe was resumed.
+    """
+
+    method: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    pruning: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
+    texts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    dense: dict[str, float] | None = None
+    phases: list[Phase] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    log: list[dict[str, Any]] = field(default_factory=list)
+    stopped: str | None = None
+    seconds: float = 0.0
+    peak_memory_mb: int = 0
+    finished: bool = False
+    format: int = 1
+    warnings: list[str] = field(default_factory=list)
+    undone: Phase | None = None
+    recipe: dict[str, Any] | None = None
+    reconstruction: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
+    resumed_at: str | None = None
+
+    @property
+    def removals(self) -> list[Removal]:
+        """All removals so far, in order."""
+        return [removal for phase in self.phases for removal in phase.removals]
+
+    def to_dict(self) -> Record:
+        """Returns the record as plain values for JSON. Values that are not set are left out."""
+        values = _set_values(
+            self, optional=("undone", "recipe", "reconstruction", "evaluation", "resumed_at")
+        )
+        values["phases"] = [phase.to_dict() for phase in self.phases]
+        if self.undone is not None:
+            values["undone"] = self.undone.to_dict()
+        warnings = values.pop("warnings")
+        return values | ({"signs": warnings} if warnings else {})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "RunRecord":
+        """Returns the record that [`~RunRecord.to_dict`] gave."""
+        values = {**values, "warnings": list(values.get("signs", []))}
+        values.pop("signs", None)
+        values["phases"] = [Phase.from_dict(phase) for phase in values.get("phases", [])]
+        if values.get("undone") is not None:
+            values["undone"] = Phase.from_dict(values["undone"])
+        return cls(**values)
+
+
+def _set_values(entry: Any, optional: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the fields of a dataclass by name, without the optional ones that are None."""
+    values = {one.name: getattr(entry, one.name) for one in dataclasses.fields(entry)}
+    return {name: value for name, value in values.items() if value is not None or name not in optional}
 
 
 def start_record(
     model: PreTrainedModel, settings: dict[str, Any], args: TrainingArguments | None = None
-) -> Record:
-    """The record of a run that begins with `model`, before anything has happened."""
-    name = Path(model.config._name_or_path)  # of a local model without the path of this machine
-    # By a name, as the settings of distillation stand below this file.
+) -> RunRecord:
+    """Returns the record of a run that begins with `model`."""
+    name = Path(model.config.name_or_path or "")  # of a local model without the path on this machine
+    # By an attribute, as the settings of distillation stand below this file.
     method = UNHEALED if args is None else DISTILLED if hasattr(args, "kl_weight") else TRAINED
-    return {
-        "format": 1,
-        "method": method,
-        "model": {
+    return RunRecord(
+        method=method,
+        model={
             "name": name.name if name.is_absolute() or name.exists() else str(name),
             "model_type": model.config.model_type,
             "layers": len(get_lineage(model).kept),
             "parameters": model.num_parameters(),
         },
-        "pruning": settings,
-        "training": {} if args is None else changed_settings(args),
+        pruning=settings,
+        training={} if args is None else changed_settings(args),
         **surroundings(model),
-        "texts": {},
-        "dense": None,
-        "phases": [],
-        "evaluations": [],
-        "log": [],
-        "stopped": None,
-        "seconds": 0.0,
-        "peak_memory_mb": 0,
-        "finished": False,
-    }
+    )
 
 
-def surroundings(model: PreTrainedModel) -> dict[str, Any]:
-    """On what something is measured: versions and machine."""
-    return {
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "hf-layerprune")},
-        },
-        "machine": {
-            "device": str(model.device),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "cpu_threads": torch.get_num_threads(),
-        },
-    }
-
-
-def describe_texts(calibration: Any, batches: Sequence[Batch], evaluation: Any) -> dict[str, Any]:
-    """Returns [`describe_text`] of what layers are scored on, and of the text of a [`HeldOutText`].
-
-    Args:
-        calibration (`Any`): where the batches are from.
-        batches (sequence of dict): read to score layers; none for a criterion that reads no text.
-        evaluation (`Any`): an evaluation of the run.
-    """
-    texts = {"calibration": describe_text(calibration, batches)} if batches else {}
-    if isinstance(evaluation, HeldOutText):
-        texts["evaluation"] = describe_text(evaluation.data, evaluation.batches)
-    return texts
-
-
-def describe_text(data: Any, batches: Sequence[Batch] | None = None) -> dict[str, Any]:
-    """Returns what a card says of a text: its `name`, where the data set knows one, and, where they can be
-    counted, its `sequences` and their `tokens` without padding.
-
-    Args:
-        data (`Dataset`, `DataLoader` or other): where the text is from.
-        batches (sequence of dict, *optional*): what is read of it; left out, all of `data`.
-    """
-    while not hasattr(data, "info") and hasattr(data, "dataset"):  # a loader, or the share of one process
-        data = data.dataset
-    found: dict[str, Any] = {"name": _name_of(getattr(data, "info", None))}
-    if batches is not None:
-        found["sequences"] = sum(len(batch["input_ids"]) for batch in batches)
-        masks = [batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in batches]
-        found["tokens"] = sum(int(mask.sum()) for mask in masks)
-    elif isinstance(data, Dataset) and "input_ids" in data.column_names:
-        found["sequences"] = len(data)
-        rows: Any = data.with_format("numpy")
-        if "attention_mask" in data.column_names:
-            found["tokens"] = sum(int(np.sum(mask)) for mask in rows["attention_mask"])
-        else:
-            found["tokens"] = sum(len(ids) for ids in rows["input_ids"])
-    return found
-
-
-def count_tokens(args: TrainingArguments, data: Any, tokenizer: Any = None) -> bool:
-    """Makes the Trainer count the tokens it trains on, in `args`, in place, unless it does already.
-
-    Args:
-        data (`Dataset` or other): what it trains on.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): knows the padding, which does not count.
-
-    Returns:
-        `bool`: whether they are counted. They cannot be where the data has no `input_ids`, as for GRPO.
-    """
-    columns = _columns_of(data)
-    if args.include_num_input_tokens_seen == "no":
-        # A stream does not say what is in it, but distillation reads input_ids only.
-        if "input_ids" not in columns and not hasattr(args, "kl_weight"):
-            return False
-        padded = "attention_mask" in columns or getattr(tokenizer, "pad_token_id", None) is not None
-        args.include_num_input_tokens_seen = "non_padding" if padded else "all"
-    return True
-
-
-def _columns_of(data: Any) -> list[str]:
-    while hasattr(data, "dataset"):  # the share of one process
-        data = data.dataset
-    if getattr(data, "column_names", None):
-        return list(data.column_names)
-    if isinstance(data, IterableDataset) or not hasattr(
-        type(data), "__getitem__"
-    ):  # of torch the first has it
-        return []
-    first = data[0]
-    return list(first) if isinstance(first, Mapping) else []
-
-
-def _name_of(info: Any) -> str | None:
-    """The name of a data set; one that was read from files has that of their kind instead, as "json"."""
-    name, kind = getattr(info, "dataset_name", None), getattr(info, "builder_name", None)
-    if name is None or name == kind:
-        return None
-    return name if info.config_name in (None, "default") else f"{name}, {info.config_name}"
-
-
-def write_record(record: Record, folder: str | Path) -> None:
-    """Write the record into `folder`, whole or not at all."""
+def write_record(record: RunRecord, folder: str | Path) -> None:
+    """Writes the record into `folder`, whole or not at all."""
     path = Path(folder) / RECORD_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
     with draft.open("w", encoding="utf-8") as file:
-        json.dump(record, file, indent=1)
+        json.dump(record.to_dict(), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
 
 
-def read_record(folder: str | Path) -> Record | None:
-    """The record in `folder`, None if it holds none.
+def read_record(folder: str | Path) -> RunRecord | None:
+    """Returns the record in `folder`, None if there is none.
+
+    A checkpoint holds it in the state of the Trainer, see [`record_in_state`].
 
     Raises:
-        LayerPruneError: the file there is no record.
+        LayerPruneError: the file is not a record.
     """
-    path = Path(folder) / RECORD_NAME
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["format"] != 1:
-            raise ValueError(f"format {record['format']}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise LayerPruneError(f"{path} is not a record of this version: {error}") from error
-    return record
+    for name in (RECORD_NAME, TRAINER_STATE_NAME):
+        path = Path(folder) / name
+        if path.is_file():
+            try:
+                values = json.loads(path.read_text(encoding="utf-8"))
+                if name == RECORD_NAME:
+                    return _checked(values)
+                return record_in_state(values["stateful_callbacks"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise LayerPruneError(f"{path} is not a record of this version: {error}") from error
+    return None
+
+
+def record_in_state(stateful_callbacks: Mapping[str, Any]) -> RunRecord | None:
+    """Returns the record in the states of callbacks that a checkpoint holds, None if there is none.
+
+    Args:
+        stateful_callbacks (`dict`): see [`~transformers.TrainerState`].
+    """
+    states = [state for state in stateful_callbacks.values() if isinstance(state, Mapping)]
+    records = [state["attributes"].get("record") for state in states if state.get("attributes")]
+    found = [record for record in records if isinstance(record, Mapping) and "pruning" in record]
+    return _checked(found[0]) if found else None
+
+
+def _checked(values: Mapping[str, Any]) -> RunRecord:
+    if values["format"] != 1:
+        raise ValueError(f"format {values['format']}")
+    return RunRecord.from_dict(values)
 
 
 def check_folder_is_free(folder: str | Path, resume: str | None = None) -> None:
-    """Make `folder` if there is none, and check that a new run may write into it.
+    """Makes `folder` if there is none, and checks that a new run may write into it.
 
     Args:
-        folder (`str` or `Path`): where the run is to write.
-        resume (`str`, *optional*): how the user resumes such a run, where that can be.
+        folder (`str` or `Path`): the output folder.
+        resume (`str`, *optional*): the flag or argument that resumes such a run, for the error.
 
     Raises:
-        LayerPruneError: it holds another run or model already, or cannot be written to.
+        LayerPruneError: the folder holds another run or model, or cannot be written to.
     """
     check_writable(folder)
     record = read_record(folder)
-    # A run that broke off before its first checkpoint left nothing but its record and half of that.
-    names = ["config.json", "adapter_config.json"] + [RECORD_NAME] * bool(record and record["finished"])
+    # A run that broke off before its first checkpoint left its record and an incomplete checkpoint.
+    names = ["config.json", "adapter_config.json"] + [RECORD_NAME] * bool(record and record.finished)
     found = [name for name in names if (Path(folder) / name).exists()]
     checkpoints = [path for path in Path(folder).glob("checkpoint-*") if is_whole(path) or not record]
     found += sorted(path.name for path in checkpoints)
@@ -236,11 +296,13 @@ def check_folder_is_free(folder: str | Path, resume: str | None = None) -> None:
 
 
 def check_same_settings(begun: Mapping[str, Any], present: Mapping[str, Any], folder: str | Path) -> None:
-    """Check that a run goes on with the settings it began with.
+    """Checks that a resumed run has the settings it began with.
 
     Raises:
-        LayerPruneError: it began with others, naming both.
+        LayerPruneError: a setting differs. The error names both values.
     """
+    if "seed" in begun:  # the name before it was scoring_seed
+        begun = {"scoring_seed": begun["seed"], **begun}
     changed = [name for name, value in present.items() if begun.get(name) != value]
     if changed:
         each = ", ".join(f"{name}={begun.get(name)}, not {present[name]}" for name in changed)
@@ -251,40 +313,30 @@ def check_same_settings(begun: Mapping[str, Any], present: Mapping[str, Any], fo
 
 
 def checkpoint_of(folder: str | Path) -> str | None:
-    """The checkpoint from which the run in `folder` goes on; None of one that broke off before its first,
-    which begins again.
+    """Returns the last checkpoint of the run in `folder`, None if the run broke off before its first.
 
     Raises:
-        LayerPruneError: there is no such run, or it is finished.
+        LayerPruneError: there is no such run, or the run is finished.
     """
     found, begun = last_checkpoint(folder), read_record(folder)
-    if found is None and (begun is None or begun["finished"]):
+    if found is None and (begun is None or begun.finished):
         raise LayerPruneError(f"No checkpoint to resume from in {folder}.")
     if found is None:
         logger.warning("The run in %s came to no checkpoint: it begins again.", folder)
     return found
 
 
-def peak_memory_mb() -> int:
-    """The most memory this process has held so far: on the GPU if there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() // 2**20
-    # Linux counts in kB, macOS in bytes.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit // 2**20
-
-
 def changed_settings(args: Any) -> dict[str, Any]:
-    """The training arguments that are not at their default, without folders and secrets."""
+    """Returns the training arguments that are not at their default, without folders and secrets."""
     values = args.to_dict()
     changed = {}
-    for field in dataclasses.fields(args):
-        factory = field.default_factory
-        default = field.default if factory is dataclasses.MISSING else factory()
-        value = values[field.name]
-        private = field.name.endswith(("_dir", "_token", "run_name", "hub_model_id"))
-        filled_in = default is None and not value  # by transformers, when it was left out
-        plain = isinstance(value, (int, float, str)) or field.name in ("hidden_layers", "lr_scheduler_kwargs")
+    for one in dataclasses.fields(args):
+        factory = one.default_factory
+        default = one.default if factory is dataclasses.MISSING else factory()
+        value = values[one.name]
+        private = one.name.endswith(("_dir", "_token", "run_name", "hub_model_id"))
+        filled_in = default is None and not value  # by transformers
+        plain = isinstance(value, (int, float, str)) or one.name in ("hidden_layers", "lr_scheduler_kwargs")
         if plain and value != default and not private and not filled_in:
-            changed[field.name] = value
+            changed[one.name] = value
     return {**changed, "seed": args.seed, "max_steps": args.max_steps}

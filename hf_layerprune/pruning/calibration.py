@@ -1,0 +1,71 @@
+"""The batches that layers are scored on in training."""
+
+import logging
+from collections.abc import Mapping
+from itertools import islice
+from typing import Any
+
+from datasets import Dataset
+from torch.utils.data import Subset
+from transformers import Trainer, TrainingArguments
+
+from ..data import Batch, columns_read, make_batches, most_tokens
+from ..errors import LayerPruneError
+from ..surgery.peft import base_of
+
+
+logger = logging.getLogger(__name__)
+
+EVALUATION_ROWS = 256  # of eval_dataset, to score with where no calibration is given
+
+
+def calibration_batches(
+    calibration: Any, args: TrainingArguments, train_dataloader: Any, model: Any, tokenizer: Any
+) -> list[Batch]:
+    """Returns the calibration data as batches, with the columns and the collator of training."""
+    # The Trainer has dropped the columns that the model does not read.
+    columns = getattr(train_dataloader.dataset, "column_names", None) or columns_read(base_of(model))
+    return make_batches(
+        calibration,
+        args.per_device_eval_batch_size,
+        train_dataloader.collate_fn,
+        tokenizer=tokenizer,
+        block_length=min(256, most_tokens(base_of(model)) or 256),
+        columns=columns,
+    )
+
+
+def evaluation_rows(criterion: str, trainer: Trainer | None, eval_dataloader: Any) -> Any:
+    """Returns evenly spread rows of the Trainer's `eval_dataset`; of several data sets, of the first.
+
+    Args:
+        trainer (`Trainer`, *optional*): if it is unknown, the data of its last evaluation is taken.
+        eval_dataloader (`DataLoader`, *optional*): the data loader that callbacks get.
+
+    Raises:
+        LayerPruneError: there is no evaluation data.
+    """
+    name = "eval_dataset"
+    data: Any = getattr(eval_dataloader, "dataset", None) if trainer is None else trainer.eval_dataset
+    if isinstance(data, Mapping) and data:
+        first, data = next(iter(data.items()))
+        name = f"eval_dataset[{first!r}]"
+    if data is None:
+        advice = "" if trainer is not None else ", and call set_trainer(trainer) on this callback"
+        raise LayerPruneError(
+            f"The criterion {criterion!r} scores on text: give `calibration`, a data set like the training "
+            f"one or a list of batches, or give the Trainer an eval_dataset{advice}."
+        )
+    if not hasattr(data, "__len__"):
+        data = Dataset.from_list(list(islice(data, EVALUATION_ROWS)))
+    total, rows = len(data), min(len(data), EVALUATION_ROWS)
+    if rows < total:
+        spread = [i * total // rows for i in range(rows)]
+        data = data.select(spread) if hasattr(data, "select") else Subset(data, spread)
+    logger.warning(
+        "No calibration is given, so layers are scored on %d rows of %s. Losses on these rows understate "
+        "what a removal costs. Give other text as calibration= to avoid this.",
+        rows,
+        name,
+    )
+    return data

@@ -1,0 +1,145 @@
+"""Resuming: whether a checkpoint fits the model and the settings, and its record."""
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, TrainerState, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
+
+from ..checkpoints.loading import load_lineage, runs_own_code
+from ..errors import LayerPruneError
+from ..reports.record import RunRecord, check_same_settings, read_record, record_in_state
+from ..surgery.decoder import find_decoder, is_sharded
+from ..surgery.lineage import get_lineage
+from ..surgery.peft import adapter_configs, base_of
+
+
+logger = logging.getLogger(__name__)
+
+
+def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Returns the folder of the checkpoint of the present step."""
+    return Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+
+
+def callback_states(state: TrainerState) -> dict[str, Any]:
+    """Returns the states of callbacks by class name, as a checkpoint holds them."""
+    states: Any = state.stateful_callbacks  # annotated as the list from which the dict is made
+    return states
+
+
+def resumed_record(
+    args: TrainingArguments, state: TrainerState, model: PreTrainedModel, settings: dict[str, Any]
+) -> RunRecord:
+    """Returns the record in the checkpoint from which a run is resumed.
+
+    Raises:
+        LayerPruneError: there is no record, or model or settings are not those of the checkpoint.
+    """
+    folder = checkpoint_folder(args, state)
+    # Checkpoints of earlier versions hold the record in a file of its own.
+    record = record_in_state(callback_states(state)) or read_record(folder)
+    if record is None:
+        raise LayerPruneError(
+            f"Cannot resume at step {state.global_step}: the checkpoint holds no record of "
+            "LayerPruningCallback. Resume from a checkpoint of a run with this callback, or start a new run."
+        )
+    check_same_settings(record.pruning, settings, folder)
+    check_same_depth(model, str(folder))
+    if args.save_only_model and not (folder / SCHEDULER_NAME).is_file():
+        logger.warning(
+            "%s was written with save_only_model=True and holds no state of the optimizer and the learning "
+            "rate schedule: both begin anew at step %d. Leave save_only_model out to resume exactly.",
+            folder,
+            state.global_step,
+        )
+    return record
+
+
+def check_same_depth(model: Any, folder: str) -> None:
+    """Checks that the model in a checkpoint has the layers of `model`.
+
+    Raises:
+        LayerPruneError: it has others. The error says how to get the same layers.
+    """
+    saved, present = load_lineage(folder, runs_own_code(model)), get_lineage(model)
+    if saved == present:
+        return
+    more = [i for i, original in enumerate(present.kept) if original not in saved.kept]
+    advice = f"Load the model with from_pretrained({folder!r}) before you resume"
+    if adapter_configs(model):
+        advice = f"Take the same layers out of the base first, with remove_layers(model, {more})"
+    raise LayerPruneError(
+        f"The checkpoint has {saved}, the model {present}, so its weights would go to the wrong layers. "
+        f"{advice}, or use DistillationTrainer, which does this itself."
+    )
+
+
+def check_depth_of_weights(output_dir: str, model: nn.Module, weights: dict[str, Any], *args: Any) -> None:
+    """Checks, before `model` loads weights, that they have as many layers: a pre-hook of `load_state_dict`.
+
+    A plain Trainer would ignore layers that do not fit, and fail later at the optimizer, without a reason.
+
+    Args:
+        output_dir (`str`): the output folder of the run.
+
+    Raises:
+        LayerPruneError: they have more or fewer layers. The error says how to get the same layers.
+    """
+    if is_sharded(model):  # its parameters have other names; on_train_begin checks the depth, too
+        return
+    decoder: Any = find_decoder(base_of(model)).layers
+    prefix = next(name for name, part in model.named_modules() if part is decoder)
+    saved, own = _by_layer(weights, prefix), _by_layer(model.state_dict(), prefix)
+    parts = {part for parts in saved.values() for part in parts}  # of adapters, in some layers only
+    expected = {number for number, names in own.items() if names & parts}
+    adapted = bool(adapter_configs(model))
+    lacking = expected - set(saved) if adapted or _is_whole(model, weights, prefix) else set()
+    if set(saved) - set(own) or lacking:
+        # The Trainer tells no callback from which checkpoint it resumes: any with these layers will do.
+        folders = [str(folder) for folder in sorted(Path(output_dir).glob("checkpoint-*"))]
+        fitting = [one for one in folders if not adapted and len(load_lineage(one).kept) == len(saved)]
+        advice = f"Load the model with from_pretrained({', '.join(map(repr, fitting[:1]))}) before you resume"
+        if adapted:
+            advice = "Take the same layers out of the base first, with remove_layers"
+        raise LayerPruneError(
+            f"The checkpoint has the layers {sorted(saved)}, the model {sorted(expected)}, so its weights "
+            f"would go to the wrong layers. {advice}, or use DistillationTrainer, which does this itself."
+        )
+
+
+def _by_layer(weights: dict[str, Any], prefix: str) -> dict[int, set[str]]:
+    """Returns the names of the parts of each layer that has weights."""
+    layers: dict[int, set[str]] = {}
+    for name in weights:
+        if found := re.match(rf"{re.escape(prefix)}\.(\d+)\.(.*)", name):
+            layers.setdefault(int(found[1]), set()).add(found[2])
+    return layers
+
+
+def _is_whole(model: nn.Module, weights: dict[str, Any], prefix: str) -> bool:
+    """Returns whether weights are of a whole model, and not one file of several."""
+    own = model.state_dict()
+    held = {own[name].data_ptr() for name in weights if name in own}  # tied weights are saved once
+    return all(value.data_ptr() in held for name, value in own.items() if not name.startswith(f"{prefix}."))
+
+
+def check_groups_of_checkpoint(optimizer: Any, state: dict[str, Any]) -> None:
+    """Checks, before the user's own `optimizer` loads its state, that the parameter groups are the same.
+
+    Raises:
+        LayerPruneError: they are not. The error says how to make them the same.
+    """
+    ours, saved = (
+        [len(one["params"]) for one in groups] for groups in (optimizer.param_groups, state["param_groups"])
+    )
+    if ours != saved:
+        raise LayerPruneError(
+            f"The optimizer has parameter groups of {ours} parameters, but the checkpoint's has groups of "
+            f"{saved}: a group whose layers were removed stays as an empty one. Make the optimizer with the "
+            'same groups (an empty one is {"params": []}), or resume with the original model in '
+            "DistillationTrainer, which makes the same layers leave model and optimizer."
+        )

@@ -1,0 +1,143 @@
+"""The start of training: checks, the record of the run, its calibration data and its texts."""
+
+import logging
+from typing import Any
+
+from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
+
+from ..checkpoints.saving import check_saves
+from ..data import Batch
+from ..distillation.arguments import DistillationTrainingArguments
+from ..distillation.teacher import check_tokens
+from ..errors import LayerPruneError
+from ..reports.record import RunRecord, check_folder_is_free, start_record
+from ..reports.texts import count_tokens, describe_text, describe_texts
+from ..scoring.score import check_criterion_fits
+from ..surgery.decoder import is_sharded
+from ..surgery.peft import adapter_configs, base_of, keep_base_known
+from .arguments import record_settings
+from .calibration import calibration_batches, evaluation_rows
+from .compatibility import check_compatibility, check_parameters_stay
+from .diagnostics import LossMonitor, loss_in_nats
+from .other_callbacks import TrainerOutput
+from .prune import check_plan
+from .recorder import Recorder
+from .recovery import Recovery
+from .resume import resumed_record
+from .run import PruningInputs, PruningRun
+from .schedule import PhaseSchedule
+from .termination import Termination
+
+
+logger = logging.getLogger(__name__)
+
+
+def check_start(
+    inputs: PruningInputs,
+    trainer: Trainer | None,
+    args: TrainingArguments,
+    state: TrainerState,
+    model: PreTrainedModel,
+    optimizer: Any,
+) -> None:
+    """Checks that layers can be removed in this training.
+
+    Raises:
+        LayerPruneError: they cannot. The error says what to change.
+    """
+    check_criterion_fits(base_of(model), inputs.args.criterion, inputs.task)
+    check_compatibility(args, model, optimizer)
+    if inputs.args.min_recovery is not None and (adapter_configs(model) or is_sharded(model)):
+        raise LayerPruneError(
+            "min_recovery puts layers back, but not under adapters or in sharded models: leave it out."
+        )
+    if trainer is None:
+        logger.warning(
+            "LayerPruningCallback does not know its Trainer: it cannot check the other callbacks, and does "
+            "not report scores to TensorBoard and the like. Call set_trainer(trainer) on the callback before "
+            "trainer.train()."
+        )
+    elif trainer.state is not state:
+        raise LayerPruneError(
+            "set_trainer got another Trainer than the one that trains: call it again with this Trainer."
+        )
+
+
+def begin_record(
+    recorder: Recorder,
+    inputs: PruningInputs,
+    args: TrainingArguments,
+    state: TrainerState,
+    model: PreTrainedModel,
+) -> None:
+    """Starts the record of a new run, or takes that of the checkpoint from which a run is resumed.
+
+    Raises:
+        LayerPruneError: layers cannot be removed as asked for, or the output folder holds another run.
+    """
+    recorder.start_clock(args)
+    settings = record_settings(inputs.args, inputs.teacher)
+    if state.global_step:
+        recorder.resume(resumed_record(args, state, model, settings))
+        return
+    check_folder_is_free(str(args.output_dir), resume="resume_from_checkpoint=True")
+    fixed = check_plan(model, inputs.args.target_layers, inputs.args.protected)
+    check_parameters_stay(model)
+    recorder.begin(start_record(model, settings | {"protected_originals": fixed}, args))
+
+
+def start_run(
+    inputs: PruningInputs,
+    recorder: Recorder,
+    termination: Termination,
+    trainer: Trainer | None,
+    args: TrainingArguments,
+    state: TrainerState,
+    model: PreTrainedModel,
+    **others: Any,
+) -> PruningRun:
+    """Returns the run, whose record has begun.
+
+    Args:
+        others: `lr_scheduler`, `train_dataloader`, `eval_dataloader` and `processing_class`, as callbacks get
+            them.
+
+    Raises:
+        LayerPruneError: the schedule, the texts or the teacher do not fit the training.
+    """
+    settings, record, loader = inputs.args, recorder.record, others["train_dataloader"]
+    tokenizer = others.get("processing_class")
+    if adapter_configs(model):
+        keep_base_known(model)
+    checks_itself = isinstance(args, DistillationTrainingArguments)  # by a setting of its own
+    if inputs.verify_save and not checks_itself:
+        check_saves(model)
+    if inputs.teacher is not None:
+        check_tokens(inputs.teacher, base_of(model), tokenizer)
+    schedule = PhaseSchedule(settings, record, state.max_steps, others["lr_scheduler"])
+    batches: list[Batch] = []
+    calibration = inputs.calibration
+    if calibration is None and inputs.reads_text:
+        calibration = evaluation_rows(settings.criterion, trainer, others.get("eval_dataloader"))
+    if calibration is not None:
+        batches = calibration_batches(calibration, args, loader, model, tokenizer)
+    _describe_texts(inputs, record, batches, loader)
+    counted = count_tokens(args, loader.dataset, tokenizer)
+    if settings.tokens_per_phase is not None and not counted:
+        raise LayerPruneError(
+            "tokens_per_phase is set, but the training data has no input_ids: its tokens cannot be "
+            "counted. Set steps_per_phase instead."
+        )
+    recovery = None
+    if settings.min_recovery is not None:
+        recovery = Recovery(settings.min_recovery, str(args.output_dir), batches, inputs.task)
+        recovery.check(len(record.phases))
+    output, losses = TrainerOutput(trainer), LossMonitor(loss_in_nats(trainer, args))
+    return PruningRun(inputs, recorder, schedule, batches, output, termination, losses, recovery)
+
+
+def _describe_texts(inputs: PruningInputs, record: RunRecord, batches: list[Batch], loader: Any) -> None:
+    read = batches if inputs.reads_text else []
+    texts = describe_texts(inputs.calibration, read, inputs.evaluation)
+    texts["healing"] = {"name": describe_text(loader)["name"]}
+    record.texts = {**texts, **record.texts}  # a resumed run knows its texts
