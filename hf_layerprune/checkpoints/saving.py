@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import LayerPruneError, one_line
+from ..files import whole_file
 from ..forward.hooks import compared_output, undisturbed
 from ..surgery.decoder import is_sharded, text_config
 from ..surgery.fresh_model import quiet
@@ -32,7 +33,6 @@ from ..surgery.peft import (
     merged_copy,
     save_with_base,
     starts_from_weights,
-    write_whole,
 )
 from .legacy_rope import legacy_rotary
 from .loading import load_pruned_adapter
@@ -450,15 +450,21 @@ def _is_exact(base: PreTrainedModel) -> bool:
 
 
 def _name_dtype(path: Path, dtype: str) -> None:
-    """Let the config.json at `path` say that the weights are of this dtype."""
+    """Sets the dtype of the weights in the config.json at `path`."""
     config = json.loads(path.read_text(encoding="utf-8"))
     for part in (config, *config.values()):
         if isinstance(part, dict) and "dtype" in part:
             part["dtype"] = dtype
-    write_whole(path, json.dumps(config, indent=2) + "\n")
+    _write_config(path, config)
 
 
 def _add_fields(path: Path, fields: dict[str, Any]) -> None:
+    """Adds fields to the text part of the config.json at `path`."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config.get("text_config", config).update(fields)
-    write_whole(path, json.dumps(config, indent=2) + "\n")
+    _write_config(path, config)
+
+
+def _write_config(path: Path, config: dict[str, Any]) -> None:
+    with whole_file(path) as file:
+        file.write(f"{json.dumps(config, indent=2)}\n".encode())

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from ..data import Batch, make_batches, targets_of
 from ..errors import LayerPruneError
+from ..files import whole_file
 from ..forward.hooks import can_replay, captured, hidden, replayed, undisturbed
 from ..forward.lm_head import Reader
 from ..scoring.score import fingerprint
@@ -559,8 +560,7 @@ class _Training:
         if not PartialState().is_main_process:  # all processes hold the same
             return
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        draft = checkpoint.with_suffix(".draft")
         content = {"work": work, "epochs": epochs, "weights": [p.data for p in self.parameters]}
         content |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-        torch.save(content, draft)
-        draft.replace(checkpoint)
+        with whole_file(checkpoint) as file:
+            torch.save(content, file)

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import os
 import platform
 import resource
 import sys
@@ -23,6 +22,7 @@ from ..checkpoints.saving import check_writable
 from ..data import Batch
 from ..errors import LayerPruneError
 from ..evaluation.evaluate import HeldOutText
+from ..files import whole_file
 from ..surgery.lineage import get_lineage
 
 
@@ -184,12 +184,8 @@ def write_record(record: Record, folder: str | Path) -> None:
     """Write the record into `folder`, whole or not at all."""
     path = Path(folder) / RECORD_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    with draft.open("w", encoding="utf-8") as file:
-        json.dump(record, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    with whole_file(path) as file:
+        file.write(json.dumps(record, indent=1).encode())
 
 
 def read_record(folder: str | Path) -> Record | None:
