@@ -10,8 +10,8 @@ import pytest
 
 import hf_layerprune
 from hf_layerprune.commands.cli import main
-from hf_layerprune.reports.card import markdown_table, table_rows
 from hf_layerprune.reports.record import read_record
+from hf_layerprune.reports.tables import markdown_table, table_rows
 
 
 ROOT = Path(__file__).parent.parent

@@ -20,8 +20,9 @@ import numpy as np
 
 from hf_layerprune.commands.cli import main as hf_layerprune
 from hf_layerprune.evaluation.evaluate import share_kept, tasks_done
-from hf_layerprune.reports.card import markdown_table, plot_results, results_rows
+from hf_layerprune.reports.plots import plot_results
 from hf_layerprune.reports.record import Record, read_record
+from hf_layerprune.reports.tables import markdown_table, results_rows
 
 
 ROOT = Path(__file__).parents[2]
