@@ -14,7 +14,7 @@ from .evaluate import task_scores
 from .tasks import TASKS
 
 
-def read_through_harness(
+def run_lm_eval(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
@@ -39,7 +39,7 @@ def read_through_harness(
     """
     right: dict[str, list[bool]] = {}
     chances: dict[str, float] = {}
-    for name, samples in harness_samples(model, tokenizer, tasks, limit, batch_size).items():
+    for name, samples in lm_eval_samples(model, tokenizer, tasks, limit, batch_size).items():
         names_here = ("acc_norm", "acc") if name not in TASKS or TASKS[name].normalize else ("acc",)
         metric = next((one for one in names_here if one in samples[0]), None)
         if metric is None:
@@ -55,7 +55,7 @@ def read_through_harness(
 
 
 def known_tasks(tasks: Sequence[str]) -> Any:
-    """lm-eval's manager of tasks, which knows these; see [`read_through_harness`]."""
+    """lm-eval's manager of tasks, which knows these; see [`run_lm_eval`]."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -70,14 +70,14 @@ def known_tasks(tasks: Sequence[str]) -> Any:
     return manager
 
 
-def harness_samples(
+def lm_eval_samples(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
     limit: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, list[dict[str, Any]]]:
-    """What lm-eval logs of each question of each task, in their order; see [`read_through_harness`]."""
+    """What lm-eval logs of each question of each task, in their order; see [`run_lm_eval`]."""
     manager = known_tasks(tasks)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

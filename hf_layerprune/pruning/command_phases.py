@@ -48,6 +48,8 @@ def run_phases(
     criterion: str = "loss",
     racing: float | None = None,
     protected: Sequence[int] | None = None,
+    pattern: str = "output",
+    seed: int = 0,
     evaluation: Evaluation | None = None,
 ) -> Record:
     """Remove layers and let a command train what is left, phase by phase, each in processes of its own.
@@ -86,8 +88,10 @@ def run_phases(
         "criterion": criterion,
         "racing": racing,
         "protected": None if protected is None else [plain_int(layer) for layer in protected],
+        "pattern": pattern,
+        "seed": seed,
     }
-    check_choices(criterion, racing=racing)
+    check_choices(criterion, pattern=pattern, racing=racing)
     batches = make_batches(calibration, 4)
     record = read_record(folder)
     if record is None:
@@ -117,7 +121,8 @@ def run_phases(
             model = load(str(folder / f"phase_{number - 1}" / "healed") if phases else None)
             removals: list[dict[str, Any]] = []
             for _ in range(size):
-                scoring = {"racing": racing, "journal": folder / "scoring.jsonl"}
+                scoring: dict[str, Any] = {"racing": racing, "pattern": pattern, "seed": seed}
+                scoring |= {"journal": folder / "scoring.jsonl"}
                 fixed = record["pruning"]["protected_originals"]
                 table = score_present(model, batches, criterion, fixed, **scoring)
                 removals += remove_least(model, table)
