@@ -13,7 +13,8 @@ from transformers.trainer_utils import IntervalStrategy
 
 from hf_layerprune import evaluate_text
 from hf_layerprune.commands.cli import main
-from hf_layerprune.evaluation.evaluate import HeldOutText, agreement, compare_models, task_scores
+from hf_layerprune.evaluation.comparison import agreement, compare_models, task_scores
+from hf_layerprune.evaluation.evaluate import HeldOutText
 from hf_layerprune.pruning.prune import prune_layers
 from hf_layerprune.reports import plots
 from hf_layerprune.reports.card import write_card

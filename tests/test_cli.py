@@ -17,7 +17,7 @@ from hf_layerprune.checkpoints.loading import load_tokenizer
 from hf_layerprune.commands.cli import COMMANDS, main
 from hf_layerprune.commands.flags import name_flags
 from hf_layerprune.evaluation import evaluate as evaluation
-from hf_layerprune.evaluation.evaluate import tasks_done
+from hf_layerprune.evaluation.comparison import tasks_done
 
 from .conftest import TEXT, make_model
 from .test_multiple_choice import QUESTIONS

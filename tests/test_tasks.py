@@ -7,7 +7,7 @@ from hf_layerprune import LayerPruneError, MultipleChoice
 from hf_layerprune.commands.cli import main
 from hf_layerprune.evaluation import evaluate as evaluation
 from hf_layerprune.evaluation import lm_eval as through_lm_eval
-from hf_layerprune.evaluation.evaluate import task_scores
+from hf_layerprune.evaluation.comparison import task_scores
 from hf_layerprune.evaluation.lm_eval import run_lm_eval
 from hf_layerprune.evaluation.tasks import TASKS, chance, load_task
 

@@ -9,9 +9,7 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_layerprune import MultipleChoice
-from hf_layerprune.evaluation.lm_eval import lm_eval_samples
-from hf_layerprune.evaluation.tasks import TASKS, load_task, split_name
+from hf_layerprune import TASKS, MultipleChoice, lm_eval_samples, load_task
 
 
 def main(folder: str, limit: int, tasks: list[str]) -> None:
@@ -19,7 +17,7 @@ def main(folder: str, limit: int, tasks: list[str]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     theirs = lm_eval_samples(model, tokenizer, tasks, limit)
     for task in tasks:
-        name = split_name(task)[0]
+        name = task.partition("=")[0]
         questions = load_task(task, limit)
         metric = "acc_norm" if TASKS[name].normalize else "acc"
         answers = MultipleChoice(questions, tokenizer, normalize=TASKS[name].normalize).read(model)

@@ -146,7 +146,7 @@ def _is_for(cls: Any, config: PreTrainedConfig) -> bool:
     return isinstance(cls.config_class, type) and isinstance(config, cls.config_class)
 
 
-def load_skeleton(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_meta_model(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
     """A model without weights, on the meta device, from its config in a folder or on the hub.
 
     Raises:

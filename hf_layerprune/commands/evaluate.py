@@ -15,7 +15,7 @@ def evaluate(arguments: list[str]) -> None:
     """What one or more MODELs can do on a text and in tasks, side by side; the first is the dense one."""
     kinds = [ModelArguments, OptionalDataArguments, TextArguments, EvaluateArguments]
     names, source, data, text, output = parse(evaluate, arguments, kinds, several=True)
-    from ..evaluation.evaluate import compare_models
+    from ..evaluation.comparison import compare_models
     from ..reports.tables import evaluation_rows, markdown_table
 
     check_folder_of(output.json)

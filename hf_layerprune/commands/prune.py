@@ -12,12 +12,12 @@ from .flags import DataArguments, InspectArguments, SaveArguments, ScoreArgument
 def inspect(arguments: list[str]) -> None:
     """List the layers of MODEL and which can be removed, from its config alone."""
     name, source, output = parse(inspect, arguments, [ModelArguments, InspectArguments])
-    from ..checkpoints.loading import load_skeleton
+    from ..checkpoints.loading import load_meta_model
     from ..reports.tables import markdown_table
     from ..surgery.inspection import inspect_layers
 
     check_folder_of(output.json)
-    found = inspect_layers(load_skeleton(name, source.trust_remote_code))
+    found = inspect_layers(load_meta_model(name, source.trust_remote_code))
     rows = [["layer", "original", "kind", "parameters", "can go"]]
     for layer in found.layers:
         parameters = f"{layer.parameters / 1e6:.2f}M"

@@ -134,7 +134,7 @@ def quickstart(settings: QuickstartArguments) -> None:
 
     print("\nHeld-out perplexity of the dense model, of the cut ones and after healing:\n")
     print(markdown_table(table_rows(record)))
-    # Without the Trainer's mixed precision, as everyone else will run it.
+    # Without the mixed precision of the Trainer, as users will run it.
     model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False).cpu()
     live = answer(model, tokenizer, settings.answer_tokens)
     reloaded = _answer_in_fresh_process(settings, tokenizer)

@@ -110,6 +110,8 @@ def make_blocks(
     Raises:
         LayerPruneError: there is no such text, or it cannot be read or cut so.
     """
+    if isinstance(data, Dataset) and {"input_ids", "labels"} <= {*data.column_names}:
+        return data
     check_block_length(text.block_length, config)
     if isinstance(data, (str, Path)):
         texts = load_texts(str(data), text.data_field, text.data_split, text.data_config)
@@ -118,13 +120,11 @@ def make_blocks(
         return blocks
     if data is None:
         raise LayerPruneError("There is no data. Give a file, the id of a data set, or a list of texts.")
-    if isinstance(data, Dataset) and "input_ids" not in data.column_names:
-        if text.data_field in data.column_names:
-            blocks = token_blocks(data[text.data_field], _needed(tokenizer), text.block_length)
-            blocks.info.dataset_name = data.info.dataset_name
-            return blocks
-    elif isinstance(data, Dataset) and "labels" in data.column_names:
-        return data
+    columns = data.column_names if isinstance(data, Dataset) else []
+    if "input_ids" not in columns and text.data_field in columns:
+        blocks = token_blocks(data[text.data_field], _needed(tokenizer), text.block_length)
+        blocks.info.dataset_name = data.info.dataset_name
+        return blocks
     rows = [
         {name: value[0].tolist() for name, value in batch.items()}
         for batch in make_batches(data, 1, tokenizer=tokenizer, block_length=text.block_length)

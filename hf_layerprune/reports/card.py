@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..evaluation.evaluate import compare_models
+from ..evaluation.comparison import compare_models
 from ..evaluation.tasks import TASKS
 from ..surgery.peft import PRUNED_BASE, is_hub_id
 from .plots import plot_record, plot_scores

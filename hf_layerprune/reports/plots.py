@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.evaluate import share_kept
+from ..evaluation.comparison import share_kept
 from ..forward.token_losses import DIVERGENCES, HIDDEN_ERRORS
 from ..scoring.table import UNITS, ScoreTable
 from .record import Record

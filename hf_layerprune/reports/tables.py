@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.evaluate import mean_difference, share_kept, tasks_done
+from ..evaluation.comparison import mean_difference, share_kept, tasks_done
 from ..scoring.score import reads_text
 from .record import Record
 
