@@ -171,7 +171,7 @@ def load_embedded_model() -> tuple[Any, Any]:
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
     # The file carries the name of an internal training run.
-    model.config._name_or_path = MODEL_NAME
+    model.config.name_or_path = MODEL_NAME
     return model, tokenizer
 
 
