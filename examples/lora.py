@@ -8,8 +8,14 @@ import sys
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_layerprune import DistillationTrainer, DistillationTrainingArguments, LayerPruningCallback
-from hf_layerprune.data import load_texts, split_blocks, token_blocks
+from hf_layerprune import (
+    DistillationTrainer,
+    DistillationTrainingArguments,
+    LayerPruningCallback,
+    load_texts,
+    split_blocks,
+    token_blocks,
+)
 
 
 name, text, output_dir, target_layers = sys.argv[1:5]

@@ -11,8 +11,13 @@ import sys
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_layerprune import DistillationTrainer, DistillationTrainingArguments, last_checkpoint
-from hf_layerprune.data import load_texts, token_blocks
+from hf_layerprune import (
+    DistillationTrainer,
+    DistillationTrainingArguments,
+    last_checkpoint,
+    load_texts,
+    token_blocks,
+)
 
 
 cut, name, text, output_dir = sys.argv[1:5]

@@ -7,9 +7,14 @@ import sys
 
 from transformers import Trainer, TrainingArguments
 
-from hf_layerprune import LayerPruningCallback
-from hf_layerprune.checkpoints.loading import load_model, load_tokenizer
-from hf_layerprune.data import load_texts, split_blocks, token_blocks
+from hf_layerprune import (
+    LayerPruningCallback,
+    load_model,
+    load_texts,
+    load_tokenizer,
+    split_blocks,
+    token_blocks,
+)
 
 
 name, text, output_dir, target_layers = sys.argv[1:5]

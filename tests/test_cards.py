@@ -13,11 +13,14 @@ from transformers.trainer_utils import IntervalStrategy
 
 from hf_layerprune import evaluate_text
 from hf_layerprune.commands.cli import main
-from hf_layerprune.evaluation.evaluate import HeldOutText, agreement, compare_models, task_scores
+from hf_layerprune.evaluation.comparison import agreement, compare_models, task_scores
+from hf_layerprune.evaluation.evaluate import HeldOutText
 from hf_layerprune.pruning.prune import prune_layers
-from hf_layerprune.reports import card as report
-from hf_layerprune.reports.card import evaluation_rows, removal_marks, table_rows, text_rows, write_card
+from hf_layerprune.reports import plots
+from hf_layerprune.reports.card import write_card
+from hf_layerprune.reports.plots import removal_marks
 from hf_layerprune.reports.record import read_record
+from hf_layerprune.reports.tables import evaluation_rows, healing_tokens, table_rows, text_rows
 from hf_layerprune.reports.texts import describe_text
 
 from .conftest import make_model, tokens
@@ -120,7 +123,7 @@ def test_a_recipe_counts_the_tokens_of_its_healing(folder, recipe, stream):
     assert main(["run", recipe, *words]) == 0
     record = read_record("out").to_dict()
     assert record["texts"]["healing"] == {"name": "text.txt", "tokens": 128}
-    assert report.healing_tokens(record) == 128
+    assert healing_tokens(record) == 128
 
 
 def test_phases_of_a_command_name_their_texts(folder):
@@ -296,7 +299,7 @@ def test_losses_are_marked_where_layers_went(tmp_path, monkeypatch):
     callback = pruning(target_layers=3, layers_per_phase=2)
     make_trainer(make_model(), max_steps=4, callbacks=[callback]).train()
     record = read_record("out").to_dict()
-    report.plot_record(record, tmp_path)
+    plots.plot_record(record, tmp_path)
     assert places == [0, 2]
     first, second = ([r["original"] for r in phase["removals"]] for phase in record["phases"])
     assert removal_marks(record) == [
@@ -319,14 +322,14 @@ def test_results_say_what_their_error_bars_are(tmp_path, monkeypatch):
         f"run-{layers}": {"evaluation": {"dense": dense, "model": cut | {"layers": layers}}}
         for layers in (4, 5)
     }
-    report.plot_results(records, tmp_path / "results.png")
+    plots.plot_results(records, tmp_path / "results.png")
     assert labels == [
         "dense model, 6 layers",
         "4 layers, ± 2 standard errors",
         "5 layers, ± 2 standard errors",
     ]
     monkeypatch.setattr(Axes, "legend", legend)
-    report.plot_results(records, tmp_path / "results.png")
+    plots.plot_results(records, tmp_path / "results.png")
     assert (tmp_path / "results.png").stat().st_size > 1000
 
 

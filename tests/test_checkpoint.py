@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_layerprune import LayerPruneError, remove_layers
-from hf_layerprune.checkpoints.loading import load_lineage, load_model, load_skeleton, load_tokenizer
+from hf_layerprune.checkpoints.loading import load_lineage, load_meta_model, load_model, load_tokenizer
 
 from .conftest import logits, make_model, tokens
 from .tiny_models import tiny_model
@@ -103,7 +103,7 @@ def test_code_that_comes_with_a_model_is_not_run_unasked(llama, tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "own.py").write_text("raise SystemExit('it was run')")
-    for load in (load_model, load_lineage, load_skeleton):
+    for load in (load_model, load_lineage, load_meta_model):
         with pytest.raises(LayerPruneError, match="trust_remote_code"):
             load(str(tmp_path))
     with pytest.raises(SystemExit, match="it was run"):
@@ -112,11 +112,11 @@ def test_code_that_comes_with_a_model_is_not_run_unasked(llama, tmp_path):
 
 def test_a_skeleton_has_no_weights(tmp_path):
     make_model("gemma2").config.save_pretrained(tmp_path)
-    model = load_skeleton(str(tmp_path))
+    model = load_meta_model(str(tmp_path))
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(LayerPruneError, match=r"(?s)built from the config|does not say"):
-        load_skeleton(str(tmp_path))
+        load_meta_model(str(tmp_path))
 
 
 def test_layers_that_only_predict_further_tokens_are_no_excess(tmp_path):

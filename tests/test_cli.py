@@ -17,7 +17,7 @@ from hf_layerprune.checkpoints.loading import load_tokenizer
 from hf_layerprune.commands.cli import COMMANDS, main
 from hf_layerprune.commands.flags import name_flags
 from hf_layerprune.evaluation import evaluate as evaluation
-from hf_layerprune.evaluation.evaluate import tasks_done
+from hf_layerprune.evaluation.comparison import tasks_done
 
 from .conftest import TEXT, make_model
 from .test_multiple_choice import QUESTIONS
@@ -443,7 +443,9 @@ def test_each_command_says_how_to_go_on_after_ctrl_c(folder, words, place, advic
 @pytest.mark.parametrize("command", [["distill", "model"], ["run", "default", "--model", "model"]])
 def test_what_shows_the_logs_must_be_installed(folder, command, capsys, monkeypatch):
     """In one line, before the model is loaded."""
-    monkeypatch.setattr("hf_layerprune.commands.cli._load_model", lambda *args: pytest.fail("loaded"))
+    for place in ("inputs", "prune"):
+        name = f"hf_layerprune.recipes.{place}.load_on_device"
+        monkeypatch.setattr(name, lambda *args, **options: pytest.fail("loaded"))
     monkeypatch.setattr("transformers.integrations.integration_utils.is_wandb_available", lambda: False)
     target = ["--target_layers", "3"] if command[0] == "distill" else ["--keep", "3"]
     for reporter, message in (("wandb", "requires wandb to be installed"), ("foo", "foo is not supported")):

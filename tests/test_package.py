@@ -10,8 +10,8 @@ import pytest
 
 import hf_layerprune
 from hf_layerprune.commands.cli import main
-from hf_layerprune.reports.card import markdown_table, table_rows
 from hf_layerprune.reports.record import read_record
+from hf_layerprune.reports.tables import markdown_table, table_rows
 
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +26,36 @@ def test_the_import_is_light_and_silent():
 
 def test_every_public_name_can_be_imported():
     for name in hf_layerprune.__all__:
-        assert getattr(hf_layerprune, name).__name__ == name
+        assert getattr(getattr(hf_layerprune, name), "__name__", name) == name  # TASKS is a table
+
+
+def test_the_public_names_are_declared_once_and_in_order():
+    lines = (PACKAGE / "__init__.pyi").read_text().splitlines()
+    declared = [line for line in lines if line.startswith("from ")]
+    assert all(re.fullmatch(r"from \.[\w.]+ import (\w+) as \1", line) for line in declared)
+    homes = [line.split()[1] for line in declared]
+    assert homes == sorted(homes)
+    assert len(hf_layerprune.__all__) == len(declared)
+    assert hf_layerprune.__all__ == sorted(hf_layerprune.__all__)
+
+
+def code_of_users():
+    """What users copy: every example, and the code blocks of the README."""
+    for path in (ROOT / "examples").rglob("*"):
+        if path.suffix in (".py", ".sh", ".md", ".ipynb"):
+            yield path.name, path.read_text()
+    yield "README.md", "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S))
+
+
+def test_examples_and_readme_use_public_names_alone():
+    seen = set()
+    for name, text in code_of_users():
+        assert not re.search(r"(from|import) hf_layerprune\.", text), name
+        for names in re.findall(r"from hf_layerprune import (\([^)]*\)|.*)", text):
+            found = set(re.findall(r"\w+", names))
+            assert found <= set(hf_layerprune.__all__), name
+            seen |= found
+    assert {"prune", "DistillationTrainer", "load_texts"} <= seen
 
 
 def test_the_package_tells_its_names_its_version_and_that_it_is_typed():
@@ -112,3 +141,24 @@ def test_the_published_cards_are_those_of_their_records(capsys):
         assert Path(folder.name, "README.md").read_text() == written
         assert {path.name for path in Path(folder.name).iterdir()} == {path.name for path in folder.iterdir()}
     assert folders
+
+
+def test_the_diagram_of_the_folders_is_that_of_the_imports():
+    tree = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
+    arrows = set(re.findall(r"^  (\w+) --> (\w+)$", tree, re.M))
+    imports = {
+        (name.split(".")[0], other.split(".")[0])
+        for name in modules()
+        for other in imported_by(name)
+        if "." in name and "." in other and name.split(".")[0] != other.split(".")[0]
+    }
+    assert arrows <= imports
+
+    def reached(folder):
+        following = {below for above, below in arrows if above == folder}
+        return following.union(*map(reached, following))
+
+    assert all(other in reached(folder) for folder, other in imports)
+    assert {folder for arrow in arrows for folder in arrow} == {folder for folder, _ in imports | arrows} | {
+        other for _, other in imports
+    }

@@ -1,4 +1,5 @@
 import copy
+import re
 import shutil
 from pathlib import Path
 
@@ -8,12 +9,19 @@ import torch.nn.functional as F
 import yaml
 from transformers import AutoModelForCausalLM
 
-from hf_layerprune import get_lineage, reconstruct_layers, remove_layers, score_layers
+from hf_layerprune import (
+    LayerPruneError,
+    get_lineage,
+    prune,
+    reconstruct_layers,
+    remove_layers,
+    score_layers,
+)
 from hf_layerprune.commands.cli import main
 from hf_layerprune.data import load_texts, make_batches, split_blocks, token_blocks
 from hf_layerprune.evaluation.evaluate import evaluate_text
 from hf_layerprune.pruning.replacement import replace_by_linear_map, replace_run
-from hf_layerprune.recipes.recipe import shipped_recipes
+from hf_layerprune.recipes.recipe import SHIPPED, read_recipe, shipped_recipes
 from hf_layerprune.reports.record import RunRecord, read_record, write_record
 
 from .conftest import logits, make_model, tokens
@@ -74,16 +82,14 @@ def result():
 
 def test_every_shipped_recipe_is_of_known_fields_and_says_where_it_is_from():
     for name in shipped_recipes():
-        fields = yaml.safe_load(
-            (Path("/") / __import__("hf_layerprune").__path__[0] / "recipes" / f"{name}.yaml").read_text()
-        )
+        fields = yaml.safe_load((SHIPPED / f"{name}.yaml").read_text())
         assert fields["paper"].startswith("https://arxiv.org/abs/")
         assert fields["title"]
         assert ("model" in fields) == name.endswith("-small")
 
 
 def test_shortgpt_takes_the_least_block_influences_at_once(folder, tokenizer, capsys, trained):
-    assert run(*DATA, "--method", "shortgpt", *SMALL) == 0
+    assert run("shortgpt", *DATA, *SMALL) == 0
     model, record = result()
     batches = make_batches(blocks(tokenizer)[0], 4)
     reference, hidden = trained(), []
@@ -261,10 +267,10 @@ def test_a_recipe_of_ones_own_and_its_way_into_record_and_card(folder):
     [
         ("learnig_rate: 1e-3", "there is no field 'learnig_rate'; do you mean learning_rate?"),
         ("qqqq: 1", "there is no field 'qqqq'."),
-        ("learning_rate: fast", "invalid float value: 'fast'"),
-        ("keep: true", "invalid int value: 'True'"),
-        ("select: best", "invalid choice: 'best'"),
-        ("select: [greedy]\nkeep: [3, 4]", "unrecognized arguments|not .*used"),
+        ("learning_rate: fast", "learning_rate is 'fast', but must be a number"),
+        ("keep: true", "keep is True, but must be a whole number"),
+        ("select: best", "select is 'best'. Choose from phases, greedy"),
+        ("select: [greedy]\nkeep: [3, 4]", "select is .'greedy'., but must be text"),
         ("!!python/object/apply:os.system ['true']", "is no plain YAML"),
         ("just words", "is no recipe"),
         ("a: [", "is no plain YAML"),
@@ -275,10 +281,10 @@ def test_a_recipe_of_ones_own_and_its_way_into_record_and_card(folder):
         ("select: greedy\ncriterion: positional\npattern: max-gap", "goes with .* --select one_shot"),
         ("select: run\nkeep: 7", "--keep is 7"),
         ("select: phases\nmax_steps: 0", "select phases trains between"),
-        ("select: phases\nlora_rank: 4", "no use for --lora_rank with --select phases"),
+        ("select: phases\nlora_rank: 4", "there is no field 'lora_rank'"),
         ("select: greedy\nsteps_per_phase: 4", "no use for --steps_per_phase with --select greedy"),
         ("select: one_shot\nlayers_per_phase: 0.3", "no use for --layers_per_phase with --select one_shot"),
-        ("select: run\nreplacement: layer\nresume: true", "does not resume"),
+        ("select: run\nreplacement: layer\nresume_from_checkpoint: 'True'", "does not resume"),
     ],
 )
 def test_mistakes_in_a_recipe_are_told(folder, capsys, text, message):
@@ -292,7 +298,7 @@ def test_mistakes_in_a_recipe_are_told(folder, capsys, text, message):
 
 
 def test_what_is_no_recipe_is_told(folder, capsys):
-    for words in (["nothing"], ["--model", "model"], [], ["--method"], ["--method", "--model", "x"]):
+    for words in (["nothing"], ["--model", "model"], [], ["--learning_rate"]):
         assert run(*words) == 2
         assert "shortgpt" in capsys.readouterr().err
 
@@ -553,3 +559,77 @@ def test_reconstruction_that_cannot_be_is_told(folder, capsys, words, message):
     recipe, *flags = words
     assert run(recipe, *DATA, *SMALL, *SHORT, *flags) == 2
     assert message in capsys.readouterr().err
+
+
+FIELDS = {
+    "block_length": 16,
+    "calibration_blocks": 8,
+    "heldout_blocks": 8,
+    "max_steps": 4,
+    "per_device_train_batch_size": 4,
+    "bf16": False,
+    "save_strategy": "no",
+    "report_to": "none",
+    "learning_rate": 1e-2,
+}
+
+
+def equal_weights(one, other):
+    weights = other.state_dict()
+    return all(torch.equal(weights[name], value) for name, value in one.state_dict().items())
+
+
+def test_prune_is_run(folder, tokenizer, trained):
+    words = [word for name, value in FIELDS.items() for word in (f"--{name}", str(value))]
+    assert run("default", *DATA, *words, "--output_dir", "out") == 0
+    expected, record = result()
+    pruned, own_record = prune("model", "text.txt", keep=3, output_dir="other", **FIELDS)
+    assert not pruned.training
+    assert all(parameter.requires_grad for parameter in pruned.parameters())
+    assert equal_weights(pruned, expected)
+    assert equal_weights(AutoModelForCausalLM.from_pretrained("other"), expected)
+    assert own_record["recipe"] == record["recipe"]
+    assert own_record == read_record("other")
+    # Models in memory and texts in a list give the same.
+    model = trained()
+    memory = prune(model, load_texts("text.txt"), 3, tokenizer=tokenizer, output_dir="third", **FIELDS)
+    assert memory.model is model
+    assert equal_weights(memory.model, expected)
+    rows = token_blocks(load_texts("text.txt"), tokenizer, 16).remove_columns("labels")
+    recipe = read_recipe("default")
+    fourth = prune("model", rows, 3, recipe, output_dir="fourth", **FIELDS | {"learning_rate": 1e-2})
+    assert equal_weights(fourth.model, expected)
+
+
+def test_prune_trains_what_the_caller_left_trainable(folder, tokenizer, trained):
+    model = trained()
+    model.model.embed_tokens.requires_grad_(False)
+    fields = FIELDS | {"output_dir": "out"}
+    pruned, _ = prune(model, load_texts("text.txt"), 3, "streamline", tokenizer=tokenizer, **fields)
+    frozen = {name for name, parameter in pruned.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"model.embed_tokens.weight"}
+    assert all(parameter.grad is None for parameter in pruned.parameters())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"learnig_rate": 1e-3}, "prune: there is no field 'learnig_rate'; do you mean learning_rate?"),
+        ({"learning_rate": "fast"}, "prune: learning_rate is 'fast', but must be a number."),
+        ({"max_steps": 2.5}, "prune: max_steps is 2.5, but must be a whole number."),
+        ({"protected": [0, "five"]}, "must be a list, each entry a whole number."),
+        ({"bf16": "yes"}, "prune: bf16 is 'yes', but must be true or false."),
+        ({"criterion": "luck"}, "prune: criterion is 'luck'. Choose from block_influence, "),
+        ({"recipe": {"kep": 3}}, "recipe: there is no field 'kep'; do you mean keep?"),
+        ({"target_layers": 4}, "prune: target_layers is target_layers, which is given too."),
+        ({"data": 7}, "Each row needs input_ids"),
+        ({"data": None}, "There is no data."),
+        ({"model": None}, "model has no value."),
+        ({"lr_scheduler_type": "sinus"}, "is not a valid SchedulerType"),
+    ],
+)
+def test_mistakes_in_prune_are_told(folder, fields, message):
+    given = {"model": "model", "data": "text.txt", "keep": 3, "output_dir": "out"} | FIELDS | fields
+    with pytest.raises(LayerPruneError, match=re.escape(message)):
+        prune(**given)
+    assert not Path("out/config.json").exists()

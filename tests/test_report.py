@@ -9,16 +9,11 @@ from transformers import AutoModelForCausalLM
 from hf_layerprune import LayerPruneError, ScoreTable
 from hf_layerprune.commands.cli import main
 from hf_layerprune.pruning.prune import prune_layers
-from hf_layerprune.reports import card as report
-from hf_layerprune.reports.card import (
-    healing_tokens,
-    markdown_table,
-    plot_phases,
-    plot_record,
-    table_rows,
-    write_card,
-)
+from hf_layerprune.reports import plots as report
+from hf_layerprune.reports.card import write_card
+from hf_layerprune.reports.plots import plot_phases, plot_record
 from hf_layerprune.reports.record import RunRecord, read_record, write_record
+from hf_layerprune.reports.tables import healing_tokens, markdown_table, table_rows
 
 from .conftest import logits, make_model, tokens
 from .test_callback import calibration, pruning

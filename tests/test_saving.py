@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -340,3 +341,23 @@ def test_a_config_that_cannot_be_saved_is_reported():
     model.config.layer_types = model.config.layer_types[:-1]
     with pytest.raises(LayerPruneError, match=r"refuses to save model\.config: "):
         saving.check_configs(model)
+
+
+def test_a_model_is_loaded_again_with_its_own_attention(tmp_path):
+    """transformers keeps it under a private name."""
+    model = make_model()
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+    model.save_pretrained(tmp_path)
+    assert saving.load_again(model, tmp_path).config._attn_implementation == "eager"
+
+
+def test_accelerate_keeps_the_plain_forward(tmp_path):
+    """Under a private name, while it wraps `forward` in autocast."""
+    model = make_model()
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    plain = prepared._original_forward
+    with torch.no_grad():
+        assert plain(input_ids=tokens()).logits.dtype == torch.float32
+        exact, rounded = plain(input_ids=tokens()).logits, prepared(input_ids=tokens()).logits
+    assert not torch.equal(exact, rounded)

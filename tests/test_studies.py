@@ -9,7 +9,8 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from hf_layerprune import LayerPruneError, evaluate_text, remove_layers, score_layers
 from hf_layerprune.commands import studies
 from hf_layerprune.commands.cli import main
-from hf_layerprune.commands.studies import STUDIES, StudyArguments, run_study
+from hf_layerprune.commands.studies import STUDIES, run_study
+from hf_layerprune.commands.study_setting import StudyArguments
 from hf_layerprune.data import load_texts, make_batches, split_blocks, token_blocks
 from hf_layerprune.scoring.score import rank_correlation
 from hf_layerprune.scoring.table import ScoreTable

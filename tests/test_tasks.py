@@ -6,9 +6,9 @@ import pytest
 from hf_layerprune import LayerPruneError, MultipleChoice
 from hf_layerprune.commands.cli import main
 from hf_layerprune.evaluation import evaluate as evaluation
-from hf_layerprune.evaluation import lm_eval as harness
-from hf_layerprune.evaluation.evaluate import task_scores
-from hf_layerprune.evaluation.lm_eval import read_through_harness
+from hf_layerprune.evaluation import lm_eval as through_lm_eval
+from hf_layerprune.evaluation.comparison import task_scores
+from hf_layerprune.evaluation.lm_eval import run_lm_eval
 from hf_layerprune.evaluation.tasks import TASKS, chance, load_task
 
 from .conftest import make_model
@@ -101,16 +101,16 @@ def test_lm_eval_finds_the_same(files, tokenizer):
             read = MultipleChoice(load_task(task), tokenizer, normalize=TASKS[name].normalize).read(model)
             right[name] = [answer.right for answer in read]
         own = task_scores(right, {name: chance(load_task(task)) for name, task in files.items()})
-        assert read_through_harness(model, tokenizer, list(files.values())) == own
+        assert run_lm_eval(model, tokenizer, list(files.values())) == own
         found.append(json.dumps(own))
     assert len(set(found)) > 1
 
 
 def test_tasks_that_lm_eval_does_not_know_are_refused(files, llama, tokenizer):
     with pytest.raises(LayerPruneError, match="lm-eval has no task helaswag"):
-        read_through_harness(llama, tokenizer, ["helaswag=hellaswag.jsonl"])
+        run_lm_eval(llama, tokenizer, ["helaswag=hellaswag.jsonl"])
     with pytest.raises(LayerPruneError, match=r"No such file: none\.jsonl"):
-        read_through_harness(llama, tokenizer, ["hellaswag=none.jsonl"])
+        run_lm_eval(llama, tokenizer, ["hellaswag=none.jsonl"])
 
 
 def test_what_lm_eval_does_not_know_is_said_before_any_model_is_read(
@@ -131,9 +131,9 @@ def test_a_row_of_another_task_is_refused(files):
 
 def test_shares_are_not_taken_for_right_answers(llama, tokenizer, monkeypatch):
     samples = {"truthfulqa_mc2": [{"acc": 0.31, "resps": [1, 2]}, {"acc": 0.7, "resps": [1, 2]}]}
-    monkeypatch.setattr(harness, "harness_samples", lambda *args: samples)
+    monkeypatch.setattr(through_lm_eval, "lm_eval_samples", lambda *args: samples)
     with pytest.raises(LayerPruneError, match="acc of lm-eval's truthfulqa_mc2 is not right or wrong"):
-        read_through_harness(llama, tokenizer, ["truthfulqa_mc2"])
+        run_lm_eval(llama, tokenizer, ["truthfulqa_mc2"])
 
 
 @pytest.mark.parametrize(

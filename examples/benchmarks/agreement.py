@@ -9,17 +9,15 @@ import sys
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_layerprune import MultipleChoice
-from hf_layerprune.evaluation.lm_eval import harness_samples
-from hf_layerprune.evaluation.tasks import TASKS, load_task, split_name
+from hf_layerprune import TASKS, MultipleChoice, lm_eval_samples, load_task
 
 
 def main(folder: str, limit: int, tasks: list[str]) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    theirs = harness_samples(model, tokenizer, tasks, limit)
+    theirs = lm_eval_samples(model, tokenizer, tasks, limit)
     for task in tasks:
-        name = split_name(task)[0]
+        name = task.partition("=")[0]
         questions = load_task(task, limit)
         metric = "acc_norm" if TASKS[name].normalize else "acc"
         answers = MultipleChoice(questions, tokenizer, normalize=TASKS[name].normalize).read(model)

@@ -176,10 +176,7 @@ def bound(folder, tokens):
 
 
 def prepare(folder, text, batch, length, steps):
-    from hf_layerprune import remove_layers, save_model
-    from hf_layerprune.commands.quickstart import load_embedded_model
-    from hf_layerprune.data import load_texts, token_blocks
-    from hf_layerprune.reports.machine import surroundings
+    from hf_layerprune import load_embedded_model, load_texts, remove_layers, save_model, token_blocks
 
     model, tokenizer = load_embedded_model()
     tokenizer.save_pretrained(folder / "whole")
@@ -188,7 +185,9 @@ def prepare(folder, text, batch, length, steps):
     save_model(model, folder / "cut", verify=False)
     blocks = token_blocks(load_texts(text), tokenizer, length, limit=batch * steps)
     (folder / "blocks.json").write_text(json.dumps(list(blocks["input_ids"])))
-    return surroundings(model)
+    versions = {name: version(name) for name in ("torch", "transformers", "hf-layerprune")}
+    machine = {"device": str(model.device), "cpu_threads": torch.get_num_threads()}
+    return {"versions": versions, "machine": machine}
 
 
 def main():

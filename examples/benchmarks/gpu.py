@@ -41,6 +41,9 @@ from hf_layerprune import (
     DistillationTrainer,
     DistillationTrainingArguments,
     LayerPruningCallback,
+    copying,
+    evaluate_text,
+    prune,
     reconstruct_layers,
     remove_layers,
     score_layers,
@@ -331,9 +334,6 @@ def speed(options):
 
 
 def heal(options):
-    from hf_layerprune.evaluation.evaluate import copying, evaluate_text
-    from hf_layerprune.recipes.recipe import RecipeArguments, run_recipe
-
     if options.tiny:
         model, tokenizer = random_model("tiny"), None
         rows = np.random.default_rng(0).integers(0, 512, (64, 32))
@@ -361,27 +361,23 @@ def heal(options):
     steps = min(steps, options.most_tokens // (batch * length)) if options.most_tokens else steps
     print(f"{seconds:.3f} s a step: {steps} steps, {steps * batch * length} tokens", flush=True)
     folder = options.output / "healed"
-    args = DistillationTrainingArguments(**settings(folder, max_steps=steps, **given))
-    recipe = RecipeArguments(
-        model=str(options.model),
-        keep=4 if options.tiny else options.keep,
-        select="run",
-        replacement="linear",
-        replacement_loss="none",
-        reconstruction_layers=1 if options.tiny else 3,
-        reconstruction_tokens=2**20,
-        reconstruction_learning_rate=2e-3,
-    )
-    epochs = -(-steps * batch // len(train))
-    record = run_recipe(
+    recipe = {
+        "select": "run",
+        "criterion": "block_influence",
+        "replacement": "linear",
+        "replacement_loss": "none",
+        "reconstruction_layers": 1 if options.tiny else 3,
+        "reconstruction_tokens": 2**20,
+        "reconstruction_learning_rate": 2e-3,
+        "calibration_blocks": len(calibration),
+        "heldout_blocks": len(heldout),
+    }
+    model, record = prune(
         model,
-        tokenizer or FakeTokenizer(),
-        recipe,
-        args,
-        calibration=as_rows(calibration),
-        heldout=as_rows(heldout),
-        train=as_rows(np.concatenate([train] * epochs)),
-        criterion="block_influence",
+        as_rows(rows),
+        keep=4 if options.tiny else options.keep,
+        recipe=recipe | settings(folder, max_steps=steps, **given),
+        tokenizer=tokenizer or FakeTokenizer(),
     )
     batches = batches_of(as_rows(heldout), 8, DEVICE)
     return {

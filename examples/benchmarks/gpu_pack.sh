@@ -34,7 +34,7 @@ import sys
 import numpy as np
 from transformers import AutoTokenizer
 
-from hf_layerprune.data import load_texts, token_blocks
+from hf_layerprune import load_texts, token_blocks
 
 model, text, output = sys.argv[1:]
 rows = token_blocks(load_texts(text), AutoTokenizer.from_pretrained(model), 512)["input_ids"]

@@ -11,6 +11,7 @@ import math
 import re
 import shutil
 import statistics
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -18,10 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from hf_layerprune.commands.cli import main as hf_layerprune
-from hf_layerprune.evaluation.evaluate import share_kept, tasks_done
-from hf_layerprune.reports.card import markdown_table, plot_results, results_rows
-from hf_layerprune.reports.record import Record, read_record
+from hf_layerprune import markdown_table, plot_results, read_record, results_rows, share_kept, tasks_done
 
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +40,7 @@ STEPS = {  # distill_step.py's ways in README's words
 }
 
 
-def published_records() -> dict[str, Record]:
+def published_records() -> dict[str, dict[str, Any]]:
     """The runs in model_cards/ that were evaluated, by depth, the default one first, then the best."""
     found = {folder.name: read_record(folder) for folder in CARDS.iterdir() if folder.is_dir()}
     runs = {name: record.to_dict() for name, record in found.items() if record and record.evaluation}
@@ -162,8 +160,7 @@ def with_figures(readme: str) -> str:
 
 def add_card(folder: Path, evaluation: str) -> None:
     words = ["--evaluation", evaluation, "--base_model", BASE, "--license", "apache-2.0", "--language", "en"]
-    if hf_layerprune(["card", str(folder), *words]):
-        raise SystemExit(1)
+    subprocess.run([sys.executable, "-m", "hf_layerprune", "card", str(folder), *words], check=True)
     target = CARDS / folder.name
     target.mkdir(exist_ok=True)
     for file in folder.iterdir():

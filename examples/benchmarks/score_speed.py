@@ -12,17 +12,20 @@ import resource
 import statistics
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from hf_layerprune import score_layers
-from hf_layerprune.commands.quickstart import load_embedded_model
-from hf_layerprune.data import load_texts, make_batches, targets_of, token_blocks
-from hf_layerprune.forward.hooks import undisturbed
-from hf_layerprune.forward.lm_head import Reader, unit_losses
-from hf_layerprune.reports.machine import surroundings
-from hf_layerprune.surgery.removal import possible_cuts
+from hf_layerprune import (
+    evaluate_text,
+    load_embedded_model,
+    load_texts,
+    make_batches,
+    score_layers,
+    token_blocks,
+)
 
 
 text, target = sys.argv[1:3]
@@ -39,31 +42,31 @@ def sample(seed):
     return [{k: v.to(model.device) for k, v in b.items()} for b in make_batches(chosen, 4)]
 
 
-def full_passes(losses, batches):
-    """One pass over all batches for each layer; `losses` gives a batch's summed losses, part by part."""
-    with undisturbed(model):
-        count = sum(int(targets_of(batch)[0].sum()) for batch in batches)
-
-        def total():
-            return [x for batch in batches for x in losses(batch)]
-
-        dense, scores = total(), {}
-        for layer, cut in possible_cuts(model, range(1, 29))[0].items():
-            with cut:
-                scores[layer] = sum(a - b for a, b in zip(total(), dense, strict=True)) / count
+def full_passes(loss):
+    """The rise of `loss`, a function of the batches, without each layer in turn."""
+    layers, dense, scores = model.model.layers, loss(batches), {}
+    for layer in range(1, len(layers) - 1):
+        model.model.layers = nn.ModuleList(one for i, one in enumerate(layers) if i != layer)
+        scores[layer] = loss(batches) - dense
+    model.model.layers = layers
     return scores
 
 
-def plain(batch):
+@torch.no_grad()
+def plain(batches):
     """The way of SLEB and of Shortened LLaMA: the model's own loss."""
-    output = model(input_ids=batch["input_ids"], labels=batch["input_ids"], use_cache=False)
-    return [float(output.loss) * int(targets_of(batch)[0].sum())]
+    total, count = 0.0, 0
+    for batch in batches:
+        ids = batch["input_ids"]
+        predicted = ids[:, 1:].numel()
+        total += float(model(input_ids=ids, labels=ids, use_cache=False).loss) * predicted
+        count += predicted
+    return total / count
 
 
-def exact(batch):
-    """As plain, but reading logits as hf_layerprune does."""
-    with torch.no_grad():
-        return unit_losses(reader, batch).tolist()
+def exact(batches):
+    """As plain, but with logits as hf_layerprune reads them."""
+    return evaluate_text(model, batches)["loss"]
 
 
 def peak():
@@ -78,15 +81,13 @@ def optipfair():
 
 batches = sample(0)
 score_layers(model, batches[:1], progress=False)  # the first passes are slow
-with undisturbed(model):
-    reader = Reader(model, batches[0]["input_ids"])
 ways = {
     "block influence": lambda: score_layers(model, batches, "block_influence", progress=False).scores,
     "racing 0.95": lambda: score_layers(model, batches, racing=0.95, progress=False),
     "racing 0.99": lambda: score_layers(model, batches, racing=0.99, progress=False),
     "cached states": lambda: score_layers(model, batches, progress=False).scores,
-    "naive, our loss": lambda: full_passes(exact, batches),
-    "naive": lambda: full_passes(plain, batches),
+    "naive, our loss": lambda: full_passes(exact),
+    "naive": lambda: full_passes(plain),
 }
 try:
     from optipfair import analyze_layer_importance
@@ -126,6 +127,8 @@ if samples:
     near = sum(one["within an error"] for one in compared)
     print(f"racing chose the same layer in {same} of {samples}, one within a standard error in {near};")
     print(f"cached / racing: median {statistics.median(one['ratio'] for one in compared):.2f}")
-measured = {"sequences": sequences, "length": length, **surroundings(model), "rows": rows}
+versions = {name: version(name) for name in ("torch", "transformers", "hf-layerprune")}
+machine = {"device": str(model.device), "cpu_threads": torch.get_num_threads()}
+measured = {"sequences": sequences, "length": length, "versions": versions, "machine": machine, "rows": rows}
 measured |= {"largest difference": largest, "samples": compared}
 Path(target).write_text(json.dumps(measured, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Models, tokenizers, lineages and adapters from a folder or the hub, with errors that say what to do."""
+"""Loads models, tokenizers, lineages and adapters from a folder or the hub."""
 
 import json
 import logging
@@ -38,7 +38,7 @@ from ..surgery.removal import keep_lineage
 
 logger = logging.getLogger(__name__)
 
-# What lies beside the weights of models that read more than text, and of sentence-transformers' models.
+# Files beside the weights of multimodal models and of sentence-transformers' models.
 COMPANIONS = (
     FEATURE_EXTRACTOR_NAME,
     VIDEO_PROCESSOR_NAME,
@@ -52,21 +52,21 @@ COMPANIONS = (
 
 
 def load_model(name: str, **options: Any) -> PreTrainedModel:
-    """Load a model from a folder or a hub id, as the class that its config names in `architectures`: a causal
-    language model, classifier, encoder, embedding or vision-language model.
+    """Loads a model as the class that its config names in `architectures`: a causal language model,
+    classifier, encoder, embedding or vision-language model.
 
     Args:
-        name (`str`): the folder or hub id.
-        options: arguments of `from_pretrained`. Code that comes with a model is only run with
+        name (`str`): folder or hub id of the model.
+        options: arguments of `from_pretrained`. Code that comes with a model runs only with
             `trust_remote_code=True`.
 
     Raises:
-        LayerPruneError: no model there, it cannot be reached, it is of a kind that is not supported, or its
+        LayerPruneError: there is no such model, it cannot be reached, its kind is not supported, or its
             weights do not fit its config.
     """
     trust = options.get("trust_remote_code", False)
     config, cls = load_class(name, trust)
-    # Tensors of another shape shall be reported, as missing ones are, and not end in a traceback.
+    # Report tensors of another shape like missing ones, without a traceback.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if not issubclass(cls, PreTrainedModel):
         options["trust_remote_code"] = trust
@@ -105,7 +105,7 @@ def stored_dtype(name: str, trust_remote_code: bool = False) -> torch.dtype:
     """Returns the dtype in which a model is stored: that of its config, else of its weights.
 
     Raises:
-        LayerPruneError: no model there, or it cannot be reached.
+        LayerPruneError: there is no such model, or it cannot be reached.
     """
     config, cls = load_class(name, trust_remote_code)
     if isinstance(config.dtype, torch.dtype):
@@ -116,15 +116,18 @@ def stored_dtype(name: str, trust_remote_code: bool = False) -> torch.dtype:
 
 
 def load_class(name: str, trust_remote_code: bool = False) -> tuple[PreTrainedConfig, Any]:
-    """Read the config of a model in a folder or on the hub, and find the class that its `architectures` name,
-    without loading weights.
+    """Reads the config of a model and finds the class that its `architectures` name, without weights.
+
+    Args:
+        name (`str`): folder or hub id of the model.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): whether code of the model may run.
 
     Returns:
-        `tuple[PreTrainedConfig, type]`: the config and the class. It is an auto class where the model comes
-            with code of its own or names no class of transformers.
+        `tuple[PreTrainedConfig, type]`: the config and the class. It is an auto class if the model comes with
+            code of its own, or names no class of transformers.
 
     Raises:
-        LayerPruneError: no config there, or the model is of a kind that is not supported.
+        LayerPruneError: there is no config, or the kind of the model is not supported.
     """
     config = _load(AutoConfig, name, "model", trust_remote_code=trust_remote_code)
     names = getattr(config, "architectures", None)
@@ -132,25 +135,27 @@ def load_class(name: str, trust_remote_code: bool = False) -> tuple[PreTrainedCo
     cls: Any = getattr(transformers, named, None) if named else None
     if not (isinstance(cls, type) and issubclass(cls, PreTrainedModel) and _is_for(cls, config)):
         cls = AutoModelForCausalLM
-    if trust_remote_code:  # Code of its own goes before the class of transformers that has its name.
+    if (
+        trust_remote_code
+    ):  # The model's own code has precedence over a class of transformers of the same name.
         own = getattr(config, "auto_map", None) or {}
         autos = [auto for auto, code in own.items() if isinstance(code, str) and code.split(".")[-1] == named]
         cls = next((getattr(transformers, auto) for auto in autos if hasattr(transformers, auto)), cls)
     check_reads_text(cls, config, name)
-    get_lineage(config)  # nothing is built of a hostile count
+    get_lineage(config)  # refuses a hostile number of layers before anything is built
     return config, cls
 
 
 def _is_for(cls: Any, config: PreTrainedConfig) -> bool:
-    """Whether a class of models is built from configs such as this one."""
+    """Returns whether a class of models takes configs such as this one."""
     return isinstance(cls.config_class, type) and isinstance(config, cls.config_class)
 
 
-def load_skeleton(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model without weights, on the meta device, from its config in a folder or on the hub.
+def load_meta_model(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Returns a model on the meta device, without weights, built from its config alone.
 
     Raises:
-        LayerPruneError: no config there, or none that a supported model can be built of.
+        LayerPruneError: there is no config, or no supported model can be built from it.
     """
     config, cls = load_class(name, trust_remote_code)
     try:
@@ -165,7 +170,7 @@ def load_skeleton(name: str, trust_remote_code: bool = False) -> PreTrainedModel
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model from a folder or a hub id.
+    """Loads the tokenizer of a model from a folder or a hub id.
 
     Raises:
         LayerPruneError: there is none, or it cannot be reached.
@@ -174,22 +179,22 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
 
 
 def copy_companions(name: str, folder: str | Path) -> list[str]:
-    """Copy the files of a model's processor (pictures, video, chat template) and of sentence-transformers.
+    """Copies the files of a model's processor (images, video, chat template) and of sentence-transformers.
 
     Args:
         name (`str`): folder or hub id of the model.
-        folder (`str` or `Path`): where to. Files that are there stay as they are.
+        folder (`str` or `Path`): the folder to copy to. Existing files are not replaced.
 
     Returns:
-        `list[str]`: the names of the files that were copied.
+        `list[str]`: the names of the copied files.
     """
     modules = _companion(name, "modules.json")
     parts = [] if modules is None else json.loads(modules.read_text(encoding="utf-8"))
-    # The other modules stand in folders of their own, such as the pooling of an embedding model.
+    # Other modules, such as the pooling of an embedding model, have folders of their own.
     inner = [
         f"{part['path']}/{file}"
         for part in parts
-        if re.fullmatch(r"\w+", part.get("path", ""))  # and nowhere else: the file may be somebody else's
+        if re.fullmatch(r"\w+", part.get("path", ""))  # no path outside: the file may be hostile
         for file in _OF_A_MODULE
     ]
     copied = []
@@ -206,7 +211,7 @@ _OF_A_MODULE = ("config.json", "model.safetensors", "pytorch_model.bin")
 
 
 def _companion(name: str, file: str) -> Path | None:
-    """Where a file of a model lies; None if it has none."""
+    """Returns the path of a file of a model, None if the model has no such file."""
     try:
         return Path(str(cached_file(name, file)))
     except OSError:
@@ -214,10 +219,10 @@ def _companion(name: str, file: str) -> Path | None:
 
 
 def load_lineage(folder: str | Path, trust_remote_code: bool = False) -> Lineage:
-    """Read the lineage of the model saved in `folder`, or of that which its adapters are for.
+    """Returns the lineage of the model saved in `folder`, or of the base of the adapters there.
 
     Raises:
-        LayerPruneError: no config there.
+        LayerPruneError: there is no config.
     """
     if (Path(folder) / PRUNED_BASE).is_file():
         return _read_pruned_base(str(folder))[0]
@@ -226,14 +231,14 @@ def load_lineage(folder: str | Path, trust_remote_code: bool = False) -> Lineage
 
 
 def runs_own_code(model: Any) -> bool:
-    """Whether `model` was loaded with code of its own, so that its checkpoints need that, too."""
+    """Returns whether `model` was loaded with code of its own, which its checkpoints then need, too."""
     return type(model.config).__module__.startswith("transformers_modules.")
 
 
 def last_checkpoint(output_dir: str | Path) -> str | None:
-    """The newest checkpoint of a [`~transformers.Trainer`] in `output_dir` that was written to its end.
+    """Returns the newest complete checkpoint of a [`~transformers.Trainer`] in `output_dir`, or None.
 
-    What the Trainer writes last is its state, so a checkpoint without it, or with half of it, is passed over.
+    The Trainer writes its state last. A checkpoint without a readable state is incomplete.
     """
     folders = Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
     numbered = {path.name.rpartition("-")[2]: path for path in folders if is_whole(path)}
@@ -242,7 +247,7 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
 
 
 def is_whole(checkpoint: str | Path) -> bool:
-    """Whether a checkpoint of a [`~transformers.Trainer`] was written to its end."""
+    """Returns whether a checkpoint of a [`~transformers.Trainer`] is complete."""
     try:
         json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -251,18 +256,18 @@ def is_whole(checkpoint: str | Path) -> bool:
 
 
 def load_pruned_adapter(name: str, base_model: PreTrainedModel | None = None, **options: Any) -> Any:
-    """Load adapters that [`save_adapter`] saved: the base, cut as it was, with the adapters on it.
+    """Loads adapters that [`save_adapter`] saved, on their pruned base.
 
     Args:
         name (`str`): folder or hub id of the adapters.
-        base_model (`PreTrainedModel`, *optional*): the base, cut already; left out, it is loaded and cut.
+        base_model (`PreTrainedModel`, *optional*): the pruned base. Default: it is loaded and pruned.
         options: arguments of [`load_model`], for the base.
 
     Returns:
         `PeftModel`
 
     Raises:
-        LayerPruneError: no such record there, or `base_model` has other layers than the record says.
+        LayerPruneError: there is no `pruned_base.json`, or `base_model` has other layers than it says.
     """
     from peft import PeftModel
 
@@ -288,8 +293,10 @@ def load_pruned_adapter(name: str, base_model: PreTrainedModel | None = None, **
 
 
 def _load_base(name: str, base_name: str, options: dict[str, Any]) -> PreTrainedModel:
-    """The base of the adapters in `name`, as the class that they were trained on. A classifier's base is
-    often stored as a language model, and the adapters bring the head."""
+    """Returns the base of the adapters in `name`, as the class that they were trained on.
+
+    The base of a classifier is often stored as a language model; the adapters bring the head.
+    """
     trust = options.get("trust_remote_code", False)
     record = json.loads(Path(str(cached_file(name, PRUNED_BASE))).read_text(encoding="utf-8"))
     cls: Any = getattr(transformers, str(record.get("class")), None)
@@ -301,19 +308,23 @@ def _load_base(name: str, base_name: str, options: dict[str, Any]) -> PreTrained
 
 
 def _read_pruned_base(name: str) -> tuple[Lineage, str]:
-    """What layers the adapters in a folder or on the hub are for, and of which model."""
+    """Returns the lineage of the base of adapters, and the name of that base."""
     try:
         path = cached_file(name, PRUNED_BASE)
         record = json.loads(Path(str(path)).read_text(encoding="utf-8"))
         return read_lineage(record), record["base_model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LayerPruneError(
-            f"{name} has no readable {PRUNED_BASE}, which says what layers the adapters are for: "
-            f"{one_line(error)}"
+            f"{name} has no readable {PRUNED_BASE}, which names the layers of the base: {one_line(error)}"
         ) from error
 
 
 def _load(auto_class: Any, name: str, what: str, **options: Any) -> Any:
+    """Returns what `from_pretrained` of a class loads.
+
+    Raises:
+        LayerPruneError: it fails, with the reason and what to do.
+    """
     path = Path(name)
     if (path / PRUNED_BASE).is_file():
         raise LayerPruneError(f"{name} holds adapters for a cut model: use load_pruned_adapter({name!r}).")

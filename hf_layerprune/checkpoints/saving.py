@@ -1,4 +1,4 @@
-"""Models and adapters into a folder, checked by loading them again."""
+"""Saves models and adapters, and checks them by loading them again."""
 
 import json
 import logging
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import LayerPruneError, one_line
+from ..files import whole_file
 from ..forward.hooks import compared_output, undisturbed
 from ..surgery.decoder import is_sharded, text_config
 from ..surgery.fresh_model import quiet
@@ -32,7 +33,6 @@ from ..surgery.peft import (
     merged_copy,
     save_with_base,
     starts_from_weights,
-    write_whole,
 )
 from .legacy_rope import legacy_rotary
 from .loading import load_pruned_adapter
@@ -54,19 +54,20 @@ def save_model(
     legacy_rope: bool = False,
     dtype: str | torch.dtype | None = None,
 ) -> None:
-    """Save `model` as a plain transformers model and check that it is the same when loaded again.
+    """Saves `model` as a plain transformers model, and checks that the reloaded model is the same.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): the model. Adapters are merged in a copy, which is compared
-            with `model` as it is, adapters included.
-        folder (`str` or `Path`): where to.
-        verify (`bool`, *optional*, defaults to `True`): load it again, as a second model in memory, and
+        model (`PreTrainedModel` or `PeftModel`): the model. Adapters are merged in a copy. The check compares
+            the reloaded model with `model`, adapters included.
+        folder (`str` or `Path`): the folder to save in.
+        verify (`bool`, *optional*, defaults to `True`): load the saved model, as a second one in memory, and
             compare the logits of a few tokens.
         legacy_rope (`bool`, *optional*, defaults to `False`): see [`saving`].
         dtype (`str` or `torch.dtype`, *optional*): see [`saving`].
 
     Raises:
-        LayerPruneError: it cannot be saved, or is another model when loaded. It says where the weights are.
+        LayerPruneError: the model cannot be saved, or the reloaded one differs. The error says where the
+            weights are.
     """
     if not adapter_configs(model):
         with saving(model, folder, verify=verify, legacy_rope=legacy_rope, dtype=dtype):
@@ -87,7 +88,7 @@ def save_model(
 
 
 def check_merge(model: Any) -> None:
-    """Check, before training, that the adapters of a `PeftModel` can be merged in a copy by [`save_model`].
+    """Checks, before training, that [`save_model`] can merge the adapters of a `PeftModel` in a copy.
 
     Raises:
         LayerPruneError: they cannot, or there is no memory for the copy.
@@ -106,21 +107,21 @@ def check_merge(model: Any) -> None:
 def save_adapter(
     model: Any, folder: str | Path, *, base_model: str | None = None, verify: bool = True
 ) -> None:
-    """Save only the adapters of a `PeftModel` whose base has lost layers, with what rebuilds that base: the
-    base's name and its kept layers, in `pruned_base.json`. [`load_pruned_adapter`] reads it.
+    """Saves the adapters of a `PeftModel` with a pruned base, and how to rebuild that base.
 
-    Plain PEFT does not: it would put the adapters on the uncut base, on the wrong layers, without a word.
+    `pruned_base.json` names the base and its kept layers. [`load_pruned_adapter`] reads it. Plain PEFT would
+    put the adapters on the wrong layers of the whole base, without an error.
 
     Args:
         model (`PeftModel`): the model.
-        folder (`str` or `Path`): where to.
-        base_model (`str`, *optional*): folder or hub id of the base; left out, the one it was loaded from.
-        verify (`bool`, *optional*, defaults to `True`): load all again, and compare the logits of a few
-            tokens.
+        folder (`str` or `Path`): the folder to save in.
+        base_model (`str`, *optional*): folder or hub id of the base. Default: where it was loaded from.
+        verify (`bool`, *optional*, defaults to `True`): load base and adapters, and compare the logits of a
+            few tokens.
 
     Raises:
-        LayerPruneError: it is no `PeftModel` with one adapter, its base has no name, or it is another model
-            when loaded.
+        LayerPruneError: `model` is no `PeftModel` with one adapter, its base has no name, or the reloaded
+            model differs.
     """
     folder, configs = Path(folder), adapter_configs(model)
     if not configs:
@@ -129,7 +130,7 @@ def save_adapter(
         raise LayerPruneError(f"One active adapter named 'default' is expected, there are {list(configs)}.")
     name = base_model or base_name(model)
     if not name:
-        raise LayerPruneError("Nobody knows where the base model is from: name it with base_model=.")
+        raise LayerPruneError("Cannot determine the base model. Pass base_model=.")
     configs["default"].base_model_name_or_path = name  # the record, the card and PEFT's config say it
     keep_base_known(model)
     save_with_base(model, folder)
@@ -147,17 +148,15 @@ def saving(
     dtype: str | torch.dtype | None = None,
     live: Any = None,
 ) -> Iterator[None]:
-    """The context in which something saves `model` in `folder`. If it fails, the weights are put there as
-    bare tensors; if it works, what lies there is checked.
+    """Guards a block that saves `model` in `folder`: rescues the weights if it fails, else checks the result.
 
     Args:
-        verify (`bool`): load the model again and compare the logits of a few tokens.
+        verify (`bool`): load the saved model and compare the logits of a few tokens.
         legacy_rope (`bool`): write the rotary settings into config.json under their old names as well
-            (`rope_theta`, `rope_scaling`), which transformers 4 and converters read.
-        dtype (`str` or `torch.dtype`, *optional*): the dtype of the saved weights, which are those of
-            [`cast_state`]; left out, that of `model`.
-        live (`PeftModel`, *optional*): the model with the adapters that were merged into `model`, to compare
-            with as well.
+            (`rope_theta`, `rope_scaling`), for transformers 4 and converters.
+        dtype (`str` or `torch.dtype`, *optional*): dtype of the saved weights, see [`cast_state`]. Default:
+            that of `model`.
+        live (`PeftModel`, *optional*): the model whose adapters were merged into `model`, compared as well.
 
     Raises:
         LayerPruneError: it cannot be saved, or is another model when loaded. It says where the weights are.
@@ -218,7 +217,7 @@ def cast_state(model: PreTrainedModel, dtype: str | torch.dtype | None) -> dict[
 
 
 def _saved_dtype(model: PreTrainedModel, dtype: str | torch.dtype | None) -> torch.dtype:
-    """The dtype that `model` is saved in. What is quantised keeps its own."""
+    """Returns the dtype that `model` is saved in. Quantised models keep their own."""
     if dtype is None or getattr(model, "hf_quantizer", None) is not None:
         return model.dtype
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -233,8 +232,10 @@ def _dtype_of(model: PreTrainedModel, name: str, tensor: torch.Tensor, dtype: to
 def _put_back_precision(
     model: PreTrainedModel, again: PreTrainedModel, dtype: torch.dtype, folder: Path
 ) -> None:
-    """Check that the weights of `again` are `model`'s, rounded to `dtype`, and undo the rounding, so that
-    its logits compare to the last digits."""
+    """Checks that the weights of `again` are those of `model`, rounded to `dtype`, and undoes the rounding.
+
+    The logits of both then compare to the last digits.
+    """
     if dtype == model.dtype:
         return
     exact = model.state_dict()
@@ -250,7 +251,7 @@ def _put_back_precision(
 
 
 def check_writable(folder: str | Path) -> None:
-    """Make `folder` if there is none, and check that files can be written there.
+    """Makes `folder` if there is none, and checks that files can be written there.
 
     Raises:
         LayerPruneError: they cannot.
@@ -264,7 +265,7 @@ def check_writable(folder: str | Path) -> None:
 
 
 def check_configs(model: Any) -> None:
-    """Check, before any long work, that transformers saves the configs of `model`: both refuse some values.
+    """Checks, before any long work, that transformers saves the configs of `model`. It refuses some values.
 
     Raises:
         LayerPruneError: it does not.
@@ -284,7 +285,8 @@ def check_configs(model: Any) -> None:
 
 
 def _rescue(model: PreTrainedModel, folder: Path) -> Path | None:
-    """Put the bare weights into `folder`, or where the system keeps what is for a while, if they fit."""
+    """Saves the bare weights in `folder`, or else in the temporary folder; returns where, None if they fit in
+    neither."""
     for place in (folder, Path(tempfile.gettempdir()) / f"{folder.name}-{os.getpid()}"):
         rescue = place / "rescued.safetensors"
         try:
@@ -299,9 +301,10 @@ def _rescue(model: PreTrainedModel, folder: Path) -> Path | None:
 
 
 def check_reload(model: Any, folder: Path) -> None:
-    """Check that what lies in `folder` loads, and gives `model`'s logits for a few tokens. Adapters in a
-    checkpoint, or for a base without a name, are loaded on a copy of the base in memory, but not where making
-    them has changed it.
+    """Checks that the model in `folder` loads, and gives the logits of `model` for a few tokens.
+
+    Adapters in a checkpoint, or for a base without a name, are loaded on a copy of the base in memory, unless
+    adding the adapters changed the base.
 
     Raises:
         LayerPruneError: it does not.
@@ -335,7 +338,7 @@ def check_reload(model: Any, folder: Path) -> None:
 
 
 def _load_with_base(model: Any, folder: Path) -> Any:
-    """The adapters in `folder` on the base that they name, loaded as `model`'s is."""
+    """Returns the adapters in `folder` on the base that they name, with the dtype of `model`'s base."""
     base = base_of(model)
     quantised = getattr(base.config, "quantization_config", None)
     options: dict[str, Any] = {"quantization_config": quantised} if quantised else {}
@@ -344,16 +347,16 @@ def _load_with_base(model: Any, folder: Path) -> Any:
 
 
 def check_saves(model: Any) -> None:
-    """Let every `save_pretrained` of `model` by a Trainer load again what it wrote, and compare.
+    """Makes every `save_pretrained` of `model` by a Trainer reload and compare what it saved.
 
-    It is a method of this object, as accelerate's `forward` is, so that it follows the model into a copy.
+    The check is a method of this object, like accelerate's `forward`, so that copies of the model have it.
     """
     vars(model)["save_pretrained"] = MethodType(_save_and_check, model)
 
 
 @contextmanager
 def _unchecked(model: Any) -> Iterator[None]:
-    """Within this context [`check_saves`] does nothing: whoever saves then checks, or was told not to."""
+    """Within this context [`check_saves`] has no effect: the caller checks, or was told not to."""
     method = vars(model).get("save_pretrained")
     ours = getattr(method, "__func__", None) is _save_and_check
     if ours:
@@ -376,12 +379,13 @@ def _save_and_check(model: Any, save_directory: str | Path, *args: Any, **kwargs
 
 
 def load_again(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """The model in `folder`, loaded as `model` is.
+    """Returns the model in `folder`, loaded with the class, dtype and attention of `model`.
 
     Raises:
-        LayerPruneError: what lies there does not load, or its weights do not fit its config.
+        LayerPruneError: it does not load, or its weights do not fit its config.
     """
     advice = _ADVICE.format(folder=folder)
+    # transformers has no public name for the attention that a model uses.
     options = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
     cls: Any = type(model)
     try:
@@ -392,7 +396,7 @@ def load_again(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     wrong = {what: sorted(map(str, names))[:3] for what, names in report.items() if names}
     if wrong:
         raise LayerPruneError(f"What was saved does not fit its config: {wrong}. {advice}")
-    again.config._name_or_path = model.config._name_or_path
+    again.config.name_or_path = model.config.name_or_path
     return again
 
 
@@ -407,7 +411,8 @@ def _check_same(model: Any, again: Any, folder: Path, merged: bool = False) -> N
             there[name].data = there[name].to(buffer.dtype)
     try:
         with undisturbed(model):
-            # Not through the precision context in which accelerate wraps a model in training.
+            # accelerate wraps `forward` in autocast and keeps the plain one under this private name. Its
+            # public unwrapping changes the model, which is still in training here.
             live = compared_output(model, tokens, getattr(model, "_original_forward", None))
             saved = compared_output(again.eval().to(base.device), tokens)
     except torch.OutOfMemoryError:
@@ -434,7 +439,7 @@ def _check_same(model: Any, again: Any, folder: Path, merged: bool = False) -> N
 
 
 def _distance(live: torch.Tensor, saved: torch.Tensor, summary: Any = torch.max) -> float:
-    """How far two models' logits are apart, in standard deviations. NaN and infinity equal themselves."""
+    """Returns the distance of logits in standard deviations. NaN and infinity equal themselves."""
     equal = (live == saved) | (live.isnan() & saved.isnan())
     apart = torch.where(equal, 0.0, (live - saved).abs())
     finite = live[live.isfinite()]
@@ -443,22 +448,31 @@ def _distance(live: torch.Tensor, saved: torch.Tensor, summary: Any = torch.max)
 
 
 def _is_exact(base: PreTrainedModel) -> bool:
-    """Whether merging adapters changes no more than the last digits of logits. In bfloat16 it changes some by
-    a standard deviation, as the rounding of activations does, but the median by less than 0.05."""
+    """Returns whether merging adapters changes no more than the last digits of the logits.
+
+    In bfloat16 it changes some logits by a standard deviation, as rounding of activations does, but the
+    median by less than 0.05.
+    """
     highest = torch.get_float32_matmul_precision() == "highest"
     return base.dtype == torch.float32 and highest and getattr(base, "hf_quantizer", None) is None
 
 
 def _name_dtype(path: Path, dtype: str) -> None:
-    """Let the config.json at `path` say that the weights are of this dtype."""
+    """Sets the dtype of the weights in the config.json at `path`."""
     config = json.loads(path.read_text(encoding="utf-8"))
     for part in (config, *config.values()):
         if isinstance(part, dict) and "dtype" in part:
             part["dtype"] = dtype
-    write_whole(path, json.dumps(config, indent=2) + "\n")
+    _write_config(path, config)
 
 
 def _add_fields(path: Path, fields: dict[str, Any]) -> None:
+    """Adds fields to the text part of the config.json at `path`."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config.get("text_config", config).update(fields)
-    write_whole(path, json.dumps(config, indent=2) + "\n")
+    _write_config(path, config)
+
+
+def _write_config(path: Path, config: dict[str, Any]) -> None:
+    with whole_file(path) as file:
+        file.write(f"{json.dumps(config, indent=2)}\n".encode())

@@ -1,10 +1,8 @@
-"""What can be said on the command line: the fields are the flags."""
+"""Flags that only the command line has. Each field is a flag."""
 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-
-from ..errors import LayerPruneError
 
 
 # Arguments in Python that a command calls otherwise.
@@ -46,67 +44,22 @@ def name_flags(message: str, names: Iterable[str]) -> str:
 
 
 @dataclass
-class ModelArguments:
-    """How a model is loaded."""
-
-    trust_remote_code: bool = field(
-        default=False,
-        metadata={"help": "Run the code that comes with model and teacher. It can do anything."},
-    )
-
-
-@dataclass
-class TextArguments:
-    """Where text comes from and how it is cut."""
+class DataArguments:
+    """Which text is read."""
 
     data: str = field(metadata={"help": "Text: a .txt, .jsonl or .jsonl.gz file, or the id of a data set."})
-    data_field: str = field(default="text", metadata={"help": "The field that holds the text."})
-    data_split: str = field(default="train", metadata={"help": "Split of a data set on the hub."})
-    data_config: str | None = field(
-        default=None, metadata={"help": "Configuration of a data set on the hub."}
-    )
-    block_length: int = field(default=256, metadata={"help": "Tokens in a block."})
-    streaming: bool = field(
-        default=False,
-        metadata={
-            "help": "For run and distill: read the text bit by bit as training goes on; its first blocks are "
-            "for calibration and evaluation."
-        },
-    )
 
 
 @dataclass
-class OptionalTextArguments(TextArguments):
-    """Text for `evaluate`, which can do without."""
+class OptionalDataArguments:
+    """Which text `evaluate` reads, if any."""
 
-    data: str | None = field(  # type: ignore[assignment]
+    data: str | None = field(
         default=None,
         metadata={
             "help": "Text to read and copy: a .txt, .jsonl or .jsonl.gz file, or the id of a data set. "
             "Default: only --tasks are measured."
         },
-    )
-
-
-@dataclass
-class CriterionArguments:
-    """How layers are scored."""
-
-    criterion: str = field(
-        default="loss",
-        metadata={
-            "help": "What makes a layer important. Classifiers, encoders, reward and embedding models go "
-            "with block_influence, angular, hidden_mse and positional.",
-            "choices": ["loss", "kl", "hidden_mse", "block_influence", "angular", "taylor", "positional"],
-        },
-    )
-    racing: float | None = field(
-        default=None,
-        metadata={"help": "Confidence, as 0.99, to stop scoring layers that surely matter more."},
-    )
-    calibration_blocks: int = field(default=16, metadata={"help": "Blocks of the text to score with."})
-    protected: list[int] | None = field(
-        default=None, metadata={"help": "Layers that stay. Default: the first and the last."}
     )
 
 
@@ -127,16 +80,8 @@ class ScoreArguments:
 
 
 @dataclass
-class PruneArguments:
-    """What `prune` and `distill` are to reach."""
-
-    target_layers: int = field(metadata={"help": "How many layers the model shall have."})
-    heldout_blocks: int = field(default=16, metadata={"help": "Blocks of the text to measure perplexity on."})
-
-
-@dataclass
-class PruneOutput:
-    """Output of `prune`."""
+class SaveArguments:
+    """Where and how `prune` and `phases` save the model."""
 
     output_dir: str = field(metadata={"help": "A new folder for the model."})
     verify_save: bool = field(
@@ -148,25 +93,8 @@ class PruneOutput:
 
 
 @dataclass
-class SizeArguments:
-    """How much goes at once."""
-
-    layers_per_phase: float = field(
-        default=1, metadata={"help": "Layers to remove in each phase, or a share of them, as 0.3."}
-    )
-
-    def __post_init__(self) -> None:
-        if not 0 < self.layers_per_phase < float("inf"):
-            raise LayerPruneError(
-                f"layers_per_phase is {self.layers_per_phase}: give a number of layers, or a share below 1."
-            )
-        if self.layers_per_phase >= 1 and self.layers_per_phase == int(self.layers_per_phase):
-            self.layers_per_phase = int(self.layers_per_phase)
-
-
-@dataclass
-class PhaseArguments:
-    """The phases of `distill`."""
+class TeacherArguments:
+    """The teacher and the adapters of `distill`."""
 
     teacher: str | None = field(
         default=None,
@@ -176,24 +104,12 @@ class PhaseArguments:
         default=None,
         metadata={"help": "Train LoRA adapters of this rank; the teacher then shares the model's weights."},
     )
-    steps_per_phase: int | None = field(
-        default=None,
-        metadata={"help": "Steps after each removal. Default: all shared out equally."},
-    )
-    tokens_per_phase: int | None = field(default=None, metadata={"help": "Instead, so many tokens."})
-    restart_learning_rate: bool = field(
-        default=False, metadata={"help": "Run through the whole learning rate schedule in each phase."}
-    )
-    quality_floor: float | None = field(
-        default=None,
-        metadata={"help": "Stop removing when minus the calibration loss is below this."},
-    )
-    min_recovery: float | None = field(
-        default=None,
-        metadata={
-            "help": "End, and put layers back, when a phase wins back less than this share of their cost."
-        },
-    )
+
+
+@dataclass
+class ResumeArguments:
+    """How `distill` and `run` go on after a stop."""
+
     resume: bool = field(
         default=False, metadata={"help": "Go on from the last whole checkpoint in output_dir."}
     )

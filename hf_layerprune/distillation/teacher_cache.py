@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..data import Batch, one_by_one
 from ..errors import LayerPruneError
+from ..files import whole_file
 from ..forward.hooks import LAST, captured, hidden, undisturbed
 from ..forward.lm_head import Reader
 from ..surgery.decoder import check_next_token, text_config
@@ -68,7 +69,8 @@ def write_teacher_outputs(
         folder.mkdir(parents=True, exist_ok=True)
         # The name of the teacher finds its tokenizer. It is no setting: a copy gives the same logits.
         head = settings | {"teacher": teacher.name_or_path}
-        _write(folder / HEAD, json.dumps(head, indent=1).encode())
+        with whole_file(folder / HEAD) as file:
+            file.write(json.dumps(head, indent=1).encode())
         cache = TeacherOutputs(folder)
     keys, files = cache.keys, cache.files
     parts: list[dict[str, torch.Tensor]] = []  # computed and not yet written
@@ -156,15 +158,9 @@ def _compute_rows(
 def _write_shard(folder: Path, number: int, parts: list[dict[str, torch.Tensor]]) -> int:
     """Writes one file. Returns the number of the next file."""
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    _write(folder / f"outputs-{number:05d}.safetensors", save(tensors))
+    with whole_file(folder / f"outputs-{number:05d}.safetensors") as file:
+        file.write(save(tensors))
     return number + 1
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file completely or not at all."""
-    draft = path.with_name(path.name + ".draft")
-    draft.write_bytes(content)
-    draft.replace(path)
 
 
 def _tensor_name(layer: int) -> str:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
 from ..errors import LayerPruneError
+from ..files import whole_file
 from ..forward.hooks import captured, hidden, replayed, undisturbed
 from ..surgery.decoder import find_decoder
 from .losses import hidden_error
@@ -165,8 +166,7 @@ class WindowTraining:
         if not PartialState().is_main_process:  # all processes hold the same
             return
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        draft = checkpoint.with_suffix(".draft")
         content = {"run_key": run_key, "epochs": epochs, "weights": [p.data for p in self.parameters]}
         content |= {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-        torch.save(content, draft)
-        draft.replace(checkpoint)
+        with whole_file(checkpoint) as file:
+            torch.save(content, file)

@@ -1,4 +1,4 @@
-"""What a model can do, before and after."""
+"""Measures what a model can do: perplexity, copying, speed, tasks."""
 
 import math
 import statistics
@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,7 +17,8 @@ from ..forward.lm_head import Reader, unit_losses
 from ..surgery.decoder import check_next_token
 from ..surgery.lineage import get_lineage
 from ..surgery.peft import base_of
-from .multiple_choice import Answer, MultipleChoice, Question
+from .comparison import mean_and_error, task_scores
+from .multiple_choice import MultipleChoice, Question
 from .tasks import TASKS, chance
 
 
@@ -31,17 +31,17 @@ def evaluate_model(
     batches: Any,
     questions: Mapping[str, Sequence[Question]] | None = None,
 ) -> dict[str, Any]:
-    """What [`evaluate_text`], [`copying`] (of 32 rows), [`generation_speed`] and [`task_scores`] say of a
-    model, which is not changed, with its size.
+    """Returns the size of a model and what [`evaluate_text`], [`copying`] (of 32 rows), [`generation_speed`]
+    and [`task_scores`] measure. The model is not changed.
 
     Args:
         model, tokenizer: a causal language model and its tokenizer.
-        batches: `input_ids` `(batch, length)` of whole passages, or as for [`evaluate_text`]. Left empty,
-            only the tasks are measured.
+        batches: `input_ids` `(batch, length)` of whole passages, or as for [`evaluate_text`]. If empty, only
+            the tasks are measured.
         questions (mapping of `str` to sequence of [`Question`], *optional*): of tasks named in `TASKS`.
 
     Raises:
-        LayerPruneError: a question that cannot be asked, or text too short to be copied, before the rest.
+        LayerPruneError: a question is too long, or a text too short to copy. Both are checked first.
     """
     tasks = {
         name: MultipleChoice(asked, tokenizer, normalize=TASKS[name].normalize)
@@ -75,49 +75,30 @@ def evaluate_model(
     return found
 
 
-def compare_models(results: Mapping[str, dict[str, Any]]) -> None:
-    """Add in place, to the results of models from [`evaluate_model`], what each keeps of the first: `kept`
-    ([`share_kept`]), `difference` ([`mean_difference`]), each task's `agreement` and, where the perplexities
-    of the choices are known, its `stability`."""
-    first, *_ = results.values()
-    if "tasks" not in first:
-        return
-    for one in results.values():
-        one.pop("kept", None)  # of another first model, where this one was measured before
-        if tasks_done(first):
-            one["kept"] = share_kept(first, one)
-        one["difference"] = dict(zip(("mean", "standard_error"), mean_difference(first, one), strict=True))
-        for name, task in one["tasks"].items():
-            task["agreement"] = agreement(first["tasks"][name]["right"], task["right"])
-            if "perplexities" in task:
-                task["stability"] = stability(_answers(first["tasks"][name]), _answers(task))
-
-
-def _answers(task: Mapping[str, Any]) -> list[Answer]:
-    return [Answer(one == "1", given) for one, given in zip(task["right"], task["perplexities"], strict=True)]
-
-
 def evaluate_text(
     model: PreTrainedModel, batches: Any, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> dict[str, Any]:
-    """Perplexity of `model` on text, and its speed reading it.
+    """Returns the perplexity of `model` on text, and how fast it reads.
 
     Args:
         model (`PreTrainedModel`): a causal language model; it is not changed.
         batches: `input_ids` `(batch, length)`, where needed `attention_mask`, `labels`. Or another form that
             [`make_batches`] knows: a data set, a tensor, a list of texts, chats.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's, for text, and for bits per byte, by
-            which models with different tokenizers compare.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's own. Needed for text, and for bits per
+            byte, which compare models with different tokenizers.
 
     Returns:
-        `dict[str, Any]`: `perplexity`, `loss` (nats per token, mean over all tokens), `tokens` (that
-        were predicted), `tokens_per_second` (read by a forward pass with its loss, median of
-            the batches, since the first is slow), `precision` (of its matrix products, as "bfloat16", also
-            where the Trainer sets that), and with a tokenizer `bits_per_byte` (of the text of the predicted
-            tokens in UTF-8; what marks the end of a text has a loss, and no byte).
+        `dict[str, Any]`:
+            - `perplexity`
+            - `loss`: nats per token, mean over all tokens
+            - `tokens`: number of predicted tokens
+            - `tokens_per_second`: read in a forward pass with its loss, median over the batches
+            - `precision`: dtype of the logits, such as "bfloat16", autocast included
+            - `bits_per_byte`, with a tokenizer: of the predicted tokens as UTF-8. End-of-text tokens have a
+              loss but no bytes.
 
     Raises:
-        LayerPruneError: there is no token to predict.
+        LayerPruneError: no token has a label.
     """
     check_next_token(base_of(model), "evaluate_text")
     total, tokens, size, speeds = 0.0, 0, 0, []
@@ -137,7 +118,9 @@ def evaluate_text(
                 texts = (str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows)
                 size += sum(len(text.encode()) for text in texts)
     if not tokens:
-        raise LayerPruneError("There is no token to predict in the evaluation text.")
+        raise LayerPruneError(
+            "There is no token to predict in the evaluation text. Give text of two tokens or more."
+        )
     return {
         "perplexity": math.exp(min(total / tokens, 700.0)),
         "loss": total / tokens,
@@ -158,8 +141,7 @@ def _as_batches(model: PreTrainedModel, data: Any, tokenizer: Any) -> list[Batch
 
 @contextmanager
 def output_dtypes(model: PreTrainedModel) -> Iterator[list[torch.dtype]]:
-    """Within this context the list has the types of what the output head of `model` makes, in which autocast
-    shows, too."""
+    """Within this context, collects the dtypes of the logits that `model` computes, autocast included."""
     head, dtypes = model.get_output_embeddings(), list[torch.dtype]()
     if head is None:
         yield dtypes
@@ -172,7 +154,7 @@ def output_dtypes(model: PreTrainedModel) -> Iterator[list[torch.dtype]]:
 
 
 class HeldOutText:
-    """Evaluates models on one text: an `evaluation=` for a run, whose card then says what was read.
+    """Evaluates models on one text. As `evaluation=` of a run, it lets the card name the text.
 
     Args:
         data (`Dataset` or list of batches): sequences of tokens.
@@ -191,52 +173,54 @@ class HeldOutText:
 
 
 def copying(model: PreTrainedModel, batches: Iterable[Batch], given: int = 8) -> dict[str, float]:
-    """How far `model` goes on with a passage that it has just read, as one mistake ends it.
+    """Returns how well `model` copies a passage that it has just read.
 
-    Each passage, a row of `input_ids`, is read twice; of the second time the first tokens are given. Where
-    twice its length is more than the model reads, its first half is the passage.
+    The model reads each passage (a row of `input_ids`) twice in a row. The first tokens of the second time
+    are given. A passage longer than half of what the model reads is cut to that.
 
     Args:
         model (`PreTrainedModel`): a causal language model; it is not changed.
         batches (iterable of dict): `input_ids` `(batch, length)` of whole passages, without padding.
-        given (`int`, *optional*, defaults to 8): tokens of the second time that are given.
+        given (`int`, *optional*, defaults to 8): number of tokens given of the second time.
 
     Returns:
-        `dict[str, float]`: `copied`, the share of the rest that greedy decoding would repeat before its first
-        mistake, mean over passages; its `standard_error`; `right`, the share of all tokens that it finds when
-        those before are given.
+        `dict[str, float]`: `copied`, the share of the passage that greedy decoding repeats before its first
+        mistake, mean over passages; its `standard_error`; `right`, the next-token accuracy on the passage.
 
     Raises:
-        LayerPruneError: no passage, or one not longer than what is given of it.
+        LayerPruneError: there is no passage, or one of no more than `given` tokens.
     """
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     check_next_token(base_of(model), "copying")
     copied: list[float] = []
-    found: list[float] = []
+    correct: list[float] = []
     with undisturbed(model):
         for batch in batches:
             ids = batch["input_ids"].to(model.device)
             length = ids.shape[1] if longest is None else min(ids.shape[1], longest // 2)
             if length <= given:
                 raise LayerPruneError(
-                    f"A passage of {length} tokens is too short to copy: {given} are given."
+                    f"A passage of {length} tokens is too short to copy: {given} are given. Use longer ones."
                 )
             twice = torch.cat([ids[:, :length], ids[:, :length]], 1)
             reader = Reader(model, twice)
             states = reader.states({"input_ids": twice})[:, length + given - 1 : -1]
-            said = torch.cat([few.argmax(-1) for few in reader.rows(states.flatten(0, 1))])
-            right = said.view(len(ids), -1) == twice[:, length + given :]
+            predicted = torch.cat([logits.argmax(-1) for logits in reader.rows(states.flatten(0, 1))])
+            right = predicted.view(len(ids), -1) == twice[:, length + given :]
             copied += right.long().cumprod(1).double().mean(1).tolist()
-            found += right.double().mean(1).tolist()
+            correct += right.double().mean(1).tolist()
     if not copied:
-        raise LayerPruneError("There is no passage to copy.")
+        raise LayerPruneError("There is no passage to copy. Give at least one row of tokens.")
     mean, error = mean_and_error(copied)
-    return {"copied": mean, "standard_error": error, "right": statistics.fmean(found)}
+    return {"copied": mean, "standard_error": error, "right": statistics.fmean(correct)}
 
 
 def generation_speed(model: Any, batch: Batch, new_tokens: int = 64, times: int = 3) -> float:
-    """Tokens per second of greedy decoding after the first 64 tokens of a text, one sequence at a time, with
-    the cache that the model has: median of some times after one that does not count."""
+    """Returns the tokens per second of greedy decoding after the first 64 tokens of a text.
+
+    One sequence is decoded with the model's own cache. The speed is the median of `times` runs after a first
+    one, which is slow.
+    """
     prompt = batch["input_ids"][:1, :64].to(model.device)
     settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
     pad = model.generation_config.eos_token_id
@@ -250,164 +234,9 @@ def generation_speed(model: Any, batch: Batch, new_tokens: int = 64, times: int 
     return new_tokens / statistics.median(seconds[1:])
 
 
-def agreement(original: str, pruned: str) -> dict[str, float]:
-    """Returns the `share` of the questions that two models both answer right or both answer wrong, and its
-    `standard_error`.
-
-    Args:
-        original, pruned (`str`): `right` of one task from [`task_scores`], of the same questions.
-    """
-    same = [float(one == other) for one, other in zip(original, pruned, strict=True)]
-    return dict(zip(("share", "standard_error"), mean_and_error(same), strict=True))
-
-
-def stability(original: Sequence[Answer], pruned: Sequence[Answer]) -> dict[str, float]:
-    """How far a pruned model answers as the original does (LLM-Streamline, 2403.19135, section 3.4).
-
-    The questions on which both are right, or both wrong, count by a softmax over the questions of how far
-    the original model's perplexities of the choices spread (their standard deviation). Where these are large,
-    one question decides: then it is 0 or 1, and [`agreement`] says more. The released code
-    sums the first weights instead of those of the questions that match, and differs where these do.
-
-    Args:
-        original, pruned (sequence of [`Answer`]): of the same questions, from [`MultipleChoice.read`].
-
-    Returns:
-        `dict[str, float]`: `stability`, from 0 to 1, its `standard_error` over questions, and over how many
-        `effective_questions` the weights spread: 1 where one decides, all of them where all count alike.
-
-    Raises:
-        LayerPruneError: not of the same questions, or a perplexity that is not a number.
-    """
-    sizes = [[len(answer.perplexities) for answer in answers] for answers in (original, pruned)]
-    if sizes[0] != sizes[1] or not original:
-        raise LayerPruneError("Stability compares answers to the same questions, and at least one.")
-    with np.errstate(over="ignore", invalid="ignore"):
-        spread = np.array([np.std(answer.perplexities) for answer in original])
-    if not np.isfinite(spread).all():
-        raise LayerPruneError("The original model's perplexity of a choice is not a finite number.")
-    weights = np.exp(spread - spread.max())
-    weights /= weights.sum()
-    same = np.array([one.right == two.right for one, two in zip(original, pruned, strict=True)], float)
-    found = float(weights @ same)
-    return {
-        "stability": found,
-        "standard_error": float(np.sqrt((weights**2) @ (same - found) ** 2)),
-        "effective_questions": float(1 / (weights @ weights)),
-    }
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and its standard error; that of one value is not known (NaN)."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return statistics.fmean(values), error
-
-
-def task_scores(right: Mapping[str, Sequence[bool]], chances: Mapping[str, float]) -> dict[str, Any]:
-    """Accuracies of a model in tasks, and their mean, the aggregate (2511.05085, section 4).
-
-    Args:
-        right (mapping of `str` to sequence of `bool`): for each task, which questions were answered right.
-        chances (mapping of `str` to `float`): for each task, the accuracy of guessing.
-
-    Returns:
-        `dict`: `tasks`, for each `accuracy`, `standard_error`, `chance`, `questions` and `right`, a string
-        of ones and zeros; `mean` with its `standard_error`.
-    """
-    tasks: dict[str, dict[str, Any]] = {}
-    for name, answers in right.items():
-        accuracy, error = mean_and_error([float(one) for one in answers])
-        tasks[name] = {
-            "accuracy": accuracy,
-            "standard_error": error,
-            "chance": chances[name],
-            "questions": len(answers),
-            "right": "".join("1" if one else "0" for one in answers),
-        }
-    errors = [task["standard_error"] for task in tasks.values()]
-    return {
-        "tasks": tasks,
-        "mean": statistics.fmean(task["accuracy"] for task in tasks.values()),
-        "standard_error": math.sqrt(sum(error**2 for error in errors)) / len(errors),
-    }
-
-
-def tasks_done(dense: Mapping[str, Any]) -> list[str]:
-    """The tasks in which a model is better than guessing by more than two standard errors. What it cannot do
-    itself, as a small one BoolQ, says nothing of what is kept of it.
-
-    Args:
-        dense (`dict`): from [`task_scores`].
-    """
-    return [
-        name
-        for name, task in dense["tasks"].items()
-        if task["accuracy"] - task["chance"] > 2 * task["standard_error"]
-    ]
-
-
-def share_kept(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> dict[str, float]:
-    """What a pruned model keeps of the dense one's mean accuracy above chance, in the tasks that this does.
-
-    Args:
-        dense, pruned (`dict`): from [`task_scores`], of the same questions.
-
-    Returns:
-        `dict[str, float]`: `share`, 1 for the dense model, 0 for guessing; and its `standard_error` from the
-        questions in pairs (delta method), so that what both find hard does not count.
-
-    Raises:
-        LayerPruneError: not the same tasks and questions, or the dense model is better than chance in none.
-    """
-    names = tasks_done(dense)
-    if not names:
-        raise LayerPruneError(
-            "The first model is better than chance in no task: no share of that can be kept."
-        )
-    both = _pairs(dense, pruned, names)
-    before, after = (
-        sum(one["tasks"][name]["accuracy"] - one["tasks"][name]["chance"] for name in names)
-        for one in (dense, pruned)
-    )
-    share = after / before
-    spread = sum(np.var(two - share * one, ddof=1) / len(one) for one, two in both)
-    return {"share": share, "standard_error": math.sqrt(spread) / before}
-
-
-def mean_difference(
-    first: Mapping[str, Any], second: Mapping[str, Any], names: Sequence[str] | None = None
-) -> tuple[float, float]:
-    """How much higher the aggregate of the second of two models is, and the paired standard error of that.
-
-    Args:
-        first, second (`dict`): from [`task_scores`], of the same questions.
-        names (sequence of `str`, *optional*): of the tasks; left out, all.
-
-    Raises:
-        LayerPruneError: not the same tasks and questions.
-    """
-    both = _pairs(first, second, list(first["tasks"]) if names is None else names)
-    spread = sum(np.var(two - one, ddof=1) / len(one) for one, two in both)
-    mean = statistics.fmean(float(np.mean(two - one)) for one, two in both)
-    return mean, math.sqrt(spread) / len(both)
-
-
-def _pairs(
-    first: Mapping[str, Any], second: Mapping[str, Any], names: Sequence[str]
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    sizes = [{name: task["questions"] for name, task in one["tasks"].items()} for one in (first, second)]
-    if sizes[0] != sizes[1]:
-        raise LayerPruneError(f"Not the same questions: {sizes[0]} and {sizes[1]}.")
-
-    def right(one: Mapping[str, Any], name: str) -> np.ndarray:
-        return np.array([*map(float, one["tasks"][name]["right"])])
-
-    return [(right(first, name), right(second, name)) for name in names]
-
-
 def measure_quality(model: PreTrainedModel, batches: Sequence[Batch], task: Any = None) -> float:
-    """How good `model` is, higher is better: its score in a task or the mean of several, without any minus
-    its loss in nats per token.
+    """Returns the quality of `model`, higher is better: its score in a task, or the mean over several tasks,
+    or, without a task, minus its loss in nats per token.
 
     Args:
         model (`PreTrainedModel`): a causal language model; it is not changed.
@@ -424,7 +253,7 @@ def measure_quality(model: PreTrainedModel, batches: Sequence[Batch], task: Any 
 
 
 def next_token_metric(metric: Any, batches: Sequence[Batch]) -> Task:
-    """A task from an `evaluate` metric: predicted against true next tokens over `batches`.
+    """Returns a task that compares predicted with true next tokens by an `evaluate` metric.
 
     Args:
         metric (`evaluate.EvaluationModule`): anything whose `compute(predictions=, references=)`

@@ -10,43 +10,43 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import LayerPruneError
 from ..forward.hooks import undisturbed
-from .evaluate import task_scores
+from .comparison import task_scores
 from .tasks import TASKS
 
 
-def read_through_harness(
+def run_lm_eval(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
     limit: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, Any]:
-    """What a model scores in some tasks, as lm-eval finds.
+    """Returns the scores of a model in tasks, measured by lm-eval.
 
     Args:
         model, tokenizer: a causal language model, which is not changed, and its tokenizer.
         tasks (sequence of `str`): names of lm-eval's tasks with multiple choice or last words, whose rows are
             fetched from the hub; or `name=file` with rows in a file of JSON lines.
-        limit (`int`, *optional*): only the first so many questions of each.
-        batch_size (`int`, *optional*, defaults to 8): choices that are read at once.
+        limit (`int`, *optional*): number of questions of each task. Default: all.
+        batch_size (`int`, *optional*, defaults to 8): choices read at once.
 
     Returns:
-        `dict`: see [`task_scores`]; by `acc_norm` or `acc` as `TASKS` has it, for other tasks by `acc_norm`
-        where lm-eval gives it.
+        `dict`: see [`task_scores`]. The metric is `acc_norm` or `acc` as in `TASKS`. For other tasks it is
+        `acc_norm` if lm-eval reports that.
 
     Raises:
-        LayerPruneError: lm-eval is not installed, does not know a task, or gives no accuracy for it.
+        LayerPruneError: lm-eval is not installed, does not know a task, or reports no accuracy for it.
     """
     right: dict[str, list[bool]] = {}
     chances: dict[str, float] = {}
-    for name, samples in harness_samples(model, tokenizer, tasks, limit, batch_size).items():
+    for name, samples in lm_eval_samples(model, tokenizer, tasks, limit, batch_size).items():
         names_here = ("acc_norm", "acc") if name not in TASKS or TASKS[name].normalize else ("acc",)
         metric = next((one for one in names_here if one in samples[0]), None)
         if metric is None:
-            raise LayerPruneError(f"lm-eval gives no accuracy for {name}: choose tasks with right answers.")
+            raise LayerPruneError(f"lm-eval gives no accuracy for {name}. Choose tasks with right answers.")
         if any(sample[metric] not in (0, 1) for sample in samples):
             raise LayerPruneError(
-                f"{metric} of lm-eval's {name} is not right or wrong but a share: choose other tasks."
+                f"{metric} of lm-eval's {name} is not 0 or 1 but a share. Choose other tasks."
             )
         right[name] = [bool(sample[metric]) for sample in samples]
         choices = [len(sample["resps"]) for sample in samples]
@@ -55,7 +55,7 @@ def read_through_harness(
 
 
 def known_tasks(tasks: Sequence[str]) -> Any:
-    """lm-eval's manager of tasks, which knows these; see [`read_through_harness`]."""
+    """Returns lm-eval's task manager, after a check that it knows these tasks; see [`run_lm_eval`]."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -70,20 +70,20 @@ def known_tasks(tasks: Sequence[str]) -> Any:
     return manager
 
 
-def harness_samples(
+def lm_eval_samples(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
     limit: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, list[dict[str, Any]]]:
-    """What lm-eval logs of each question of each task, in their order; see [`read_through_harness`]."""
+    """Returns what lm-eval logs for each question of each task, in order; see [`run_lm_eval`]."""
     manager = known_tasks(tasks)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # A group of one's own is how lm-eval takes other settings for a task that it knows.
+    # lm-eval takes other settings for a task that it knows only inside a group.
     group: Any = {"group": "layerprune", "task": [_settings(task) for task in tasks]}
     with undisturbed(model):
         found = simple_evaluate(

@@ -1,4 +1,4 @@
-"""Questions with choices, or with one answer: how often a model is right, each context read once."""
+"""Multiple-choice questions: how often a model is right. Each context is read once."""
 
 import math
 import random
@@ -15,12 +15,12 @@ from ..forward.lm_head import Reader
 
 @dataclass(frozen=True)
 class Question:
-    """A question with choices, or with one: then a model is right that finds each token of it the likeliest.
+    """A question with choices. With a single choice, a model is right if greedy decoding gives it.
 
     Args:
-        context (`str`): what comes before.
-        choices (`list[str]`): what may follow it, with the space that goes before.
-        answer (`int`, *optional*, defaults to 0): which of them is right, from 0.
+        context (`str`): text before the choice.
+        choices (`list[str]`): possible continuations, each with its leading space.
+        answer (`int`, *optional*, defaults to 0): index of the right choice.
     """
 
     context: str
@@ -30,11 +30,11 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model says of a question.
+    """The answer of a model to a question.
 
     Args:
-        right (`bool`): whether it finds the right choice likeliest, or each token of the only one.
-        perplexities (`list[float]`): of each choice, over its tokens.
+        right (`bool`): whether the right choice is the likeliest, or each token of a single choice is.
+        perplexities (`list[float]`): perplexity of each choice, over its tokens.
     """
 
     right: bool
@@ -43,16 +43,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class Choices:
-    """Some questions as a model reads them.
+    """A batch of questions as a model reads them.
 
     Args:
-        inputs (`dict`): of the model, `input_ids` `(rows, length)` and what goes with them.
-        places (`torch.Tensor`): `(2, tokens)`, the row and position that predict each token of a choice.
-        targets (`torch.Tensor`): `(tokens,)`, these tokens.
-        owners (`torch.Tensor`): `(tokens,)`, which choice each is of, counted through all questions.
-        lengths (`list[torch.Tensor]`): for each question `(choices,)`, what their log-likelihoods are
-            divided by.
-        answers (`list[int]`): for each question.
+        inputs (`dict`): inputs of the model: `input_ids` `(rows, length)`, and masks and positions if needed.
+        places (`torch.Tensor`): `(2, tokens)`, row and position of the logits of each token of a choice.
+        targets (`torch.Tensor`): `(tokens,)`, the tokens of the choices.
+        owners (`torch.Tensor`): `(tokens,)`, the choice of each token, numbered through all questions.
+        lengths (`list[torch.Tensor]`): for each question `(choices,)`, the divisors of the
+            log-likelihoods.
+        answers (`list[int]`): index of the right choice of each question.
     """
 
     inputs: Batch
@@ -65,8 +65,16 @@ class Choices:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """A question in tokens: what all its choices begin with, the rest of each, and how many tokens at the
-    end of that are the choice itself; and its number among those given."""
+    """A question in tokens.
+
+    Args:
+        shared (`list[int]`): tokens that all choices begin with.
+        rests (`list[list[int]]`): the other tokens of each choice.
+        scored (`list[int]`): for each choice, how many tokens at its end are scored.
+        lengths (`list[int]`): the divisor of the log-likelihood of each choice.
+        answer (`int`): index of the right choice.
+        number (`int`): place of the question among those given.
+    """
 
     shared: list[int]
     rests: list[list[int]]
@@ -85,22 +93,22 @@ class _Encoded:
 
 
 class MultipleChoice:
-    """A task for `criterion="task"`: how many questions a model answers right.
+    """A task for `criterion="task"`: the share of questions that a model answers right.
 
-    The choices of a question stand in one row behind their common context and do not see each other, so
-    that the context is read once. Where a model cannot read them so, each choice gets a row. Questions of
-    like length share a batch; batches come in random order.
+    The choices of a question stand in one row behind their context, and an attention mask separates them. The
+    context is so read once. For models without such masks, each choice gets a row of its own. Questions of
+    similar length share a batch. The order of batches is random.
 
     Args:
         questions (sequence of [`Question`]): at least one.
         tokenizer (`PreTrainedTokenizerBase`): the model's.
-        normalize (`bool`, *optional*, defaults to `True`): compare log-likelihoods per character of the
-            choice (lm-eval's `acc_norm`); False compares those of the whole choice (`acc`).
-        batch_tokens (`int`, *optional*): tokens that are read at once. Default: 1,024 on a CPU, 16,384
+        normalize (`bool`, *optional*, defaults to `True`): compare log-likelihoods per character
+            (lm-eval's `acc_norm`), otherwise of the whole choice (`acc`).
+        batch_tokens (`int`, *optional*): tokens read at once. Default: 1,024 on a CPU, 16,384
             elsewhere.
 
     Raises:
-        LayerPruneError: no question, one without a right answer, or one with an empty choice.
+        LayerPruneError: there is no question, or one without a right answer or with an empty choice.
     """
 
     def __init__(
@@ -127,14 +135,14 @@ class MultipleChoice:
         return len(self.encoded)
 
     def __call__(self, model: PreTrainedModel) -> float:
-        """The share of right answers."""
+        """Returns the share of right answers."""
         self.check_length(model)
         with torch.no_grad():
             reader = Reader(model, self.example(model))
             return torch.cat([right_answers(reader, batch) for batch in self.batches(reader)]).mean().item()
 
-    def read(self, model: PreTrainedModel) -> list["Answer"]:
-        """What a model says of each question, in the order in which they were given."""
+    def read(self, model: PreTrainedModel) -> list[Answer]:
+        """Returns the answers of a model, in the order of the questions."""
         found: dict[int, Answer] = {}
         self.check_length(model)
         with torch.no_grad():
@@ -152,7 +160,7 @@ class MultipleChoice:
         return [found[number] for number in sorted(found)]
 
     def check_length(self, model: PreTrainedModel) -> None:
-        """Check that `model` reads the longest question.
+        """Checks that the longest question fits into the context of `model`.
 
         Raises:
             LayerPruneError: it does not.
@@ -161,16 +169,16 @@ class MultipleChoice:
         most = most_tokens(model)
         if most is not None and longest > most:
             raise LayerPruneError(
-                f"A question has {longest} tokens, but the model reads {most} at most: leave such out."
+                f"A question has {longest} tokens, but the model reads {most} at most. Leave out longer ones."
             )
 
     def example(self, model: PreTrainedModel) -> torch.Tensor:
-        """The tokens `(1, length)` of a question and a choice."""
+        """Returns the tokens `(1, length)` of the longest question with a choice."""
         longest = self.encoded[-1]
         return torch.tensor([longest.shared + longest.rests[0]], device=model.device)
 
     def batches(self, reader: Reader) -> list[Choices]:
-        """All questions as the reader's model reads them."""
+        """Returns all questions as the reader's model reads them."""
         packed = _can_pack(reader, self.encoded[-1])
         build = _packed if packed else _in_rows
         batches = [build(questions, reader.model) for questions in self._groups(packed, reader.model)]
@@ -178,7 +186,7 @@ class MultipleChoice:
         return batches
 
     def _groups(self, packed: bool, model: PreTrainedModel) -> Iterator[list[_Encoded]]:
-        """Questions of like length, as many as may be read at once."""
+        """Yields questions of similar length, as many as are read at once."""
         most = self.batch_tokens or (1024 if model.device.type == "cpu" else 16_384)
         group: list[_Encoded] = []
         for question in self.encoded:
@@ -191,7 +199,11 @@ class MultipleChoice:
 
 
 def right_answers(reader: Reader, batch: Choices) -> torch.Tensor:
-    """For each question 1 if the model is right, else 0, NaN where it says NaN: `(questions,)`, float64."""
+    """Returns 1 for each question that the model answers right, else 0, and NaN for NaN logits.
+
+    Returns:
+        `torch.Tensor`: `(questions,)`, float64.
+    """
     return _right(*log_likelihoods(reader, batch), batch)
 
 
@@ -208,8 +220,8 @@ def _right(likelihoods: torch.Tensor, greedy: torch.Tensor, batch: Choices) -> t
 
 
 def log_likelihoods(reader: Reader, batch: Choices) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each choice of each question, in nats: `(choices,)`, float64; and whether each of its tokens is the
-    likeliest in its place: `(choices,)`."""
+    """Returns the log-likelihood of each choice in nats, `(choices,)`, float64, and whether greedy decoding
+    gives it, `(choices,)`."""
     row, place = batch.places
     logits = reader.rows(reader.states(batch.inputs)[row, place])
     found, missed = [], []
@@ -222,8 +234,8 @@ def log_likelihoods(reader: Reader, batch: Choices) -> tuple[torch.Tensor, torch
 
 
 def _encode(question: Question, tokenizer: PreTrainedTokenizerBase, normalize: bool, number: int) -> _Encoded:
-    """Tokens as lm-eval makes them: of context and choice together; what is more than the context's own
-    number of tokens is the choice."""
+    """Returns a question in tokens, as lm-eval makes them: context and choice are tokenised together, and the
+    tokens beyond the number of the context's own tokens are the choice."""
     start = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id][:1]
 
     def tokens(text: str) -> list[int]:
@@ -256,11 +268,11 @@ def _encode(question: Question, tokenizer: PreTrainedTokenizerBase, normalize: b
 
 
 def _packed(questions: Sequence[_Encoded], model: PreTrainedModel) -> Choices:
-    """One row for each question: the context, then its choices, each of which sees the context and itself."""
+    """Returns a batch of one row per question: the context, then its choices, each masked from the others."""
     length = max(question.packed_length for question in questions)
     ids = torch.zeros((len(questions), length), dtype=torch.long)
     positions = torch.zeros_like(ids)
-    seen = torch.eye(length, dtype=torch.bool).repeat(len(questions), 1, 1)  # what fills a row sees itself
+    seen = torch.eye(length, dtype=torch.bool).repeat(len(questions), 1, 1)  # padding sees itself
     places, targets, owners = [], [], []
     choice = 0
     for row, question in enumerate(questions):
@@ -286,7 +298,8 @@ def _packed(questions: Sequence[_Encoded], model: PreTrainedModel) -> Choices:
 
 
 def _in_rows(questions: Sequence[_Encoded], model: PreTrainedModel) -> Choices:
-    """One row for each choice, with its context. What fills the end of a row, no token before it sees."""
+    """Returns a batch of one row per choice, with its context. Padding on the right is not seen by tokens
+    before it."""
     rows = [question.shared + rest for question in questions for rest in question.rests]
     ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
     places, targets, owners = [], [], []
@@ -320,7 +333,7 @@ def _choices(
 
 
 def _can_pack(reader: Reader, question: _Encoded) -> bool:
-    """Whether the model reads a question in one row as it reads each choice alone."""
+    """Returns whether the model gives the same states for a question in one row as for each choice alone."""
     found = []
     for build in (_packed, _in_rows):
         batch = build([question], reader.model)

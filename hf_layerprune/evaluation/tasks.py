@@ -1,4 +1,4 @@
-"""Zero-shot tasks of the field as questions, in the words of lm-evaluation-harness."""
+"""Zero-shot tasks as questions, with the prompts of lm-evaluation-harness."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,14 +15,14 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """A task: where its rows are, and how each is asked.
+    """A task: where its rows are, and how each becomes a question.
 
     Args:
         dataset (`str`): id of the data set on the hub.
         config (`str` or `None`): its configuration.
-        split (`str`): the part that is asked.
-        question (`Callable`): a question of a row.
-        normalize (`bool`): whether likelihoods count per character (lm-eval's `acc_norm`) or whole (`acc`).
+        split (`str`): the split that is asked.
+        question (`Callable`): makes a question of a row.
+        normalize (`bool`): whether log-likelihoods count per character (lm-eval's `acc_norm`, else `acc`).
     """
 
     dataset: str
@@ -75,7 +75,7 @@ def own(row: Row) -> Question:
 
 
 def _without_brackets(text: str) -> str:
-    """HellaSwag's texts without the marks of the WikiHow articles that many of them come from."""
+    """Returns a text of HellaSwag without the markup of WikiHow articles."""
     return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
 
 
@@ -92,7 +92,7 @@ TASKS = {
 
 
 def split_name(task: str) -> tuple[str, str | None]:
-    """Name and file of a task that is given as `name` or `name=file`.
+    """Returns the name and the file of a task given as `name` or `name=file`.
 
     Raises:
         LayerPruneError: there is no such task.
@@ -104,20 +104,20 @@ def split_name(task: str) -> tuple[str, str | None]:
             "--lm_eval True to read the tasks through it."
         )
     if not file and not TASKS[name].dataset:
-        raise LayerPruneError(f"Say where they are: {name}=FILE.")
+        raise LayerPruneError(f"{name} has no data set on the hub. Give a file with its rows: {name}=FILE.")
     return name, file or None
 
 
 def load_task(task: str, limit: int | None = None) -> list[Question]:
-    """The questions of a task.
+    """Returns the questions of a task.
 
     Args:
         task (`str`): a name of `TASKS`, whose rows are fetched from the hub, or `name=file` with its rows in
             a file of JSON lines.
-        limit (`int`, *optional*): only the first so many.
+        limit (`int`, *optional*): number of questions. Default: all.
 
     Raises:
-        LayerPruneError: no such task, file or data set, or a row that is none of this task.
+        LayerPruneError: there is no such task, file or data set, or a row does not fit the task.
     """
     name, file = split_name(task)
     kind = TASKS[name]
@@ -134,6 +134,6 @@ def load_task(task: str, limit: int | None = None) -> list[Question]:
 
 
 def chance(questions: Sequence[Question]) -> float:
-    """The accuracy of guessing: of a question with one answer it is 0."""
+    """Returns the accuracy of guessing, which is 0 for a question with one choice."""
     guesses = [1 / len(question.choices) for question in questions if len(question.choices) > 1]
     return sum(guesses) / len(questions)

@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from ..errors import LayerPruneError
+from ..scoring.criteria import CRITERIA
 from ..surgery.lineage import plain_int
 
 
@@ -24,7 +25,8 @@ class ScoringArguments:
         default="loss",
         metadata={
             "help": "What makes a layer important. Classifiers, encoders, reward and embedding models go "
-            "with block_influence, angular, hidden_mse and positional."
+            "with block_influence, angular, hidden_mse and positional.",
+            "choices": [name for name in CRITERIA if name != "task"],  # of the command line and recipes
         },
     )
     racing: float | None = field(
@@ -53,7 +55,9 @@ class RemovalArguments(ScoringArguments):
         target_layers (`int`): how many layers the model shall have in the end.
     """
 
-    target_layers: int = field(metadata={"help": "How many layers the model shall have."})
+    target_layers: int = field(
+        metadata={"help": "Number of layers to keep, also called keep.", "aliases": ["--keep"]}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,13 +65,32 @@ class RemovalArguments(ScoringArguments):
 
 
 @dataclass(kw_only=True)
-class PruningArguments(RemovalArguments):
-    """Settings of [`LayerPruningCallback`].
+class PhaseSizeArguments(RemovalArguments):
+    """How many layers go in each phase.
 
     Args:
         layers_per_phase (`int` or `float`, *optional*, defaults to 1):
             Layers to remove before training goes on, or a share of those present, as 0.3 (Minitron,
             2407.14679); all are scored again after each. As many as shall go make one phase.
+    """
+
+    layers_per_phase: float = field(
+        default=1, metadata={"help": "Layers to remove in each phase, or a share of them, as 0.3."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size = self.layers_per_phase
+        if not (isinstance(size, float) and 0 < size < 1):  # a share
+            whole = int(size) if isinstance(size, float) and size.is_integer() else size  # as flags give it
+            self.layers_per_phase = check_count("layers_per_phase", whole, "or a share between 0 and 1")
+
+
+@dataclass(kw_only=True)
+class PruningArguments(PhaseSizeArguments):
+    """Settings of [`LayerPruningCallback`].
+
+    Args:
         steps_per_phase (`int`, *optional*):
             Training steps after each removal; left out, all steps are shared out equally. Steps that
             remain go to the last phase.
@@ -88,9 +111,6 @@ class PruningArguments(RemovalArguments):
         LayerPruneError: a setting that cannot work.
     """
 
-    layers_per_phase: float = field(
-        default=1, metadata={"help": "Layers to remove in each phase, or a share of them, as 0.3."}
-    )
     steps_per_phase: int | None = field(
         default=None, metadata={"help": "Steps after each removal. Default: all shared out equally."}
     )
@@ -110,10 +130,6 @@ class PruningArguments(RemovalArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        size = self.layers_per_phase
-        if not (isinstance(size, float) and 0 < size < 1):  # a share
-            whole = int(size) if isinstance(size, float) and size.is_integer() else size  # as flags give it
-            self.layers_per_phase = check_count("layers_per_phase", whole, "or a share between 0 and 1")
         for name in ("steps_per_phase", "tokens_per_phase"):
             if getattr(self, name) is not None:
                 setattr(self, name, check_count(name, getattr(self, name)))

@@ -50,6 +50,8 @@ def run_phases(
     criterion: str = "loss",
     racing: float | None = None,
     protected: Sequence[int] | None = None,
+    pattern: str = "output",
+    seed: int = 0,
     evaluation: Evaluation | None = None,
 ) -> RunRecord:
     """Removes layers phase by phase. In each phase a command trains the pruned model, in its own processes.
@@ -88,10 +90,12 @@ def run_phases(
         criterion=criterion,
         racing=racing,
         protected=None if protected is None else list(protected),
+        pattern=pattern,
+        scoring_seed=seed,
     )
-    names = ("target_layers", "layers_per_phase", "criterion", "racing", "protected")
-    settings = {name: getattr(args, name) for name in names}
-    check_choices(criterion, racing=racing)
+    names = ("target_layers", "layers_per_phase", "criterion", "racing", "protected", "pattern")
+    settings = {name: getattr(args, name) for name in names} | {"scoring_seed": seed}
+    check_choices(criterion, pattern=pattern, racing=racing)
     batches = make_batches(calibration, 4)
     record = read_record(folder)
     if record is None:
@@ -115,7 +119,8 @@ def run_phases(
             model = load(str(folder / f"phase_{number - 1}" / "healed") if phases else None)
             removals: list[Removal] = []
             for _ in range(size):
-                scoring = {"racing": racing, "journal": folder / "scoring.jsonl"}
+                scoring: dict[str, Any] = {"racing": racing, "pattern": pattern, "seed": seed}
+                scoring |= {"journal": folder / "scoring.jsonl"}
                 fixed = record.pruning["protected_originals"]
                 table = score_present(model, batches, criterion, fixed, **scoring)
                 removals += remove_least(model, table)

@@ -1,59 +1,22 @@
-"""Published methods as files: which layers go, what stands in for them, how what is left is trained."""
+"""Published methods as files: which layers go, what stands in for them, how the pruned model is trained."""
 
-import copy
 import dataclasses
-import difflib
-import json
 import re
-import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from datasets import Dataset
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, default_data_collator
 
-from ..checkpoints.saving import save_model
-from ..data import make_batches
 from ..distillation.arguments import DistillationTrainingArguments
-from ..distillation.reconstruction import reconstruct_layers
-from ..distillation.trainable import trained_parameters
-from ..distillation.trainer import DistillationTrainer
 from ..errors import LayerPruneError
-from ..evaluation.evaluate import HeldOutText
-from ..pruning.callback import LayerPruningCallback
-from ..pruning.prune import (
-    MAX_GAP,
-    SELECTIONS,
-    check_plan,
-    phase_entry,
-    prune_layers,
-    run_evaluation,
-    score_present,
-)
-from ..pruning.replacement import KINDS, replace_by_linear_map, replace_run
-from ..reports.card import write_card
-from ..reports.machine import peak_memory_mb
-from ..reports.record import (
-    Record,
-    Removal,
-    RunRecord,
-    changed_settings,
-    check_same_settings,
-    checkpoint_of,
-    read_record,
-    start_record,
-    write_record,
-)
-from ..reports.texts import count_tokens, describe_text, describe_texts
-from ..scoring.table import ScoreTable
-from ..surgery.lineage import get_lineage
-from ..surgery.removal import remove_layers, without_layers
+from ..pruning.arguments import PruningArguments, RemovalArguments
+from ..pruning.prune import SELECTIONS
+from ..pruning.replacement import KINDS
+from ..reports.record import changed_settings
+from .arguments import ModelArguments, SampleArguments, TextArguments
+from .fields import check_fields
 
 
 SHIPPED = Path(__file__).parent
@@ -76,10 +39,13 @@ _Loader.add_implicit_resolver(
 
 @dataclass
 class RecipeArguments:
-    """What goes, and what stands in for it."""
+    """What a recipe says beside how layers are scored, removed and trained."""
 
-    model: str = field(metadata={"help": "Folder or hub id of the model."})
-    keep: int = field(metadata={"help": "How many layers the model shall have."})
+    model: str | None = field(default=None, metadata={"help": "Folder or hub id of the model."})
+    data: str | None = field(
+        default=None,
+        metadata={"help": "Text: a .txt, .jsonl or .jsonl.gz file, or the id of a data set."},
+    )
     title: str = field(default="Layer pruning", metadata={"help": "Name of the method, for the model card."})
     paper: str = field(default="", metadata={"help": "Where it is described, for the model card."})
     select: str = field(
@@ -89,10 +55,6 @@ class RecipeArguments:
             "score least in one shot; or the run that scores least.",
             "choices": ["phases", *SELECTIONS],
         },
-    )
-    pattern: str = field(
-        default="output",
-        metadata={"help": f"For criterion positional: output, input, middle, both, random or {MAX_GAP}."},
     )
     replacement: str = field(
         default="none",
@@ -127,7 +89,6 @@ class RecipeArguments:
     reconstruction_learning_rate: float = field(
         default=1e-3, metadata={"help": "Peak learning rate of reconstruction."}
     )
-    heldout_blocks: int = field(default=16, metadata={"help": "Blocks of the text to measure perplexity on."})
 
     def __post_init__(self) -> None:
         if self.reconstruction_layers < 0:
@@ -160,325 +121,79 @@ class RecipeArguments:
             self.replacement_loss = "kl"  # the map is the least of mse already
 
 
+# A recipe file is a mapping of the fields of these.
+RECIPE_KINDS = (
+    RecipeArguments,
+    ModelArguments,
+    TextArguments,
+    SampleArguments,
+    PruningArguments,
+    DistillationTrainingArguments,
+)
+
+
 def shipped_recipes() -> list[str]:
-    """The names of the recipes that come with the package."""
+    """Returns the names of the recipes that come with the package."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
-def recipe_words(recipe: str, types: Sequence[Any]) -> list[str]:
-    """A recipe as words of a command line.
+def read_recipe(recipe: str | Path) -> dict[str, Any]:
+    """Returns the fields of a recipe, of the types of their dataclasses.
 
     Args:
-        recipe (`str`): the name of one that comes with the package, or a YAML file of fields of `types`.
-        types (sequence of dataclasses): which fields there are.
+        recipe (`str` or `Path`): the name of a recipe that comes with the package, or a YAML file of fields
+            of `RECIPE_KINDS`.
 
     Raises:
-        LayerPruneError: no such recipe, no plain YAML, or a field that there is not.
+        LayerPruneError: there is no such recipe, it is no plain YAML, or a field or a value is wrong.
     """
     path = SHIPPED / f"{recipe}.yaml" if recipe in shipped_recipes() else Path(recipe)
     if not path.is_file():
         raise LayerPruneError(
-            f"No recipe {recipe!r}: give a YAML file, or one of {', '.join(shipped_recipes())}."
+            f"No recipe {str(recipe)!r}: give a YAML file, or one of {', '.join(shipped_recipes())}."
         )
     try:
-        fields = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise LayerPruneError(f"{path} is no plain YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(fields, dict):
+    if not isinstance(values, dict):
         raise LayerPruneError(f"{path} is no recipe: it must be lines of `field: value`.")
-    known = [one.name for kind in types for one in dataclasses.fields(kind) if one.init]
-    words: list[str] = []
-    for name, value in fields.items():
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1)
-            raise LayerPruneError(
-                f"{path}: there is no field {name!r}" + (f"; do you mean {near[0]}?" if near else ".")
-            )
-        if value is None:
-            continue
-        values = value if isinstance(value, list) else [value]
-        words.append(f"--{name}")
-        words += [json.dumps(one) if isinstance(one, dict) else str(one) for one in values]
-    return words
+    given = {name: value for name, value in values.items() if value is not None}
+    return check_fields(given, RECIPE_KINDS, str(path))
+
+
+def check_phases_are_used(select: str, pruning: PruningArguments) -> None:
+    """Checks that settings of phases come with `select="phases"` alone.
+
+    Raises:
+        LayerPruneError: another way of selecting has no use for one that is set.
+    """
+    if select == "phases":
+        return
+    always = {one.name for one in dataclasses.fields(RemovalArguments)}
+    of_phases = [one for one in dataclasses.fields(pruning) if one.name not in always]
+    idle = [one.name for one in of_phases if getattr(pruning, one.name) != one.default]
+    if idle:
+        raise LayerPruneError(
+            f"A recipe has no use for {', '.join(idle)} with select={select!r}. Leave it out, or set select "
+            "to phases."
+        )
 
 
 def resolved_fields(parts: Sequence[Any], args: DistillationTrainingArguments) -> dict[str, Any]:
-    """What a recipe came to: the fields of its parts that are not at their default, without folders and what
-    is of this machine."""
-    found: dict[str, Any] = {}
+    """Returns the fields of a run that are not at their default, as a recipe file holds them, without
+    folders and what is of this machine.
+
+    Args:
+        parts (sequence of dataclasses): filled ones of `RECIPE_KINDS`, without the training arguments.
+        args ([`DistillationTrainingArguments`]): these.
+    """
+    resolved: dict[str, Any] = {}
     for part in parts:
         for one in dataclasses.fields(part):
             value = getattr(part, one.name)
-            if value != one.default and one.name not in ("teacher", "resume"):
+            if value != one.default:
                 local = one.name in ("model", "data") and Path(value).exists()
-                found[one.name] = Path(value).name if local else value
-    return found | {k: v for k, v in changed_settings(args).items() if k not in OF_THE_MACHINE}
-
-
-def run_recipe(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    recipe: RecipeArguments,
-    args: DistillationTrainingArguments,
-    *,
-    calibration: Dataset,
-    heldout: Dataset,
-    train: Dataset,
-    criterion: str = "loss",
-    racing: float | None = None,
-    protected: Sequence[int] | None = None,
-    phases: dict[str, Any] | None = None,
-    resume: str | bool | None = None,
-    resolved: dict[str, Any] | None = None,
-) -> Record:
-    """Make `model`, in place, what a recipe says, and save it with its card in `args.output_dir`.
-
-    Args:
-        recipe ([`RecipeArguments`]): which layers go, and what stands in for them.
-        args ([`DistillationTrainingArguments`]): how what is left is trained; with `max_steps=0` it is not.
-        calibration, heldout, train (`Dataset`): blocks to score on, to measure on and to train on.
-        criterion, racing, protected (*optional*): see [`LayerPruningCallback`].
-        phases (`dict`, *optional*): for `select="phases"`, other settings of [`LayerPruningCallback`].
-        resume (*optional*): see [`~transformers.Trainer.train`]; not for a replacement that is trained alone.
-        resolved (`dict`, *optional*): the recipe's fields, for record and card.
-
-    Returns:
-        `dict`: the run record.
-
-    Raises:
-        LayerPruneError: settings that cannot work, before any long work.
-    """
-    reads = args.max_steps or recipe.reconstruction_layers
-    if reads and isinstance(train, Dataset) and not len(train):
-        raise LayerPruneError(
-            "Calibration and evaluation take all blocks of the text, none is left to train on: give more "
-            "text, or ask for fewer blocks."
-        )
-    if args.eval_strategy != "no":
-        raise LayerPruneError("run measures before, between and after training: leave eval_strategy out.")
-    if resume and recipe.replacement != "none" and recipe.replacement_loss != "none":
-        raise LayerPruneError("What trains a replacement alone is short, and does not resume: begin anew.")
-    found = checkpoint_of(str(args.output_dir)) if resume is True else resume or None
-    choice: dict[str, Any] = {
-        "target_layers": recipe.keep,
-        "criterion": criterion,
-        "calibration": calibration,
-        "racing": racing,
-        "protected": protected,
-        "pattern": recipe.pattern,
-        "evaluation": HeldOutText(heldout, args.per_device_eval_batch_size),
-    }
-    caches = getattr(model.config, "use_cache", None)  # which training may switch off
-    if recipe.select == "phases":
-        if not args.max_steps:
-            raise LayerPruneError("select phases trains between removals: set max_steps or steps_per_phase.")
-        pruning = LayerPruningCallback(**choice, **(phases or {}))
-        _train(model, None, args, train, pruning, found)
-        record = pruning.record.to_dict()
-    else:
-        record = _remove_and_heal(model, recipe, args, choice, train, found)
-    if caches is not None:
-        model.config.use_cache = caches
-    healing = "healed by distillation" if args.kl_weight or args.hidden_weight else "healed on text"
-    record["method"] = {
-        "name": recipe.title,
-        "url": recipe.paper,
-        "healing": healing if args.max_steps else "not healed",
-    }
-    folder = Path(str(args.output_dir))
-    legacy, dtype = args.legacy_rope, args.save_dtype
-    save_model(model, folder, verify=args.verify_save, legacy_rope=legacy, dtype=dtype)
-    tokenizer.save_pretrained(folder)
-    if resolved is not None:
-        record["recipe"] = resolved
-    write_record(RunRecord.from_dict(record), folder)
-    write_card(record, folder)
-    return record
-
-
-def _remove_and_heal(
-    model: PreTrainedModel,
-    recipe: RecipeArguments,
-    args: DistillationTrainingArguments,
-    choice: dict[str, Any],
-    train: Dataset,
-    checkpoint: str | None,
-) -> Record:
-    """Remove all layers first, and train what is left after that, from a checkpoint if there is one."""
-    check_plan(model, recipe.keep, choice["protected"])
-    if recipe.reconstruction_layers:
-        train = _rows_read(recipe, args, train)
-    began = time.monotonic()
-    replaces = recipe.replacement != "none"
-    alone = replaces and recipe.replacement_loss != "none"  # what replaces is all that is trained
-    if alone:
-        for name, value in REPLACEMENT_LOSSES[recipe.replacement_loss].items():
-            setattr(args, name, value)
-    teaches = bool(args.max_steps and (args.kl_weight or args.hidden_weight))
-    reconstructs = recipe.reconstruction_layers > 0 and not checkpoint
-    teacher = copy.deepcopy(model) if teaches or reconstructs else None
-    trained: list[nn.Parameter] = []
-    begun = read_record(str(args.output_dir)) if checkpoint else None
-    if begun is not None:  # the weights are the checkpoint's, what it knows not of is how deep the model is
-        cut = begun.to_dict()
-        _check_same(cut, recipe, choice, args.output_dir)
-        left = cut["phases"][-1]["kept"]
-        remove_layers(model, [i for i, one in enumerate(get_lineage(model).kept) if one not in left])
-        record = cut | {"resumed_at": Path(str(checkpoint)).name}
-    elif replaces:
-        record, trained = _replace(model, recipe, choice)
-    else:
-        record = prune_layers(model, **choice, select=recipe.select).to_dict()
-    if reconstructs:
-        assert teacher is not None
-        record["reconstruction"] = _reconstruct(model, teacher, recipe, args, train)
-    if args.max_steps:
-        write_record(RunRecord.from_dict(record | {"finished": False}), str(args.output_dir))
-        if alone:
-            for parameter in model.parameters():
-                parameter.requires_grad_(any(parameter is one for one in trained))
-        with ExitStack() as shortened:
-            if alone and args.hidden_weight:  # what comes after the replacement says nothing of it
-                last = _last_replaced(record)
-                args.hidden_layers, args.save_strategy = [last], "no"
-                for one in filter(None, (model, teacher)):
-                    kept = get_lineage(one).kept
-                    after = [i for i, original in enumerate(kept) if original > last]
-                    shortened.enter_context(without_layers(one, after))
-            record["training"] = changed_settings(args)
-            record["log"] = _train(model, teacher, args, train, checkpoint=checkpoint)
-        tokens = record["log"][-1]["num_input_tokens_seen"]
-        record.setdefault("texts", {})["healing"] = {"name": describe_text(train)["name"], "tokens": tokens}
-        record["phases"][-1]["healed"] = run_evaluation(choice["evaluation"], model)
-    record |= {"seconds": round(time.monotonic() - began, 2), "finished": True}  # since it was resumed
-    record["phases"][-1]["seconds"] = record["seconds"]
-    record["peak_memory_mb"] = peak_memory_mb()
-    return record
-
-
-def _reconstruct(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel,
-    recipe: RecipeArguments,
-    args: DistillationTrainingArguments,
-    train: Dataset,
-) -> dict[str, Any]:
-    """Train the layers next to the cuts on the teacher's hidden states; what came of it, for the record."""
-    began = time.monotonic()
-    length = len(train[0]["input_ids"])
-    tokens = recipe.reconstruction_tokens or len(train) * length
-    folder = Path(str(args.output_dir)) / "reconstruction"
-    found = reconstruct_layers(
-        model,
-        teacher,
-        make_batches(train.select(range(min(len(train), max(1, tokens // length)))), args.train_batch_size),
-        layers_before=recipe.reconstruction_layers,
-        layers_after=recipe.reconstruction_layers,
-        epochs=recipe.reconstruction_epochs,
-        learning_rate=recipe.reconstruction_learning_rate,
-        autocast=torch.bfloat16 if args.bf16 else None,  # fp16 would need its gradients scaled
-        seed=args.seed,
-        folder=folder,
-        progress=not args.disable_tqdm,
-    )
-    if args.process_index == 0:
-        folder.rmdir()  # what was in it is gone
-    return found.to_dict() | {"seconds": round(time.monotonic() - began, 2)}
-
-
-def _rows_read(recipe: RecipeArguments, args: DistillationTrainingArguments, train: Dataset) -> Dataset:
-    """The rows of the text that the training after reconstruction reads: so both see the same tokens.
-
-    Raises:
-        LayerPruneError: the text is read bit by bit.
-    """
-    if not isinstance(train, Dataset):
-        raise LayerPruneError(
-            "reconstruction_layers reads its tokens several times, but the data is streamed. Leave streaming "
-            "out, or set reconstruction_layers to 0."
-        )
-    rows = len(train)
-    if args.max_steps > 0:
-        rows = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    return train.shuffle(seed=args.seed).select(range(min(rows, len(train))))
-
-
-def _check_same(cut: Record, recipe: RecipeArguments, choice: dict[str, Any], folder: str | None) -> None:
-    """Check that a run goes on as it began."""
-    asked = {name: choice[name] for name in ("target_layers", "criterion")}
-    asked |= {"select": recipe.select, "replacement": recipe.replacement}
-    check_same_settings({"replacement": "none", "select": "phases"} | cut["pruning"], asked, str(folder))
-
-
-def _replace(
-    model: PreTrainedModel, recipe: RecipeArguments, choice: dict[str, Any]
-) -> tuple[Record, list[nn.Parameter]]:
-    """Let something stand for the run that matters least; the record, and what of it is to be trained."""
-    before, standing = get_lineage(model).kept, recipe.replacement_layers
-    if not 1 <= standing < recipe.keep:
-        raise LayerPruneError(
-            f"replacement_layers is {standing}, of {recipe.keep} layers to keep: let at least one stand in, "
-            "and fewer than are kept."
-        )
-    fixed = check_plan(model, recipe.keep, choice["protected"])
-    settings = {name: choice[name] for name in ("target_layers", "criterion", "racing", "pattern")}
-    settings |= {"protected_originals": fixed, "select": "run", "replacement": recipe.replacement}
-    record = start_record(model, settings)
-    batches = make_batches(choice["calibration"], 4)
-    record.texts = describe_texts(choice["calibration"], batches, choice["evaluation"])
-    record.dense = run_evaluation(choice["evaluation"], model)
-    if recipe.replacement == "linear":  # part of the layer before
-        standing = 0
-    run = len(before) - recipe.keep + standing
-    scoring = {"run": run, "racing": choice["racing"], "pattern": choice["pattern"]}
-    table = score_present(model, batches, choice["criterion"], fixed, **scoring)
-    first = table.ranking()[0]
-    if recipe.replacement == "linear":
-        trained = [replace_by_linear_map(model, first, run, batches)]
-    else:
-        trained = replace_run(model, first, run, recipe.replacement, standing)
-    gone = [original for original in before if original not in get_lineage(model).kept]
-    removals = [Removal(before.index(original), original, None) for original in gone]
-    removals[0].score, removals[0].table = table.scores[first], table
-    record.phases.append(phase_entry(model, 0, removals, choice["evaluation"]))
-    record.finished = True
-    return record.to_dict(), trained
-
-
-def _last_replaced(record: Record) -> int:
-    """The original layer in whose place the last one stands that replaces a run."""
-    table = ScoreTable.from_dict(record["phases"][0]["removals"][0]["table"])
-    return table.kept[table.ranking()[0] + table.run - 1]
-
-
-def _train(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel | None,
-    args: DistillationTrainingArguments,
-    train: Dataset,
-    pruning: LayerPruningCallback | None = None,
-    checkpoint: str | None = None,
-) -> list[dict[str, Any]]:
-    """Train, with a teacher where one is asked for, else on the labels alone; the log. The model is then as
-    it was before, without the Trainer's mixed precision."""
-    callbacks: list[Any] = [] if pruning is None else [pruning]
-    kind: Any
-    settings: dict[str, Any]
-    taught = args.kl_weight or args.hidden_weight
-    if taught or (pruning is not None and args.trainable != "all"):  # which is chosen anew after each removal
-        kind, settings = DistillationTrainer, {"teacher_model": teacher}
-    else:
-        chosen = {id(parameter) for parameter in trained_parameters(model, args.trainable)}
-        for parameter in model.parameters():
-            parameter.requires_grad_(parameter.requires_grad and id(parameter) in chosen)
-        kind, settings = Trainer, {"data_collator": default_data_collator}
-    try:
-        trainer = kind(model, args, train_dataset=train, callbacks=callbacks, **settings)
-    except ValueError as error:  # the Trainer refused an argument
-        raise LayerPruneError(str(error)) from error
-    if pruning is not None:
-        pruning.set_trainer(trainer)
-    count_tokens(args, train)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    return trainer.state.log_history
+                name = "keep" if one.name == "target_layers" else one.name
+                resolved[name] = Path(value).name if local else value
+    return resolved | {k: v for k, v in changed_settings(args).items() if k not in OF_THE_MACHINE}

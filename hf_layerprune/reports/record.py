@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from ..checkpoints.loading import is_whole, last_checkpoint
 from ..checkpoints.saving import check_writable
 from ..errors import LayerPruneError
+from ..files import whole_file
 from ..scoring.table import ScoreTable
 from ..surgery.lineage import get_lineage
 from .machine import surroundings
@@ -223,12 +223,8 @@ def write_record(record: RunRecord, folder: str | Path) -> None:
     """Writes the record into `folder`, whole or not at all."""
     path = Path(folder) / RECORD_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    with draft.open("w", encoding="utf-8") as file:
-        json.dump(record.to_dict(), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    with whole_file(path) as file:
+        file.write(json.dumps(record.to_dict(), indent=1).encode())
 
 
 def read_record(folder: str | Path) -> RunRecord | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LayerPruneError
+from ..files import whole_file
 
 
 logger = logging.getLogger(__name__)
@@ -47,10 +48,9 @@ class Journal:
             logger.info("%s: %d results are there already.", self._path, len(self._found))
         elif values:
             logger.warning("%s is of another model or text: it starts afresh.", self._path)
-        draft = self._path.with_name(self._path.name + ".draft")
-        start = [{HEAD: work}, *self._found]
-        draft.write_text("".join(json.dumps(value) + "\n" for value in start), encoding="utf-8")
-        draft.replace(self._path)
+        with whole_file(self._path) as file:
+            for value in [{HEAD: work}, *self._found]:
+                file.write(f"{json.dumps(value)}\n".encode())
         self._found.reverse()
 
     @property

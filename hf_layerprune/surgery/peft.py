@@ -17,6 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import LayerPruneError
+from ..files import whole_file
 from .decoder import predicts_next_token
 from .fresh_model import build_meta_model, quiet
 from .lineage import get_lineage, lineage_entry
@@ -259,7 +260,8 @@ def write_pruned_base(model: Any, folder: Path) -> None:
     record["class"] = type(base).__name__
     if not predicts_next_token(base):  # a head of which the stored base may know nothing
         record["num_labels"] = base.config.num_labels
-    write_whole(folder / PRUNED_BASE, json.dumps(record, indent=1) + "\n")
+    with whole_file(folder / PRUNED_BASE) as file:
+        file.write(f"{json.dumps(record, indent=1)}\n".encode())
 
 
 def keep_base_known(model: Any) -> None:
@@ -309,10 +311,3 @@ def _write_adapter_card(model: Any, output_dir: str | Path) -> None:
 def is_hub_id(name: str) -> bool:
     """Whether a model's name is that of a repository on the hub, and of no folder here."""
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that a kill leaves the old one or the new one."""
-    draft = path.with_suffix(".tmp")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)

@@ -1,0 +1,114 @@
+"""What all commands share: parsing, the model and text that they name, JSON files."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ..errors import LayerPruneError
+from ..files import whole_file
+
+
+OUTPUT_DIR = "trainer_output"  # the Trainer's default
+flag_names: list[str] = []  # of the command that runs
+
+Command = Callable[[list[str]], None]
+
+
+def parse(
+    command: Command, arguments: list[str], kinds: Iterable[Any], model: bool = True, several: bool = False
+) -> list[Any]:
+    """Returns the model name or names of a command line, and one filled dataclass for each of `kinds`.
+
+    Args:
+        command (`Callable`): the command's function, whose name and docstring the help shows.
+        arguments (list of `str`): the words after the command's name.
+        kinds (iterable of dataclasses): whose fields are the flags.
+        model, several (`bool`, *optional*): whether the command takes a model, or several.
+
+    Raises:
+        LayerPruneError: a word that the command does not know, or a value that a dataclass refuses.
+    """
+    kinds = list(kinds)
+    parser = _parser(command, kinds)
+    if model:
+        parser.add_argument("model", nargs="+" if several else None, help="folder or hub id of the model")
+    try:
+        *parsed, rest = parser.parse_args_into_dataclasses(arguments)
+    except ValueError as error:  # a dataclass refused a value
+        raise LayerPruneError(str(error)) from error
+    return [rest.model, *parsed] if model else [*parsed, rest][: len(kinds)]
+
+
+def parse_given(command: Command, arguments: list[str], kinds: Iterable[Any]) -> dict[str, Any]:
+    """Returns the flags that a command line gives, by name, without defaults.
+
+    Args:
+        command, arguments, kinds: see [`parse`].
+
+    Raises:
+        LayerPruneError: a word that the command does not know.
+    """
+    return vars(_parser(command, list(kinds), only_given=True).parse_args(arguments))
+
+
+def _parser(command: Command, kinds: list[Any], only_given: bool = False) -> Any:
+    from argparse import SUPPRESS
+
+    from transformers import HfArgumentParser
+
+    name = command.__name__
+
+    class Parser(HfArgumentParser):
+        def error(self, message: str) -> Any:
+            raise LayerPruneError(f"{message} (see hf-layerprune {name} --help)")
+
+        def add_argument(self, *names: Any, **settings: Any) -> Any:
+            if only_given and settings.get("action") != "help":
+                settings |= {"default": SUPPRESS} | ({"required": False} if "required" in settings else {})
+            return super().add_argument(*names, **settings)
+
+    flag_names[:] = [one.name for kind in kinds for one in fields(kind) if one.init]
+    return Parser(kinds, prog=f"hf-layerprune {name}", description=command.__doc__)
+
+
+def check_folder_of(path: str | None) -> None:
+    """Checks that a file can be written to `path`.
+
+    Raises:
+        LayerPruneError: its folder does not exist.
+    """
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise LayerPruneError(f"Cannot write {path}: its folder does not exist.")
+
+
+def write_json(path: str, values: Any) -> None:
+    """Writes values to a JSON file."""
+    with whole_file(path) as file:
+        file.write(json.dumps(values, indent=1).encode())
+
+
+def finish(name: str, tokenizer: Any, record: dict[str, Any], output_dir: str) -> None:
+    """Writes beside a saved model its tokenizer, the files of its processor, and the card; prints the table.
+
+    Args:
+        name (`str`): folder or hub id of the original model.
+        tokenizer (`PreTrainedTokenizerBase`): of the model.
+        record (`dict`): of the run.
+        output_dir (`str`): where the model is.
+    """
+    from ..checkpoints.loading import copy_companions
+    from ..reports.card import write_card
+
+    tokenizer.save_pretrained(output_dir)
+    copy_companions(name, output_dir)
+    write_card(record, Path(output_dir))
+    print_table(record)
+
+
+def print_table(record: dict[str, Any]) -> None:
+    """Prints the table of a run."""
+    from ..reports.tables import markdown_table, table_rows
+
+    print(markdown_table(table_rows(record)))

@@ -1,0 +1,179 @@
+"""Commands that measure models and write cards: evaluate, card."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from ..errors import LayerPruneError
+from ..recipes.arguments import ModelArguments, TextArguments
+from .common import check_folder_of, parse, write_json
+from .flags import CardArguments, EvaluateArguments, OptionalDataArguments
+
+
+def evaluate(arguments: list[str]) -> None:
+    """What one or more MODELs can do on a text and in tasks, side by side; the first is the dense one."""
+    kinds = [ModelArguments, OptionalDataArguments, TextArguments, EvaluateArguments]
+    names, source, data, text, output = parse(evaluate, arguments, kinds, several=True)
+    from ..evaluation.comparison import compare_models
+    from ..reports.tables import evaluation_rows, markdown_table
+
+    check_folder_of(output.json)
+    _check_tasks(data.data, output)
+    measure = _Measurement(names, source, data.data, text, output)
+    earlier = _read_json(output.json)["models"] if _can_go_on(output) else {}
+    read = None if data.data is None else Path(data.data).name
+    results: dict[str, dict[str, Any]] = {}
+    for name in names:
+        results[name] = measure.of(name, earlier)
+        if output.json:
+            write_json(output.json, {"text": read, "models": earlier | results})
+    compare_models(results)
+    for task, _, file in (task.partition("=") for task in output.tasks):
+        for found in results.values():
+            if task in found["tasks"]:  # lm-eval lists the members of a group instead
+                found["tasks"][task]["source"] = "/".join(Path(file).parts[-2:]) or None
+    print(markdown_table(evaluation_rows(results)))
+    if output.json:
+        write_json(output.json, {"text": read, "models": results})
+
+
+def _check_tasks(data: str | None, output: EvaluateArguments) -> None:
+    """Checks that there is something to measure, and each task once.
+
+    Raises:
+        LayerPruneError: there is not.
+    """
+    if data is None and not output.tasks:
+        raise LayerPruneError("There is nothing to measure: give a text with --data, or --tasks, or both.")
+    if output.limit is not None and output.limit < 2:
+        raise LayerPruneError(f"limit is {output.limit}: it must be at least 2.")
+    counts = Counter(task.partition("=")[0] for task in output.tasks)
+    repeated = [name for name, times in counts.items() if times > 1]
+    if repeated:
+        raise LayerPruneError(f"tasks has {repeated[0]} more than once: put all its rows into one file.")
+
+
+def _can_go_on(output: EvaluateArguments) -> bool:
+    """Returns whether the results file may hold results to take over. lm-eval reads files of its own."""
+    return output.json is not None and Path(output.json).exists() and not output.lm_eval
+
+
+class _Measurement:
+    """Texts, questions and tokenizers of an evaluation, read before any weights are loaded.
+
+    Args:
+        names (list of `str`): folders or hub ids of the models.
+        source ([`ModelArguments`]): how they are loaded.
+        data (`str`, *optional*): the text.
+        text ([`TextArguments`]): how it is read and cut.
+        output ([`EvaluateArguments`]): what is measured.
+
+    Raises:
+        LayerPruneError: a model, a text or a task is not there.
+    """
+
+    def __init__(self, names: list[str], source: Any, data: str | None, text: Any, output: EvaluateArguments):
+        from ..evaluation.tasks import load_task, split_name
+        from ..recipes.inputs import check_model, make_blocks
+
+        self.source, self.output = source, output
+        self.through_lm_eval = output.lm_eval and bool(output.tasks)
+        self.questions: dict[str, Any] = {}
+        if self.through_lm_eval:
+            from ..evaluation.lm_eval import known_tasks
+
+            known_tasks(output.tasks)
+        else:
+            self.questions = {split_name(task)[0]: load_task(task, output.limit) for task in output.tasks}
+        self.tokenizers: dict[str, Any] = {}
+        self.blocks: dict[str, Any] = {}
+        for name in names:
+            config, self.tokenizers[name] = check_model(name, source.trust_remote_code, "evaluate")
+            if data is not None:
+                limit = output.max_blocks
+                self.blocks[name] = make_blocks(data, text, config, self.tokenizers[name], limit)
+
+    def of(self, name: str, earlier: dict[str, Any]) -> dict[str, Any]:
+        """Returns the results of one model: those of an earlier call where nothing has changed since."""
+        from ..data import make_batches
+        from ..evaluation.evaluate import evaluate_model
+        from ..recipes.inputs import load_on_device
+        from ..scoring.score import fingerprint
+
+        output, tokenizer = self.output, self.tokenizers[name]
+        model = load_on_device(name, self.source.trust_remote_code, output.dtype)
+        batches = make_batches(self.blocks[name], 4) if name in self.blocks else []
+        settings = [output.lm_eval, output.limit, output.tasks, self.questions]
+        mark = fingerprint([model], batches, settings)
+        known = next((found for found in earlier.values() if found.get("fingerprint") == mark), None)
+        results = known or evaluate_model(model, tokenizer, batches, self.questions)
+        if self.through_lm_eval and not known:
+            from ..evaluation.lm_eval import run_lm_eval
+
+            results |= run_lm_eval(model, tokenizer, output.tasks, output.limit)
+        results["fingerprint"] = mark
+        if Path(name).is_dir():
+            size = sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
+            results["file_mb"] = round(size / 2**20, 1)
+        return results
+
+
+def card(arguments: list[str]) -> None:
+    """Write the card of the run in folder MODEL anew; with --evaluation, also what it can do."""
+    folder, output = parse(card, arguments, [CardArguments])
+    from ..reports.card import write_card
+    from ..reports.record import read_record, write_record
+
+    record = read_record(folder)
+    if record is None:
+        raise LayerPruneError(f"{folder} holds no layer_pruning.json: give the folder of a run.")
+    if output.base_model:
+        record.model["name"] = output.base_model
+    if output.evaluation:
+        record.evaluation = _evaluation_of(folder, output.evaluation)
+    write_record(record, folder)
+    names = {"license": output.license, "dataset": output.datasets, "language": output.language}
+    write_card(record.to_dict(), Path(folder), output.repository, **names)
+    print(f"{Path(folder) / 'README.md'}")
+
+
+def _evaluation_of(folder: str, evaluation: str) -> dict[str, Any]:
+    """Returns the results of the dense model and of the model in `folder` from a file of `evaluate --json`.
+
+    Raises:
+        LayerPruneError: the file holds no results of that model, or not all.
+    """
+    results = _read_json(evaluation)
+    (first, dense), *others = results["models"].items()
+    name = Path(folder).resolve().name
+    same = [pair for pair in others if Path(pair[0]).name == name]
+    here = [pair for pair in same if len(same) == 1 or Path(pair[0]).resolve() == Path(folder).resolve()]
+    found = here[0][1] if here else None
+    if found is None:
+        names = ", ".join(Path(other).name for other, _ in others) or f"{Path(first).name} alone"
+        raise LayerPruneError(
+            f"{evaluation} is of {names}, not of {name}: evaluate the dense model first, and this one."
+        )
+    if "tasks" in found and "difference" not in found:
+        raise LayerPruneError(f"{evaluation} was not finished: call evaluate again, which goes on.")
+    for one in (dense, found):
+        for task in one.get("tasks", {}).values():
+            task.pop("perplexities", None)
+    return {"text": results["text"], "dense": dense, "model": found}
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    """Returns what `evaluate --json` wrote.
+
+    Raises:
+        LayerPruneError: the file holds something else.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        models = dict(found["models"])
+        if not models:
+            raise ValueError("no models")
+        return {"text": found["text"], "models": models}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LayerPruneError(f"{path} is not from evaluate --json: {error!r}") from error

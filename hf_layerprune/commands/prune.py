@@ -1,0 +1,159 @@
+"""Commands that look at layers, and remove them without training: inspect, score, prune, phases."""
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import LayerPruneError
+from ..recipes.arguments import CalibrationArguments, ModelArguments, SampleArguments, TextArguments
+from .common import check_folder_of, finish, parse, write_json
+from .flags import DataArguments, InspectArguments, SaveArguments, ScoreArguments
+
+
+def inspect(arguments: list[str]) -> None:
+    """List the layers of MODEL and which can be removed, from its config alone."""
+    name, source, output = parse(inspect, arguments, [ModelArguments, InspectArguments])
+    from ..checkpoints.loading import load_meta_model
+    from ..reports.tables import markdown_table
+    from ..surgery.inspection import inspect_layers
+
+    check_folder_of(output.json)
+    found = inspect_layers(load_meta_model(name, source.trust_remote_code))
+    rows = [["layer", "original", "kind", "parameters", "can go"]]
+    for layer in found.layers:
+        parameters = f"{layer.parameters / 1e6:.2f}M"
+        can_go = "no" if layer.refused else "yes"
+        rows.append([str(layer.layer), str(layer.original), layer.kind, parameters, can_go])
+    print(markdown_table(rows))
+    print(f"\n{found.model_type}: {len(found.layers)} of {found.original_layers} layers, ", end="")
+    print(f"{found.parameters / 1e6:.1f}M parameters. The ends are protected unless --protected says else.")
+    for layer in found.layers:
+        if layer.refused:
+            print(f"\n{layer.refused}")
+    if output.json:
+        write_json(output.json, found.to_dict())
+
+
+def score(arguments: list[str]) -> None:
+    """Score how much each layer of MODEL matters."""
+    from ..pruning.arguments import ScoringArguments
+
+    kinds = [ModelArguments, DataArguments, TextArguments, CalibrationArguments]
+    parsed = parse(score, arguments, [*kinds, ScoringArguments, ScoreArguments])
+    name, source, data, text, sample, scoring, output = parsed
+    from ..data import make_batches
+    from ..recipes.inputs import check_model, keywords_of, load_on_device, make_blocks
+    from ..scoring.score import check_plot_path, read_table, score_layers
+
+    if output.plot:
+        check_plot_path(output.plot)
+    check_folder_of(output.json)
+    is_table = output.compare is not None and output.compare.endswith(".json")
+    other = read_table(output.compare) if is_table else None
+    config, tokenizer = check_model(name, source.trust_remote_code, "score", scoring.criterion)
+    sources = [data.data] if is_table or not output.compare else [data.data, output.compare]
+    blocks = [make_blocks(one, text, config, tokenizer, sample.calibration_blocks) for one in sources]
+    model = load_on_device(name, source.trust_remote_code)
+
+    def table_of(blocks: Any, journal: str | None = None) -> Any:
+        settings = keywords_of(scoring) | {"run": output.run, "journal": journal}
+        return score_layers(model, make_batches(blocks, 4), **settings)
+
+    table = table_of(blocks[0], output.json and output.json + ".part")
+    if output.plot:
+        table.plot(output.plot)
+    if output.json:
+        write_json(output.json, table.to_dict())
+    for layer in table.ranking():
+        line = f"layer {layer:3d}   {scoring.criterion} {table.scores[layer]:9.5f}"
+        error = table.errors.get(layer)
+        print(line if error is None else f"{line} +- {error:.5f}")
+    if output.compare:
+        _print_comparison(output.compare, table, other or table_of(blocks[1]))
+
+
+def _print_comparison(name: str, table: Any, other: Any) -> None:
+    """Prints how alike two score tables rank the layers.
+
+    Raises:
+        LayerPruneError: they are of blocks of different lengths.
+    """
+    from ..scoring.score import rank_correlation
+
+    if other.run != table.run:
+        raise LayerPruneError(f"{name} scores runs of {other.run} layers, not of {table.run}.")
+    few = max(1, len(table.scores) // 4)
+    least = [{one.kept[layer] for layer in one.ranking()[:few]} for one in (table, other)]
+    print(f"\nCompared with {name}: rank correlation {rank_correlation(table, other):.3f};")
+    print(f"of the {few} least important layers of each, {len(least[0] & least[1])} are the same.")
+
+
+def prune(arguments: list[str]) -> None:
+    """Remove the least important layers of MODEL one by one, without training."""
+    from ..pruning.arguments import RemovalArguments
+
+    kinds = [ModelArguments, DataArguments, TextArguments, SampleArguments, RemovalArguments, SaveArguments]
+    name, source, data, text, sample, removal, output = parse(prune, arguments, kinds)
+    from ..checkpoints.saving import save_model
+    from ..data import split_blocks
+    from ..evaluation.evaluate import HeldOutText
+    from ..pruning.prune import prune_layers
+    from ..recipes.inputs import check_model, keywords_of, load_on_device, make_blocks
+    from ..reports.record import check_folder_is_free, write_record
+    from ..surgery.decoder import predicts_next_token
+
+    check_folder_is_free(output.output_dir)
+    config, tokenizer = check_model(name, source.trust_remote_code, "prune", removal.criterion)
+    sizes = sample.calibration_blocks, sample.heldout_blocks
+    blocks = make_blocks(data.data, text, config, tokenizer, sum(sizes))
+    calibration, heldout, _ = split_blocks(blocks, *sizes)
+    model = load_on_device(name, source.trust_remote_code)
+    record = prune_layers(
+        model,
+        calibration=calibration,
+        # Models of other kinds have no perplexity.
+        evaluation=HeldOutText(heldout) if predicts_next_token(model) else None,
+        **keywords_of(removal, RemovalArguments),
+    )
+    save_model(model, output.output_dir, verify=output.verify_save, legacy_rope=output.legacy_rope)
+    write_record(record, output.output_dir)
+    finish(name, tokenizer, record.to_dict(), output.output_dir)
+    advice = "train it on your task" if record.dense is None else "`hf-layerprune distill` does both"
+    print(f"\nSaved in {output.output_dir}. It was not healed: {advice}.")
+
+
+def phases(arguments: list[str]) -> None:
+    """Remove layers of MODEL phase by phase, each trained by a COMMAND of its own: ... -- COMMAND."""
+    from ..pruning.arguments import PhaseSizeArguments
+
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    arguments, command = arguments[:at], arguments[at + 1 :]
+    kinds = [ModelArguments, DataArguments, TextArguments, SampleArguments, PhaseSizeArguments, SaveArguments]
+    name, source, data, text, sample, removal, output = parse(phases, arguments, kinds)
+    from ..checkpoints.loading import stored_dtype
+    from ..checkpoints.saving import save_model
+    from ..data import split_blocks
+    from ..evaluation.evaluate import HeldOutText
+    from ..pruning.command_phases import run_phases
+    from ..recipes.inputs import check_model, keywords_of, load_on_device, make_blocks
+
+    config, tokenizer = check_model(name, source.trust_remote_code, "phases")
+    sizes = sample.calibration_blocks, sample.heldout_blocks
+    blocks = make_blocks(data.data, text, config, tokenizer, sum(sizes))
+    calibration, heldout, _ = split_blocks(blocks, *sizes)
+
+    def load(folder: str | None) -> Any:
+        return load_on_device(folder or name, source.trust_remote_code)
+
+    record = run_phases(
+        load,
+        command,
+        output.output_dir,
+        calibration=calibration,
+        evaluation=HeldOutText(heldout),
+        **keywords_of(removal, PhaseSizeArguments),
+    )
+    last = Path(output.output_dir) / f"phase_{len(record.phases)}" / "healed"
+    settings = {"legacy_rope": output.legacy_rope, "dtype": stored_dtype(name, source.trust_remote_code)}
+    save_model(load(str(last)), output.output_dir, verify=output.verify_save, **settings)
+    finish(name, tokenizer, record.to_dict(), output.output_dir)
+    print(f"\nSaved in {output.output_dir}; what each phase left is in its folder there.")

@@ -1,0 +1,215 @@
+"""What the runs of a study have in common: a model, texts, ways to cut and to heal it."""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..checkpoints.loading import load_model, load_tokenizer
+from ..checkpoints.saving import check_writable
+from ..data import check_block_length, load_texts, make_batches, split_blocks, token_blocks
+from ..distillation.arguments import DistillationTrainingArguments
+from ..distillation.trainer import DistillationTrainer
+from ..errors import LayerPruneError
+from ..evaluation.evaluate import evaluate_text
+from ..pruning.prune import prune_layers
+from ..pruning.replacement import replace_by_linear_map
+from ..scoring.journal import Journal
+from ..scoring.score import fingerprint, score_layers
+from ..surgery.lineage import get_lineage
+from .quickstart import load_embedded_model, split_topics
+
+
+WHOLE = {"tokens": 262_144, "calibration_blocks": 32, "heldout_blocks": 32}
+QUICK = {"remove": 2, "tokens": 4096, "calibration_blocks": 4, "heldout_blocks": 8}
+
+Row = dict[str, Any]
+Cut = Callable[[int], tuple[PreTrainedModel, Row]]  # so many layers; what was chosen
+
+
+@dataclass
+class StudyArguments:
+    """On what a study is made."""
+
+    models: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Folders or hub ids; `middle` takes several. Default: that of the quickstart."},
+    )
+    data: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Text, as for other commands; `calibration` takes several. Default: Python's help topics."
+        },
+    )
+    heldout: str | None = field(
+        default=None,
+        metadata={"help": "Text to measure on. Default: a part of the first data, which flatters healing."},
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "A folder; called again, a study goes on. Default: study-NAME."}
+    )
+    quick: bool = field(
+        default=False, metadata={"help": f"A small setting, for a look: {QUICK}, where not given."}
+    )
+    remove: int | None = field(
+        default=None, metadata={"help": "Layers to remove. Default: a quarter of the model's."}
+    )
+    tokens: int | None = field(
+        default=None, metadata={"help": f"Tokens of healing in each run. Default: {WHOLE['tokens']}."}
+    )
+    calibration_blocks: int | None = field(
+        default=None, metadata={"help": f"Blocks to score on. Default: {WHOLE['calibration_blocks']}."}
+    )
+    heldout_blocks: int | None = field(
+        default=None, metadata={"help": f"Blocks to measure on. Default: {WHOLE['heldout_blocks']}."}
+    )
+    block_length: int = field(default=256, metadata={"help": "Tokens in a block."})
+    batch_size: int = field(default=4, metadata={"help": "Blocks in a training step."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "The highest, of a cosine schedule."})
+    seed: int = field(default=0, metadata={"help": "Of the order of the text."})
+
+    def __post_init__(self) -> None:
+        for name, value in (QUICK if self.quick else WHOLE).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        for name in ("tokens", "calibration_blocks", "heldout_blocks", "block_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise LayerPruneError(f"{name} is {getattr(self, name)}: it must be at least 1.")
+
+
+class Setting:
+    """What the runs of a study have in common.
+
+    Args:
+        name (`str`): of the study.
+        arguments ([`StudyArguments`]): its settings.
+
+    Raises:
+        LayerPruneError: no such model or text, too little of it, or a folder that cannot be written to.
+    """
+
+    def __init__(self, name: str, arguments: StudyArguments) -> None:
+        self.arguments, self.folder = arguments, Path(arguments.output_dir or f"study-{name}")
+        check_writable(self.folder)
+        self.dense, self.tokenizer = load(next(iter(arguments.models), None))
+        self.layers = len(get_lineage(self.dense).kept)
+        self.remove = max(1, self.layers // 4) if arguments.remove is None else arguments.remove
+        if not 1 <= self.remove <= self.layers - 3:
+            raise LayerPruneError(
+                f"remove is {self.remove}, of {self.layers} layers: let one go at least, and leave three."
+            )
+        names = [Path(source).name for source in arguments.data]
+        self.names = (names if len(set(names)) == len(names) else arguments.data) or ["help topics"]
+        check_block_length(arguments.block_length, self.dense)
+        self.texts = [load_texts(source) for source in arguments.data] or [_help_topics()]
+        self.blocks = [self.cut_up(texts) for texts in self.texts]
+        sizes: Any = arguments.calibration_blocks, arguments.heldout_blocks
+        for source, blocks in zip(self.names, self.blocks, strict=True):
+            if len(blocks) < sizes[0]:
+                raise LayerPruneError(
+                    f"{source} makes {len(blocks)} blocks, and calibration_blocks is {sizes[0]}: give more "
+                    "text, or ask for fewer."
+                )
+        calibration, heldout, self.train = split_blocks(self.blocks[0], *sizes)
+        if arguments.heldout:
+            heldout = self.cut_up(load_texts(arguments.heldout))
+            heldout = heldout.select(range(min(sizes[1], len(heldout))))
+        self.calibration, self.heldout = make_batches(calibration, 4), make_batches(heldout, 4)
+        tokens: Any = arguments.tokens
+        self.steps = max(1, tokens // (arguments.batch_size * arguments.block_length))
+        settings = [name, {k: v for k, v in asdict(arguments).items() if k != "output_dir"}]
+        few = [blocks.select(range(0, len(blocks), 1 + len(blocks) // 100)) for blocks in self.blocks]
+        text = [batch for some in few for batch in make_batches(some, 4)]
+        mark = fingerprint([self.dense], [*text, *self.heldout], [*settings, *map(len, self.blocks)])
+        self.journal = Journal(self.folder / "cells.jsonl", mark)
+
+    def cut_up(self, texts: list[str], tokenizer: PreTrainedTokenizerBase | None = None) -> Dataset:
+        """Texts as blocks of the study's length."""
+        return token_blocks(texts, tokenizer or self.tokenizer, self.arguments.block_length)
+
+    def loss(self, model: PreTrainedModel) -> float:
+        """Of held-out text, in nats per token."""
+        return evaluate_text(model, self.heldout)["loss"]
+
+    def cut(self, criterion: str, select: str, remove: int) -> tuple[PreTrainedModel, Row]:
+        """The model without the layers that one way of choosing gives, and what was chosen."""
+        model, began = copy.deepcopy(self.dense), time.monotonic()
+        plan: Any = {"target_layers": self.layers - remove, "criterion": criterion, "select": select}
+        record = prune_layers(model, calibration=self.calibration, **plan)
+        seconds = round(time.monotonic() - began, 1)
+        gone = [removal.original for removal in record.removals]
+        return model, {"layers gone": gone, "seconds to score": seconds}
+
+    def cut_with_map(self, remove: int) -> tuple[PreTrainedModel, Row]:
+        """The model with a linear map for the run of least Block Influence, and what was chosen."""
+        model, began = copy.deepcopy(self.dense), time.monotonic()
+        table = score_layers(model, self.calibration, "block_influence", run=remove, progress=False)
+        first, kept = table.ranking()[0], get_lineage(model).kept
+        replace_by_linear_map(model, first, remove, self.calibration)
+        seconds = round(time.monotonic() - began, 1)
+        return model, {"layers gone": kept[first : first + remove], "seconds to score": seconds}
+
+    def cut_loss(self, cut: Cut, remove: int) -> Row:
+        """What one way of cutting costs; nothing where this model cannot be cut so."""
+        try:
+            model, found = cut(remove)
+        except LayerPruneError as error:
+            return {"loss": None, "not possible": str(error)}
+        return {"loss": self.loss(model), **found}
+
+    def cut_and_heal(self, cut: Cut, **changes: Any) -> Row:
+        """What one way of cutting costs, and what is left of that after training; nothing where this model
+        cannot be cut so."""
+        try:
+            model, found = cut(self.remove)
+        except LayerPruneError as error:
+            return {"cut": None, "healed": None, "not possible": str(error)}
+        return {"cut": self.loss(model), **self.heal(model, **changes), **found}
+
+    def heal(self, model: PreTrainedModel, *callbacks: Any, **changes: Any) -> Row:
+        """Train a model against the dense one, in place; how long that took and what it left."""
+        began = time.monotonic()
+        settings: dict[str, Any] = {
+            "max_steps": self.steps,
+            "per_device_train_batch_size": self.arguments.batch_size,
+            "learning_rate": self.arguments.learning_rate,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": 0.05,
+            "seed": self.arguments.seed,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "logging_strategy": "no",
+            "bf16": True,
+            "use_cpu": not torch.cuda.is_available(),
+        }
+        with TemporaryDirectory() as folder:
+            args = DistillationTrainingArguments(output_dir=folder, **settings | changes)
+            teacher = copy.deepcopy(self.dense).to(torch.bfloat16)
+            trainer = DistillationTrainer(
+                model, args, teacher_model=teacher, train_dataset=self.train, callbacks=list(callbacks)
+            )
+            trainer.train()
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        model.float()
+        return {"healed": self.loss(model), "seconds": round(time.monotonic() - began, 1)}
+
+
+def load(name: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A model in float32 with its tokenizer; without a name that of the quickstart."""
+    if name is None:
+        model, tokenizer = load_embedded_model()
+    else:
+        model, tokenizer = load_model(name, dtype="float32"), load_tokenizer(name)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def _help_topics() -> list[str]:
+    return [text for part in split_topics().values() for text in part]

@@ -1,0 +1,115 @@
+"""Commands that train: teach, distill, run."""
+
+from pathlib import Path
+
+from ..errors import LayerPruneError
+from ..recipes.arguments import ModelArguments, SampleArguments, TextArguments
+from .common import OUTPUT_DIR, flag_names, parse, parse_given, print_table
+from .flags import DataArguments, ResumeArguments, TeachArguments, TeacherArguments
+
+
+def teach(arguments: list[str]) -> None:
+    """Write what MODEL says of a text, for `distill --teacher` without it."""
+    kinds = [ModelArguments, DataArguments, TextArguments, TeachArguments]
+    name, source, data, text, output = parse(teach, arguments, kinds)
+    from ..data import make_batches
+    from ..distillation.teacher_cache import TeacherOutputs, write_teacher_outputs
+    from ..recipes.inputs import check_model, load_on_device, make_blocks
+
+    config, tokenizer = check_model(name, source.trust_remote_code, "teach")
+    batches = make_batches(make_blocks(data.data, text, config, tokenizer), output.batch_size)
+    model = load_on_device(name, source.trust_remote_code)
+    settings = {"temperature": output.temperature, "hidden_layers": output.hidden_layers}
+    write_teacher_outputs(model, batches, output.output_dir, output.top_k, **settings)
+    size = sum(file.stat().st_size for file in Path(output.output_dir).iterdir()) / 2**20
+    rows = len(TeacherOutputs(output.output_dir).keys)
+    print(f"{output.output_dir}: {rows} blocks, {size:.1f} MB. `hf-layerprune distill --teacher` reads them.")
+
+
+def distill(arguments: list[str]) -> None:
+    """Remove layers of MODEL while the original teaches what is left (2511.05085)."""
+    from ..distillation.arguments import DistillationTrainingArguments
+    from ..pruning.arguments import PruningArguments
+
+    kinds = [
+        ModelArguments,
+        DataArguments,
+        TextArguments,
+        SampleArguments,
+        TeacherArguments,
+        ResumeArguments,
+        PruningArguments,
+        DistillationTrainingArguments,
+    ]
+    parsed = parse(distill, arguments, kinds)
+    name, source, data, text, sample, teacher, resuming, pruning, args = parsed
+    from ..checkpoints.loading import copy_companions
+    from ..distillation.trainer import DistillationTrainer
+    from ..evaluation.evaluate import HeldOutText
+    from ..recipes.inputs import (
+        check_model,
+        check_reporters,
+        check_text_is_left,
+        keep_stored_dtype,
+        load_on_device,
+        split_text,
+    )
+    from ..recipes.run import pruning_callback
+    from ..reports.record import check_folder_is_free
+
+    resume = resuming.resume or args.resume_from_checkpoint == "True" or args.resume_from_checkpoint
+    trust = source.trust_remote_code
+    check_reporters(args.report_to)
+    if not resume:
+        check_folder_is_free(args.output_dir, resume="--resume")
+    keep_stored_dtype(args, name, trust)
+    config, tokenizer = check_model(name, trust, "distill")
+    calibration, heldout, train = split_text(data.data, text, sample, config, tokenizer, args.max_steps)
+    check_text_is_left(train, sample)
+    model = load_on_device(name, trust, dtype="float32")
+    evaluation = HeldOutText(heldout, args.per_device_eval_batch_size)
+    callback = pruning_callback(pruning, calibration=calibration, evaluation=evaluation)
+    lora = None
+    if teacher.lora_rank is not None:
+        from peft import LoraConfig
+
+        lora = LoraConfig(r=teacher.lora_rank, target_modules="all-linear")
+    try:
+        trainer = DistillationTrainer(
+            model=model,
+            args=args,
+            teacher_model=teacher.teacher,
+            trust_remote_code=trust,
+            train_dataset=train,
+            eval_dataset=heldout,
+            processing_class=tokenizer,
+            peft_config=lora,
+            callbacks=[callback],
+        )
+    except ValueError as error:  # the Trainer refused an argument
+        raise LayerPruneError(str(error)) from error
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    copy_companions(name, args.output_dir)
+    trainer.create_model_card()
+    print_table(callback.record.to_dict())
+    print(f"\nSaved in {args.output_dir}.")
+
+
+def run(arguments: list[str]) -> None:
+    """A published method by its RECIPE: a name such as shortgpt, or a YAML file; flags change its fields."""
+    from ..recipes.prune import prune
+    from ..recipes.recipe import RECIPE_KINDS, read_recipe, shipped_recipes
+
+    kinds = [*RECIPE_KINDS, ResumeArguments]
+    if {"-h", "--help"} & {*arguments}:
+        parse(run, arguments, kinds, model=False)
+    if not arguments or arguments[0].startswith("-"):
+        raise LayerPruneError(f"Give a YAML file, or one of {', '.join(shipped_recipes())}.")
+    recipe = read_recipe(arguments[0])  # its errors name fields, those below name flags
+    given = parse_given(run, arguments[1:], kinds)
+    flag_names[:] = ["keep" if name == "target_layers" else name for name in flag_names]
+    resume = given.pop("resume", False) or given.pop("resume_from_checkpoint", None)
+    _, record = prune(recipe=recipe, resume_from_checkpoint=resume, **given)
+    print_table(record.to_dict())
+    print(f"\nSaved in {(recipe | given).get('output_dir', OUTPUT_DIR)}.")

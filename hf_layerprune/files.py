@@ -1,0 +1,34 @@
+"""Files that a kill leaves whole."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """Opens a file whose content replaces `path` when the block ends without an error.
+
+    A kill at any moment leaves the old file or the new one, never a part of one. So does a loss of power: the
+    content is on disk before the name is.
+
+    Args:
+        path (`str` or `Path`): the file to replace. Its folder must exist.
+    """
+    path = Path(path)
+    draft = path.with_name(path.name + ".draft")
+    try:
+        with draft.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,198 @@
+"""What a run begins with: its model, its text in three parts, and checks before any long work."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.integrations import get_reporting_integration_callbacks
+
+from ..checkpoints.loading import load_class, load_model, load_tokenizer, stored_dtype
+from ..data import (
+    check_block_length,
+    load_texts,
+    make_batches,
+    split_blocks,
+    stream_blocks,
+    token_blocks,
+)
+from ..distillation.arguments import DTYPES, DistillationTrainingArguments
+from ..errors import LayerPruneError
+from ..pruning.arguments import ScoringArguments
+from ..scoring.score import check_criterion_fits
+from ..surgery.decoder import check_next_token
+from .arguments import SampleArguments, TextArguments
+
+
+Parts = tuple[Dataset, Dataset, Any]  # to score on, to measure on and to train on
+
+
+def keywords_of(arguments: Any, kind: Any = ScoringArguments) -> dict[str, Any]:
+    """Returns the fields of a dataclass of pruning/arguments.py as keyword arguments of the functions.
+
+    Args:
+        arguments ([`ScoringArguments`]): the settings, or those of a class derived from it.
+        kind (`type`, *optional*): the class whose fields are wanted.
+    """
+    values = {one.name: getattr(arguments, one.name) for one in dataclasses.fields(kind)}
+    values["seed"] = values.pop("scoring_seed")
+    return values
+
+
+def check_model(
+    name: str, trust_remote_code: bool, what: str, criterion: str | None = None
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Returns the config and the tokenizer of a model, without loading its weights.
+
+    Args:
+        name (`str`): folder or hub id of the model.
+        trust_remote_code (`bool`): whether code that comes with the model may run.
+        what (`str`): what the model is for, for errors.
+        criterion (`str`, *optional*): how its layers are scored. Default: it must predict next tokens.
+
+    Raises:
+        LayerPruneError: there is no such model, or its kind does not fit.
+    """
+    config, cls = load_class(name, trust_remote_code)
+    if criterion is None:
+        check_next_token(cls, what)
+    else:
+        check_criterion_fits(cls, criterion)
+    return config, load_tokenizer(name, trust_remote_code)
+
+
+def load_on_device(name: str, trust_remote_code: bool, dtype: str = "auto") -> Any:
+    """Returns a model on the GPU, or on the CPU where there is none."""
+    model: Any = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def keep_stored_dtype(args: DistillationTrainingArguments, name: str, trust_remote_code: bool) -> None:
+    """Sets `save_dtype`, in place, to the dtype that the model is stored in, unless it is set."""
+    dtype = str(stored_dtype(name, trust_remote_code)).removeprefix("torch.")
+    if args.save_dtype is None and dtype in DTYPES and dtype != "float32":
+        args.save_dtype = dtype
+
+
+def check_reporters(report_to: str | list[str]) -> None:
+    """Checks that the services that shall show the logs are known and installed.
+
+    Raises:
+        LayerPruneError: one is not.
+    """
+    names = [report_to] if isinstance(report_to, str) else report_to
+    try:
+        for reporter in get_reporting_integration_callbacks(report_to):
+            reporter()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise LayerPruneError(f"report_to={' '.join(names)!r}: {error}") from error
+
+
+def make_blocks(
+    data: Any,
+    text: TextArguments,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    limit: int | None = None,
+) -> Dataset:
+    """Returns text as rows of tokens with labels.
+
+    Args:
+        data: the name of a file or of a data set on the hub, or a form that [`make_batches`] takes: texts,
+            chats, a `Dataset`, rows of tokens.
+        text ([`TextArguments`]): how it is read and cut.
+        config (`PreTrainedConfig`): of the model that reads it.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's own, for text.
+        limit (`int`, *optional*): the most blocks to make of a file or data set on the hub.
+
+    Raises:
+        LayerPruneError: there is no such text, or it cannot be read or cut so.
+    """
+    if isinstance(data, Dataset) and {"input_ids", "labels"} <= {*data.column_names}:
+        return data
+    check_block_length(text.block_length, config)
+    if isinstance(data, (str, Path)):
+        texts = load_texts(str(data), text.data_field, text.data_split, text.data_config)
+        blocks = token_blocks(texts, _needed(tokenizer), text.block_length, limit)
+        blocks.info.dataset_name = text_name(data, text)
+        return blocks
+    if data is None:
+        raise LayerPruneError("There is no data. Give a file, the id of a data set, or a list of texts.")
+    columns = data.column_names if isinstance(data, Dataset) else []
+    if "input_ids" not in columns and text.data_field in columns:
+        blocks = token_blocks(data[text.data_field], _needed(tokenizer), text.block_length)
+        blocks.info.dataset_name = data.info.dataset_name
+        return blocks
+    rows = [
+        {name: value[0].tolist() for name, value in batch.items()}
+        for batch in make_batches(data, 1, tokenizer=tokenizer, block_length=text.block_length)
+    ]
+    return Dataset.from_list([{"labels": row["input_ids"]} | row for row in rows])
+
+
+def split_text(
+    data: Any,
+    text: TextArguments,
+    sample: SampleArguments,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    max_steps: int,
+) -> Parts:
+    """Returns rows of tokens to score on, to measure on and to train on.
+
+    Args:
+        data, text, config, tokenizer: see [`make_blocks`].
+        sample ([`SampleArguments`]): how many rows are set apart.
+        max_steps (`int`): training steps, without which a stream has no end.
+
+    Raises:
+        LayerPruneError: as [`make_blocks`], or there is too little text.
+    """
+    calibration, heldout = sample.calibration_blocks, sample.heldout_blocks
+    if not text.streaming:
+        return split_blocks(make_blocks(data, text, config, tokenizer), calibration, heldout)
+    if not isinstance(data, (str, Path)):
+        raise LayerPruneError(
+            f"streaming reads a file or a data set on the hub, but data is a {type(data).__name__}. Leave "
+            "streaming out."
+        )
+    if max_steps < 0:
+        raise LayerPruneError("A stream has no known end. Set max_steps to say how long to train.")
+    if max_steps == 0:
+        return split_blocks(
+            make_blocks(data, text, config, tokenizer, calibration + heldout), calibration, heldout
+        )
+    check_block_length(text.block_length, config)
+    source = (str(data), text.data_field, text.data_split, text.data_config)
+    head, train = stream_blocks(_needed(tokenizer), text.block_length, calibration + heldout, *source)
+    head.info.dataset_name = train.info.dataset_name = text_name(data, text)
+    return *split_blocks(head, calibration, heldout)[:2], train
+
+
+def check_text_is_left(train: Any, sample: SampleArguments) -> None:
+    """Checks that there are rows to train on.
+
+    Raises:
+        LayerPruneError: calibration and evaluation take them all.
+    """
+    if isinstance(train, Dataset) and not len(train):
+        taken = sample.calibration_blocks + sample.heldout_blocks
+        raise LayerPruneError(
+            f"Calibration and evaluation take all {taken} blocks of the text, none is left to train on. "
+            "Give more text, or set calibration_blocks and heldout_blocks lower."
+        )
+
+
+def text_name(data: str | Path, text: TextArguments) -> str:
+    """Returns what a card calls a text: the name of its file, or its id and configuration on the hub."""
+    if Path(data).exists():
+        return Path(data).name
+    return f"{data}, {text.data_config}" if text.data_config else str(data)
+
+
+def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        raise LayerPruneError("The data is text, which needs a tokenizer. Give tokenizer=.")
+    return tokenizer

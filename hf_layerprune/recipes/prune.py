@@ -1,0 +1,138 @@
+"""The whole of a method in one call: text, scores, removal, training, saving."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..checkpoints.loading import copy_companions, load_tokenizer
+from ..distillation.arguments import DistillationTrainingArguments
+from ..errors import LayerPruneError
+from ..pruning.arguments import PruningArguments
+from ..pruning.schedule import phase_sizes
+from ..reports.record import RunRecord, check_folder_is_free
+from ..surgery.decoder import check_next_token, layer_count, text_config
+from .fields import check_fields, fill
+from .inputs import check_model, check_reporters, keep_stored_dtype, load_on_device, split_text
+from .recipe import RECIPE_KINDS, RecipeArguments, check_phases_are_used, read_recipe, resolved_fields
+from .run import run_recipe
+
+
+class PruneOutput(NamedTuple):
+    """What [`prune`] returns.
+
+    Args:
+        model (`PreTrainedModel`): the pruned model, in eval mode.
+        record ([`RunRecord`]): the record of the run, which `layer_pruning.json` holds.
+    """
+
+    model: PreTrainedModel
+    record: RunRecord
+
+
+def prune(
+    model: str | Path | PreTrainedModel | None = None,
+    data: Any = None,
+    keep: int | None = None,
+    recipe: str | Path | Mapping[str, Any] = "default",
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    resume_from_checkpoint: str | bool | None = None,
+    **fields: Any,
+) -> PruneOutput:
+    """Prunes a model by a recipe, and saves it with its tokenizer, record and card in `output_dir`.
+
+    `hf-layerprune run` is the same on the command line.
+
+    Args:
+        model (`str`, `Path` or `PreTrainedModel`): folder or hub id of the model, or the model itself, which
+            is changed in place. Default: that of the recipe.
+        data: text to score, train and measure on: a .txt, .jsonl or .jsonl.gz file, the id of a data set, a
+            list of texts, a `Dataset`, or another form that [`make_batches`] takes. Default: that of the
+            recipe.
+        keep (`int`): how many layers to keep. Default: that of the recipe.
+        recipe (`str`, `Path` or mapping, *optional*, defaults to `"default"`): the name of a recipe that
+            comes with the package, a YAML file, or a mapping of its fields.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): default: the one in the model's folder.
+        resume_from_checkpoint (`str` or `bool`, *optional*): as for [`~transformers.Trainer.train`].
+        fields: other fields of a recipe, which replace the recipe's own: those of [`PruningArguments`],
+            [`DistillationTrainingArguments`] (`output_dir`, `max_steps`, `learning_rate`, ...), and
+            `block_length`, `calibration_blocks`, `heldout_blocks`, `select`, `replacement`, ...
+
+    Returns:
+        [`PruneOutput`]: the pruned model and the record of the run.
+
+    Raises:
+        LayerPruneError: a field or a value is wrong, or settings cannot work, before any long work.
+
+    Example:
+
+    ```python
+    from hf_layerprune import prune
+
+    model, record = prune("HuggingFaceTB/SmolLM2-135M", "text.jsonl", keep=24, output_dir="pruned")
+    ```
+    """
+    in_memory = isinstance(model, PreTrainedModel)
+    named = {} if in_memory else {"model": model}
+    named |= {"data": data} if isinstance(data, (str, Path)) else {}
+    values = _values(recipe, named | {"keep": keep}, fields)
+    chosen, source, text, sample, pruning, args = fill(RECIPE_KINDS, values)
+    trust = source.trust_remote_code
+    check_phases_are_used(chosen.select, pruning)
+    check_reporters(args.report_to)
+    resume = resume_from_checkpoint or args.resume_from_checkpoint
+    if not resume:
+        check_folder_is_free(args.output_dir, resume="resume_from_checkpoint=True")
+    if isinstance(model, PreTrainedModel):
+        check_next_token(model, "prune")
+        config, tokenizer = model.config, tokenizer or load_tokenizer(str(model.name_or_path), trust)
+    else:
+        config, own_tokenizer = check_model(chosen.model, trust, "prune")
+        tokenizer = tokenizer or own_tokenizer
+        keep_stored_dtype(args, chosen.model, trust)
+    _set_steps(chosen, pruning, args, layer_count(text_config(config)))
+    rows = split_text(chosen.data if data is None else data, text, sample, config, tokenizer, args.max_steps)
+    pruned: Any = model if in_memory else load_on_device(chosen.model, trust, dtype="float32")
+    frozen = {id(parameter) for parameter in pruned.parameters() if not parameter.requires_grad}
+    resolved = resolved_fields([chosen, text, sample, pruning], args)
+    run: dict[str, Any] = {"resume": True if resume == "True" else resume, "resolved": resolved}
+    record = run_recipe(pruned, tokenizer, chosen, pruning, args, rows, **run)
+    if not in_memory:
+        copy_companions(chosen.model, args.output_dir)
+    for parameter in pruned.parameters():  # a recipe may train a part of the model alone
+        parameter.requires_grad_(id(parameter) not in frozen)
+    pruned.zero_grad()
+    return PruneOutput(pruned.eval(), record)
+
+
+def _values(
+    recipe: str | Path | Mapping[str, Any], named: Mapping[str, Any], fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the values of all fields: those of the recipe, and over them those that the caller gives.
+
+    Raises:
+        LayerPruneError: a field or a value is wrong, or neither names a model.
+    """
+    if isinstance(recipe, Mapping):
+        values = check_fields(recipe, RECIPE_KINDS, "recipe")
+    else:
+        values = read_recipe(recipe)
+    if not torch.cuda.is_available():
+        values = {"use_cpu": True} | values  # for bf16
+    given = {name: value for name, value in named.items() if value is not None}
+    values |= check_fields(given | {**fields}, RECIPE_KINDS, "prune")
+    if "model" in named and values.get("model") is None:
+        raise LayerPruneError("model has no value. Give a folder, a hub id or a model.")
+    return values
+
+
+def _set_steps(
+    recipe: RecipeArguments, pruning: PruningArguments, args: DistillationTrainingArguments, layers: int
+) -> None:
+    """Sets `max_steps`, in place, to the steps of all phases where only those of one phase are given."""
+    if recipe.select == "phases" and args.max_steps < 0 and pruning.steps_per_phase:
+        phases = phase_sizes(layers, pruning.target_layers, pruning.layers_per_phase)
+        args.max_steps = pruning.steps_per_phase * len(phases)

@@ -1,0 +1,367 @@
+"""Makes a model what a recipe says: removes layers, trains, saves model, record and card."""
+
+import copy
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, default_data_collator
+
+from ..checkpoints.saving import save_model
+from ..data import make_batches
+from ..distillation.arguments import DistillationTrainingArguments
+from ..distillation.reconstruction import reconstruct_layers
+from ..distillation.trainable import trained_parameters
+from ..distillation.trainer import DistillationTrainer
+from ..errors import LayerPruneError
+from ..evaluation.evaluate import HeldOutText
+from ..pruning.arguments import PruningArguments, RemovalArguments
+from ..pruning.callback import LayerPruningCallback
+from ..pruning.prune import check_plan, phase_entry, prune_layers, run_evaluation, score_present
+from ..pruning.replacement import replace_by_linear_map, replace_run
+from ..reports.card import write_card
+from ..reports.machine import peak_memory_mb
+from ..reports.record import (
+    Removal,
+    RunRecord,
+    changed_settings,
+    check_same_settings,
+    checkpoint_of,
+    read_record,
+    start_record,
+    write_record,
+)
+from ..reports.texts import count_tokens, describe_text, describe_texts
+from ..surgery.lineage import get_lineage
+from ..surgery.removal import remove_layers, without_layers
+from .inputs import Parts, keywords_of
+from .recipe import REPLACEMENT_LOSSES, RecipeArguments, check_phases_are_used
+
+
+@dataclass
+class Run:
+    """Everything that a run of a recipe is made with.
+
+    Args:
+        model (`PreTrainedModel`): what is pruned, in place.
+        recipe ([`RecipeArguments`]): how layers are selected, and what replaces them.
+        pruning ([`PruningArguments`]): how layers are scored, and how many stay.
+        args ([`DistillationTrainingArguments`]): how the pruned model is trained; `max_steps=0`: not.
+        calibration, heldout, train (`Dataset`): rows of tokens to score on, to measure on and to train on.
+    """
+
+    model: PreTrainedModel
+    recipe: RecipeArguments
+    pruning: PruningArguments
+    args: DistillationTrainingArguments
+    calibration: Dataset
+    heldout: Dataset
+    train: Any
+
+    def __post_init__(self) -> None:
+        self.evaluation = HeldOutText(self.heldout, self.args.per_device_eval_batch_size)
+        self.folder = Path(str(self.args.output_dir))
+
+    @property
+    def trains_only_replacement(self) -> bool:
+        """Whether the replacement is all that is trained."""
+        return self.recipe.replacement != "none" and self.recipe.replacement_loss != "none"
+
+
+def run_recipe(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: RecipeArguments,
+    pruning: PruningArguments,
+    args: DistillationTrainingArguments,
+    parts: Parts,
+    *,
+    resume: str | bool | None = None,
+    resolved: dict[str, Any] | None = None,
+) -> RunRecord:
+    """Makes `model`, in place, what a recipe says, and saves it with its card in `args.output_dir`.
+
+    Args:
+        model, recipe, pruning, args: see [`Run`].
+        tokenizer (`PreTrainedTokenizerBase`): saved beside the model.
+        parts (tuple of three `Dataset`): rows of tokens to score on, to measure on and to train on.
+        resume (*optional*): see [`~transformers.Trainer.train`]; not for a replacement that is trained alone.
+        resolved (`dict`, *optional*): the recipe's fields, for record and card.
+
+    Returns:
+        [`RunRecord`]: the run record.
+
+    Raises:
+        LayerPruneError: settings that cannot work, before any long work.
+    """
+    run = Run(model, recipe, pruning, args, *parts)
+    _check(run, resume)
+    checkpoint = checkpoint_of(str(args.output_dir)) if resume is True else resume or None
+    cache_setting = getattr(model.config, "use_cache", None)  # which training may switch off
+    if recipe.select == "phases":
+        callback = pruning_callback(pruning, calibration=run.calibration, evaluation=run.evaluation)
+        _train(run, None, callback, checkpoint)
+        record = callback.record
+    else:
+        record = _remove_and_heal(run, checkpoint)
+    if cache_setting is not None:
+        model.config.use_cache = cache_setting
+    healing = "healed by distillation" if args.kl_weight or args.hidden_weight else "healed on text"
+    record.method = {
+        "name": recipe.title,
+        "url": recipe.paper,
+        "healing": healing if args.max_steps else "not healed",
+    }
+    settings: Any = {"legacy_rope": args.legacy_rope, "dtype": args.save_dtype}
+    save_model(model, run.folder, verify=args.verify_save, **settings)
+    tokenizer.save_pretrained(run.folder)
+    if resolved is not None:
+        record.recipe = resolved
+    write_record(record, run.folder)
+    write_card(record.to_dict(), run.folder)
+    return record
+
+
+def pruning_callback(pruning: PruningArguments, **settings: Any) -> LayerPruningCallback:
+    """Returns the callback of these settings."""
+    return LayerPruningCallback(pruning, **settings)
+
+
+def _check(run: Run, resume: str | bool | None) -> None:
+    """Checks what can be checked before any long work.
+
+    Raises:
+        LayerPruneError: settings that cannot work.
+    """
+    reads = run.args.max_steps or run.recipe.reconstruction_layers
+    if reads and isinstance(run.train, Dataset) and not len(run.train):
+        raise LayerPruneError(
+            "Calibration and evaluation take all blocks of the text, none is left to train on. Give more "
+            "text, or set calibration_blocks and heldout_blocks lower."
+        )
+    if run.args.eval_strategy != "no":
+        raise LayerPruneError(
+            "A recipe measures before, between and after training: leave eval_strategy out."
+        )
+    if resume and run.trains_only_replacement:
+        raise LayerPruneError(
+            "Training of a replacement does not resume. Start again in a new output_dir, or leave resume out."
+        )
+    check_phases_are_used(run.recipe.select, run.pruning)
+    if run.recipe.select == "phases" and not run.args.max_steps:
+        raise LayerPruneError("select phases trains between removals: set max_steps or steps_per_phase.")
+
+
+def _remove_and_heal(run: Run, checkpoint: str | None) -> RunRecord:
+    """Removes all layers first and trains the pruned model after that; returns the record.
+
+    Args:
+        run ([`Run`]): everything it is made with.
+        checkpoint (`str`, *optional*): goes on with training from there.
+    """
+    model, recipe, args = run.model, run.recipe, run.args
+    check_plan(model, run.pruning.target_layers, run.pruning.protected)
+    if recipe.reconstruction_layers:
+        run.train = _rows_read(run)
+    began = time.monotonic()
+    if run.trains_only_replacement:
+        for name, value in REPLACEMENT_LOSSES[recipe.replacement_loss].items():
+            setattr(args, name, value)
+    distills = bool(args.max_steps and (args.kl_weight or args.hidden_weight))
+    reconstructs = recipe.reconstruction_layers > 0 and not checkpoint
+    teacher = copy.deepcopy(model) if distills or reconstructs else None
+    record, replaced = _remove(run, checkpoint)
+    if reconstructs:
+        assert teacher is not None
+        record.reconstruction = _reconstruct(run, teacher)
+    if args.max_steps:
+        record.finished = False
+        write_record(record, run.folder)
+        _heal(run, teacher, record, replaced, checkpoint)
+    record.finished = True
+    record.seconds = round(time.monotonic() - began, 2)  # since it was resumed
+    record.phases[-1].seconds = record.seconds
+    record.peak_memory_mb = peak_memory_mb()
+    return record
+
+
+def _remove(run: Run, checkpoint: str | None) -> tuple[RunRecord, list[nn.Parameter]]:
+    """Removes the layers, those of the record where a run is resumed; returns the record and the parameters
+    of a replacement."""
+    model, pruning = run.model, run.pruning
+    begun = read_record(run.folder) if checkpoint else None
+    if begun is not None:  # the weights are the checkpoint's, but not the depth
+        _check_same(begun, run)
+        kept = begun.phases[-1].kept
+        present = get_lineage(model).kept
+        remove_layers(model, [place for place, layer in enumerate(present) if layer not in kept])
+        begun.resumed_at = Path(str(checkpoint)).name
+        return begun, []
+    if run.recipe.replacement != "none":
+        return _replace(run)
+    settings = keywords_of(pruning, RemovalArguments) | {"select": run.recipe.select}
+    return prune_layers(model, calibration=run.calibration, evaluation=run.evaluation, **settings), []
+
+
+def _heal(
+    run: Run,
+    teacher: PreTrainedModel | None,
+    record: RunRecord,
+    replaced: list[nn.Parameter],
+    checkpoint: str | None,
+) -> None:
+    """Trains the pruned model and adds to the record, in place, what came of it."""
+    model, args = run.model, run.args
+    if run.trains_only_replacement:
+        for parameter in model.parameters():
+            parameter.requires_grad_(any(parameter is one for one in replaced))
+    with ExitStack() as shortened:
+        if run.trains_only_replacement and args.hidden_weight:  # later layers have no say in its output
+            last = _last_replaced(record)
+            args.hidden_layers, args.save_strategy = [last], "no"
+            for one in filter(None, (model, teacher)):
+                kept = get_lineage(one).kept
+                after = [place for place, layer in enumerate(kept) if layer > last]
+                shortened.enter_context(without_layers(one, after))
+        record.training = changed_settings(args)
+        record.log = _train(run, teacher, checkpoint=checkpoint)
+    tokens = record.log[-1]["num_input_tokens_seen"]
+    record.texts["healing"] = {"name": describe_text(run.train)["name"], "tokens": tokens}
+    record.phases[-1].healed = run_evaluation(run.evaluation, model)
+
+
+def _reconstruct(run: Run, teacher: PreTrainedModel) -> dict[str, Any]:
+    """Trains the layers next to the cuts on the teacher's hidden states; returns its entry in the record."""
+    began, recipe, args, train = time.monotonic(), run.recipe, run.args, run.train
+    length = len(train[0]["input_ids"])
+    tokens = recipe.reconstruction_tokens or len(train) * length
+    folder = run.folder / "reconstruction"
+    found = reconstruct_layers(
+        run.model,
+        teacher,
+        make_batches(train.select(range(min(len(train), max(1, tokens // length)))), args.train_batch_size),
+        layers_before=recipe.reconstruction_layers,
+        layers_after=recipe.reconstruction_layers,
+        epochs=recipe.reconstruction_epochs,
+        learning_rate=recipe.reconstruction_learning_rate,
+        autocast=torch.bfloat16 if args.bf16 else None,  # fp16 would need its gradients scaled
+        seed=args.seed,
+        folder=folder,
+        progress=not args.disable_tqdm,
+    )
+    if args.process_index == 0:
+        folder.rmdir()  # its checkpoints are gone
+    return found.to_dict() | {"seconds": round(time.monotonic() - began, 2)}
+
+
+def _rows_read(run: Run) -> Dataset:
+    """Returns the rows that the training after reconstruction reads, so that both see the same tokens.
+
+    Raises:
+        LayerPruneError: the text is streamed.
+    """
+    train, args = run.train, run.args
+    if not isinstance(train, Dataset):
+        raise LayerPruneError(
+            "reconstruction_layers reads its tokens several times, but the data is streamed. Leave streaming "
+            "out, or set reconstruction_layers to 0."
+        )
+    rows = len(train)
+    if args.max_steps > 0:
+        rows = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return train.shuffle(seed=args.seed).select(range(min(rows, len(train))))
+
+
+def _check_same(begun: RunRecord, run: Run) -> None:
+    """Checks that a run goes on with the settings it began with."""
+    settings = {name: getattr(run.pruning, name) for name in ("target_layers", "criterion")}
+    settings |= {"select": run.recipe.select, "replacement": run.recipe.replacement}
+    check_same_settings({"replacement": "none", "select": "phases"} | begun.pruning, settings, run.folder)
+
+
+def _replace(run: Run) -> tuple[RunRecord, list[nn.Parameter]]:
+    """Replaces the block of layers that matters least; returns the record and the parameters to train.
+
+    Raises:
+        LayerPruneError: more layers are to stand in than are kept.
+    """
+    model, kind, pruning = run.model, run.recipe.replacement, run.pruning
+    before, standing = get_lineage(model).kept, run.recipe.replacement_layers
+    if not 1 <= standing < pruning.target_layers:
+        raise LayerPruneError(
+            f"replacement_layers is {standing}, of {pruning.target_layers} layers to keep: let at least one "
+            "stand in, and fewer than are kept."
+        )
+    fixed = check_plan(model, pruning.target_layers, pruning.protected)
+    names = ("target_layers", "criterion", "racing", "pattern")
+    settings: dict[str, Any] = {name: getattr(pruning, name) for name in names}
+    settings |= {"protected_originals": fixed, "select": "run", "replacement": kind}
+    record = start_record(model, settings)
+    batches = make_batches(run.calibration, 4)
+    record.texts = describe_texts(run.calibration, batches, run.evaluation)
+    record.dense = run_evaluation(run.evaluation, model)
+    if kind == "linear":  # part of the layer before
+        standing = 0
+    length = len(before) - pruning.target_layers + standing
+    scoring: Any = {"run": length, "racing": pruning.racing, "pattern": pruning.pattern}
+    table = score_present(model, batches, pruning.criterion, fixed, **scoring, seed=pruning.scoring_seed)
+    first = table.ranking()[0]
+    if kind == "linear":
+        trained = [replace_by_linear_map(model, first, length, batches)]
+    else:
+        trained = replace_run(model, first, length, kind, standing)
+    gone = [layer for layer in before if layer not in get_lineage(model).kept]
+    removals = [Removal(before.index(layer), layer, None) for layer in gone]
+    removals[0].score, removals[0].table = table.scores[first], table
+    record.phases.append(phase_entry(model, 0, removals, run.evaluation))
+    record.finished = True
+    return record, trained
+
+
+def _last_replaced(record: RunRecord) -> int:
+    """Returns the last original layer of the block that was replaced."""
+    table = record.removals[0].table
+    assert table is not None
+    return table.kept[table.ranking()[0] + table.run - 1]
+
+
+def _train(
+    run: Run,
+    teacher: PreTrainedModel | None,
+    callback: LayerPruningCallback | None = None,
+    checkpoint: str | None = None,
+) -> list[dict[str, Any]]:
+    """Trains with a teacher where the losses need one, else on the labels alone, and takes the Trainer's
+    mixed precision off the model again; returns the log.
+
+    Raises:
+        LayerPruneError: the Trainer refuses an argument.
+    """
+    model, args = run.model, run.args
+    kind: Any
+    settings: dict[str, Any]
+    distills = args.kl_weight or args.hidden_weight
+    chosen_anew = callback is not None and args.trainable != "all"  # after each removal
+    if distills or chosen_anew:
+        kind, settings = DistillationTrainer, {"teacher_model": teacher}
+    else:
+        chosen = {id(parameter) for parameter in trained_parameters(model, args.trainable)}
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in chosen)
+        kind, settings = Trainer, {"data_collator": default_data_collator}
+    callbacks = [] if callback is None else [callback]
+    try:
+        trainer = kind(model, args, train_dataset=run.train, callbacks=callbacks, **settings)
+    except ValueError as error:
+        raise LayerPruneError(str(error)) from error
+    if callback is not None:
+        callback.set_trainer(trainer)
+    count_tokens(args, run.train)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    return trainer.state.log_history

@@ -1,0 +1,250 @@
+"""Tables of text from the record of a run and from evaluations: rows of cells, the first of headings."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.comparison import mean_difference, share_kept, tasks_done
+from ..scoring.score import reads_text
+from .record import Record
+
+
+EFFECTIVE_QUESTIONS = 30  # over how many the weights of a stability must spread
+
+
+def table_rows(record: Record) -> list[list[str]]:
+    """The run as a table of text: a row of headings, one for the dense model, one for each phase. A column
+    stands there only where the record has something for it."""
+    dense, phases, metrics = qualities_of(record)
+    cut, healed = (any(phase[i] for phase in phases) for i in (0, 1))
+    speed = _speeds_compare(record, [dense, *(found[1] or found[0] for found in phases)])
+    heads = ["layers", "removed", f"{record['pruning']['criterion']} score"]
+    for metric in metrics:
+        heads += (
+            [f"{metric} cut", "healed" if len(metrics) == 1 else f"{metric} healed"]
+            if cut and healed
+            else [metric]
+        )
+    heads += ["parameters", *(["tokens/s"] if speed else []), "seconds"]
+
+    def row(
+        layers: int, removed: str, score: str, found: tuple[Any, Any], parameters: int, seconds: str
+    ) -> list[str]:
+        cells = [str(layers), removed, score]
+        for metric in metrics:
+            both = [_number(one, metric) for one in found]
+            cells += both if cut and healed else [both[1] or both[0]]
+        cells += [f"{parameters / 1e6:.1f}M"]
+        cells += [_number(found[1] or found[0], "tokens_per_second")] if speed else []
+        return [*cells, seconds]
+
+    model = record["model"]
+    rows = [heads, row(model["layers"], "", "", ({}, dense), model["parameters"], "")]
+    for phase, found in zip(record["phases"], phases, strict=True):
+        removed = ", ".join(str(removal["original"]) for removal in phase["removals"])
+        scores = [removal["score"] for removal in phase["removals"]]
+        score = ", ".join(f"{one:.3f}" for one in scores if one is not None)
+        seconds = f"{phase['seconds']:.0f}"
+        rows.append(row(len(phase["kept"]), removed, score, found, phase["parameters"], seconds))
+    return filled_columns(rows)
+
+
+def qualities_of(
+    record: Record,
+) -> tuple[dict[str, Any], list[tuple[dict[str, Any], dict[str, Any]]], list[str]]:
+    """What was measured of the dense model, of each phase's model when cut and when healed, and which metrics
+    are shown: by the run's own `evaluation`, else by the Trainer, which measures no model just cut."""
+    phases = record["phases"]
+    if record["dense"] or not phases or any(phase["cut"] for phase in phases):
+        dense = record["dense"] or {}
+        own = [(phase["cut"] or {}, phase["healed"] or {}) for phase in phases]
+        return dense, own, list(dense)[:1]
+    at_depth: dict[int, dict[str, Any]] = {}
+    for found in record.get("evaluations", []):  # the last at each depth counts
+        values = {name: value for name, value in found.items() if _is_quality(name, value)}
+        at_depth[found["layers"]] = at_depth.get(found["layers"], {}) | values
+    metrics: dict[str, list[Any]] = {}  # of those that are the same everywhere the first is shown
+    for name in dict.fromkeys(name for values in at_depth.values() for name in values):
+        column = [values.get(name) for values in at_depth.values()]
+        if not any(_same(column, other) for other in metrics.values()):
+            metrics[name] = column
+    healed: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({}, at_depth.get(len(phase["kept"]), {})) for phase in phases
+    ]
+    return at_depth.get(record["model"]["layers"], {}), healed, list(metrics)
+
+
+def _speeds_compare(record: Record, measured: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the speeds in a record were all measured in one precision."""
+    precisions = {found.get("precision") for found in measured if "tokens_per_second" in found}
+    # Earlier versions did not note it. They read in that of training what was healed after one removal, but
+    # not what it was compared with.
+    healed_later = "select" in record["pruning"] and any(phase["healed"] for phase in record["phases"])
+    return len(precisions) == 1 and not (None in precisions and healed_later)
+
+
+def _is_quality(name: str, value: Any) -> bool:
+    """Whether a metric of the Trainer is of the model, and not of time, memory or progress."""
+    return isinstance(value, (int, float)) and not re.search(
+        r"^(step|layers|epoch)$|(runtime|_per_second|_time|num_tokens|num_input_tokens_seen)$|_mem_", name
+    )
+
+
+def _same(first: list[Any], second: list[Any]) -> bool:
+    return all(
+        one == other or (None not in (one, other) and math.isclose(one, other, rel_tol=1e-4))
+        for one, other in zip(first, second, strict=True)
+    )
+
+
+def text_rows(record: Record) -> list[list[str]]:
+    """What was read for what, and how much of it, as a table of text; empty where the record does not say."""
+    texts = record.get("texts") or _texts_of_recipe(record)
+    if "evaluation" not in texts and "tokens" in (record["dense"] or {}):  # of a function of the user's own
+        texts = texts | {"evaluation": {"tokens": record["dense"]["tokens"]}}
+    rows = [["", "text", "sequences", "tokens"]]
+    for use in sorted(texts, key=lambda use: ("calibration", "healing", "evaluation").index(use.split()[0])):
+        sizes = [texts[use].get(size) for size in ("sequences", "tokens")]
+        rows.append([use, texts[use].get("name") or "", *(f"{size:,}" if size else "" for size in sizes)])
+    return filled_columns([row for i, row in enumerate(rows) if not i or any(row[1:])])
+
+
+def _texts_of_recipe(record: Record) -> dict[str, dict[str, Any]]:
+    """The texts of a run of a recipe whose record, of an earlier version, does not name them."""
+    if "recipe" not in record:
+        return {}
+    recipe, length = record["recipe"], record["recipe"].get("block_length", 256)
+    counts = {
+        "calibration": recipe.get("calibration_blocks", 16)
+        * reads_text(record["pruning"]["criterion"], None),
+        "evaluation": recipe.get("heldout_blocks", 16),
+    }
+    texts = {use: {"sequences": count, "tokens": count * length} for use, count in counts.items()}
+    texts["healing"] = {"tokens": healing_tokens(record)}
+    return {use: {"name": recipe["data"], **found} for use, found in texts.items() if found["tokens"]}
+
+
+def filled_columns(rows: list[list[str]]) -> list[list[str]]:
+    """Rows of text without the columns in which nothing stands below the heading."""
+    filled = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
+    return [[row[i] for i in filled] for row in rows]
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """Rows of text, the first of headings, as an aligned Markdown table."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def evaluation_rows(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Models side by side as a table of text, from [`evaluate_model`] and [`compare_models`]: a row for each
+    measure, with standard errors where they are known. Speeds stand there only if all were measured in one
+    precision."""
+    speeds = len({found["dtype"] for found in results.values() if "dtype" in found}) < 2
+    columns = [_measures(found, speeds, i == 0) for i, found in enumerate(results.values())]
+    heads = dict.fromkeys(head for column in columns for head in column)
+    names = ["", *(Path(name).name for name in results)]
+    return [names, *([head, *(column.get(head, "") for column in columns)] for head in heads)]
+
+
+def _measures(found: Mapping[str, Any], speeds: bool, is_first: bool) -> dict[str, str]:
+    """What was found of one model, in words."""
+    cells = {
+        "layers": str(found["layers"]),
+        "parameters": f"{found['parameters'] / 1e6:.1f}M",
+        "weights MB": f"{found['weights_mb']:.0f}",
+    }
+    cells |= {"precision": found["dtype"]} if "dtype" in found else {}
+    cells |= {"file MB": f"{found['file_mb']:.0f}"} if "file_mb" in found else {}
+    cells |= {"peak memory MB": str(found["peak_memory_mb"])} if "peak_memory_mb" in found else {}
+    if "perplexity" in found:
+        cells |= {
+            "perplexity": f"{found['perplexity']:.2f}",
+            "bits per byte": f"{found['bits_per_byte']:.3f}",
+        }
+    if "copying" in found:
+        cells |= {
+            "copied in one go": _with_error(found["copying"]["copied"], found["copying"]["standard_error"]),
+            "copied token by token": f"{found['copying']['right']:.3f}",
+        }
+    if speeds and "tokens_per_second" in found:
+        cells |= {
+            "tokens/s read": f"{found['tokens_per_second']:.0f}",
+            "tokens/s generated": f"{found['generated_per_second']:.1f}",
+        }
+    tasks = found.get("tasks", {})
+    cells |= {name: _with_error(task["accuracy"], task["standard_error"]) for name, task in tasks.items()}
+    if tasks:
+        cells["mean of tasks"] = _with_error(found["mean"], found["standard_error"])
+        cells["less the first's"] = _with_error(*found["difference"].values())
+    if "kept" in found:
+        cells["kept above chance"] = "{share:.1%} ± {standard_error:.1%}".format(**found["kept"])
+    if is_first:  # with which the others are compared
+        return cells
+    for name, task in tasks.items():
+        if "agreement" in task:
+            cells[f"agreement, {name}"] = _with_error(*task["agreement"].values())
+        if is_steady(task):
+            error = task["stability"]["standard_error"]
+            cells[f"stability, {name}"] = _with_error(task["stability"]["stability"], error)
+    return cells
+
+
+def is_steady(task: Mapping[str, Any]) -> bool:
+    """Whether the stability of a task is of many questions, not of one or two that outweigh the others."""
+    return task.get("stability", {}).get("effective_questions", 0.0) >= EFFECTIVE_QUESTIONS
+
+
+def results_rows(records: Mapping[str, Record]) -> list[list[str]]:
+    """Runs of one dense model side by side as a table of text, from their records with an `evaluation` (see
+    `hf-layerprune card`): a row for the dense model, one for each run, in the order given, and the tasks that
+    the dense model does ([`tasks_done`]). "Less the first's" is their mean less that of the first run of as
+    many layers, with the paired standard error."""
+    first = next(iter(records.values()))
+    dense = first["evaluation"]["dense"]
+    done = tasks_done(dense)
+    heads = ["", "layers", "healing tokens", "perplexity", "copying", *done, "kept above chance"]
+    leaders: dict[int, tuple[str, Any]] = {}
+
+    def row(name: str, tokens: str, found: Mapping[str, Any], less: str) -> list[str]:
+        kept = share_kept(dense, found)
+        cells = [name, str(found["layers"]), tokens, f"{found['perplexity']:.1f}"]
+        cells += [f"{found['copying']['right']:.3f}"]
+        cells += [f"{found['tasks'][task]['accuracy']:.3f}" for task in done]
+        return [*cells, "{share:.1%} ± {standard_error:.1%}".format(**kept), less]
+
+    rows = [row("dense", "", dense, "")]
+    for name, record in records.items():
+        found = record["evaluation"]["model"]
+        leader, best = leaders.setdefault(found["layers"], (name, found))
+        less = "" if leader == name else "{:+.3f} ± {:.3f}".format(*mean_difference(best, found, done))
+        rows.append(row(name, f"{healing_tokens(record):,}", found, less))
+    return [[*heads, "less the first's"], *rows]
+
+
+def healing_tokens(record: Record) -> int:
+    """On how many tokens a run of a recipe trained in all."""
+    if record.get("texts"):
+        return record["texts"].get("healing", {}).get("tokens", 0)
+    recipe, steps = record["recipe"], record["training"].get("max_steps", 0)
+    steps = max((entry.get("step", 0) for entry in record["log"]), default=max(0, steps))
+    batch = recipe.get("per_device_train_batch_size", 8) * recipe.get("gradient_accumulation_steps", 1)
+    return steps * batch * recipe.get("block_length", 256)
+
+
+def _with_error(value: float, error: float) -> str:
+    return f"{value:.3f} ± {error:.3f}"
+
+
+def _number(values: dict[str, float] | None, name: str | None) -> str:
+    value = None if values is None or name is None else values.get(name)
+    if value is None:
+        return ""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
