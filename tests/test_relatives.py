@@ -22,6 +22,7 @@ from hf_layerprune.checkpoints.loading import load_model
 from hf_layerprune.surgery.decoder import find_decoder
 
 from .conftest import logits, make_model, tokens
+from .test_callback import hand_over
 
 
 def rows(count=4):
@@ -225,6 +226,7 @@ def test_a_reference_that_loses_layers_is_told(llama, tokenizer, adapters, caplo
         peft_config=LoraConfig(target_modules=["q_proj"]) if adapters else None,
         callbacks=[pruning(criterion="block_influence", calibration=batches, verify_save=False)],
     )
+    hand_over(trainer)
     with caplog.at_level(logging.WARNING, "hf_layerprune"):
         trainer.train()
     assert ("The reference of DPOTrainer" in caplog.text) == adapters

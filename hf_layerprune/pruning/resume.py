@@ -98,17 +98,19 @@ def check_depth_of_weights(output_dir: str, model: nn.Module, weights: dict[str,
     expected = {number for number, names in own.items() if names & parts}
     adapted = bool(adapter_configs(model))
     lacking = expected - set(saved) if adapted or _is_whole(model, weights, prefix) else set()
-    if set(saved) - set(own) or lacking:
-        # The Trainer tells no callback from which checkpoint it resumes: any with these layers will do.
-        folders = [str(folder) for folder in sorted(Path(output_dir).glob("checkpoint-*"))]
-        fitting = [one for one in folders if not adapted and len(load_lineage(one).kept) == len(saved)]
-        advice = f"Load the model with from_pretrained({', '.join(map(repr, fitting[:1]))}) before you resume"
-        if adapted:
-            advice = "Take the same layers out of the base first, with remove_layers"
-        raise LayerPruneError(
-            f"The checkpoint has the layers {sorted(saved)}, the model {sorted(expected)}, so its weights "
-            f"would go to the wrong layers. {advice}, or use DistillationTrainer, which does this itself."
-        )
+    if not set(saved) - set(own) and not lacking:
+        return
+    # The Trainer tells no callback from which checkpoint it resumes: any with as many layers will do.
+    for folder in sorted(Path(output_dir).glob("checkpoint-*")):
+        if len(load_lineage(folder, runs_own_code(model)).kept) == len(saved):
+            check_same_depth(model, str(folder))
+    advice = "Load the model from the checkpoint before you resume"
+    if adapted:
+        advice = "Take the same layers out of the base first, with remove_layers"
+    raise LayerPruneError(
+        f"The checkpoint has the layers {sorted(saved)}, the model {sorted(expected)}, so its weights would "
+        f"go to the wrong layers. {advice}, or use DistillationTrainer, which does this itself."
+    )
 
 
 def _by_layer(weights: dict[str, Any], prefix: str) -> dict[int, set[str]]:
