@@ -132,7 +132,7 @@ def test_a_row_of_another_task_is_refused(files):
 def test_shares_are_not_taken_for_right_answers(llama, tokenizer, monkeypatch):
     samples = {"truthfulqa_mc2": [{"acc": 0.31, "resps": [1, 2]}, {"acc": 0.7, "resps": [1, 2]}]}
     monkeypatch.setattr(through_lm_eval, "lm_eval_samples", lambda *args: samples)
-    with pytest.raises(LayerPruneError, match="acc of lm-eval's truthfulqa_mc2 is not right or wrong"):
+    with pytest.raises(LayerPruneError, match="acc of lm-eval's truthfulqa_mc2 is not 0 or 1 but a share"):
         run_lm_eval(llama, tokenizer, ["truthfulqa_mc2"])
 
 

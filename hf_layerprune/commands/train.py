@@ -1,6 +1,7 @@
 """Commands that train: teach, distill, run."""
 
 from pathlib import Path
+from typing import Any
 
 from ..errors import LayerPruneError
 from ..recipes.arguments import ModelArguments, SampleArguments, TextArguments
@@ -44,7 +45,6 @@ def distill(arguments: list[str]) -> None:
     parsed = parse(distill, arguments, kinds)
     name, source, data, text, sample, teacher, resuming, pruning, args = parsed
     from ..checkpoints.loading import copy_companions
-    from ..distillation.trainer import DistillationTrainer
     from ..evaluation.evaluate import HeldOutText
     from ..recipes.inputs import (
         check_model,
@@ -69,31 +69,46 @@ def distill(arguments: list[str]) -> None:
     model = load_on_device(name, trust, dtype="float32")
     evaluation = HeldOutText(heldout, args.per_device_eval_batch_size)
     callback = pruning_callback(pruning, calibration=calibration, evaluation=evaluation)
-    lora = None
-    if teacher.lora_rank is not None:
-        from peft import LoraConfig
-
-        lora = LoraConfig(r=teacher.lora_rank, target_modules="all-linear")
-    try:
-        trainer = DistillationTrainer(
-            model=model,
-            args=args,
-            teacher_model=teacher.teacher,
-            trust_remote_code=trust,
-            train_dataset=train,
-            eval_dataset=heldout,
-            processing_class=tokenizer,
-            peft_config=lora,
-            callbacks=[callback],
-        )
-    except ValueError as error:  # the Trainer refused an argument
-        raise LayerPruneError(str(error)) from error
+    trainer = _make_trainer(
+        model=model,
+        args=args,
+        teacher_model=teacher.teacher,
+        trust_remote_code=trust,
+        train_dataset=train,
+        eval_dataset=heldout,
+        processing_class=tokenizer,
+        peft_config=_lora_config(teacher.lora_rank),
+        callbacks=[callback],
+    )
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     copy_companions(name, args.output_dir)
     trainer.create_model_card()
     print_table(callback.record.to_dict())
     print(f"\nSaved in {args.output_dir}.")
+
+
+def _make_trainer(**settings: Any) -> Any:
+    """Returns a [`DistillationTrainer`].
+
+    Raises:
+        LayerPruneError: the Trainer refuses an argument.
+    """
+    from ..distillation.trainer import DistillationTrainer
+
+    try:
+        return DistillationTrainer(**settings)
+    except ValueError as error:
+        raise LayerPruneError(str(error)) from error
+
+
+def _lora_config(rank: int | None) -> Any:
+    """Returns the config of LoRA adapters of this rank, None without a rank."""
+    if rank is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, target_modules="all-linear")
 
 
 def run(arguments: list[str]) -> None:
