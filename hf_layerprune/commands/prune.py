@@ -41,7 +41,8 @@ def score(arguments: list[str]) -> None:
     parsed = parse(score, arguments, [*kinds, ScoringArguments, ScoreArguments])
     name, source, data, text, sample, scoring, output = parsed
     from ..data import make_batches
-    from ..recipes.inputs import check_model, keywords_of, load_on_device, make_blocks
+    from ..pruning.prune import scoring_settings
+    from ..recipes.inputs import check_model, load_on_device, make_blocks
     from ..scoring.score import check_plot_path, read_table, score_layers
 
     if output.plot:
@@ -55,8 +56,8 @@ def score(arguments: list[str]) -> None:
     model = load_on_device(name, source.trust_remote_code)
 
     def table_of(blocks: Any, journal: str | None = None) -> Any:
-        settings = keywords_of(scoring) | {"run": output.run, "journal": journal}
-        return score_layers(model, make_batches(blocks, 4), **settings)
+        settings = scoring_settings(scoring) | {"protected": scoring.protected, "journal": journal}
+        return score_layers(model, make_batches(blocks, 4), scoring.criterion, run=output.run, **settings)
 
     table = table_of(blocks[0], output.json and output.json + ".part")
     if output.plot:
@@ -97,7 +98,7 @@ def prune(arguments: list[str]) -> None:
     from ..data import split_blocks
     from ..evaluation.evaluate import HeldOutText
     from ..pruning.prune import prune_layers
-    from ..recipes.inputs import check_model, keywords_of, load_on_device, make_blocks
+    from ..recipes.inputs import check_model, load_on_device, make_blocks
     from ..reports.record import check_folder_is_free, write_record
     from ..surgery.decoder import predicts_next_token
 
@@ -109,10 +110,10 @@ def prune(arguments: list[str]) -> None:
     model = load_on_device(name, source.trust_remote_code)
     record = prune_layers(
         model,
+        removal,
         calibration=calibration,
         # Models of other kinds have no perplexity.
         evaluation=HeldOutText(heldout) if predicts_next_token(model) else None,
-        **keywords_of(removal, RemovalArguments),
     )
     save_model(model, output.output_dir, verify=output.verify_save, legacy_rope=output.legacy_rope)
     write_record(record, output.output_dir)
@@ -134,7 +135,7 @@ def phases(arguments: list[str]) -> None:
     from ..data import split_blocks
     from ..evaluation.evaluate import HeldOutText
     from ..pruning.command_phases import run_phases
-    from ..recipes.inputs import check_model, keywords_of, load_on_device, make_blocks
+    from ..recipes.inputs import check_model, load_on_device, make_blocks
 
     config, tokenizer = check_model(name, source.trust_remote_code, "phases")
     sizes = sample.calibration_blocks, sample.heldout_blocks
@@ -148,9 +149,9 @@ def phases(arguments: list[str]) -> None:
         load,
         command,
         output.output_dir,
+        args=removal,
         calibration=calibration,
         evaluation=HeldOutText(heldout),
-        **keywords_of(removal, PhaseSizeArguments),
     )
     last = Path(output.output_dir) / f"phase_{len(record.phases)}" / "healed"
     settings = {"legacy_rope": output.legacy_rope, "dtype": stored_dtype(name, source.trust_remote_code)}

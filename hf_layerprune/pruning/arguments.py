@@ -164,6 +164,11 @@ def make_arguments(kind: type[Arguments], args: Arguments | None, settings: dict
     return kind(**settings)
 
 
+def narrowed(args: RemovalArguments, kind: type[Arguments]) -> Arguments:
+    """Returns arguments of a base class with the same values."""
+    return kind(**{one.name: getattr(args, one.name) for one in fields(kind)})
+
+
 def record_settings(args: RemovalArguments, teacher: Any = None) -> dict[str, Any]:
     """Returns the settings as a record holds them."""
     return asdict(args) | ({} if teacher is None else {"teacher": type(teacher).__name__})

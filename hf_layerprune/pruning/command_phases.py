@@ -29,8 +29,16 @@ from ..reports.record import (
 from ..reports.texts import describe_texts
 from ..scoring.score import check_choices, reads_text
 from ..surgery.lineage import get_lineage
-from .arguments import PruningArguments
-from .prune import Evaluation, check_plan, phase_entry, remove_least, run_evaluation, score_present
+from .arguments import PhaseSizeArguments, make_arguments, record_settings
+from .prune import (
+    Evaluation,
+    check_plan,
+    phase_entry,
+    remove_least,
+    run_evaluation,
+    score_present,
+    scoring_settings,
+)
 from .schedule import phase_sizes
 
 
@@ -44,15 +52,10 @@ def run_phases(
     command: Sequence[str],
     output_dir: str | Path,
     *,
-    target_layers: int,
-    calibration: Any,
-    layers_per_phase: int | float = 1,
-    criterion: str = "loss",
-    racing: float | None = None,
-    protected: Sequence[int] | None = None,
-    pattern: str = "output",
-    seed: int = 0,
+    args: PhaseSizeArguments | None = None,
+    calibration: Any = (),
     evaluation: Evaluation | None = None,
+    **settings: Any,
 ) -> RunRecord:
     """Removes layers phase by phase. In each phase a command trains the pruned model, in its own processes.
 
@@ -68,8 +71,10 @@ def run_phases(
         command (sequence of `str`): the training command, with `{model}` and `{output_dir}` for these
             folders, and `{phase}` for the number of the phase.
         output_dir (`str` or `Path`): a new folder, or that of a run that was stopped.
+        args ([`PhaseSizeArguments`], *optional*): how layers are scored, and how many go in each phase.
         calibration (`Dataset` or sequence of dict): sequences or batches to score layers on.
-        others: see [`PruningArguments`].
+        evaluation (`Callable`, *optional*): see [`LayerPruningCallback`].
+        settings (*optional*): fields of [`PhaseSizeArguments`] by name, instead of `args`.
 
     Returns:
         [`RunRecord`]: the run record. It is written into `output_dir` after each step.
@@ -84,32 +89,23 @@ def run_phases(
             "model that it is to train and the folder where to leave it."
         )
     folder = Path(output_dir)
-    args = PruningArguments(
-        target_layers=target_layers,
-        layers_per_phase=layers_per_phase,
-        criterion=criterion,
-        racing=racing,
-        protected=None if protected is None else list(protected),
-        pattern=pattern,
-        scoring_seed=seed,
-    )
-    names = ("target_layers", "layers_per_phase", "criterion", "racing", "protected", "pattern")
-    settings = {name: getattr(args, name) for name in names} | {"scoring_seed": seed}
-    check_choices(criterion, pattern=pattern, racing=racing)
+    args = make_arguments(PhaseSizeArguments, args, settings)
+    recorded = record_settings(args)
+    check_choices(args.criterion, pattern=args.pattern, racing=args.racing)
     batches = make_batches(calibration, 4)
     record = read_record(folder)
     if record is None:
         model = load(None)
         fixed = check_plan(model, args.target_layers, args.protected)
         check_folder_is_free(folder)
-        record = start_record(model, settings | {"protected_originals": fixed})
+        record = start_record(model, recorded | {"protected_originals": fixed})
         record.method = COMMANDED
-        read = batches if reads_text(criterion, None) else []
+        read = batches if reads_text(args.criterion, None) else []
         record.texts = describe_texts(calibration, read, evaluation)
         record.dense = run_evaluation(evaluation, model)
         write_record(record, folder)
         del model
-    check_same_settings(record.pruning, settings, folder)
+    check_same_settings(record.pruning, recorded, folder)
     began = time.monotonic() - record.seconds
     phases = record.phases
     sizes = phase_sizes(record.model["layers"], args.target_layers, args.layers_per_phase)
@@ -119,10 +115,9 @@ def run_phases(
             model = load(str(folder / f"phase_{number - 1}" / "healed") if phases else None)
             removals: list[Removal] = []
             for _ in range(size):
-                scoring: dict[str, Any] = {"racing": racing, "pattern": pattern, "seed": seed}
-                scoring |= {"journal": folder / "scoring.jsonl"}
+                scoring = {**scoring_settings(args), "journal": folder / "scoring.jsonl"}
                 fixed = record.pruning["protected_originals"]
-                table = score_present(model, batches, criterion, fixed, **scoring)
+                table = score_present(model, batches, args.criterion, fixed, **scoring)
                 removals += remove_least(model, table)
             save_model(model, here / "cut")
             phases.append(phase_entry(model, 0, removals, evaluation))

@@ -19,7 +19,7 @@ from ..scoring.score import check_choices, check_criterion_fits, reads_text, sco
 from ..scoring.table import ScoreTable
 from ..surgery.lineage import get_lineage, plain_int
 from ..surgery.removal import check_layers, possible_cuts, remove_layers
-from .arguments import RemovalArguments, make_arguments, record_settings
+from .arguments import RemovalArguments, ScoringArguments, make_arguments, record_settings
 
 
 logger = logging.getLogger(__name__)
@@ -145,7 +145,7 @@ def check_plan(
     return None if protected is None else sorted(kept[layer] for layer in fixed)
 
 
-def scoring_settings(args: RemovalArguments) -> dict[str, Any]:
+def scoring_settings(args: ScoringArguments) -> dict[str, Any]:
     """Returns the settings that [`score_layers`] takes."""
     return {"racing": args.racing, "pattern": args.pattern, "seed": args.scoring_seed}
 

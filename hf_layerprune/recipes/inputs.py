@@ -1,6 +1,5 @@
 """What a run begins with: its model, its text in three parts, and checks before any long work."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +19,12 @@ from ..data import (
 )
 from ..distillation.arguments import DTYPES, DistillationTrainingArguments
 from ..errors import LayerPruneError
-from ..pruning.arguments import ScoringArguments
 from ..scoring.score import check_criterion_fits
 from ..surgery.decoder import check_next_token
 from .arguments import SampleArguments, TextArguments
 
 
 Parts = tuple[Dataset, Dataset, Any]  # to score on, to measure on and to train on
-
-
-def keywords_of(arguments: Any, kind: Any = ScoringArguments) -> dict[str, Any]:
-    """Returns the fields of a dataclass of pruning/arguments.py as keyword arguments of the functions.
-
-    Args:
-        arguments ([`ScoringArguments`]): the settings, or those of a class derived from it.
-        kind (`type`, *optional*): the class whose fields are wanted.
-    """
-    values = {one.name: getattr(arguments, one.name) for one in dataclasses.fields(kind)}
-    values["seed"] = values.pop("scoring_seed")
-    return values
 
 
 def check_model(

@@ -20,7 +20,7 @@ from ..distillation.trainable import trained_parameters
 from ..distillation.trainer import DistillationTrainer
 from ..errors import LayerPruneError
 from ..evaluation.evaluate import HeldOutText
-from ..pruning.arguments import PruningArguments, RemovalArguments
+from ..pruning.arguments import PruningArguments, RemovalArguments, narrowed
 from ..pruning.callback import LayerPruningCallback
 from ..pruning.prune import check_plan, phase_entry, prune_layers, run_evaluation, score_present
 from ..pruning.replacement import replace_by_linear_map, replace_run
@@ -39,7 +39,7 @@ from ..reports.record import (
 from ..reports.texts import count_tokens, describe_text, describe_texts
 from ..surgery.lineage import get_lineage
 from ..surgery.removal import remove_layers, without_layers
-from .inputs import Parts, keywords_of
+from .inputs import Parts
 from .recipe import REPLACEMENT_LOSSES, RecipeArguments, check_phases_are_used
 
 
@@ -204,8 +204,9 @@ def _remove(run: Run, checkpoint: str | None) -> tuple[RunRecord, list[nn.Parame
         return begun, []
     if run.recipe.replacement != "none":
         return _replace(run)
-    settings = keywords_of(pruning, RemovalArguments) | {"select": run.recipe.select}
-    return prune_layers(model, calibration=run.calibration, evaluation=run.evaluation, **settings), []
+    removal, select = narrowed(pruning, RemovalArguments), run.recipe.select
+    texts: Any = {"calibration": run.calibration, "evaluation": run.evaluation}
+    return prune_layers(model, removal, select=select, **texts), []
 
 
 def _heal(
