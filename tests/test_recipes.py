@@ -588,7 +588,7 @@ def test_prune_is_run(folder, tokenizer, trained):
     assert all(parameter.requires_grad for parameter in pruned.parameters())
     assert equal_weights(pruned, expected)
     assert equal_weights(AutoModelForCausalLM.from_pretrained("other"), expected)
-    assert own_record.recipe == record.recipe
+    assert own_record.recipe == record["recipe"]
     assert own_record == read_record("other")
     # Models in memory and texts in a list give the same.
     model = trained()
