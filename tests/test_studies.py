@@ -7,11 +7,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from hf_layerprune import LayerPruneError, evaluate_text, remove_layers, score_layers
-from hf_layerprune.commands import studies
+from hf_layerprune.commands import study_setting
 from hf_layerprune.commands.cli import main
 from hf_layerprune.commands.studies import STUDIES, run_study
 from hf_layerprune.commands.study_setting import StudyArguments
 from hf_layerprune.data import load_texts, make_batches, split_blocks, token_blocks
+from hf_layerprune.scoring.journal import Journal
 from hf_layerprune.scoring.score import rank_correlation
 from hf_layerprune.scoring.table import ScoreTable
 
@@ -37,7 +38,7 @@ def test_every_study_ends_in_a_table_and_a_plot_and_goes_on_where_it_was(name, a
     """Stopped after its first cell, a study computes only the others, and ends as if it had not been."""
     arguments |= {"models": ["model", "other"]} if name == "middle" else {}
     whole = run_study(name, StudyArguments(**arguments, output_dir="whole"))
-    computed, once = [], studies.Journal.once
+    computed, once = [], Journal.once
 
     def stop(journal, compute):
         if journal._path is not None and journal._path.name == "cells.jsonl":
@@ -46,10 +47,10 @@ def test_every_study_ends_in_a_table_and_a_plot_and_goes_on_where_it_was(name, a
             computed.append(journal)
         return once(journal, compute)
 
-    monkeypatch.setattr(studies.Journal, "once", stop)
+    monkeypatch.setattr(Journal, "once", stop)
     with pytest.raises(KeyboardInterrupt):
         run_study(name, StudyArguments(**arguments, output_dir="parts"))
-    monkeypatch.setattr(studies.Journal, "once", once)
+    monkeypatch.setattr(Journal, "once", once)
     first = Path("parts/cells.jsonl").read_text().splitlines()
     assert len(first) == 2  # the head and one cell
     again = run_study(name, StudyArguments(**arguments, output_dir="parts"))
@@ -156,7 +157,7 @@ def operations(work):
 def test_what_was_reckoned_on_paper_is_what_is_counted(arguments):
     """The operations of the dense model, not counted by the study, by its formula and by the counter."""
     rows = {row["model"]: row for row in run_study("scale", StudyArguments(**arguments))}
-    setting = studies.Setting("scale", StudyArguments(**arguments, output_dir="counted"))
+    setting = study_setting.Setting("scale", StudyArguments(**arguments, output_dir="counted"))
     ids = setting.calibration[0]["input_ids"][:1]
     full = operations(lambda: setting.dense(input_ids=ids)) / 32 / 1e9
     assert rows["llama"]["reading, GFLOP a token"] == pytest.approx(full, rel=0.05)
@@ -238,7 +239,7 @@ def test_a_way_that_a_model_does_not_take_is_left_out(arguments, monkeypatch):
     def refuse(*args):
         raise LayerPruneError("no linear map")
 
-    monkeypatch.setattr(studies, "replace_by_linear_map", refuse)
+    monkeypatch.setattr(study_setting, "replace_by_linear_map", refuse)
     for name in ("baseline", "iterative"):
         rows = run_study(name, StudyArguments(**arguments, output_dir=name))
         assert rows[-1]["not possible"] == "no linear map"
