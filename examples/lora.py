@@ -13,8 +13,8 @@ from hf_layerprune import (
     DistillationTrainingArguments,
     LayerPruningCallback,
     load_texts,
-    split_blocks,
-    token_blocks,
+    split_sequences,
+    token_sequences,
 )
 
 
@@ -23,8 +23,8 @@ max_steps = int(sys.argv[5]) if len(sys.argv) > 5 else 300
 
 model = AutoModelForCausalLM.from_pretrained(name)
 tokenizer = AutoTokenizer.from_pretrained(name)
-blocks = token_blocks(load_texts(text), tokenizer, min(256, model.config.max_position_embeddings))
-calibration, heldout, train = split_blocks(blocks, 8, 8)
+blocks = token_sequences(load_texts(text), tokenizer, min(256, model.config.max_position_embeddings))
+calibration, heldout, train = split_sequences(blocks, 8, 8)
 
 trainer = DistillationTrainer(
     model,

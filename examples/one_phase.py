@@ -16,7 +16,7 @@ from hf_layerprune import (
     DistillationTrainingArguments,
     last_checkpoint,
     load_texts,
-    token_blocks,
+    token_sequences,
 )
 
 
@@ -26,7 +26,7 @@ max_steps = int(sys.argv[5]) if len(sys.argv) > 5 else 300
 # Before the arguments are made: after that, ZeRO-3 would take the teacher apart, too.
 model, teacher = AutoModelForCausalLM.from_pretrained(cut), AutoModelForCausalLM.from_pretrained(name)
 tokenizer = AutoTokenizer.from_pretrained(name)
-train = token_blocks(load_texts(text), tokenizer, min(256, model.config.max_position_embeddings))
+train = token_sequences(load_texts(text), tokenizer, min(256, model.config.max_position_embeddings))
 
 trainer = DistillationTrainer(
     model,

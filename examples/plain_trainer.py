@@ -12,8 +12,8 @@ from hf_layerprune import (
     load_model,
     load_texts,
     load_tokenizer,
-    split_blocks,
-    token_blocks,
+    split_sequences,
+    token_sequences,
 )
 
 
@@ -22,8 +22,8 @@ max_steps = int(sys.argv[5]) if len(sys.argv) > 5 else 300
 
 model, tokenizer = load_model(name), load_tokenizer(name)
 length = min(256, model.config.max_position_embeddings)
-blocks = token_blocks(load_texts(text), tokenizer, length)
-calibration, heldout, train = split_blocks(blocks, calibration=8, heldout=8)
+blocks = token_sequences(load_texts(text), tokenizer, length)
+calibration, heldout, train = split_sequences(blocks, calibration=8, heldout=8)
 
 pruning = LayerPruningCallback(target_layers=int(target_layers), calibration=calibration)
 trainer = Trainer(

@@ -9,12 +9,12 @@ from .checkpoints.saving import save_model as save_model
 from .commands.quickstart import load_embedded_model as load_embedded_model
 from .data import load_texts as load_texts
 from .data import make_batches as make_batches
-from .data import split_blocks as split_blocks
-from .data import token_blocks as token_blocks
+from .data import split_sequences as split_sequences
+from .data import token_sequences as token_sequences
 from .distillation.arguments import DistillationTrainingArguments as DistillationTrainingArguments
 from .distillation.reconstruction import Reconstruction as Reconstruction
 from .distillation.reconstruction import reconstruct_layers as reconstruct_layers
-from .distillation.teacher_cache import write_teacher_outputs as write_teacher_outputs
+from .distillation.teacher_cache import cache_teacher_logits as cache_teacher_logits
 from .distillation.trainer import DistillationTrainer as DistillationTrainer
 from .errors import LayerPruneError as LayerPruneError
 from .evaluation.comparison import share_kept as share_kept
@@ -32,8 +32,8 @@ from .evaluation.tasks import load_task as load_task
 from .pruning.arguments import PruningArguments as PruningArguments
 from .pruning.callback import LayerPruningCallback as LayerPruningCallback
 from .pruning.prune import prune_layers as prune_layers
+from .pruning.replacement import replace_block as replace_block
 from .pruning.replacement import replace_by_linear_map as replace_by_linear_map
-from .pruning.replacement import replace_run as replace_run
 from .recipes.prune import PruneOutput as PruneOutput
 from .recipes.prune import prune as prune
 from .recipes.recipe import shipped_recipes as shipped_recipes

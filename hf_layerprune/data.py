@@ -152,7 +152,7 @@ def _load(source: str, field: str, split: str, config: str | None, streaming: bo
     return dataset
 
 
-def stream_blocks(
+def stream_sequences(
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     first: int,
@@ -164,7 +164,7 @@ def stream_blocks(
     """Returns token sequences of a text that is read during training and is never completely in memory.
 
     Args:
-        tokenizer, length: see [`token_blocks`].
+        tokenizer, length: see [`token_sequences`].
         first (`int`): the number of sequences at the beginning that are held out for calibration and
             evaluation.
         source, field, split, config: see [`load_texts`].
@@ -197,7 +197,7 @@ def _stream(
         yield {"input_ids": sequence, "labels": sequence}
 
 
-def token_blocks(
+def token_sequences(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None = None
 ) -> Dataset:
     """Tokenises documents, joins them with the end-of-text token, and cuts them into sequences of equal
@@ -216,13 +216,13 @@ def token_blocks(
         LayerPruneError: the text is shorter than one sequence, or `limit` is below 1.
     """
     if limit is not None and limit < 1:
-        raise LayerPruneError(f"{limit} blocks are asked for. Choose at least 1.")
+        raise LayerPruneError(f"{limit} sequences are asked for. Choose at least 1.")
     sequences = list(islice(_sequences(texts, tokenizer, length), limit))
     return Dataset.from_dict({"input_ids": sequences, "labels": sequences})
 
 
 def _sequences(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[list[int]]:
-    """Yields the sequences of [`token_blocks`]. Raises its errors."""
+    """Yields the sequences of [`token_sequences`]. Raises its errors."""
     if length < 2:
         raise LayerPruneError(f"A sequence of {length} tokens has nothing to predict. Use 2 or more.")
     last = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
@@ -242,29 +242,29 @@ def _sequences(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length:
         tokens = tokens[whole:]
     if not has_sequence:
         raise LayerPruneError(
-            f"The text has {len(tokens)} tokens, less than one block of {length}. Give more text or "
-            "a smaller block_length."
+            f"The text has {len(tokens)} tokens, less than one sequence of {length}. Give more text or "
+            "a smaller sequence_length."
         )
 
 
-def check_block_length(length: int, model: PreTrainedModel | PreTrainedConfig) -> None:
+def check_sequence_length(length: int, model: PreTrainedModel | PreTrainedConfig) -> None:
     """Checks that the context of a model is long enough for sequences of `length` tokens.
 
     Raises:
         LayerPruneError: the context is shorter.
     """
-    longest = most_tokens(model)
+    longest = context_length(model)
     if longest is not None and length > longest:
-        raise LayerPruneError(f"block_length is {length}, but the model reads {longest} tokens at most.")
+        raise LayerPruneError(f"sequence_length is {length}, but the model reads {longest} tokens at most.")
 
 
-def most_tokens(model: PreTrainedModel | PreTrainedConfig) -> int | None:
+def context_length(model: PreTrainedModel | PreTrainedConfig) -> int | None:
     """Returns the context length of a model in tokens; None if its config has none."""
     config = model if isinstance(model, PreTrainedConfig) else model.config
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
-def split_blocks(blocks: Dataset, calibration: int, heldout: int) -> tuple[Dataset, Dataset, Dataset]:
+def split_sequences(sequences: Dataset, calibration: int, heldout: int) -> tuple[Dataset, Dataset, Dataset]:
     """Splits sequences into a part for calibration and one for evaluation, both spread evenly over the text,
     and the rest for training.
 
@@ -272,17 +272,17 @@ def split_blocks(blocks: Dataset, calibration: int, heldout: int) -> tuple[Datas
         LayerPruneError: there are too few sequences, or a part would be empty.
     """
     taken = calibration + heldout
-    if calibration < 1 or heldout < 1 or taken > len(blocks):
+    if calibration < 1 or heldout < 1 or taken > len(sequences):
         raise LayerPruneError(
             f"Cannot take {calibration} sequences for calibration and {heldout} for evaluation (at least 1 "
-            f"each) out of {len(blocks)}. Give more text, a smaller block_length, or ask for fewer sequences."
+            f"each) out of {len(sequences)}. Give more text, a smaller sequence_length, or ask for fewer."
         )
-    spread = [i * len(blocks) // taken for i in range(taken)]
+    spread = [i * len(sequences) // taken for i in range(taken)]
     chosen = {spread[i * taken // calibration] for i in range(calibration)}
     return (
-        blocks.select(sorted(chosen)),
-        blocks.select([i for i in spread if i not in chosen]),
-        blocks.select([i for i in range(len(blocks)) if i not in set(spread)]),
+        sequences.select(sorted(chosen)),
+        sequences.select([i for i in spread if i not in chosen]),
+        sequences.select([i for i in range(len(sequences)) if i not in set(spread)]),
     )
 
 
@@ -292,7 +292,7 @@ def make_batches(
     collate: Callable[[list[Any]], dict[str, Any]] | None = None,
     *,
     tokenizer: Any = None,
-    block_length: int = 256,
+    sequence_length: int = 256,
     columns: Collection[str] | None = None,
 ) -> list[Batch]:
     """Returns batches of tokens from calibration or evaluation data of any common form.
@@ -302,14 +302,14 @@ def make_batches(
             Tokens: a data set, stream or list of rows, a tensor, one batch, or a list, generator or loader of
             batches. Batches are not changed.
             Text: a list of strings, or rows with `text`, `messages`, or `prompt` and `completion`, as in trl.
-            It is cut into sequences ([`token_blocks`]), in which all tokens count.
+            It is cut into sequences ([`token_sequences`]), in which all tokens count.
         batch_size (`int`, *optional*, defaults to 8): rows per batch.
         collate (`Callable`, *optional*): makes a batch of rows of tokens, as a Trainer's `data_collator`.
             Default: rows of unequal length are padded.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's tokenizer or processor, for text.
-        block_length (`int`, *optional*, defaults to 256): tokens per sequence of text, fewer if the text is
-            short.
-        columns (collection of `str`, *optional*): the columns to keep, see [`columns_read`]. Default: all.
+        sequence_length (`int`, *optional*, defaults to 256): tokens per sequence of text, fewer of a short
+            text.
+        columns (collection of `str`, *optional*): the columns to keep, see [`model_columns`]. Default: all.
 
     Returns:
         `list[dict[str, torch.Tensor]]`: batches with `input_ids` `(batch, length)`.
@@ -322,7 +322,7 @@ def make_batches(
 
     ```python
     batches = make_batches(["A text.", "Another one."], tokenizer=tokenizer)
-    batches = make_batches(load_texts("text.jsonl")[:100], tokenizer=tokenizer, block_length=512)
+    batches = make_batches(load_texts("text.jsonl")[:100], tokenizer=tokenizer, sequence_length=512)
     ```
     """
     if batch_size < 1:
@@ -338,7 +338,7 @@ def make_batches(
         return [_as_batch(batch) for batch in rows]
     if not _is_tokens(rows[0]):
         tokenizer = tokenizer if hasattr(tokenizer, "bos_token_id") else getattr(tokenizer, "tokenizer", None)
-        rows, collate = _text_sequences(rows, tokenizer, block_length), None
+        rows, collate = _text_sequences(rows, tokenizer, sequence_length), None
     elif columns is not None:
         rows = [{name: value for name, value in _as_row(row).items() if name in columns} for row in rows]
     else:
@@ -348,12 +348,12 @@ def make_batches(
     return list(DataLoader(rows, batch_size, collate_fn=collate or _padded, generator=generator))
 
 
-def one_by_one(data: Any) -> Iterable[Batch]:
+def iterate_batches(data: Any) -> Iterable[Batch]:
     """Returns the batches of a generator or loader one by one, those of other data by [`make_batches`]."""
     return data if isinstance(data, (DataLoader, Iterator)) else make_batches(data)
 
 
-def columns_read(model: PreTrainedModel) -> set[str]:
+def model_columns(model: PreTrainedModel) -> set[str]:
     """Returns the names of the columns that `model` reads, and those of labels."""
     return {*inspect.signature(type(model).forward).parameters, "labels", "label", "label_ids"}
 
@@ -497,7 +497,7 @@ def _text_sequences(rows: Any, tokenizer: Any, length: int) -> Dataset:
     if tokenizer is None:
         raise LayerPruneError(
             "The data is text, which needs a tokenizer. Give tokenizer= (in training, processing_class= of "
-            "the Trainer), or give tokens: token_blocks(texts, tokenizer, 256) makes them."
+            "the Trainer), or give tokens: token_sequences(texts, tokenizer, 256) makes them."
         )
     texts = [text for text in (_text_of(row, tokenizer) for row in rows) if text.strip()]
     if not texts:
@@ -507,7 +507,7 @@ def _text_sequences(rows: Any, tokenizer: Any, length: int) -> Dataset:
         tokens += len(tokenizer(text, verbose=False)["input_ids"])
         if tokens >= length:
             break
-    return token_blocks(texts, tokenizer, max(2, min(length, tokens)))
+    return token_sequences(texts, tokenizer, max(2, min(length, tokens)))
 
 
 def _is_chat(row: Any) -> bool:

@@ -28,8 +28,8 @@ from .test_callback import calibration, plain_trainer, pruning
 from .test_trainer import examples, make_trainer
 
 
-DATA = ["--data", "text.txt", "--block_length", "16"]
-SMALL = ["--calibration_blocks", "4", "--heldout_blocks", "3"]
+DATA = ["--data", "text.txt", "--sequence_length", "16"]
+SMALL = ["--calibration_sequences", "4", "--heldout_sequences", "3"]
 TRAIN = ["--max_steps", "4", "--use_cpu", "True", "--report_to", "none", "--save_strategy", "no"]
 TRAIN += ["--per_device_train_batch_size", "2", "--disable_tqdm", "True"]
 

@@ -23,11 +23,11 @@ from .conftest import TEXT, make_model
 from .test_multiple_choice import QUESTIONS
 
 
-DATA = ["--data", "text.txt", "--block_length", "16"]
+DATA = ["--data", "text.txt", "--sequence_length", "16"]
 
 
 def test_score_prints_the_ranking_and_writes_table_and_plot(folder, capsys):
-    flags = [*DATA, "--calibration_blocks", "4", "--plot", "p.png", "--json", "s.json"]
+    flags = [*DATA, "--calibration_sequences", "4", "--plot", "p.png", "--json", "s.json"]
     assert main(["score", folder, *flags]) == 0
     table = json.loads(Path("s.json").read_text())
     lines = capsys.readouterr().out.splitlines()
@@ -39,7 +39,7 @@ def test_score_prints_the_ranking_and_writes_table_and_plot(folder, capsys):
 
 def test_score_says_how_alike_two_texts_rank(folder, capsys):
     Path("other.txt").write_text(TEXT[::-1])
-    flags = [*DATA, "--calibration_blocks", "4"]
+    flags = [*DATA, "--calibration_sequences", "4"]
     assert main(["score", folder, *flags, "--json", "s.json", "--run", "2", "--racing", "0.9"]) == 0
     assert " +- " in capsys.readouterr().out
     for other, expected in (("s.json", "rank correlation 1.000"), ("other.txt", "rank correlation")):
@@ -61,7 +61,7 @@ def test_prune_writes_a_cut_model(folder, capsys):
 @pytest.mark.parametrize("how", [["--hidden_weight", "0.1"], ["--lora_rank", "2"], ["--trainable", "1"]])
 def test_distill_removes_and_heals(how, folder, capsys):
     flags = ["--target_layers", "4", "--output_dir", "healed", "--max_steps", "4", *how]
-    more = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--calibration_blocks", "4"]
+    more = ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--calibration_sequences", "4"]
     assert main(["distill", folder, *DATA, *flags, *more]) == 0
     saved = AutoModelForCausalLM.from_pretrained("healed")
     assert saved.config.num_hidden_layers == 4
@@ -74,19 +74,19 @@ def test_distill_removes_and_heals(how, folder, capsys):
 
 def test_what_was_taught_is_learnt_without_the_teacher(folder, capsys):
     keep = ["--output_dir", "said", "--top_k", "9", "--hidden_layers", "2", "5"]
-    assert main(["teach", folder, *DATA, *keep]) == 0
+    assert main(["cache-teacher", folder, *DATA, *keep]) == 0
     assert "said: " in capsys.readouterr().out
     flags = ["--teacher", "said", "--hidden_weight", "0.1", "--target_layers", "5", "--output_dir", "healed"]
     more = ["--max_steps", "2", "--use_cpu", "--report_to", "none", "--disable_tqdm", "true"]
-    assert main(["distill", folder, *DATA, *flags, *more, "--calibration_blocks", "4"]) == 0
+    assert main(["distill", folder, *DATA, *flags, *more, "--calibration_sequences", "4"]) == 0
     assert AutoModelForCausalLM.from_pretrained("healed").config.num_hidden_layers == 5
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["teach", "model", *DATA, "--output_dir", "model"], "model holds no teacher outputs"),
-        (["teach", "model", *DATA, "--output_dir", "x", "--top_k", "999"], "top_k is 999"),
+        (["cache-teacher", "model", *DATA, "--output_dir", "model"], "model holds no cached teacher logits"),
+        (["cache-teacher", "model", *DATA, "--output_dir", "x", "--top_k", "999"], "top_k is 999"),
         (["scroe"], "no command 'scroe': choose from quickstart, inspect, score"),
         (["score", "nowhere", "--data", "text.txt"], "Cannot load a model from 'nowhere'"),
         (["score", ".", "--data", "text.txt"], "not a folder with a model"),
@@ -96,8 +96,8 @@ def test_what_was_taught_is_learnt_without_the_teacher(folder, capsys):
         (["score", "model", *DATA, "--luck", "3"], "--luck"),
         (["score", "model", *DATA, "--criterion", "luck"], "luck"),
         (["score", "model", *DATA, "--protected", "9"], "No layers [9]"),
-        (["score", "model", "--data", "text.txt", "--block_length", "65"], "reads 64 tokens at most"),
-        (["score", "model", "--data", "short.txt", "--block_length", "16"], "less than one block"),
+        (["score", "model", "--data", "text.txt", "--sequence_length", "65"], "reads 64 tokens at most"),
+        (["score", "model", "--data", "short.txt", "--sequence_length", "16"], "less than one sequence"),
         (["prune", "model", *DATA, "--target_layers", "6", "--output_dir", "x"], "target_layers is 6"),
         (["prune", "model", *DATA, "--target_layers", "3", "--output_dir", "model"], "already holds"),
         (["prune", "model", *DATA, "--target_layers", "x", "--output_dir", "x"], "invalid int value"),
@@ -105,7 +105,7 @@ def test_what_was_taught_is_learnt_without_the_teacher(folder, capsys):
         (["distill", "model", *DATA, "--target_layers", "4", "--kl_weight", "-1"], "kl_weight is -1.0"),
         (["distill", "model", *DATA, "--target_layers", "4", "--output_dir", "model"], "already holds"),
         (["evaluate", "--data", "text.txt"], "model"),
-        (["evaluate", "model", *DATA, "--max_blocks", "-1"], "-1 blocks are asked for"),
+        (["evaluate", "model", *DATA, "--max_sequences", "-1"], "-1 sequences are asked for"),
         (
             ["evaluate", "model", *DATA, "--tasks", "questions=text.txt"],
             "text.txt, row 1: no row of questions",
@@ -125,7 +125,7 @@ def test_what_was_taught_is_learnt_without_the_teacher(folder, capsys):
             ["prune", "model", *DATA, "--target_layers", "3", "--output_dir", "text.txt"],
             "Cannot write to the output folder text.txt",
         ),
-        (["distill", "model", *DATA, "--target_layers", "4", "--heldout_blocks", "181"], "none is left"),
+        (["distill", "model", *DATA, "--target_layers", "4", "--heldout_sequences", "181"], "none is left"),
         (["distill", "model", *DATA, "--target_layers", "4", "--report_to", "foo"], "foo is not supported"),
     ],
 )
@@ -163,7 +163,7 @@ def test_the_module_runs_as_a_program(tmp_path):
 
 
 def test_scoring_that_was_killed_goes_on(folder):
-    flags = ["score", folder, *DATA, "--calibration_blocks", "180", "--json"]
+    flags = ["score", folder, *DATA, "--calibration_sequences", "180", "--json"]
     assert main([*flags, "expected.json"]) == 0
     process = subprocess.Popen(
         [sys.executable, "-m", "hf_layerprune", *flags, "s.json"], stderr=subprocess.DEVNULL
@@ -203,7 +203,7 @@ def test_evaluate_says_how_far_models_answer_alike(folder, capsys):
 
 def test_a_run_resumes_by_a_flag(folder, tmp_path):
     flags = ["--target_layers", "4", "--output_dir", "healed", "--max_steps", "4", "--save_steps", "1"]
-    flags += ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--calibration_blocks", "4"]
+    flags += ["--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--calibration_sequences", "4"]
     assert main(["distill", folder, *DATA, *flags]) == 0
     first = load_file("healed/model.safetensors")
     for step in (3, 4):
@@ -243,7 +243,7 @@ def test_what_was_evaluated_is_not_measured_again(folder, capsys, monkeypatch):
         return evaluate_model(model, *args)
 
     monkeypatch.setattr(evaluation, "evaluate_model", measure)
-    flags = [*DATA, "--max_blocks", "4", "--tasks", "lambada_openai=rows.jsonl", "--json", "e.json"]
+    flags = [*DATA, "--max_sequences", "4", "--tasks", "lambada_openai=rows.jsonl", "--json", "e.json"]
     assert main(["evaluate", folder, "cut", *flags]) == 0
     table = capsys.readouterr().out
     assert main(["evaluate", folder, "cut", *flags]) == 0
@@ -274,7 +274,7 @@ def test_a_task_is_asked_once(folder, capsys):
 
 
 def test_what_cannot_be_compared_costs_no_scores(folder, capsys, monkeypatch):
-    words = ["score", folder, *DATA, "--calibration_blocks", "4"]
+    words = ["score", folder, *DATA, "--calibration_sequences", "4"]
     assert main([*words, "--run", "2", "--json", "runs.json"]) == 0
     assert main([*words, "--json", "one.json", "--compare", "runs.json"]) == 2
     assert "runs.json scores runs of 2 layers, not of 1" in capsys.readouterr().err
@@ -304,7 +304,7 @@ TRAINING = ["--max_steps", "2", "--use_cpu", "--report_to", "none", "--disable_t
         ["distill", "--target_layers", "5", "--output_dir", "out", "--lora_rank", "2", *TRAINING],
         ["run", "default", "--keep", "5", "--output_dir", "out", *TRAINING],
         ["run", "iterative", "--keep", "5", "--output_dir", "out", "--steps_per_phase", "1", *TRAINING[2:]],
-        ["teach", "--output_dir", "out"],
+        ["cache-teacher", "--output_dir", "out"],
         ["evaluate", "--tasks", "questions=rows.jsonl"],
     ],
 )
@@ -314,7 +314,7 @@ def test_no_command_needs_a_padding_token(words, folder_without_pad):
     command, *flags = words
     where = ["--model", folder_without_pad] if command == "run" else [folder_without_pad]
     name, flags = (flags[:1], flags[1:]) if command == "run" else ([], flags)
-    few = [] if command in ("teach", "evaluate") else ["--calibration_blocks", "4"]
+    few = [] if command in ("cache-teacher", "evaluate") else ["--calibration_sequences", "4"]
     assert main([command, *name, *where, *DATA, *flags, *few]) == 0
     if Path("out/tokenizer_config.json").exists():
         assert load_tokenizer("out").pad_token is None
@@ -323,7 +323,7 @@ def test_no_command_needs_a_padding_token(words, folder_without_pad):
 TEXTS_THAT_CANNOT_BE = {
     "none.txt": (None, "No such file: none.txt"),
     "wide.txt": (TEXT.encode("utf-16"), "wide.txt is not UTF-8"),
-    "short.txt": (b"short", "less than one block"),
+    "short.txt": (b"short", "less than one sequence"),
     "other.jsonl": (b'{"body": "x"}', "has no field 'text', only ['body']"),
 }
 
@@ -336,7 +336,7 @@ TEXTS_THAT_CANNOT_BE = {
         ["prune", "model", "--target_layers", "5", "--output_dir", "out"],
         ["distill", "model", "--target_layers", "5", "--output_dir", "out"],
         ["run", "shortgpt", "--model", "model", "--keep", "5", "--output_dir", "out"],
-        ["teach", "model", "--output_dir", "out"],
+        ["cache-teacher", "model", "--output_dir", "out"],
         ["evaluate", "model"],
     ],
 )
@@ -345,13 +345,13 @@ def test_the_text_is_checked_before_the_weights_are_loaded(words, text, folder, 
     content, message = TEXTS_THAT_CANNOT_BE[text]
     if content is not None:
         Path(text).write_bytes(content)
-    assert main([*words, "--data", text, "--block_length", "16"]) == 2
+    assert main([*words, "--data", text, "--sequence_length", "16"]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_score_checks_the_other_text_too(folder, capsys):
     Path("model/model.safetensors").write_bytes(b"whoever reads this fails")
-    assert main(["score", "model", *DATA, "--calibration_blocks", "4", "--compare", "none.txt"]) == 2
+    assert main(["score", "model", *DATA, "--calibration_sequences", "4", "--compare", "none.txt"]) == 2
     assert "No such file: none.txt" in capsys.readouterr().err
 
 
@@ -385,7 +385,7 @@ def test_a_task_that_only_lm_eval_has_says_so(folder, capsys):
 
 
 TRAIN = ["--target_layers", "3", "--output_dir", "out", "--use_cpu", "True", "--report_to", "none"]
-TRAIN += ["--calibration_blocks", "4", "--disable_tqdm", "True", "--save_steps", "2"]
+TRAIN += ["--calibration_sequences", "4", "--disable_tqdm", "True", "--save_steps", "2"]
 
 
 def test_ctrl_c_ends_with_a_line_that_says_how_to_resume(folder, capsys):
@@ -423,8 +423,8 @@ def test_ctrl_c_ends_with_a_line_that_says_how_to_resume(folder, capsys):
         (["score", "model", *DATA, "--json", "s.json"], "scoring.score.score_layers", "again to go on"),
         (["score", "model", *DATA], "scoring.score.score_layers", "with --json FILE to go on"),
         (
-            ["teach", "model", *DATA, "--output_dir", "x"],
-            "distillation.teacher_cache.write_teacher_outputs",
+            ["cache-teacher", "model", *DATA, "--output_dir", "x"],
+            "distillation.teacher_cache.cache_teacher_logits",
             "to go on",
         ),
     ],
@@ -467,11 +467,11 @@ def test_a_taken_folder_advises_only_what_there_is(folder, command, capsys):
 
 def test_messages_name_flags(folder, capsys, caplog):
     assert main(["run", "default", "--model", folder, *DATA, "--keep", "9", "--output_dir", "x"]) == 2
-    assert "error: --keep is 9, but the model has 6 layers" in capsys.readouterr().err
+    assert "error: --target_layers is 9, but the model has 6 layers" in capsys.readouterr().err
     assert main(["evaluate", folder, *DATA, "--limit", "1"]) == 2
     assert "error: --limit is 1" in capsys.readouterr().err
-    assert main(["score", folder, *DATA, "--block_length", "65"]) == 2
-    assert "error: --block_length is 65, but the model reads 64" in capsys.readouterr().err
+    assert main(["score", folder, *DATA, "--sequence_length", "65"]) == 2
+    assert "error: --sequence_length is 65, but the model reads 64" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

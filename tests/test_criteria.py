@@ -5,7 +5,7 @@ import torch
 
 from hf_layerprune import LayerPruneError, score_layers
 from hf_layerprune.forward.hooks import captured, hidden
-from hf_layerprune.forward.lm_head import LOGITS_PER_CHUNK, Reader, unit_losses
+from hf_layerprune.forward.lm_head import LOGITS_PER_CHUNK, ChunkedLMHead, unit_losses
 from hf_layerprune.forward.token_losses import UNIT
 from hf_layerprune.scoring.criteria import CRITERIA, _count_tokens
 from hf_layerprune.scoring.score import check_criterion_fits
@@ -37,26 +37,30 @@ def states(model, ids):
     return [found[i][0].double() for i in range(6)] + [hidden(found[5][1]).double()]
 
 
-def cosines(model, start, run):
+def cosines(model, start, block_size):
     for ids in rows():
         raw = states(model, ids)
-        before, after = raw[start][0], raw[start + run][0]
+        before, after = raw[start][0], raw[start + block_size][0]
         yield (before * after).sum(-1) / before.norm(dim=-1) / after.norm(dim=-1)
 
 
-@pytest.mark.parametrize("run", [1, 3])
-def test_block_influence(model, run):
-    table = score(model, "block_influence", run=run)
-    assert list(table.scores) == list(range(7 - run))
+@pytest.mark.parametrize("block_size", [1, 3])
+def test_block_influence(model, block_size):
+    table = score(model, "block_influence", block_size=block_size)
+    assert list(table.scores) == list(range(7 - block_size))
     for layer, found in table.scores.items():
-        assert found == pytest.approx(1 - torch.cat(list(cosines(model, layer, run))).mean().item(), abs=1e-5)
+        assert found == pytest.approx(
+            1 - torch.cat(list(cosines(model, layer, block_size))).mean().item(), abs=1e-5
+        )
 
 
-@pytest.mark.parametrize("run", [1, 2])
-def test_angular(model, run):
-    table = score(model, "angular", run=run)
+@pytest.mark.parametrize("block_size", [1, 2])
+def test_angular(model, block_size):
+    table = score(model, "angular", block_size=block_size)
     for layer, found in table.scores.items():
-        angles = [math.acos(cosine[-1].clamp(-1, 1)) / math.pi for cosine in cosines(model, layer, run)]
+        angles = [
+            math.acos(cosine[-1].clamp(-1, 1)) / math.pi for cosine in cosines(model, layer, block_size)
+        ]
         assert found == pytest.approx(sum(angles) / 4, abs=1e-4)
 
 
@@ -128,7 +132,7 @@ def test_taylor(llama):
     for layer, found in table.scores.items():
         parameters = copy.model.layers[layer].parameters()
         assert found == pytest.approx(sum((p * p.grad).abs().sum().item() for p in parameters), rel=1e-3)
-    pairs = score(llama, "taylor", run=2)
+    pairs = score(llama, "taylor", block_size=2)
     assert pairs.scores[3] == pytest.approx(table.scores[3] + table.scores[4])
 
 
@@ -142,7 +146,7 @@ def test_positional_patterns(llama):
     assert set(order(pattern="both")[:2]) == {1, 4}
     assert order(pattern="random", seed=1) == order(pattern="random", seed=1)
     assert len({tuple(order(pattern="random", seed=seed)) for seed in range(9)}) > 3
-    assert order(run=2) == [3, 2, 1]
+    assert order(block_size=2) == [3, 2, 1]
 
 
 def test_several_tasks_count_by_their_mean(llama):
@@ -202,9 +206,12 @@ def test_a_model_is_left_as_it_was(llama, criterion, error):
         ({"criterion": "positional", "pattern": "zigzag"}, "Unknown pattern 'zigzag'"),
         ({"criterion": "block_influence", "racing": 0.9}, "racing is 0.9 with block_influence"),
         ({"criterion": "loss", "racing": 99}, "racing is 99 with loss"),
-        ({"criterion": "loss", "run": 6}, "run is 6: it must be at least 1 and below the 6 layers"),
-        ({"criterion": "loss", "run": 0}, "run is 0"),
-        ({"criterion": "loss", "run": 5}, "No layer to score"),
+        (
+            {"criterion": "loss", "block_size": 6},
+            "block_size is 6: it must be at least 1 and below the 6 layers",
+        ),
+        ({"criterion": "loss", "block_size": 0}, "block_size is 0"),
+        ({"criterion": "loss", "block_size": 5}, "No layer to score"),
         ({"criterion": "loss", "cache_mb": 0}, "cache_mb is 0"),
     ],
 )
@@ -219,7 +226,7 @@ def test_logits_is_chunked_are_the_models_own(name, monkeypatch):
     whole = logits(model, tokens()).flatten(0, 1)
     monkeypatch.setattr("hf_layerprune.forward.lm_head.LOGITS_PER_CHUNK", 260 * 20)
     with torch.no_grad():
-        reader = Reader(model, tokens())
+        reader = ChunkedLMHead(model, tokens())
         pieces = list(reader.rows(reader.states({"input_ids": tokens()}).flatten(0, 1)))
         assert reader.is_chunked == (name != "opt")  # whose last hidden states are not those the head reads
     assert [len(piece) for piece in pieces] == [16, 8]
@@ -246,7 +253,7 @@ def test_losses_of_units_are_float64_sums(llama):
     batch["attention_mask"][1, UNIT + 5 :] = 0
     llama.config.max_position_embeddings = 128
     with torch.no_grad():
-        found = unit_losses(Reader(llama, tokens()), batch)
+        found = unit_losses(ChunkedLMHead(llama, tokens()), batch)
     said = logits(llama, **batch)[:, :-1].double().log_softmax(-1)
     losses = -said.gather(-1, batch["input_ids"][:, 1:, None])[..., 0]
     losses[1, UNIT + 4 :] = 0

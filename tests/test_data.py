@@ -10,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 
 from hf_layerprune import LayerPruneError
-from hf_layerprune.data import load_texts, make_batches, split_blocks, stream_blocks, token_blocks
+from hf_layerprune.data import load_texts, make_batches, split_sequences, stream_sequences, token_sequences
 
 
 def test_texts_come_from_every_kind_of_file(tmp_path):
@@ -46,12 +46,12 @@ def test_bad_sources_are_refused(tmp_path, name, content, message):
 
 
 def test_blocks_hold_the_text_in_order(tokenizer):
-    blocks = token_blocks(["hello", "world!"], tokenizer, 4)
+    blocks = token_sequences(["hello", "world!"], tokenizer, 4)
     end = tokenizer.eos_token_id
     flat = [*tokenizer("hello")["input_ids"], end, *tokenizer("world!")["input_ids"], end]
     assert [token for block in blocks["input_ids"] for token in block] == flat[:12]
     assert blocks["labels"] == blocks["input_ids"]
-    assert len(token_blocks(["hello"] * 100, tokenizer, 4, limit=3)) == 3
+    assert len(token_sequences(["hello"] * 100, tokenizer, 4, limit=3)) == 3
 
 
 def test_blocks_begin_as_the_tokenizer_begins_a_text(tokenizer):
@@ -61,29 +61,29 @@ def test_blocks_begin_as_the_tokenizer_begins_a_text(tokenizer):
     starting.backend_tokenizer.post_processor = TemplateProcessing(
         single="<start> $A", special_tokens=[("<start>", bos)]
     )
-    plain = token_blocks(["hello world"], tokenizer, 3)["input_ids"]
-    blocks = token_blocks(["hello world"], starting, 4)["input_ids"]
+    plain = token_sequences(["hello world"], tokenizer, 3)["input_ids"]
+    blocks = token_sequences(["hello world"], starting, 4)["input_ids"]
     assert blocks == [[bos, *block] for block in plain]
 
 
 @pytest.mark.parametrize(
     ("texts", "length", "message"),
     [
-        ([], 4, "0 tokens, less than one block of 4"),
-        (["ab"], 4, "3 tokens, less than one block of 4"),
+        ([], 4, "0 tokens, less than one sequence of 4"),
+        (["ab"], 4, "3 tokens, less than one sequence of 4"),
         (["abcdef"], 1, "nothing to predict"),
     ],
 )
 def test_too_little_text_is_refused(tokenizer, texts, length, message):
     with pytest.raises(LayerPruneError, match=message):
-        token_blocks(texts, tokenizer, length)
+        token_sequences(texts, tokenizer, length)
 
 
 @pytest.mark.parametrize(
     ("count", "calibration", "heldout"), [(20, 3, 4), (7, 3, 4), (50, 16, 16), (9, 1, 7)]
 )
 def test_the_parts_of_a_text_are_disjoint_and_whole(count, calibration, heldout):
-    parts = split_blocks(Dataset.from_dict({"n": list(range(count))}), calibration, heldout)
+    parts = split_sequences(Dataset.from_dict({"n": list(range(count))}), calibration, heldout)
     assert [len(part) for part in parts] == [calibration, heldout, count - calibration - heldout]
     assert sorted(n for part in parts for n in part["n"]) == list(range(count))
 
@@ -91,7 +91,7 @@ def test_the_parts_of_a_text_are_disjoint_and_whole(count, calibration, heldout)
 @pytest.mark.parametrize(("calibration", "heldout"), [(0, 1), (1, 0), (3, 3)])
 def test_parts_that_cannot_be_are_refused(calibration, heldout):
     with pytest.raises(LayerPruneError, match="out of 5"):
-        split_blocks(Dataset.from_dict({"n": list(range(5))}), calibration, heldout)
+        split_sequences(Dataset.from_dict({"n": list(range(5))}), calibration, heldout)
 
 
 def test_batches():
@@ -115,18 +115,18 @@ def test_a_stream_gives_the_same_blocks(tokenizer, kind):
     texts = [text or "  " for text in texts]  # of which some say nothing
     lines = "\n".join(json.dumps({"text": text}) for text in texts) if kind == "jsonl" else "".join(texts)
     Path(f"t.{kind}").write_text(lines)
-    whole = token_blocks(load_texts(f"t.{kind}"), tokenizer, 16)
-    head, rest = stream_blocks(tokenizer, 16, 5, f"t.{kind}")
+    whole = token_sequences(load_texts(f"t.{kind}"), tokenizer, 16)
+    head, rest = stream_sequences(tokenizer, 16, 5, f"t.{kind}")
     assert head["input_ids"] == whole["input_ids"][:5]
     for _ in range(2):  # from its beginning again
         found = list(rest)
         assert [row["input_ids"] for row in found] == whole["input_ids"][5:]
         assert all(row["labels"] == row["input_ids"] for row in found)
     with pytest.raises(LayerPruneError, match="of which the first 500 are not trained on"):
-        stream_blocks(tokenizer, 16, 500, f"t.{kind}")
+        stream_sequences(tokenizer, 16, 500, f"t.{kind}")
     for field, message in (("words", "no field 'words'"), ("text", "No such file")):
         with pytest.raises(LayerPruneError, match=message):
-            stream_blocks(tokenizer, 16, 5, f"t.{kind}" if field == "words" else "none.txt", field)
+            stream_sequences(tokenizer, 16, 5, f"t.{kind}" if field == "words" else "none.txt", field)
 
 
 UMLAUTS = "Grüße aus Köln. " * 40
@@ -143,7 +143,7 @@ def test_a_file_that_is_not_utf8_says_so(encoding, named, name, streaming, token
     with (gzip.open if name.endswith("gz") else open)(name, "wb") as file:
         file.write(text.encode(encoding))
     with pytest.raises(LayerPruneError, match=rf"{name} is not UTF-8 .*iconv -f {named} -t UTF-8"):
-        stream_blocks(tokenizer, 8, 2, name) if streaming else load_texts(name)
+        stream_sequences(tokenizer, 8, 2, name) if streaming else load_texts(name)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
@@ -166,7 +166,7 @@ def test_rows_without_text_are_counted(tokenizer, caplog):
         assert len(load_texts("a.jsonl")) == 2
         assert [record.message for record in caplog.records] == [expected]
         Path("a.jsonl").rename("b.jsonl")
-        _, rest = stream_blocks(tokenizer, 16, 2, "b.jsonl")
+        _, rest = stream_sequences(tokenizer, 16, 2, "b.jsonl")
         assert len(list(rest)) == len(list(rest))
     told = [record.message for record in caplog.records]
     assert told == [expected, expected.replace("a.", "b.")]  # once, however often it is read

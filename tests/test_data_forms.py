@@ -15,6 +15,7 @@ from hf_layerprune import (
     DistillationTrainingArguments,
     LayerPruneError,
     LayerPruningCallback,
+    cache_teacher_logits,
     evaluate_model,
     evaluate_text,
     load_texts,
@@ -22,10 +23,9 @@ from hf_layerprune import (
     replace_by_linear_map,
     score_layers,
     select_layers,
-    token_blocks,
-    write_teacher_outputs,
+    token_sequences,
 )
-from hf_layerprune.distillation.teacher_cache import TeacherOutputs
+from hf_layerprune.distillation.teacher_cache import CachedTeacherLogits
 
 from .conftest import TEXT, make_model, tokens
 
@@ -103,8 +103,8 @@ def test_tokens_of_every_form_score_alike(form, llama):
 
 @pytest.mark.parametrize("form", TEXT_FORMS)
 def test_texts_of_every_form_score_alike_with_a_tokenizer(form, llama, tokenizer):
-    blocks = make_batches(token_blocks(TEXTS, tokenizer, 47))
-    found = make_batches(TEXT_FORMS[form](), tokenizer=tokenizer, block_length=47)
+    blocks = make_batches(token_sequences(TEXTS, tokenizer, 47))
+    found = make_batches(TEXT_FORMS[form](), tokenizer=tokenizer, sequence_length=47)
     assert [batch["input_ids"].tolist() for batch in found] == [
         batch["input_ids"].tolist() for batch in blocks
     ]
@@ -182,8 +182,8 @@ def test_the_other_functions_take_the_same_forms(llama, tokenizer):
     )
     settings = {"criterion": "block_influence", "progress": False}
     assert len(select_layers(llama, TEXTS, 2, tokenizer=tokenizer, **settings).layers) == 2
-    write_teacher_outputs(llama, data, "outputs", 8)
-    assert len(TeacherOutputs("outputs").keys) == 4
+    cache_teacher_logits(llama, data, "outputs", 8)
+    assert len(CachedTeacherLogits("outputs").keys) == 4
     assert evaluate_model(llama, tokenizer, data)["tokens"] == 44
     replace_by_linear_map(make_model(), 2, 1, data)
 
@@ -218,7 +218,7 @@ def test_the_callback_takes_tokens_of_every_form():
 
 
 def test_the_callback_tokenises_text_with_the_tokenizer_of_the_trainer(chatting):
-    expected = train(make_batches(TEXTS, tokenizer=chatting, block_length=64))
+    expected = train(make_batches(TEXTS, tokenizer=chatting, sequence_length=64))
     for form in ("a list of texts", "a stream of texts", "rows of text"):
         assert train(TEXT_FORMS[form](), processing_class=chatting) == pytest.approx(expected, rel=1e-5)
     assert train(CHATS["messages"](), processing_class=chatting)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_layerprune import LayerPruneError, MultipleChoice, evaluate_text, remove_layers, stability
-from hf_layerprune.data import make_batches, token_blocks
+from hf_layerprune.data import make_batches, token_sequences
 from hf_layerprune.evaluation import evaluate as evaluation
 from hf_layerprune.evaluation.comparison import (
     compare_models,
@@ -100,7 +100,7 @@ def test_answers_are_those_of_one_pass_for_each_choice(family, tokenizer):
 def test_bits_per_byte_are_of_the_predicted_text(llama, tokenizer):
     """Of a tokenizer whose tokens are bytes they are the loss in bits, less the bytes of marks."""
     texts = ["A cat sat on a mat and looked around.", "Then it went away."]
-    blocks = make_batches(token_blocks(texts, tokenizer, 12), 2)
+    blocks = make_batches(token_sequences(texts, tokenizer, 12), 2)
     found = evaluate_text(llama, blocks, tokenizer)
     ends = sum(int((batch["input_ids"][:, 1:] == tokenizer.eos_token_id).sum()) for batch in blocks)
     assert ends == 1

@@ -115,7 +115,7 @@ def test_another_model_or_text_is_not_taken_for_the_same(llama, tmp_path, caplog
     assert not goes_on(llama, failing, racing=0.9)
     assert not goes_on(llama, failing, protected=[1])
     assert not goes_on(llama, failing, criterion="kl")
-    assert not goes_on(llama, failing, run=2)
+    assert not goes_on(llama, failing, block_size=2)
     with pytest.raises(IndexError):
         score_layers(llama, failing, journal=path, racing=0.9, progress=False)
     text = path.read_text()

@@ -7,10 +7,16 @@ import torch
 
 from hf_layerprune import LayerPruneError, remove_layers, score_layers
 from hf_layerprune.forward.hooks import replayed
-from hf_layerprune.forward.lm_head import Reader, unit_losses
+from hf_layerprune.forward.lm_head import ChunkedLMHead, unit_losses
 from hf_layerprune.scoring.criteria import _count_tokens
 from hf_layerprune.scoring.journal import Journal
-from hf_layerprune.scoring.leave_one_out import Metric, PerUnitScores, Prefixes, _student_quantile, leave_out
+from hf_layerprune.scoring.leave_one_out import (
+    Metric,
+    PerUnitScores,
+    PrefixCache,
+    _student_quantile,
+    leave_out,
+)
 from hf_layerprune.scoring.score import _small_enough
 from hf_layerprune.surgery.layer_stack import LayerStack
 from hf_layerprune.surgery.removal import possible_cuts, without_layers
@@ -45,15 +51,15 @@ def losses(model, given, cuts=None, confidence=None, ticks=None):
         )
 
 
-@pytest.mark.parametrize("run", [1, 2])
-def test_computing_only_what_comes_after_is_exact_to_the_bit(model, run):
-    cuts, _ = possible_cuts(model, range(LAYERS - run + 1), run)
+@pytest.mark.parametrize("block_size", [1, 2])
+def test_computing_only_what_comes_after_is_exact_to_the_bit(model, block_size):
+    cuts, _ = possible_cuts(model, range(LAYERS - block_size + 1), block_size)
     found = losses(model, batches(), cuts)
     with torch.no_grad():
-        reader = Reader(model, tokens())
+        reader = ChunkedLMHead(model, tokens())
         assert found.whole == [x for b in batches() for x in unit_losses(reader, b).tolist()]
         for layer in cuts:
-            with without_layers(model, range(layer, layer + run)):
+            with without_layers(model, range(layer, layer + block_size)):
                 naive = [x for batch in batches() for x in unit_losses(reader, batch).tolist()]
             assert found.without[layer] == naive
 
@@ -63,7 +69,7 @@ def test_layers_that_hand_on_more_get_full_passes():
     cuts, _ = possible_cuts(model, range(7))
     found = losses(model, batches(), cuts)
     with torch.no_grad():
-        reader = Reader(model, tokens())
+        reader = ChunkedLMHead(model, tokens())
     for layer in cuts:
         with without_layers(model, layer), torch.no_grad():
             naive = [x for batch in batches() for x in unit_losses(reader, batch).tolist()]
@@ -245,30 +251,30 @@ def test_layers_before_a_cut_are_not_computed_again(criterion, llama):
     llama.model.layers[2].mlp.register_forward_hook(count)
     given = [{"input_ids": tokens(2, 12, seed=i)} for i in range(4)]
 
-    def score(prefixes):
+    def score(prefix_cache):
         calls.clear()
-        table = score_layers(llama, given, criterion, prefixes=prefixes, progress=False)
+        table = score_layers(llama, given, criterion, prefix_cache=prefix_cache, progress=False)
         return table, len(calls)
 
-    prefixes, small = Prefixes(), Prefixes(0)
-    first, computed = score(prefixes)
+    prefix_cache, small = PrefixCache(), PrefixCache(0)
+    first, computed = score(prefix_cache)
     assert score(small) == (first, computed)
     remove_layers(llama, 3)
     expected, computed = score(small)
-    assert score(prefixes) == (expected, computed - len(given))
-    assert len(prefixes.known(0, [0, 1, 2, 4, 5])) == 3  # up to the deepest candidate
-    assert len(prefixes.known(0, [0, 2, 4, 5])) == 1
-    assert prefixes.known(0, [1, 2, 4, 5]) == prefixes.known(9, [0]) == small.known(0, [0]) == []
+    assert score(prefix_cache) == (expected, computed - len(given))
+    assert len(prefix_cache.known(0, [0, 1, 2, 4, 5])) == 3  # up to the deepest candidate
+    assert len(prefix_cache.known(0, [0, 2, 4, 5])) == 1
+    assert prefix_cache.known(0, [1, 2, 4, 5]) == prefix_cache.known(9, [0]) == small.known(0, [0]) == []
 
 
 def test_prefixes_keep_to_their_bound():
-    prefixes, output = Prefixes(1), torch.zeros(2**17)  # half a MiB
-    prefixes.keep(0, [0], [(output, None)])
-    prefixes.keep(1, [0, 1], [output, output])
-    assert len(prefixes.known(0, [0])) == 1
-    assert prefixes.known(1, [0, 1]) == []
-    prefixes.keep(0, [0, 1], [output, output])  # in the place of what was there
-    assert len(prefixes.known(0, [0, 1])) == 2
+    prefix_cache, output = PrefixCache(1), torch.zeros(2**17)  # half a MiB
+    prefix_cache.keep(0, [0], [(output, None)])
+    prefix_cache.keep(1, [0, 1], [output, output])
+    assert len(prefix_cache.known(0, [0])) == 1
+    assert prefix_cache.known(1, [0, 1]) == []
+    prefix_cache.keep(0, [0, 1], [output, output])  # in the place of what was there
+    assert len(prefix_cache.known(0, [0, 1])) == 2
 
 
 def test_no_token_that_counts_is_an_error(llama):
@@ -300,13 +306,13 @@ def test_a_forward_of_a_layers_own_is_put_back(llama):
 
 def test_prefixes_are_of_the_same_parts_when_layers_have_gone(llama):
     """A batch is read in parts of as many rows as fit, which must not be more when fewer layers are left."""
-    given, prefixes = [{"input_ids": tokens(48, 32)}], Prefixes()
+    given, prefix_cache = [{"input_ids": tokens(48, 32)}], PrefixCache()
     settings = {"cache_mb": 1, "progress": False}
     parts = [
         len(_small_enough(LayerStack(make_model(num_hidden_layers=count)), given, 1)) for count in (6, 5)
     ]
     assert parts[0] > parts[1]  # as a model of that depth would be read
-    score_layers(llama, given, prefixes=prefixes, **settings)
+    score_layers(llama, given, prefix_cache=prefix_cache, **settings)
     remove_layers(llama, 3)
-    found = score_layers(llama, given, prefixes=prefixes, **settings)
+    found = score_layers(llama, given, prefix_cache=prefix_cache, **settings)
     assert found == score_layers(llama, given, **settings)

@@ -40,6 +40,7 @@ from hf_layerprune import (
     LayerPruneError,
     LayerPruningCallback,
     MultipleChoice,
+    cache_teacher_logits,
     evaluate_text,
     load_model,
     load_pruned_adapter,
@@ -47,10 +48,9 @@ from hf_layerprune import (
     save_adapter,
     save_model,
     score_layers,
-    write_teacher_outputs,
 )
 from hf_layerprune.commands.cli import main
-from hf_layerprune.data import token_blocks
+from hf_layerprune.data import token_sequences
 
 from .conftest import TEXT, make_model, tokens
 from .test_multiple_choice import QUESTIONS
@@ -124,7 +124,7 @@ NOT_SUPPORTED = {
     "ViTForImageClassification": ViTConfig(**VISION, num_hidden_layers=5),
     "CLIPModel": CLIPConfig(),
 }
-DATA = ["--data", "text.txt", "--block_length", "16", "--calibration_blocks", "4"]
+DATA = ["--data", "text.txt", "--sequence_length", "16", "--calibration_sequences", "4"]
 
 
 def build(name, configs=WITHOUT_NEXT_TOKEN):
@@ -214,7 +214,7 @@ COMMANDS = {
     "score": ["kind", *DATA],
     "prune": ["kind", *DATA, "--target_layers", "4", "--output_dir", "out"],
     "distill": ["kind", *DATA, "--target_layers", "4", "--output_dir", "out", "--max_steps", "2"],
-    "teach": ["kind", *DATA[:4], "--output_dir", "out"],
+    "cache-teacher": ["kind", *DATA[:4], "--output_dir", "out"],
     "evaluate": ["kind", *DATA[:4]],
     "run": ["shortgpt", "--model", "kind", "--keep", "4", *DATA, "--output_dir", "out"],
     "phases": ["kind", *DATA, "--target_layers", "4", "--output_dir", "out", "--", "true"],
@@ -328,7 +328,7 @@ def test_what_is_of_next_tokens_refuses_other_kinds(tokenizer):
         lambda: DistillationTrainer(make_model(), args, teacher_model=model),
         lambda: DistillationTrainer(model, args),
         lambda: evaluate_text(model, batches),
-        lambda: write_teacher_outputs(model, batches, "outputs"),
+        lambda: cache_teacher_logits(model, batches, "outputs"),
         lambda: score_layers(model, criterion="task", task=MultipleChoice(QUESTIONS, tokenizer)),
     ):
         with pytest.raises(LayerPruneError, match="needs logits of the next token"):
@@ -348,7 +348,7 @@ def test_blocks_for_an_encoder_are_marked_as_it_was_trained(tokenizer):
     marked.add_special_tokens({"cls_token": "[CLS]", "sep_token": "[SEP]"})
     ends = [("[CLS]", marked.cls_token_id), ("[SEP]", marked.sep_token_id)]
     marked.backend_tokenizer.post_processor = TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
-    blocks = token_blocks(["abc", "defg"], marked, 5)["input_ids"]
+    blocks = token_sequences(["abc", "defg"], marked, 5)["input_ids"]
     letters = marked("abcdefg", add_special_tokens=False)["input_ids"]
     first = [marked.cls_token_id, *letters[:3], marked.sep_token_id]
     assert blocks == [first, [marked.cls_token_id, *letters[3:]]]

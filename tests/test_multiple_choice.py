@@ -3,7 +3,7 @@ import torch
 
 from hf_layerprune import LayerPruneError, MultipleChoice, Question, score_layers
 from hf_layerprune.evaluation.multiple_choice import _can_pack, log_likelihoods
-from hf_layerprune.forward.lm_head import Reader
+from hf_layerprune.forward.lm_head import ChunkedLMHead
 from hf_layerprune.surgery.removal import without_layers
 
 from .conftest import LAYERS, make_model
@@ -71,7 +71,7 @@ def test_likelihoods_are_those_of_each_choice_alone(name, packs, batch_tokens, t
         model.resize_token_embeddings(260)
     task = MultipleChoice(QUESTIONS, tokenizer, batch_tokens=batch_tokens)
     with torch.no_grad():
-        reader = Reader(model, task.example(model))
+        reader = ChunkedLMHead(model, task.example(model))
         assert _can_pack(reader, task.encoded[-1]) == packs
         batches = task.batches(reader)
         found = sorted(x for batch in batches for x in log_likelihoods(reader, batch)[0].tolist())
@@ -94,7 +94,7 @@ def test_a_context_is_read_once(llama, tokenizer):
     task = MultipleChoice([question], tokenizer)
     read = []
     with torch.no_grad():
-        reader = Reader(llama, task.example(llama))
+        reader = ChunkedLMHead(llama, task.example(llama))
         batches = task.batches(reader)
         llama.model.layers[0].register_forward_hook(lambda module, args, output: read.append(args[0].shape))
         log_likelihoods(reader, batches[0])

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_layerprune import get_lineage, remove_layers, write_teacher_outputs
+from hf_layerprune import cache_teacher_logits, get_lineage, remove_layers
 from hf_layerprune.data import token_mask
 from hf_layerprune.distillation.forward_pass import ForwardPass
 from hf_layerprune.distillation.hidden_balance import HiddenBalance
 from hf_layerprune.distillation.losses import hidden_pairs
 from hf_layerprune.distillation.objective import distillation_loss
 from hf_layerprune.distillation.shared_prefix import shared_prefix
-from hf_layerprune.distillation.teacher_cache import TeacherOutputs
+from hf_layerprune.distillation.teacher_cache import CachedTeacherLogits
 from hf_layerprune.forward.lm_head import router_losses
 from hf_layerprune.surgery.decoder import find_decoder
 
@@ -184,9 +184,9 @@ def test_top_k_sees_all_other_tokens_as_one():
 def test_cached_logits_give_the_loss_of_the_teacher():
     student, teacher = make_models()
     batch, settings = make_batch(), make_settings(top_k=9)
-    write_teacher_outputs(teacher, [batch], "cache", top_k=9, temperature=2.0, hidden_layers=[3, 5])
+    cache_teacher_logits(teacher, [batch], "cache", top_k=9, temperature=2.0, hidden_layers=[3, 5])
     pairs = pairs_of(student, teacher, [3, 5])
-    found = compute(student, TeacherOutputs("cache"), batch, settings, pairs)
+    found = compute(student, CachedTeacherLogits("cache"), batch, settings, pairs)
     expected = compute(student, teacher, batch, settings, pairs)
     assert found.total.item() == pytest.approx(expected.total.item(), rel=1e-5)
     assert found.terms.keys() == expected.terms.keys()

@@ -133,7 +133,16 @@ def test_the_example_of_a_phase_under_the_command_line(tokenizer, capfd):
     tokenizer.save_pretrained("model")
     text = "\n".join(f"Line {i} of a text that says little about the number {i * i}." for i in range(200))
     Path("text.txt").write_text(text)
-    flags = ["--data", "text.txt", "--block_length", "16", "--target_layers", "4", "--layers_per_phase", "2"]
+    flags = [
+        "--data",
+        "text.txt",
+        "--sequence_length",
+        "16",
+        "--target_layers",
+        "4",
+        "--layers_per_phase",
+        "2",
+    ]
     script = [
         sys.executable,
         str(EXAMPLES / "one_phase.py"),

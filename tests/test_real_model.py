@@ -7,7 +7,7 @@ import torch
 
 from hf_layerprune import evaluate_text, get_lineage, remove_layers, score_layers
 from hf_layerprune.commands.quickstart import load_embedded_model, split_topics
-from hf_layerprune.data import make_batches, token_blocks
+from hf_layerprune.data import make_batches, token_sequences
 
 from .conftest import logits
 
@@ -15,7 +15,7 @@ from .conftest import logits
 @pytest.fixture(scope="module")
 def real():
     model, tokenizer = load_embedded_model()
-    blocks = token_blocks(split_topics()["calibration"], tokenizer, 128, limit=2)
+    blocks = token_sequences(split_topics()["calibration"], tokenizer, 128, limit=2)
     return model, tokenizer, make_batches(blocks, 2)
 
 

@@ -18,9 +18,9 @@ from hf_layerprune import (
     score_layers,
 )
 from hf_layerprune.commands.cli import main
-from hf_layerprune.data import load_texts, make_batches, split_blocks, token_blocks
+from hf_layerprune.data import load_texts, make_batches, split_sequences, token_sequences
 from hf_layerprune.evaluation.evaluate import evaluate_text
-from hf_layerprune.pruning.replacement import replace_by_linear_map, replace_run
+from hf_layerprune.pruning.replacement import replace_block, replace_by_linear_map
 from hf_layerprune.recipes.recipe import SHIPPED, read_recipe, shipped_recipes
 from hf_layerprune.reports.record import RunRecord, read_record, write_record
 
@@ -58,7 +58,16 @@ def folder(tokenizer, trained):
 
 
 DATA = ["--model", "model", "--data", "text.txt", "--keep", "3"]
-SMALL = ["--block_length", "16", "--calibration_blocks", "8", "--heldout_blocks", "8", "--output_dir", "out"]
+SMALL = [
+    "--sequence_length",
+    "16",
+    "--calibration_sequences",
+    "8",
+    "--heldout_sequences",
+    "8",
+    "--output_dir",
+    "out",
+]
 SHORT = ["--max_steps", "6", "--per_device_train_batch_size", "4", "--bf16", "False", "--use_cpu", "True"]
 SHORT += ["--gradient_accumulation_steps", "1", "--report_to", "none", "--learning_rate", "1e-2"]
 SHORT += ["--save_strategy", "no"]
@@ -70,7 +79,7 @@ def run(*words):
 
 def blocks(tokenizer):
     """As the command cuts the text."""
-    return split_blocks(token_blocks(load_texts("text.txt"), tokenizer, 16), 8, 8)
+    return split_sequences(token_sequences(load_texts("text.txt"), tokenizer, 16), 8, 8)
 
 
 def result():
@@ -176,9 +185,11 @@ def test_llm_streamline_replaces_the_run_and_trains_only_that(folder, tokenizer,
     calibration, held, _ = blocks(tokenizer)
     reference = trained()
     # Three layers are left, of which one stands for a run of four: there is only one such run.
-    table = score_layers(reference, make_batches(calibration, 4), "block_influence", run=4, progress=False)
+    table = score_layers(
+        reference, make_batches(calibration, 4), "block_influence", block_size=4, progress=False
+    )
     assert table.ranking()[0] == 1
-    new = replace_run(reference, 1, 4, kind)
+    new = replace_block(reference, 1, 4, kind)
     start = evaluate_text(reference, make_batches(held, 4))["loss"]
     if kind == "layer":
         without = trained()
@@ -213,7 +224,7 @@ def test_replaceme_is_the_closed_form_map(folder, tokenizer, trained):
     model, record = result()
     batches = make_batches(blocks(tokenizer)[0], 4)
     reference = trained()
-    table = score_layers(reference, batches, "block_influence", run=3, progress=False)
+    table = score_layers(reference, batches, "block_influence", block_size=3, progress=False)
     first = table.ranking()[0]
     replace_by_linear_map(reference, first, 3, batches)
     assert torch.equal(logits(model, tokens()), logits(reference, tokens()))
@@ -241,7 +252,7 @@ def test_iterative_is_that_of_distill(folder, tokenizer):
 def test_a_recipe_of_ones_own_and_its_way_into_record_and_card(folder):
     Path("mine.yaml").write_text(
         "title: Mine\npaper: https://example.org\nselect: greedy\ncriterion: kl\nkeep: 4\nmax_steps: 0\n"
-        "block_length: 16\ncalibration_blocks: 4\nheldout_blocks: 4\nprotected: [0, 5]\n"
+        "sequence_length: 16\ncalibration_sequences: 4\nheldout_sequences: 4\nprotected: [0, 5]\n"
     )
     assert (
         run("mine.yaml", "--model", "model", "--data", "text.txt", "--output_dir", "out", "--keep", "5") == 0
@@ -275,16 +286,16 @@ def test_a_recipe_of_ones_own_and_its_way_into_record_and_card(folder):
         ("just words", "is no recipe"),
         ("a: [", "is no plain YAML"),
         ("select: greedy\nreplacement: layer", "set select to run"),
-        ("select: run\nreplacement: layer\nreplacement_layers: 9", "replacement_layers is 9, of 3 layers"),
-        ("select: run\nreplacement: ffn\nmax_steps: 0", "are gated, .* choose swiglu"),
+        ("select: block\nreplacement: layer\nreplacement_layers: 9", "replacement_layers is 9, of 3 layers"),
+        ("select: block\nreplacement: ffn\nmax_steps: 0", "are gated, .* choose swiglu"),
         ("select: one_shot\ncriterion: positional\npattern: max-gap\nkeep: 1", "only 4 are not protected"),
         ("select: greedy\ncriterion: positional\npattern: max-gap", "goes with .* --select one_shot"),
-        ("select: run\nkeep: 7", "--keep is 7"),
+        ("select: block\nkeep: 7", "--target_layers is 7"),
         ("select: phases\nmax_steps: 0", "select phases trains between"),
         ("select: phases\nlora_rank: 4", "there is no field 'lora_rank'"),
         ("select: greedy\nsteps_per_phase: 4", "no use for --steps_per_phase with --select greedy"),
         ("select: one_shot\nlayers_per_phase: 0.3", "no use for --layers_per_phase with --select one_shot"),
-        ("select: run\nreplacement: layer\nresume_from_checkpoint: 'True'", "does not resume"),
+        ("select: block\nreplacement: layer\nresume_from_checkpoint: 'True'", "does not resume"),
     ],
 )
 def test_mistakes_in_a_recipe_are_told(folder, capsys, text, message):
@@ -364,10 +375,10 @@ def test_training_a_replacement_is_that_of_a_plain_loop(folder, tokenizer, train
     calibration, _, text = blocks(tokenizer)
     reference, original = trained(), trained()
     batches = make_batches(calibration, 4)
-    table = score_layers(reference, batches, "block_influence", run=3, progress=False)
+    table = score_layers(reference, batches, "block_influence", block_size=3, progress=False)
     first = table.ranking()[0]
     torch.manual_seed(42)  # as the arguments' seed; what is new in a swiglu is drawn at random
-    parameters = replace_run(reference, first, 3, kind)
+    parameters = replace_block(reference, first, 3, kind)
     ids = torch.tensor(text["input_ids"])
     with torch.no_grad():
         wanted = original(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[first + 3]
@@ -399,7 +410,7 @@ def test_text_may_be_streamed(folder, tokenizer, trained):
     assert get_lineage(model).kept == [0, 2, 5]
     reference = trained()
     remove_layers(reference, [1, 3, 4])
-    text = token_blocks(load_texts("text.txt"), tokenizer, 16)["input_ids"]
+    text = token_sequences(load_texts("text.txt"), tokenizer, 16)["input_ids"]
     first = torch.tensor(text[16:20])
     expected = F.cross_entropy(logits(reference, first)[:, :-1].flatten(0, 1), first[:, 1:].flatten()).item()
     assert record["log"][0]["loss"] == pytest.approx(expected, rel=1e-3)
@@ -414,7 +425,7 @@ def test_the_default_is_a_linear_map_and_a_plain_loop_against_the_original(folde
     calibration, _, text = blocks(tokenizer)
     reference, original = trained(), trained()
     batches = make_batches(calibration, 4)
-    first = score_layers(reference, batches, "block_influence", run=3, progress=False).ranking()[0]
+    first = score_layers(reference, batches, "block_influence", block_size=3, progress=False).ranking()[0]
     replace_by_linear_map(reference, first, 3, batches)
     ids = torch.tensor(text["input_ids"])
     wanted = logits(original, ids)[:, :-1].log_softmax(-1).flatten(0, 1)
@@ -475,7 +486,7 @@ def test_a_run_goes_on_only_as_it_began_and_until_it_is_finished(folder, capsys)
     words = ["default", *DATA, *SMALL, *SHORT, "--save_strategy", "steps", "--save_steps", "2"]
     assert run(*words) == 0
     assert run(*words, "--keep", "4", "--resume") == 2
-    assert "began with --keep 3, not 4" in capsys.readouterr().err
+    assert "began with --target_layers 3, not 4" in capsys.readouterr().err
     assert run(*words, "--criterion", "loss", "--resume") == 2
     assert "began with --criterion block_influence, not loss" in capsys.readouterr().err
     for checkpoint in Path("out").glob("checkpoint-*"):
@@ -489,14 +500,14 @@ def test_a_run_goes_on_only_as_it_began_and_until_it_is_finished(folder, capsys)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--calibration_blocks", "10", "--heldout_blocks", "BLOCKS"], "none is left to train on"),
+        (["--calibration_sequences", "10", "--heldout_sequences", "BLOCKS"], "none is left to train on"),
         (["--eval_strategy", "steps"], "leave --eval_strategy out"),
         (["--report_to", "nothing"], "nothing is not supported"),
         (["--per_device_eval_batch_size", "0"], "batch size is 0"),
     ],
 )
 def test_what_cannot_be_trained_is_told(folder, tokenizer, capsys, flags, message):
-    count = len(token_blocks(load_texts("text.txt"), tokenizer, 16)) - 10
+    count = len(token_sequences(load_texts("text.txt"), tokenizer, 16)) - 10
     flags = [str(count) if word == "BLOCKS" else word for word in flags]
     assert run("shortgpt", *DATA, *SMALL, *SHORT, *flags) == 2
     assert message in capsys.readouterr().err
@@ -512,7 +523,7 @@ def test_reconstruction_comes_between_cut_and_distillation(folder, tokenizer, tr
     calibration, _, text = blocks(tokenizer)
     reference, original = trained(), trained()
     batches = make_batches(calibration, 4)
-    first = score_layers(reference, batches, "block_influence", run=3, progress=False).ranking()[0]
+    first = score_layers(reference, batches, "block_influence", block_size=3, progress=False).ranking()[0]
     replace_by_linear_map(reference, first, 3, batches)
     rows = make_batches(text.shuffle(seed=42).select(range(12)), 4)
     settings = {"epochs": 3, "learning_rate": 2e-3, "seed": 42, "progress": False}
@@ -562,9 +573,9 @@ def test_reconstruction_that_cannot_be_is_told(folder, capsys, words, message):
 
 
 FIELDS = {
-    "block_length": 16,
-    "calibration_blocks": 8,
-    "heldout_blocks": 8,
+    "sequence_length": 16,
+    "calibration_sequences": 8,
+    "heldout_sequences": 8,
     "max_steps": 4,
     "per_device_train_batch_size": 4,
     "bf16": False,
@@ -595,7 +606,7 @@ def test_prune_is_run(folder, tokenizer, trained):
     memory = prune(model, load_texts("text.txt"), 3, tokenizer=tokenizer, output_dir="third", **FIELDS)
     assert memory.model is model
     assert equal_weights(memory.model, expected)
-    rows = token_blocks(load_texts("text.txt"), tokenizer, 16).remove_columns("labels")
+    rows = token_sequences(load_texts("text.txt"), tokenizer, 16).remove_columns("labels")
     recipe = read_recipe("default")
     fourth = prune("model", rows, 3, recipe, output_dir="fourth", **FIELDS | {"learning_rate": 1e-2})
     assert equal_weights(fourth.model, expected)

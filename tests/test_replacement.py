@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_layerprune import LayerPruneError, get_lineage, remove_layers
-from hf_layerprune.pruning.replacement import RIDGES, best_ridge, replace_by_linear_map, replace_run
+from hf_layerprune.pruning.replacement import RIDGES, best_ridge, replace_block, replace_by_linear_map
 from hf_layerprune.surgery.decoder import find_decoder
 
 from .conftest import CONFIGS, logits, make_model, tokens
@@ -42,7 +42,7 @@ def states(model, ids):
 @pytest.mark.parametrize("layers", [1, 2])
 def test_inherited_layers_begin_as_the_removal_of_the_others(family, layers):
     model, expected = make_model(family), make_model(family)
-    trained = replace_run(model, 1, 4, "layer", layers)
+    trained = replace_block(model, 1, 4, "layer", layers)
     remove_layers(expected, [1 + i for i in range(layers, 4)])
     assert torch.equal(logits(model, tokens()), logits(expected, tokens()))
     assert get_lineage(model).kept == [0, *range(5 - layers, 6)]  # by lineage, the last of the run
@@ -52,14 +52,14 @@ def test_inherited_layers_begin_as_the_removal_of_the_others(family, layers):
 
 def test_inherited_layers_may_overlap_with_those_they_inherit(llama):
     expected = make_model()
-    replace_run(llama, 1, 3, "layer", 2)
+    replace_block(llama, 1, 3, "layer", 2)
     remove_layers(expected, 3)
     assert torch.equal(logits(llama, tokens()), logits(expected, tokens()))
 
 
 def test_nothing_may_stand_in(llama):
     expected = make_model()
-    assert replace_run(llama, 2, 3, "none") == []
+    assert replace_block(llama, 2, 3, "none") == []
     remove_layers(expected, [2, 3, 4])
     assert torch.equal(logits(llama, tokens()), logits(expected, tokens()))
 
@@ -67,7 +67,7 @@ def test_nothing_may_stand_in(llama):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_feed_forward_part_begins_as_nothing_and_is_a_plain_layer(family, tmp_path):
     model, without = make_model(family), make_model(family)
-    trained = replace_run(model, 1, 3, "swiglu" if family in GATED else "ffn")
+    trained = replace_block(model, 1, 3, "swiglu" if family in GATED else "ffn")
     remove_layers(without, [1, 2, 3])
     torch.testing.assert_close(logits(model, tokens()), logits(without, tokens()), rtol=1e-4, atol=1e-5)
     assert get_lineage(model).kept == [0, 3, 4, 5]
@@ -87,7 +87,7 @@ def test_a_feed_forward_part_begins_as_nothing_and_is_a_plain_layer(family, tmp_
 
 def test_the_folded_part_is_the_feed_forward_network_of_the_paper(llama):
     """x + W2 (silu(G n(x)) * W1 n(x)), with a norm n: as it would be without the layer around it."""
-    trained = replace_run(llama, 1, 3, "swiglu")
+    trained = replace_block(llama, 1, 3, "swiglu")
     with torch.no_grad():
         for parameter in trained:
             parameter += 0.1 * torch.randn_like(parameter)
@@ -117,7 +117,7 @@ def test_what_cannot_stand_in_is_refused_and_nothing_changes(family, kind, messa
     ids = tokens() % 60
     before = logits(model, ids)
     with pytest.raises(LayerPruneError, match=message):
-        replace_run(model, 1, 3, kind)
+        replace_block(model, 1, 3, kind)
     assert torch.equal(logits(model, ids), before)
 
 
@@ -126,13 +126,13 @@ def test_what_cannot_stand_in_is_refused_and_nothing_changes(family, kind, messa
 )
 def test_impossible_runs_are_refused(llama, first, count, layers):
     with pytest.raises(LayerPruneError):
-        replace_run(llama, first, count, "layer", layers)
+        replace_block(llama, first, count, "layer", layers)
     assert len(find_decoder(llama).layers) == 6
 
 
 def test_training_what_stands_in_brings_its_output_to_that_of_the_run(llama):
     teacher = make_model()
-    trained = {id(p) for p in replace_run(llama, 1, 3, "layer")}
+    trained = {id(p) for p in replace_block(llama, 1, 3, "layer")}
     for parameter in llama.parameters():
         parameter.requires_grad_(id(parameter) in trained)
     frozen = {n: p.clone() for n, p in llama.named_parameters() if id(p) not in trained}
@@ -237,7 +237,7 @@ def test_the_ridge_is_that_with_which_either_half_fits_the_other_best():
     ("family", "first", "message"),
     [
         ("gemma2", 2, "is not simply added"),
-        ("llama", 0, "multiplied into the layer before the run"),
+        ("llama", 0, "multiplied into the layer before the block"),
         ("llama", 4, "No layers"),
     ],
 )
@@ -254,6 +254,6 @@ def test_layers_of_other_kinds_cannot_be_inherited_and_nothing_changes():
     model = tiny_model("deepseek_v3")  # two dense layers first, then sparse ones
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(LayerPruneError, match="are of different kinds"):
-        replace_run(model, 1, 3, "layer")
+        replace_block(model, 1, 3, "layer")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert len(get_lineage(model).kept) == len(find_decoder(model).layers)

@@ -132,7 +132,7 @@ def test_a_record_is_read_back_and_a_broken_one_refused(tmp_path):
     assert read_record(tmp_path) == record
     values = json.loads((tmp_path / "layer_pruning.json").read_text())
     assert values == record.to_dict()
-    assert values["signs"] == ["Look at this."]
+    assert values["warnings"] == ["Look at this."]
     assert not {"warnings", "recipe", "evaluation"} & set(values)
     for content in ("{", '{"format": 9}', "[]", '{"format": 1, "unknown": 1}'):
         (tmp_path / "layer_pruning.json").write_text(content)
@@ -156,7 +156,7 @@ def test_phases_are_drawn_as_a_heat_map(tmp_path):
 
 def test_the_card_tells_what_the_run_saw(llama):
     record = prune_layers(llama, target_layers=5, calibration=calibration()).to_dict()
-    for wrong in ({}, {"signs": ["Layer 3 cost too much.", "Nothing came back."], "stopped": "It ended."}):
+    for wrong in ({}, {"warnings": ["Layer 3 cost too much.", "Nothing came back."], "stopped": "It ended."}):
         write_card(record | wrong, Path())
         card = Path("README.md").read_text()
         assert ("- Layer 3 cost too much.\n\n- Nothing came back.\n" in card) == bool(wrong)
@@ -165,12 +165,12 @@ def test_the_card_tells_what_the_run_saw(llama):
 
 def test_a_card_says_what_was_measured(folder, capsys):
     """`evaluate`, then `card`: tasks in the hub's schema, and the table beside the dense model."""
-    data = ["--data", "text.txt", "--block_length", "16"]
-    flags = ["--target_layers", "4", "--output_dir", "cut", "--calibration_blocks", "4"]
+    data = ["--data", "text.txt", "--sequence_length", "16"]
+    flags = ["--target_layers", "4", "--output_dir", "cut", "--calibration_sequences", "4"]
     assert main(["prune", folder, *data, *flags]) == 0
     rows = [{"text": f"The dog barked {i} times, and then it barked"} for i in range(3)]
     Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    tasks = ["--tasks", "lambada_openai=rows.jsonl", "--json", "e.json", "--max_blocks", "4"]
+    tasks = ["--tasks", "lambada_openai=rows.jsonl", "--json", "e.json", "--max_sequences", "4"]
     assert main(["evaluate", folder, "cut", *data, *tasks]) == 0
     table = capsys.readouterr().out.partition("|  ")[2].splitlines()[3]
     before = json.loads(Path("cut/layer_pruning.json").read_text())
@@ -248,10 +248,10 @@ def test_quality_and_losses_are_drawn_where_they_are_known(llama, tmp_path):
 
 
 def test_a_card_tells_two_models_of_one_name_apart(folder, capsys):
-    data = ["--data", "text.txt", "--block_length", "16"]
-    flags = ["--target_layers", "4", "--output_dir", f"cut/{folder}", "--calibration_blocks", "4"]
+    data = ["--data", "text.txt", "--sequence_length", "16"]
+    flags = ["--target_layers", "4", "--output_dir", f"cut/{folder}", "--calibration_sequences", "4"]
     assert main(["prune", folder, *data, *flags]) == 0
-    words = ["evaluate", folder, f"cut/{folder}", *data, "--max_blocks", "4", "--json", "e.json"]
+    words = ["evaluate", folder, f"cut/{folder}", *data, "--max_sequences", "4", "--json", "e.json"]
     assert main(words) == 0
     assert main(["card", f"cut/{folder}", "--evaluation", "e.json"]) == 0
     measured = read_record(f"cut/{folder}").evaluation
@@ -259,7 +259,7 @@ def test_a_card_tells_two_models_of_one_name_apart(folder, capsys):
     lines = Path("cut", folder, "README.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     assert ["layers", "6", "4"] in rows
-    flags = ["--target_layers", "3", "--output_dir", f"more/{folder}", "--calibration_blocks", "4"]
+    flags = ["--target_layers", "3", "--output_dir", f"more/{folder}", "--calibration_sequences", "4"]
     assert main(["prune", folder, *data, *flags]) == 0
     words.insert(3, f"more/{folder}")
     assert main(words) == 0
@@ -277,7 +277,7 @@ def test_an_evaluation_that_was_stopped_is_refused(folder, capsys):
 
 
 def test_healing_tokens_are_of_the_steps_that_were_taken():
-    recipe = {"block_length": 16, "per_device_train_batch_size": 2}
+    recipe = {"sequence_length": 16, "per_device_train_batch_size": 2}
     by_epochs = {"recipe": recipe, "training": {"max_steps": -1}, "log": [{"step": 5}, {"step": 7}]}
     assert healing_tokens(by_epochs) == 7 * 32
     assert healing_tokens(by_epochs | {"training": {"max_steps": 0}, "log": []}) == 0

@@ -19,7 +19,7 @@ from .test_lora import adapted_trainer
 from .test_trainer import make_trainer
 
 
-BLOCKS = ["--block_length", "16", "--calibration_blocks", "4", "--heldout_blocks", "4"]
+BLOCKS = ["--sequence_length", "16", "--calibration_sequences", "4", "--heldout_sequences", "4"]
 TEXT_FLAGS = ["--data", "text.txt", *BLOCKS]
 QUICK = ["--report_to", "none", "--use_cpu", "True"]
 # A command that leaves a phase in float32, as many do.

@@ -23,7 +23,7 @@ from hf_layerprune import (
 )
 from hf_layerprune.forward.hooks import LAST, captured, hidden
 from hf_layerprune.scoring.criteria import CRITERIA
-from hf_layerprune.scoring.leave_one_out import Prefixes
+from hf_layerprune.scoring.leave_one_out import PrefixCache
 from hf_layerprune.scoring.score import read_table
 from hf_layerprune.surgery.decoder import find_decoder
 from hf_layerprune.surgery.removal import without_layers
@@ -322,7 +322,7 @@ def test_those_that_racing_dropped_come_last():
 
 
 def test_a_table_is_read_from_json(tmp_path):
-    table = table_of({1: 0.5, 2: 0.1}, errors={1: 0.01}, seen={1: 4, 2: 4}, run=2)
+    table = table_of({1: 0.5, 2: 0.1}, errors={1: 0.01}, seen={1: 4, 2: 4}, block_size=2)
     (tmp_path / "table.json").write_text(json.dumps(table.to_dict()))
     assert read_table(tmp_path / "table.json") == table
     for damaged in ("{", "[]", "{}", '{"scores": 1}'):
@@ -371,8 +371,8 @@ def test_a_model_with_adapters_scores_as_the_merged_one(criterion):
 @pytest.mark.parametrize("criterion", ["loss", "block_influence", "taylor"])
 def test_scoring_that_runs_out_of_memory_goes_on_with_smaller_batches(criterion, llama, monkeypatch, caplog):
     batches = [{"input_ids": tokens(7, 12, seed=seed)} for seed in (1, 2)]
-    prefixes = Prefixes()  # of the batches as they are now
-    expected = score_layers(llama, batches, criterion, prefixes=prefixes, progress=False)
+    prefix_cache = PrefixCache()  # of the batches as they are now
+    expected = score_layers(llama, batches, criterion, prefix_cache=prefix_cache, progress=False)
     forward, most = type(llama.model).forward, 2
 
     def limited(self, input_ids=None, **kwargs):
@@ -381,7 +381,7 @@ def test_scoring_that_runs_out_of_memory_goes_on_with_smaller_batches(criterion,
         return forward(self, input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(type(llama.model), "forward", limited)
-    more = {"journal": "scores.part", "prefixes": prefixes}
+    more = {"journal": "scores.part", "prefix_cache": prefix_cache}
     found = score_layers(llama, batches, criterion, progress=False, **more)
     assert found.scores == pytest.approx(expected.scores, rel=1e-4)
     assert caplog.text.count("Out of memory in scoring") == 2  # seven rows, four, two

@@ -47,17 +47,17 @@ def test_refining_ends_where_no_exchange_helps(model):
 
 def test_a_run_is_the_least_important_one(llama):
     found = select_layers(llama, many(llama), 2, "block_influence", contiguous=True, progress=False)
-    table = score_layers(llama, many(llama), "block_influence", run=2, progress=False)
+    table = score_layers(llama, many(llama), "block_influence", block_size=2, progress=False)
     start = table.ranking()[0]
     assert found.layers == [start, start + 1]
     assert found.cost == table.scores[start]
 
 
 def test_refining_leaves_a_run_that_can_be_bettered(llama):
-    run = select_layers(llama, many(llama), 2, contiguous=True, refine=False, progress=False)
+    block = select_layers(llama, many(llama), 2, contiguous=True, refine=False, progress=False)
     better = select_layers(llama, many(llama), 2, contiguous=True, progress=False)
-    assert better.cost <= run.cost
-    assert run.layers[1] == run.layers[0] + 1
+    assert better.cost <= block.cost
+    assert block.layers[1] == block.layers[0] + 1
 
 
 def test_protected_layers_stay(llama):

@@ -11,7 +11,7 @@ from hf_layerprune.commands import study_setting
 from hf_layerprune.commands.cli import main
 from hf_layerprune.commands.studies import STUDIES, run_study
 from hf_layerprune.commands.study_setting import StudyArguments
-from hf_layerprune.data import load_texts, make_batches, split_blocks, token_blocks
+from hf_layerprune.data import load_texts, make_batches, split_sequences, token_sequences
 from hf_layerprune.scoring.journal import Journal
 from hf_layerprune.scoring.score import rank_correlation
 from hf_layerprune.scoring.table import ScoreTable
@@ -30,7 +30,7 @@ def arguments(tokenizer):
         tokenizer.save_pretrained(folder)
     Path("text.txt").write_text(TEXT)
     Path("more.txt").write_text(TEXT[::-1])
-    return {"models": ["model"], "data": ["text.txt"], "block_length": 32, "quick": True, "tokens": 512}
+    return {"models": ["model"], "data": ["text.txt"], "sequence_length": 32, "quick": True, "tokens": 512}
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -71,7 +71,7 @@ def plain(rows):
 
 
 def parts(tokenizer):
-    return split_blocks(token_blocks(load_texts("text.txt"), tokenizer, 32), 4, 8)
+    return split_sequences(token_sequences(load_texts("text.txt"), tokenizer, 32), 4, 8)
 
 
 def test_the_baseline_is_the_loss_without_the_layers_it_names(arguments, tokenizer):
@@ -127,7 +127,7 @@ def test_calibration_correlates_the_tables_of_two_texts(arguments, tokenizer):
     rows = run_study("calibration", StudyArguments(**arguments | {"data": ["text.txt", "more.txt"]}))
     tables = []
     for name in ("text.txt", "more.txt"):
-        blocks = token_blocks(load_texts(name), tokenizer, 32).select(range(4))
+        blocks = token_sequences(load_texts(name), tokenizer, 32).select(range(4))
         tables.append(score_layers(make_model(), make_batches(blocks, 4), "loss", progress=False))
     assert rows[0]["rank correlation"] == pytest.approx(rank_correlation(*tables))
     assert rows[0]["texts"] == "text.txt / more.txt"
@@ -178,7 +178,9 @@ def test_mistakes_are_said(arguments, capsys):
     with pytest.raises(LayerPruneError, match="remove is 0, of 6 layers"):
         run_study("losses", StudyArguments(**arguments, remove=0))
     Path("short.txt").write_text("Too little of it. " * 5)
-    with pytest.raises(LayerPruneError, match=r"short\.txt makes 2 blocks, and calibration_blocks is 4"):
+    with pytest.raises(
+        LayerPruneError, match=r"short\.txt makes 2 sequences, but calibration_sequences is 4"
+    ):
         run_study("calibration", StudyArguments(**arguments | {"data": ["text.txt", "short.txt"]}))
     with pytest.raises(LayerPruneError, match="choose from baseline, losses"):
         run_study("loses", StudyArguments(**arguments))
@@ -186,7 +188,17 @@ def test_mistakes_are_said(arguments, capsys):
     assert "Give the name of a study: baseline" in capsys.readouterr().err
     assert (
         main(
-            ["study", "middle", "--models", "model", "--data", "text.txt", "--quick", "--block_length", "32"]
+            [
+                "study",
+                "middle",
+                "--models",
+                "model",
+                "--data",
+                "text.txt",
+                "--quick",
+                "--sequence_length",
+                "32",
+            ]
         )
         == 0
     )
@@ -196,7 +208,7 @@ def test_mistakes_are_said(arguments, capsys):
 
 def test_quick_changes_only_what_was_not_given():
     quick = StudyArguments(quick=True, tokens=99)
-    assert (quick.tokens, quick.remove, quick.calibration_blocks) == (99, 2, 4)
+    assert (quick.tokens, quick.remove, quick.calibration_sequences) == (99, 2, 4)
     assert StudyArguments(quick=True, tokens=262_144).tokens == StudyArguments().tokens == 262_144
 
 
@@ -204,7 +216,7 @@ def test_a_study_measures_on_the_text_it_is_given_and_starts_afresh_with_another
     arguments, tokenizer, caplog
 ):
     rows = run_study("baseline", StudyArguments(**arguments, heldout="more.txt", output_dir="found"))
-    other = make_batches(token_blocks(load_texts("more.txt"), tokenizer, 32).select(range(8)), 4)
+    other = make_batches(token_sequences(load_texts("more.txt"), tokenizer, 32).select(range(8)), 4)
     assert rows[0]["loss"] == pytest.approx(evaluate_text(make_model(), other)["loss"])
     Path("more.txt").write_text(TEXT[::-1].upper())
     again = run_study("baseline", StudyArguments(**arguments, heldout="more.txt", output_dir="found"))
@@ -248,7 +260,7 @@ def test_a_way_that_a_model_does_not_take_is_left_out(arguments, monkeypatch):
 
 
 def test_blocks_longer_than_the_model_reads_are_refused(arguments):
-    with pytest.raises(LayerPruneError, match="block_length is 65, but the model reads 64"):
-        run_study("losses", StudyArguments(**arguments | {"block_length": 65}))
+    with pytest.raises(LayerPruneError, match="sequence_length is 65, but the model reads 64"):
+        run_study("losses", StudyArguments(**arguments | {"sequence_length": 65}))
     with pytest.raises(LayerPruneError, match="batch_size is 0"):
         StudyArguments(batch_size=0)

@@ -6,10 +6,10 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, default_data_collator
 
-from hf_layerprune import LayerPruneError, remove_layers, write_teacher_outputs
+from hf_layerprune import LayerPruneError, cache_teacher_logits, remove_layers
 from hf_layerprune.distillation import teacher_cache as module
 from hf_layerprune.distillation.losses import TopKLogProbs, divergence, top_k_log_probs
-from hf_layerprune.distillation.teacher_cache import TeacherOutputs, row_keys
+from hf_layerprune.distillation.teacher_cache import CachedTeacherLogits, row_keys
 from hf_layerprune.forward.hooks import LAST
 
 from .conftest import logits, make_model, tokens
@@ -51,8 +51,8 @@ def test_a_run_with_written_outputs_is_the_run_with_the_teacher(kind, tokenizer)
         if written:  # in another order and other batches than they are read in
             backwards = ragged().select(range(7, -1, -1))
             batches = loader(backwards, padding(tokenizer), 3)
-            write_teacher_outputs(teacher, batches, "said", top_k=20, temperature=2.0, hidden_layers=[5, 3])
-            assert isinstance(TeacherOutputs("said").read(next(iter(batches)), [LAST])[0], TopKLogProbs)
+            cache_teacher_logits(teacher, batches, "said", top_k=20, temperature=2.0, hidden_layers=[5, 3])
+            assert isinstance(CachedTeacherLogits("said").read(next(iter(batches)), [LAST])[0], TopKLogProbs)
         trainer = make_trainer(
             student,
             ragged(),
@@ -76,7 +76,7 @@ def test_a_run_with_written_outputs_is_the_run_with_the_teacher(kind, tokenizer)
 
 def test_epochs_and_evaluation_are_read(tokenizer):
     student, teacher = students()
-    write_teacher_outputs(teacher, loader(), "said", top_k=9)
+    cache_teacher_logits(teacher, loader(), "said", top_k=9)
     losses = []
     for teaches in (teacher, "said"):
         student, _ = students()
@@ -93,8 +93,8 @@ def test_epochs_and_evaluation_are_read(tokenizer):
 
 def test_what_is_written_is_what_the_teacher_said(model):
     rows = tokens(3, 9)
-    write_teacher_outputs(model, [{"input_ids": rows}], "said", top_k=5, hidden_layers=[2, 5])
-    found, states = TeacherOutputs("said").read({"input_ids": rows}, [2, LAST])
+    cache_teacher_logits(model, [{"input_ids": rows}], "said", top_k=5, hidden_layers=[2, 5])
+    found, states = CachedTeacherLogits("said").read({"input_ids": rows}, [2, LAST])
     expected = top_k_log_probs(logits(model, rows), 5)
     seen = model(input_ids=rows, output_hidden_states=True, use_cache=False).hidden_states
     assert torch.equal(found.ids[:, :-1], expected.ids[:, :-1])
@@ -107,9 +107,9 @@ def test_what_is_written_is_what_the_teacher_said(model):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_of_any_side_is_the_same_row(side, tokenizer):
     teacher = make_model("qwen3")
-    write_teacher_outputs(teacher, loader(ragged(), padding(tokenizer), 1), "said", top_k=5)
+    cache_teacher_logits(teacher, loader(ragged(), padding(tokenizer), 1), "said", top_k=5)
     batch = next(iter(loader(ragged(), padding(tokenizer, side), 8)))
-    found, _ = TeacherOutputs("said").read(batch, [])
+    found, _ = CachedTeacherLogits("said").read(batch, [])
     labels = batch.pop("labels")
     expected = top_k_log_probs(logits(teacher, **batch), 5).log_probs
     follows = (labels != -100)[:, 1:] & (batch["attention_mask"][:, :-1] == 1)
@@ -166,17 +166,17 @@ def test_writing_goes_on_where_it_stopped(monkeypatch):
     read = module._compute_rows
     monkeypatch.setattr(module, "_compute_rows", stop)
     with pytest.raises(KeyboardInterrupt):
-        write_teacher_outputs(teacher, batches, "said", top_k=5)
+        cache_teacher_logits(teacher, batches, "said", top_k=5)
     monkeypatch.setattr(module, "_compute_rows", lambda *args: reads.append(1) or read(*args))
-    write_teacher_outputs(teacher, batches, "said", top_k=5)
+    cache_teacher_logits(teacher, batches, "said", top_k=5)
     assert len(reads) == 4
-    whole = TeacherOutputs("said")
+    whole = CachedTeacherLogits("said")
     assert sum(len(file.get_tensor("keys")) for file in whole._files) == 8
-    write_teacher_outputs(teacher, batches, "other", top_k=5)
+    cache_teacher_logits(teacher, batches, "other", top_k=5)
     for batch in batches:
-        one, other = (outputs.read(batch, [])[0] for outputs in (whole, TeacherOutputs("other")))
+        one, other = (outputs.read(batch, [])[0] for outputs in (whole, CachedTeacherLogits("other")))
         assert torch.equal(one.log_probs, other.log_probs)
-    write_teacher_outputs(teacher, batches, "said", top_k=5)
+    cache_teacher_logits(teacher, batches, "said", top_k=5)
     assert len(reads) == 8  # of the other folder
 
 
@@ -192,9 +192,13 @@ def test_a_row_is_known_by_all_that_is_read():
 
 def test_outputs_of_other_data_are_refused_before_training():
     student, teacher = students()
-    write_teacher_outputs(teacher, loader(examples(4)), "said")
-    one_by_one = {"per_device_train_batch_size": 1, "train_sampling_strategy": "sequential", "max_steps": 8}
-    trainer = make_trainer(student, teacher_model="said", **one_by_one)
+    cache_teacher_logits(teacher, loader(examples(4)), "said")
+    settings = {
+        "per_device_train_batch_size": 1,
+        "train_sampling_strategy": "sequential",
+        "max_steps": 8,
+    }
+    trainer = make_trainer(student, teacher_model="said", **settings)
     with pytest.raises(LayerPruneError, match=r"of 4 rows, but not of the one that begins with tokens \["):
         trainer.train()
     assert trainer.state.global_step == 0
@@ -216,7 +220,7 @@ def test_outputs_of_other_data_are_refused_before_training():
 )
 def test_outputs_of_other_settings_are_refused(settings, message):
     student, teacher = students()
-    write_teacher_outputs(teacher, loader(), "said", top_k=5)
+    cache_teacher_logits(teacher, loader(), "said", top_k=5)
     with pytest.raises(LayerPruneError, match=message):
         make_trainer(student, teacher_model="said", **settings)
 
@@ -224,10 +228,10 @@ def test_outputs_of_other_settings_are_refused(settings, message):
 def test_outputs_of_a_teacher_that_cannot_teach_are_refused(tokenizer):
     cut, other = make_model(), make_model(vocab_size=300)
     remove_layers(cut, [1, 2])
-    write_teacher_outputs(cut, loader(), "cut", top_k=5)
+    cache_teacher_logits(cut, loader(), "cut", top_k=5)
     with pytest.raises(LayerPruneError, match="Give the original model as teacher"):
         make_trainer(make_model(), teacher_model="cut", hidden_weight=1.0)
-    write_teacher_outputs(other, loader(), "other", top_k=5)
+    cache_teacher_logits(other, loader(), "other", top_k=5)
     with pytest.raises(LayerPruneError, match="The teacher's vocabulary has 300 tokens"):
         make_trainer(make_model(), teacher_model="other")
     with pytest.raises(
@@ -247,34 +251,34 @@ def test_outputs_of_a_teacher_that_cannot_teach_are_refused(tokenizer):
 )
 def test_settings_that_cannot_be_are_refused(settings, message, llama):
     with pytest.raises(LayerPruneError, match=message):
-        write_teacher_outputs(llama, loader(), "said", **settings)
+        cache_teacher_logits(llama, loader(), "said", **settings)
 
 
 def test_a_folder_of_something_else_stays_as_it_is(llama, tmp_path):
     llama.save_pretrained("model")
-    with pytest.raises(LayerPruneError, match="model holds no teacher outputs"):
-        write_teacher_outputs(llama, loader(), "model")
-    write_teacher_outputs(llama, loader(), "said", top_k=5)
+    with pytest.raises(LayerPruneError, match="model holds no cached teacher logits"):
+        cache_teacher_logits(llama, loader(), "model")
+    cache_teacher_logits(llama, loader(), "said", top_k=5)
     with pytest.raises(LayerPruneError, match="logits with another temperature, top_k"):
-        write_teacher_outputs(llama, loader(), "said", top_k=6, temperature=2.0)
+        cache_teacher_logits(llama, loader(), "said", top_k=6, temperature=2.0)
     with pytest.raises(LayerPruneError, match="logits with another weights"):
-        write_teacher_outputs(make_model(seed=1), loader(), "said", top_k=5)
+        cache_teacher_logits(make_model(seed=1), loader(), "said", top_k=5)
     head = json.loads((tmp_path / "said" / module.HEAD).read_text())
     (tmp_path / "said" / module.HEAD).write_text(json.dumps(head | {"kept_layers": [3, 1]}))
     with pytest.raises(LayerPruneError, match="Not a lineage"):
-        TeacherOutputs("said")
+        CachedTeacherLogits("said")
     (tmp_path / "said" / module.HEAD).write_text(json.dumps(head))
     shard = tmp_path / "said" / "outputs-00000.safetensors"
     shard.write_bytes(shard.read_bytes()[:500])
     with pytest.raises(LayerPruneError, match="said are damaged"):
-        TeacherOutputs("said")
+        CachedTeacherLogits("said")
 
 
 def test_writing_leaves_the_teacher_as_it_was(llama):
     llama.train()
     state = torch.get_rng_state()
     before = {name: value.clone() for name, value in llama.state_dict().items()}
-    write_teacher_outputs(llama, loader(), "said", top_k=5)
+    cache_teacher_logits(llama, loader(), "said", top_k=5)
     assert llama.training
     assert all(parameter.requires_grad for parameter in llama.parameters())
     assert torch.equal(torch.get_rng_state(), state)

@@ -11,7 +11,7 @@ from hf_layerprune.data import token_mask
 from hf_layerprune.distillation.losses import divergence
 from hf_layerprune.distillation.tiled_loss import LOGITS_PER_CHUNK_CPU, tiled_loss
 from hf_layerprune.forward.hooks import undisturbed
-from hf_layerprune.forward.lm_head import Reader
+from hf_layerprune.forward.lm_head import ChunkedLMHead
 from hf_layerprune.forward.token_losses import cross_entropy
 
 from .conftest import make_model, tokens
@@ -28,7 +28,7 @@ def losses(own, theirs, targets):
 
 def reader(model):
     with undisturbed(model):
-        return Reader(model, tokens() % 60)
+        return ChunkedLMHead(model, tokens() % 60)
 
 
 def perturbed(model):
@@ -179,7 +179,7 @@ def test_autocast_casts_the_head_once(dtype, small_tiles, monkeypatch):
     assert len({id(weight) for weight in seen}) == 1
     assert seen[0].dtype == dtype
     assert model.lm_head.weight is weight
-    monkeypatch.setattr(Reader, "cast_once", lambda self: contextlib.nullcontext())
+    monkeypatch.setattr(ChunkedLMHead, "cast_once", lambda self: contextlib.nullcontext())
     plain_total, plain_slope, plain_head = loss_and_gradients()
     assert torch.equal(total, plain_total)
     assert torch.equal(slope, plain_slope)

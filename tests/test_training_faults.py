@@ -29,11 +29,11 @@ from hf_layerprune import (
     DistillationTrainer,
     DistillationTrainingArguments,
     LayerPruneError,
+    cache_teacher_logits,
     get_lineage,
     remove_layers,
     score_layers,
     select_layers,
-    write_teacher_outputs,
 )
 from hf_layerprune.commands.cli import main
 from hf_layerprune.distillation.losses import divergence, top_k_log_probs
@@ -166,7 +166,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(size, kind, teacher_folder,
     if kind != "folder":
         teacher = LlamaForCausalLM.from_pretrained(folder)
     if kind == "written":
-        write_teacher_outputs(teacher, [{"input_ids": tokens(8, 12)}], "said", top_k=5)
+        cache_teacher_logits(teacher, [{"input_ids": tokens(8, 12)}], "said", top_k=5)
         teacher = "said"
     with pytest.raises(
         LayerPruneError, match=r"\(teacher\) has another tokenizer: \d+ of 252 token ids mean"
@@ -232,7 +232,7 @@ def test_any_teacher_of_the_same_vocabulary_teaches_by_its_logits(kind, removed)
     ours, theirs = (logits(one, tokens(8, 12))[:, :-1].flatten(0, 1) for one in (student, teacher))
     expected = float(divergence(ours, theirs)) / len(ours)
     if kind == "written":
-        write_teacher_outputs(teacher, [{"input_ids": tokens(8, 12)}], "said", top_k=259)
+        cache_teacher_logits(teacher, [{"input_ids": tokens(8, 12)}], "said", top_k=259)
         teacher = "said"
     trainer = make_trainer(student, teacher_model=teacher, max_steps=3)
     trainer.train()
@@ -478,7 +478,7 @@ def test_models_with_masked_tokens_are_trained_and_scored(value, settings, writt
     data = tokens(8, 12) % 100
     rows = Dataset.from_dict({"input_ids": data.tolist(), "labels": data.tolist()})
     if written:
-        write_teacher_outputs(teacher, [{"input_ids": data}], "said", top_k=9, temperature=0.5)
+        cache_teacher_logits(teacher, [{"input_ids": data}], "said", top_k=9, temperature=0.5)
         teacher = "said"
     trainer = make_trainer(student, rows, teacher_model=teacher, max_steps=3, temperature=0.5, **settings)
     trainer.train()
@@ -661,8 +661,8 @@ def test_code_of_its_own_reaches_student_and_teacher_in_a_script(own_code):
 
 def test_code_of_its_own_reaches_the_teacher_on_the_command_line(own_code, capsys):
     words = shlex.split(
-        "distill model --teacher model --data text.txt --target_layers 5 --max_steps 1 --block_length 8 "
-        "--calibration_blocks 2 --heldout_blocks 2 --report_to none --use_cpu True --output_dir out"
+        "distill model --teacher model --data text.txt --target_layers 5 --max_steps 1 --sequence_length 8 "
+        "--calibration_sequences 2 --heldout_sequences 2 --report_to none --use_cpu True --output_dir out"
     )
     assert main(words) == 2
     assert "trust_remote_code" in capsys.readouterr().err
@@ -671,8 +671,8 @@ def test_code_of_its_own_reaches_the_teacher_on_the_command_line(own_code, capsy
 
 def test_code_of_its_own_reaches_every_phase_of_a_command(own_code, capsys):
     words = shlex.split(
-        "phases model --data text.txt --target_layers 5 --block_length 8 --calibration_blocks 2 "
-        "--heldout_blocks 2 --output_dir out"
+        "phases model --data text.txt --target_layers 5 --sequence_length 8 --calibration_sequences 2 "
+        "--heldout_sequences 2 --output_dir out"
     )
     command = ["--", "cp", "-r", "{model}", "{output_dir}"]
     assert main([*words, *command]) == 2
@@ -809,7 +809,7 @@ def test_layers_are_named_by_whole_numbers_of_any_type(kind, llama):
         model.save_pretrained("numbers")
         assert get_lineage(LlamaForCausalLM.from_pretrained("numbers")).removed == gone
     batches = [{"input_ids": tokens()}]
-    table = score_layers(llama, batches, protected=[kind(0), kind(5)], run=kind(2), progress=False)
+    table = score_layers(llama, batches, protected=[kind(0), kind(5)], block_size=kind(2), progress=False)
     assert sorted(table.scores) == [1, 2, 3]
     assert len(select_layers(llama, batches, kind(2), protected=several, progress=False).layers) == 2
     settings = {"target_layers": kind(4), "layers_per_phase": kind(1), "steps_per_phase": kind(1)}
@@ -828,7 +828,7 @@ def test_layers_are_named_by_whole_numbers_of_any_type(kind, llama):
     assert json.loads(Path("out/layer_pruning.json").read_text())["pruning"]["protected"] == [0, 5]
     record = prune_layers(make_model(), target_layers=kind(5), calibration=batches, protected=several)
     assert json.loads(json.dumps(record.to_dict()))["pruning"]["target_layers"] == 5
-    write_teacher_outputs(make_model(), batches, "said", top_k=kind(5), hidden_layers=[kind(5)])
+    cache_teacher_logits(make_model(), batches, "said", top_k=kind(5), hidden_layers=[kind(5)])
 
 
 @pytest.mark.parametrize("named", [True, 3.0, "3", [np.float64(3)], [True], torch.tensor(3.0), None])

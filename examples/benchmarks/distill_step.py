@@ -87,8 +87,8 @@ def make_trainer(name, folder, dataset, settings, callbacks):
     from hf_layerprune import (
         DistillationTrainer,
         DistillationTrainingArguments,
+        cache_teacher_logits,
         remove_layers,
-        write_teacher_outputs,
     )
 
     if name == "lora":  # the model's own weights teach
@@ -101,7 +101,7 @@ def make_trainer(name, folder, dataset, settings, callbacks):
         return trainer
     if name == "written":  # the teacher's 64 likeliest tokens, from the disk
         said = str(folder / "said")
-        write_teacher_outputs(teacher, DataLoader(dataset, 4, collate_fn=default_data_collator), said)
+        cache_teacher_logits(teacher, DataLoader(dataset, 4, collate_fn=default_data_collator), said)
         del teacher
         return DistillationTrainer(
             student, DistillationTrainingArguments(**settings), teacher_model=said, **given
@@ -176,14 +176,14 @@ def bound(folder, tokens):
 
 
 def prepare(folder, text, batch, length, steps):
-    from hf_layerprune import load_embedded_model, load_texts, remove_layers, save_model, token_blocks
+    from hf_layerprune import load_embedded_model, load_texts, remove_layers, save_model, token_sequences
 
     model, tokenizer = load_embedded_model()
     tokenizer.save_pretrained(folder / "whole")
     save_model(model, folder / "whole", verify=False)
     remove_layers(model, [14, 17])
     save_model(model, folder / "cut", verify=False)
-    blocks = token_blocks(load_texts(text), tokenizer, length, limit=batch * steps)
+    blocks = token_sequences(load_texts(text), tokenizer, length, limit=batch * steps)
     (folder / "blocks.json").write_text(json.dumps(list(blocks["input_ids"])))
     versions = {name: version(name) for name in ("torch", "transformers", "hf-layerprune")}
     machine = {"device": str(model.device), "cpu_threads": torch.get_num_threads()}

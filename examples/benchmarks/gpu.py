@@ -358,19 +358,19 @@ def heal(options):
     }
     seconds = measure_step(model, as_rows(train[: 8 * batch]), given, options)
     steps = max(2, int(options.seconds / seconds))
-    steps = min(steps, options.most_tokens // (batch * length)) if options.most_tokens else steps
+    steps = min(steps, options.context_length // (batch * length)) if options.context_length else steps
     print(f"{seconds:.3f} s a step: {steps} steps, {steps * batch * length} tokens", flush=True)
     folder = options.output / "healed"
     recipe = {
-        "select": "run",
+        "select": "block",
         "criterion": "block_influence",
         "replacement": "linear",
         "replacement_loss": "none",
         "reconstruction_layers": 1 if options.tiny else 3,
         "reconstruction_tokens": 2**20,
         "reconstruction_learning_rate": 2e-3,
-        "calibration_blocks": len(calibration),
-        "heldout_blocks": len(heldout),
+        "calibration_sequences": len(calibration),
+        "heldout_sequences": len(heldout),
     }
     model, record = prune(
         model,

@@ -34,10 +34,10 @@ import sys
 import numpy as np
 from transformers import AutoTokenizer
 
-from hf_layerprune import load_texts, token_blocks
+from hf_layerprune import load_texts, token_sequences
 
 model, text, output = sys.argv[1:]
-rows = token_blocks(load_texts(text), AutoTokenizer.from_pretrained(model), 512)["input_ids"]
+rows = token_sequences(load_texts(text), AutoTokenizer.from_pretrained(model), 512)["input_ids"]
 ids = np.array(rows, dtype=np.uint16 if np.max(rows) < 2**16 else np.uint32)
 np.random.default_rng(0).shuffle(ids)
 np.save(output, ids)

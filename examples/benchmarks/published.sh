@@ -14,25 +14,25 @@ wanted=" ${*:-} "
 # 245 steps of 4 x 256 tokens: 250,880.
 healing=(--max_steps 245 --per_device_train_batch_size 4 --learning_rate 3e-4 --lr_scheduler_type cosine
   --lr_scheduler_kwargs '{}' --warmup_steps 0.05 --weight_decay 0 --bf16 True --logging_steps 7)
-common=(--block_length 256 --heldout_blocks 32 --save_strategy no --report_to none --disable_tqdm True)
+common=(--sequence_length 256 --heldout_sequences 32 --save_strategy no --report_to none --disable_tqdm True)
 
 method() { # NAME KEEP RECIPE FLAGS...
   local name=$1 keep=$2 recipe=$3
   shift 3
   [[ $wanted == "  " || $wanted == *" $name "* ]] || return 0
   [[ -f $output/$name/config.json ]] && return 0
-  hf-layerprune run "$recipe" --model "$model" --keep "$keep" --data "$text" --output_dir "$output/$name" \
-    --calibration_blocks 128 "${common[@]}" "$@"
+  hf-layerprune run "$recipe" --model "$model" --target_layers "$keep" --data "$text" --output_dir "$output/$name" \
+    --calibration_sequences 128 "${common[@]}" "$@"
 }
 
 method default-23 23 default "${healing[@]}"
-method iterative-23 23 iterative-small "${healing[@]}" --steps_per_phase 35 --calibration_blocks 32
-method iterative-23-one-schedule 23 iterative-small "${healing[@]}" --steps_per_phase 35 --calibration_blocks 32 \
+method iterative-23 23 iterative-small "${healing[@]}" --steps_per_phase 35 --calibration_sequences 32
+method iterative-23-one-schedule 23 iterative-small "${healing[@]}" --steps_per_phase 35 --calibration_sequences 32 \
   --restart_learning_rate False
-method iterative-23-early 23 iterative-small "${healing[@]}" --steps_per_phase 8 --calibration_blocks 32 \
+method iterative-23-early 23 iterative-small "${healing[@]}" --steps_per_phase 8 --calibration_sequences 32 \
   --restart_learning_rate False # what is left over heals the last phase
 method shortgpt-23 23 shortgpt "${healing[@]}"
-method sleb-23 23 sleb "${healing[@]}" --racing 0.95 --calibration_blocks 32
+method sleb-23 23 sleb "${healing[@]}" --racing 0.95 --calibration_sequences 32
 method streamline-23 23 streamline "${healing[@]}"
 method layerchop-23 23 layerchop "${healing[@]}"
 method deepest-23 23 deepest "${healing[@]}"
@@ -42,7 +42,7 @@ method default-25 25 default "${healing[@]}"
 
 # Those next to the default, and it, with the text in another order.
 method default-23-seed-7 23 default "${healing[@]}" --seed 7
-method sleb-23-seed-7 23 sleb "${healing[@]}" --racing 0.95 --calibration_blocks 32 --seed 7
+method sleb-23-seed-7 23 sleb "${healing[@]}" --racing 0.95 --calibration_sequences 32 --seed 7
 method shortgpt-23-seed-7 23 shortgpt "${healing[@]}" --seed 7
 
 # Longer, in as many sittings as it takes.

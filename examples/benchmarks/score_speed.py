@@ -24,7 +24,7 @@ from hf_layerprune import (
     load_texts,
     make_batches,
     score_layers,
-    token_blocks,
+    token_sequences,
 )
 
 
@@ -34,7 +34,7 @@ sequences, length, samples = [*sizes, *(128, 128, 20)[len(sizes) :]]
 
 model, tokenizer = load_embedded_model()
 model = model.to("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
-blocks = token_blocks(load_texts(text), tokenizer, length, limit=sequences * 40).shuffle(seed=0)
+blocks = token_sequences(load_texts(text), tokenizer, length, limit=sequences * 40).shuffle(seed=0)
 
 
 def sample(seed):

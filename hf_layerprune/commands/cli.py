@@ -10,7 +10,7 @@ from .common import OUTPUT_DIR, Command, flag_names, parse
 from .evaluate import card, evaluate
 from .flags import name_flags
 from .prune import inspect, phases, prune, score
-from .train import distill, run, teach
+from .train import cache_teacher, distill, run
 
 
 INTERRUPTED = 128 + signal.SIGINT  # the exit code of a process that Ctrl-C ended
@@ -45,7 +45,7 @@ COMMANDS: dict[str, Command] = {
     "inspect": inspect,
     "score": score,
     "prune": prune,
-    "teach": teach,
+    "cache-teacher": cache_teacher,
     "distill": distill,
     "phases": phases,
     "run": run,
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     if command in ("-h", "--help"):
         print("usage: hf-layerprune COMMAND ...   (hf-layerprune COMMAND --help for its flags)\n")
         for name, function in COMMANDS.items():
-            print(f"  {name:12s}{function.__doc__}")
+            print(f"  {name:14s}{function.__doc__}")
         return 0
     from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -115,7 +115,7 @@ def _how_to_go_on(command: str, arguments: list[str]) -> str:
         return (
             "It wrote no checkpoint: give the command again to start anew, with --save_steps to resume later."
         )
-    if command in ("phases", "teach", "study") or (command in ("score", "evaluate") and given.json):
+    if command in ("phases", "cache-teacher", "study") or (command in ("score", "evaluate") and given.json):
         return "Give the command again to go on."
     if command in ("score", "evaluate"):
         return "Nothing was kept: give the command again, with --json FILE to go on after a stop."

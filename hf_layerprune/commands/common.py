@@ -58,7 +58,7 @@ def _parser(command: Command, kinds: list[Any], only_given: bool = False) -> Any
 
     from transformers import HfArgumentParser
 
-    name = command.__name__
+    name = command.__name__.replace("_", "-")
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> Any:

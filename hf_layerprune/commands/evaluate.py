@@ -75,7 +75,7 @@ class _Measurement:
 
     def __init__(self, names: list[str], source: Any, data: str | None, text: Any, output: EvaluateArguments):
         from ..evaluation.tasks import load_task, split_name
-        from ..recipes.inputs import check_model, make_blocks
+        from ..recipes.inputs import check_model, make_sequences
 
         self.source, self.output = source, output
         self.through_lm_eval = output.lm_eval and bool(output.tasks)
@@ -87,12 +87,12 @@ class _Measurement:
         else:
             self.questions = {split_name(task)[0]: load_task(task, output.limit) for task in output.tasks}
         self.tokenizers: dict[str, Any] = {}
-        self.blocks: dict[str, Any] = {}
+        self.sequences: dict[str, Any] = {}
         for name in names:
             config, self.tokenizers[name] = check_model(name, source.trust_remote_code, "evaluate")
             if data is not None:
-                limit = output.max_blocks
-                self.blocks[name] = make_blocks(data, text, config, self.tokenizers[name], limit)
+                limit = output.max_sequences
+                self.sequences[name] = make_sequences(data, text, config, self.tokenizers[name], limit)
 
     def of(self, name: str, earlier: dict[str, Any]) -> dict[str, Any]:
         """Returns the results of one model: those of an earlier call where nothing has changed since."""
@@ -103,7 +103,7 @@ class _Measurement:
 
         output, tokenizer = self.output, self.tokenizers[name]
         model = load_on_device(name, self.source.trust_remote_code, output.dtype)
-        batches = make_batches(self.blocks[name], 4) if name in self.blocks else []
+        batches = make_batches(self.sequences[name], 4) if name in self.sequences else []
         settings = [output.lm_eval, output.limit, output.tasks, self.questions]
         mark = fingerprint([model], batches, settings)
         known = next((found for found in earlier.values() if found.get("fingerprint") == mark), None)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 
 # Arguments in Python that a command calls otherwise.
-OTHER_NAMES = {"target_layers": "keep", "teacher_model": "teacher"}
+OTHER_NAMES = {"teacher_model": "teacher"}
 
 
 def name_flags(message: str, names: Iterable[str]) -> str:
@@ -72,7 +72,9 @@ class ScoreArguments:
         default=None,
         metadata={"help": "Write the table to this file; stopped and called again, scoring goes on."},
     )
-    run: int = field(default=1, metadata={"help": "Score runs of so many layers, each by its first."})
+    block_size: int = field(
+        default=1, metadata={"help": "Score blocks of so many consecutive layers, each by its first layer."}
+    )
     compare: str | None = field(
         default=None,
         metadata={"help": "Other text, or a table of --json: how alike do they rank the layers?"},
@@ -98,7 +100,9 @@ class TeacherArguments:
 
     teacher: str | None = field(
         default=None,
-        metadata={"help": "Folder (also of `teach`) or hub id of the teacher. Default: the model itself."},
+        metadata={
+            "help": "Folder (also of `cache-teacher`) or hub id of the teacher. Default: the model itself."
+        },
     )
     lora_rank: int | None = field(
         default=None,
@@ -116,8 +120,8 @@ class ResumeArguments:
 
 
 @dataclass
-class TeachArguments:
-    """Output of `teach`."""
+class CacheTeacherArguments:
+    """Output of `cache-teacher`."""
 
     output_dir: str = field(metadata={"help": "A folder for what it says; called again, this goes on."})
     top_k: int = field(default=64, metadata={"help": "Tokens to keep at each position, the likeliest."})
@@ -125,7 +129,7 @@ class TeachArguments:
     hidden_layers: list[int] = field(
         default_factory=list, metadata={"help": "Original indices of the layers whose outputs to keep."}
     )
-    batch_size: int = field(default=8, metadata={"help": "Blocks to read at once."})
+    batch_size: int = field(default=8, metadata={"help": "Sequences to read at once."})
 
 
 @dataclass
@@ -139,7 +143,7 @@ class InspectArguments:
 class EvaluateArguments:
     """Output of `evaluate`."""
 
-    max_blocks: int = field(default=64, metadata={"help": "Blocks of the text to use at most."})
+    max_sequences: int = field(default=64, metadata={"help": "Sequences of the text to use at most."})
     tasks: list[str] = field(
         default_factory=list,
         metadata={

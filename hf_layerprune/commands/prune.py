@@ -42,7 +42,7 @@ def score(arguments: list[str]) -> None:
     name, source, data, text, sample, scoring, output = parsed
     from ..data import make_batches
     from ..pruning.prune import scoring_settings
-    from ..recipes.inputs import check_model, load_on_device, make_blocks
+    from ..recipes.inputs import check_model, load_on_device, make_sequences
     from ..scoring.score import check_plot_path, read_table, score_layers
 
     if output.plot:
@@ -52,14 +52,18 @@ def score(arguments: list[str]) -> None:
     other = read_table(output.compare) if is_table else None
     config, tokenizer = check_model(name, source.trust_remote_code, "score", scoring.criterion)
     sources = [data.data] if is_table or not output.compare else [data.data, output.compare]
-    blocks = [make_blocks(one, text, config, tokenizer, sample.calibration_blocks) for one in sources]
+    sequences = [
+        make_sequences(one, text, config, tokenizer, sample.calibration_sequences) for one in sources
+    ]
     model = load_on_device(name, source.trust_remote_code)
 
-    def table_of(blocks: Any, journal: str | None = None) -> Any:
+    def table_of(sequences: Any, journal: str | None = None) -> Any:
         settings = scoring_settings(scoring) | {"protected": scoring.protected, "journal": journal}
-        return score_layers(model, make_batches(blocks, 4), scoring.criterion, run=output.run, **settings)
+        return score_layers(
+            model, make_batches(sequences, 4), scoring.criterion, block_size=output.block_size, **settings
+        )
 
-    table = table_of(blocks[0], output.json and output.json + ".part")
+    table = table_of(sequences[0], output.json and output.json + ".part")
     if output.plot:
         table.plot(output.plot)
     if output.json:
@@ -69,7 +73,7 @@ def score(arguments: list[str]) -> None:
         error = table.errors.get(layer)
         print(line if error is None else f"{line} +- {error:.5f}")
     if output.compare:
-        _print_comparison(output.compare, table, other or table_of(blocks[1]))
+        _print_comparison(output.compare, table, other or table_of(sequences[1]))
 
 
 def _print_comparison(name: str, table: Any, other: Any) -> None:
@@ -80,8 +84,10 @@ def _print_comparison(name: str, table: Any, other: Any) -> None:
     """
     from ..scoring.score import rank_correlation
 
-    if other.run != table.run:
-        raise LayerPruneError(f"{name} scores runs of {other.run} layers, not of {table.run}.")
+    if other.block_size != table.block_size:
+        raise LayerPruneError(
+            f"{name} scores blocks of {other.block_size} layers, not of {table.block_size}."
+        )
     few = max(1, len(table.scores) // 4)
     least = [{one.kept[layer] for layer in one.ranking()[:few]} for one in (table, other)]
     print(f"\nCompared with {name}: rank correlation {rank_correlation(table, other):.3f};")
@@ -95,18 +101,18 @@ def prune(arguments: list[str]) -> None:
     kinds = [ModelArguments, DataArguments, TextArguments, SampleArguments, RemovalArguments, SaveArguments]
     name, source, data, text, sample, removal, output = parse(prune, arguments, kinds)
     from ..checkpoints.saving import save_model
-    from ..data import split_blocks
+    from ..data import split_sequences
     from ..evaluation.evaluate import HeldOutText
     from ..pruning.prune import prune_layers
-    from ..recipes.inputs import check_model, load_on_device, make_blocks
+    from ..recipes.inputs import check_model, load_on_device, make_sequences
     from ..reports.record import check_folder_is_free, write_record
     from ..surgery.decoder import predicts_next_token
 
     check_folder_is_free(output.output_dir)
     config, tokenizer = check_model(name, source.trust_remote_code, "prune", removal.criterion)
-    sizes = sample.calibration_blocks, sample.heldout_blocks
-    blocks = make_blocks(data.data, text, config, tokenizer, sum(sizes))
-    calibration, heldout, _ = split_blocks(blocks, *sizes)
+    sizes = sample.calibration_sequences, sample.heldout_sequences
+    sequences = make_sequences(data.data, text, config, tokenizer, sum(sizes))
+    calibration, heldout, _ = split_sequences(sequences, *sizes)
     model = load_on_device(name, source.trust_remote_code)
     record = prune_layers(
         model,
@@ -132,15 +138,15 @@ def phases(arguments: list[str]) -> None:
     name, source, data, text, sample, removal, output = parse(phases, arguments, kinds)
     from ..checkpoints.loading import stored_dtype
     from ..checkpoints.saving import save_model
-    from ..data import split_blocks
+    from ..data import split_sequences
     from ..evaluation.evaluate import HeldOutText
     from ..pruning.command_phases import run_phases
-    from ..recipes.inputs import check_model, load_on_device, make_blocks
+    from ..recipes.inputs import check_model, load_on_device, make_sequences
 
     config, tokenizer = check_model(name, source.trust_remote_code, "phases")
-    sizes = sample.calibration_blocks, sample.heldout_blocks
-    blocks = make_blocks(data.data, text, config, tokenizer, sum(sizes))
-    calibration, heldout, _ = split_blocks(blocks, *sizes)
+    sizes = sample.calibration_sequences, sample.heldout_sequences
+    sequences = make_sequences(data.data, text, config, tokenizer, sum(sizes))
+    calibration, heldout, _ = split_sequences(sequences, *sizes)
 
     def load(folder: str | None) -> Any:
         return load_on_device(folder or name, source.trust_remote_code)

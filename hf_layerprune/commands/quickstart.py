@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from ..data import token_blocks
+from ..data import token_sequences
 from ..distillation.arguments import DistillationTrainingArguments
 from ..distillation.trainer import DistillationTrainer
 from ..errors import LayerPruneError
@@ -60,11 +60,11 @@ class QuickstartArguments:
     steps_per_phase: int = field(
         default=14, metadata={"help": "Training steps of 1024 tokens after each removal."}
     )
-    heldout_blocks: int = field(
-        default=16, metadata={"help": "Blocks of 256 tokens to measure perplexity on."}
+    heldout_sequences: int = field(
+        default=16, metadata={"help": "Sequences of 256 tokens to measure perplexity on."}
     )
-    calibration_blocks: int = field(
-        default=4, metadata={"help": "Blocks of 256 tokens to score the layers on."}
+    calibration_sequences: int = field(
+        default=4, metadata={"help": "Sequences of 256 tokens to score the layers on."}
     )
     answer_tokens: int = field(default=60, metadata={"help": "Length of the answers shown."})
 
@@ -84,14 +84,14 @@ def quickstart(settings: QuickstartArguments) -> None:
     check_folder_is_free(settings.output_dir)
     model, tokenizer = load_embedded_model()
     text = split_topics()
-    blocks = {part: token_blocks(texts, tokenizer, 256) for part, texts in text.items()}
+    sequences = {part: token_sequences(texts, tokenizer, 256) for part, texts in text.items()}
     for part, count in {
-        "heldout": settings.heldout_blocks,
-        "calibration": settings.calibration_blocks,
+        "heldout": settings.heldout_sequences,
+        "calibration": settings.calibration_sequences,
     }.items():
-        blocks[part] = _spread(blocks[part], count)
-    print(", ".join(f"{part} {256 * len(data)} tokens" for part, data in blocks.items()))
-    for part in blocks.values():
+        sequences[part] = _spread(sequences[part], count)
+    print(", ".join(f"{part} {256 * len(data)} tokens" for part, data in sequences.items()))
+    for part in sequences.values():
         part.info.dataset_name = "help topics of Python"
     before = answer(model, tokenizer, settings.answer_tokens)
 
@@ -113,13 +113,13 @@ def quickstart(settings: QuickstartArguments) -> None:
             bf16=True,
             use_cpu=not torch.cuda.is_available(),
         ),
-        train_dataset=blocks["train"],
+        train_dataset=sequences["train"],
         processing_class=tokenizer,
         callbacks=[
             LayerPruningCallback(
                 target_layers=27,
-                calibration=blocks["calibration"],
-                evaluation=HeldOutText(blocks["heldout"], 2),
+                calibration=sequences["calibration"],
+                evaluation=HeldOutText(sequences["heldout"], 2),
             )
         ],
     )
@@ -223,10 +223,10 @@ def _chat(tokenizer: Any) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def _spread(blocks: Dataset, count: int) -> Dataset:
-    """`count` blocks, evenly spread over all."""
-    count = min(count, len(blocks))
-    return blocks.select([i * len(blocks) // count for i in range(count)])
+def _spread(sequences: Dataset, count: int) -> Dataset:
+    """`count` sequences, evenly spread over all."""
+    count = min(count, len(sequences))
+    return sequences.select([i * len(sequences) // count for i in range(count)])
 
 
 def _fetch(folder: Path) -> None:

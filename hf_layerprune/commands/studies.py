@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from ..data import check_block_length, make_batches, split_blocks
+from ..data import check_sequence_length, make_batches, split_sequences
 from ..errors import LayerPruneError
 from ..evaluation.evaluate import evaluate_text
 from ..pruning.callback import LayerPruningCallback
@@ -36,7 +36,7 @@ def baseline(setting: Setting) -> Iterator[Row]:
     ways: dict[str, Cut] = {
         "sleb (greedy, loss)": partial(setting.cut, "loss", "greedy"),
         "shortgpt (one shot, Block Influence)": partial(setting.cut, "block_influence", "one_shot"),
-        "run of least Block Influence": partial(setting.cut, "block_influence", "run"),
+        "block of least Block Influence": partial(setting.cut, "block_influence", "block"),
         "deepest": partial(setting.cut, "positional", "one_shot"),
         "replaceme (linear map)": setting.cut_with_map,
     }
@@ -54,7 +54,7 @@ def losses(setting: Setting) -> Iterator[Row]:
     for weight in (0.01, 0.1, 1.0, 10.0, 100.0):
         grid[f"{weight:g} KL + hidden"] = {"kl_weight": weight, "hidden_weight": 1.0}
     grid["paper"] = {"loss_preset": "paper"}
-    cut = partial(setting.cut, "block_influence", "run")
+    cut = partial(setting.cut, "block_influence", "block")
     for name, changes in grid.items():
         yield {"losses": name, **setting.journal.once(partial(setting.cut_and_heal, cut, **changes))}
 
@@ -93,13 +93,13 @@ def criteria(setting: Setting) -> Iterator[Row]:
 
 def calibration(setting: Setting) -> Iterator[Row]:
     """How much does the ranking of the layers depend on the text? Of one text, its thirds are compared."""
-    count: Any = setting.arguments.calibration_blocks
-    names, parts = setting.names, [blocks.select(range(count)) for blocks in setting.blocks]
+    count: Any = setting.arguments.calibration_sequences
+    names, parts = setting.names, [sequences.select(range(count)) for sequences in setting.sequences]
     if len(parts) == 1:
-        third = len(setting.blocks[0]) // 3
+        third = len(setting.sequences[0]) // 3
         names = [f"{names[0]}, part {i + 1}" for i in range(3)]
         spread = [range(i * third, i * third + min(count, third)) for i in range(3)]
-        parts = [setting.blocks[0].select(one) for one in spread]
+        parts = [setting.sequences[0].select(one) for one in spread]
     for criterion in ("loss", "block_influence"):
 
         def table(part: Any, criterion: str = criterion) -> Row:
@@ -121,16 +121,16 @@ def calibration(setting: Setting) -> Iterator[Row]:
 def middle(setting: Setting) -> Iterator[Row]:
     """Are the middle layers the least important? The mean rank of each third, 0 the least, 1 the most."""
     models = setting.arguments.models or [MODEL_NAME]
-    sizes: Any = setting.arguments.calibration_blocks, setting.arguments.heldout_blocks
+    sizes: Any = setting.arguments.calibration_sequences, setting.arguments.heldout_sequences
     for i, name in enumerate(models):
 
         def measured(i: int = i, name: str = name) -> Row:
             if i == 0:
                 return score_layers(setting.dense, setting.calibration, "loss", protected=[]).to_dict()
             model, tokenizer = load(name)
-            check_block_length(setting.arguments.block_length, model)
-            blocks = setting.cut_up(setting.texts[0], tokenizer)
-            some = split_blocks(blocks, *sizes)[0]
+            check_sequence_length(setting.arguments.sequence_length, model)
+            sequences = setting.cut_up(setting.texts[0], tokenizer)
+            some = split_sequences(sequences, *sizes)[0]
             return score_layers(model, make_batches(some, 4), "loss", protected=[]).to_dict()
 
         table = ScoreTable.from_dict(setting.journal.once(measured))

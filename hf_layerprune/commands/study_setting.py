@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints.loading import load_model, load_tokenizer
 from ..checkpoints.saving import check_writable
-from ..data import check_block_length, load_texts, make_batches, split_blocks, token_blocks
+from ..data import check_sequence_length, load_texts, make_batches, split_sequences, token_sequences
 from ..distillation.arguments import DistillationTrainingArguments
 from ..distillation.trainer import DistillationTrainer
 from ..errors import LayerPruneError
@@ -27,8 +27,8 @@ from ..surgery.lineage import get_lineage
 from .quickstart import load_embedded_model, split_topics
 
 
-WHOLE = {"tokens": 262_144, "calibration_blocks": 32, "heldout_blocks": 32}
-QUICK = {"remove": 2, "tokens": 4096, "calibration_blocks": 4, "heldout_blocks": 8}
+WHOLE = {"tokens": 262_144, "calibration_sequences": 32, "heldout_sequences": 32}
+QUICK = {"remove": 2, "tokens": 4096, "calibration_sequences": 4, "heldout_sequences": 8}
 
 Row = dict[str, Any]
 Cut = Callable[[int], tuple[PreTrainedModel, Row]]  # so many layers; what was chosen
@@ -64,14 +64,14 @@ class StudyArguments:
     tokens: int | None = field(
         default=None, metadata={"help": f"Tokens of healing in each run. Default: {WHOLE['tokens']}."}
     )
-    calibration_blocks: int | None = field(
-        default=None, metadata={"help": f"Blocks to score on. Default: {WHOLE['calibration_blocks']}."}
+    calibration_sequences: int | None = field(
+        default=None, metadata={"help": f"Sequences to score on. Default: {WHOLE['calibration_sequences']}."}
     )
-    heldout_blocks: int | None = field(
-        default=None, metadata={"help": f"Blocks to measure on. Default: {WHOLE['heldout_blocks']}."}
+    heldout_sequences: int | None = field(
+        default=None, metadata={"help": f"Sequences to measure on. Default: {WHOLE['heldout_sequences']}."}
     )
-    block_length: int = field(default=256, metadata={"help": "Tokens in a block."})
-    batch_size: int = field(default=4, metadata={"help": "Blocks in a training step."})
+    sequence_length: int = field(default=256, metadata={"help": "Tokens in a sequence."})
+    batch_size: int = field(default=4, metadata={"help": "Sequences in a training step."})
     learning_rate: float = field(default=3e-4, metadata={"help": "The highest, of a cosine schedule."})
     seed: int = field(default=0, metadata={"help": "Of the order of the text."})
 
@@ -79,7 +79,7 @@ class StudyArguments:
         for name, value in (QUICK if self.quick else WHOLE).items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        for name in ("tokens", "calibration_blocks", "heldout_blocks", "block_length", "batch_size"):
+        for name in ("tokens", "calibration_sequences", "heldout_sequences", "sequence_length", "batch_size"):
             if getattr(self, name) < 1:
                 raise LayerPruneError(f"{name} is {getattr(self, name)}: it must be at least 1.")
 
@@ -107,32 +107,35 @@ class Setting:
             )
         names = [Path(source).name for source in arguments.data]
         self.names = (names if len(set(names)) == len(names) else arguments.data) or ["help topics"]
-        check_block_length(arguments.block_length, self.dense)
+        check_sequence_length(arguments.sequence_length, self.dense)
         self.texts = [load_texts(source) for source in arguments.data] or [_help_topics()]
-        self.blocks = [self.cut_up(texts) for texts in self.texts]
-        sizes: Any = arguments.calibration_blocks, arguments.heldout_blocks
-        for source, blocks in zip(self.names, self.blocks, strict=True):
-            if len(blocks) < sizes[0]:
+        self.sequences = [self.cut_up(texts) for texts in self.texts]
+        sizes: Any = arguments.calibration_sequences, arguments.heldout_sequences
+        for source, sequences in zip(self.names, self.sequences, strict=True):
+            if len(sequences) < sizes[0]:
                 raise LayerPruneError(
-                    f"{source} makes {len(blocks)} blocks, and calibration_blocks is {sizes[0]}: give more "
-                    "text, or ask for fewer."
+                    f"{source} makes {len(sequences)} sequences, but calibration_sequences is {sizes[0]}. "
+                    "Give more text, or ask for fewer."
                 )
-        calibration, heldout, self.train = split_blocks(self.blocks[0], *sizes)
+        calibration, heldout, self.train = split_sequences(self.sequences[0], *sizes)
         if arguments.heldout:
             heldout = self.cut_up(load_texts(arguments.heldout))
             heldout = heldout.select(range(min(sizes[1], len(heldout))))
         self.calibration, self.heldout = make_batches(calibration, 4), make_batches(heldout, 4)
         tokens: Any = arguments.tokens
-        self.steps = max(1, tokens // (arguments.batch_size * arguments.block_length))
+        self.steps = max(1, tokens // (arguments.batch_size * arguments.sequence_length))
         settings = [name, {k: v for k, v in asdict(arguments).items() if k != "output_dir"}]
-        few = [blocks.select(range(0, len(blocks), 1 + len(blocks) // 100)) for blocks in self.blocks]
+        few = [
+            sequences.select(range(0, len(sequences), 1 + len(sequences) // 100))
+            for sequences in self.sequences
+        ]
         text = [batch for some in few for batch in make_batches(some, 4)]
-        mark = fingerprint([self.dense], [*text, *self.heldout], [*settings, *map(len, self.blocks)])
+        mark = fingerprint([self.dense], [*text, *self.heldout], [*settings, *map(len, self.sequences)])
         self.journal = Journal(self.folder / "cells.jsonl", mark)
 
     def cut_up(self, texts: list[str], tokenizer: PreTrainedTokenizerBase | None = None) -> Dataset:
-        """Texts as blocks of the study's length."""
-        return token_blocks(texts, tokenizer or self.tokenizer, self.arguments.block_length)
+        """Texts as sequences of the study's length."""
+        return token_sequences(texts, tokenizer or self.tokenizer, self.arguments.sequence_length)
 
     def loss(self, model: PreTrainedModel) -> float:
         """Of held-out text, in nats per token."""
@@ -150,7 +153,7 @@ class Setting:
     def cut_with_map(self, remove: int) -> tuple[PreTrainedModel, Row]:
         """The model with a linear map for the run of least Block Influence, and what was chosen."""
         model, began = copy.deepcopy(self.dense), time.monotonic()
-        table = score_layers(model, self.calibration, "block_influence", run=remove, progress=False)
+        table = score_layers(model, self.calibration, "block_influence", block_size=remove, progress=False)
         first, kept = table.ranking()[0], get_lineage(model).kept
         replace_by_linear_map(model, first, remove, self.calibration)
         seconds = round(time.monotonic() - began, 1)

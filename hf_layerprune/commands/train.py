@@ -1,30 +1,32 @@
-"""Commands that train: teach, distill, run."""
+"""Commands that train: cache-teacher, distill, run."""
 
 from pathlib import Path
 from typing import Any
 
 from ..errors import LayerPruneError
 from ..recipes.arguments import ModelArguments, SampleArguments, TextArguments
-from .common import OUTPUT_DIR, flag_names, parse, parse_given, print_table
-from .flags import DataArguments, ResumeArguments, TeachArguments, TeacherArguments
+from .common import OUTPUT_DIR, parse, parse_given, print_table
+from .flags import CacheTeacherArguments, DataArguments, ResumeArguments, TeacherArguments
 
 
-def teach(arguments: list[str]) -> None:
-    """Write what MODEL says of a text, for `distill --teacher` without it."""
-    kinds = [ModelArguments, DataArguments, TextArguments, TeachArguments]
-    name, source, data, text, output = parse(teach, arguments, kinds)
+def cache_teacher(arguments: list[str]) -> None:
+    """Cache MODEL's top-k logits so that `distill --teacher DIR` needs no teacher in memory."""
+    kinds = [ModelArguments, DataArguments, TextArguments, CacheTeacherArguments]
+    name, source, data, text, output = parse(cache_teacher, arguments, kinds)
     from ..data import make_batches
-    from ..distillation.teacher_cache import TeacherOutputs, write_teacher_outputs
-    from ..recipes.inputs import check_model, load_on_device, make_blocks
+    from ..distillation.teacher_cache import CachedTeacherLogits, cache_teacher_logits
+    from ..recipes.inputs import check_model, load_on_device, make_sequences
 
-    config, tokenizer = check_model(name, source.trust_remote_code, "teach")
-    batches = make_batches(make_blocks(data.data, text, config, tokenizer), output.batch_size)
+    config, tokenizer = check_model(name, source.trust_remote_code, "cache-teacher")
+    batches = make_batches(make_sequences(data.data, text, config, tokenizer), output.batch_size)
     model = load_on_device(name, source.trust_remote_code)
     settings = {"temperature": output.temperature, "hidden_layers": output.hidden_layers}
-    write_teacher_outputs(model, batches, output.output_dir, output.top_k, **settings)
+    cache_teacher_logits(model, batches, output.output_dir, output.top_k, **settings)
     size = sum(file.stat().st_size for file in Path(output.output_dir).iterdir()) / 2**20
-    rows = len(TeacherOutputs(output.output_dir).keys)
-    print(f"{output.output_dir}: {rows} blocks, {size:.1f} MB. `hf-layerprune distill --teacher` reads them.")
+    rows = len(CachedTeacherLogits(output.output_dir).keys)
+    print(
+        f"{output.output_dir}: {rows} sequences, {size:.1f} MB. `hf-layerprune distill --teacher` reads them."
+    )
 
 
 def distill(arguments: list[str]) -> None:
@@ -123,7 +125,6 @@ def run(arguments: list[str]) -> None:
         raise LayerPruneError(f"Give a YAML file, or one of {', '.join(shipped_recipes())}.")
     recipe = read_recipe(arguments[0])  # its errors name fields, those below name flags
     given = parse_given(run, arguments[1:], kinds)
-    flag_names[:] = ["keep" if name == "target_layers" else name for name in flag_names]
     resume = given.pop("resume", False) or given.pop("resume_from_checkpoint", None)
     _, record = prune(recipe=recipe, resume_from_checkpoint=resume, **given)
     print_table(record.to_dict())

@@ -17,7 +17,7 @@ from ..surgery.lineage import get_lineage
 from ..surgery.peft import adapter_configs
 from .arguments import DistillationTrainingArguments, check_processes_joined
 from .teacher import TeacherLayers
-from .teacher_cache import TeacherOutputs
+from .teacher_cache import CachedTeacherLogits
 
 
 def check_arguments(args: Any, unused: dict[str, Any]) -> None:
@@ -67,7 +67,7 @@ def check_student(model: Any, args: DistillationTrainingArguments) -> None:
 
 
 def check_teacher(
-    teacher: PreTrainedModel | TeacherOutputs, args: DistillationTrainingArguments
+    teacher: PreTrainedModel | CachedTeacherLogits, args: DistillationTrainingArguments
 ) -> TeacherLayers:
     """Checks that a teacher has the logits and hidden states that `args` ask for, and returns its layers.
 
@@ -92,7 +92,7 @@ def check_teacher(
     return layers
 
 
-def _check_cache_settings(teacher: TeacherOutputs, args: DistillationTrainingArguments) -> None:
+def _check_cache_settings(teacher: CachedTeacherLogits, args: DistillationTrainingArguments) -> None:
     for name in ("top_k", "temperature"):
         value, cached = getattr(args, name), getattr(teacher, name)
         if value not in (None, cached):
@@ -125,7 +125,7 @@ def check_rows_are_cached(
     """Checks that a teacher cache has all rows of the data sets. Streams are checked while they are read.
 
     Args:
-        teacher ([`TeacherOutputs`] or model): the teacher. A model has no cache to check.
+        teacher ([`CachedTeacherLogits`] or model): the teacher. A model has no cache to check.
         datasets (iterable): the data sets.
         columns (collection of `str`, *optional*): the columns that the model reads. Default: all.
         collate (`Callable`): makes a batch of rows.
@@ -133,7 +133,7 @@ def check_rows_are_cached(
     Raises:
         LayerPruneError: a row is missing.
     """
-    if not isinstance(teacher, TeacherOutputs):
+    if not isinstance(teacher, CachedTeacherLogits):
         return
     for dataset in datasets:
         rows = _rows_of(dataset, columns)

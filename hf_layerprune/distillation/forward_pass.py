@@ -9,18 +9,18 @@ from transformers import PreTrainedModel
 
 from ..data import Batch
 from ..forward.hooks import captured, replayed, undisturbed
-from ..forward.lm_head import Reader
+from ..forward.lm_head import ChunkedLMHead
 from ..surgery.peft import base_of
 from .compiled_layers import CompiledLayers
 from .objective import ModelOutputs
-from .teacher_cache import TeacherOutputs
+from .teacher_cache import CachedTeacherLogits
 
 
 class ForwardPass:
     """Runs teacher and student over batches.
 
     Args:
-        teacher (`PreTrainedModel` or [`TeacherOutputs`]): the teacher, or its cached logits.
+        teacher (`PreTrainedModel` or [`CachedTeacherLogits`]): the teacher, or its cached logits.
         student (`PreTrainedModel` or `PeftModel`): the student.
         input_ids (`torch.Tensor`): `(batch, length)`, some tokens to try the LM heads with.
         compiled ([`CompiledLayers`], *optional*): compiles decoder layers. Default: nothing is compiled.
@@ -28,20 +28,20 @@ class ForwardPass:
 
     def __init__(
         self,
-        teacher: PreTrainedModel | TeacherOutputs,
+        teacher: PreTrainedModel | CachedTeacherLogits,
         student: Any,
         input_ids: torch.Tensor,
         compiled: CompiledLayers | None = None,
     ) -> None:
         self._compiled = compiled or CompiledLayers(enabled=False)
-        self._teacher: Reader | TeacherOutputs
-        if isinstance(teacher, TeacherOutputs):
+        self._teacher: ChunkedLMHead | CachedTeacherLogits
+        if isinstance(teacher, CachedTeacherLogits):
             self._teacher = teacher
         else:
             with undisturbed(teacher):
-                self._teacher = Reader(teacher, input_ids)
+                self._teacher = ChunkedLMHead(teacher, input_ids)
         with undisturbed(student):
-            self._student = Reader(student, input_ids)
+            self._student = ChunkedLMHead(student, input_ids)
 
     def run(
         self,
@@ -78,7 +78,7 @@ class ForwardPass:
         return ModelOutputs(self._student, states, layers), teacher
 
     def _run_teacher(self, inputs: Batch, layers: Sequence[int]) -> ModelOutputs:
-        if isinstance(self._teacher, TeacherOutputs):
+        if isinstance(self._teacher, CachedTeacherLogits):
             return ModelOutputs(self._teacher, *self._teacher.read(inputs, layers))
         model: Any = self._teacher.model
         with torch.no_grad(), captured(model, layers) as states, self._compiled.running(model):

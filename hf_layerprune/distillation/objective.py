@@ -9,10 +9,10 @@ import torch
 
 from ..errors import LayerPruneError
 from ..forward.hooks import LAST, hidden
-from ..forward.lm_head import Reader
+from ..forward.lm_head import ChunkedLMHead
 from ..forward.token_losses import cross_entropy
 from .losses import divergence, hidden_error, top_k_log_probs
-from .teacher_cache import TeacherOutputs
+from .teacher_cache import CachedTeacherLogits
 from .tiled_loss import tiled_loss
 
 
@@ -34,14 +34,14 @@ class ModelOutputs:
     """What one model computed for a batch.
 
     Args:
-        lm_head ([`Reader`] or [`TeacherOutputs`]): makes logits of `last_hidden_state`.
+        lm_head ([`ChunkedLMHead`] or [`CachedTeacherLogits`]): makes logits of `last_hidden_state`.
         last_hidden_state (`torch.Tensor` or [`TopKLogProbs`]): `(batch, length, hidden)`, the input of the LM
             head; or the cached log-probabilities of a teacher.
         layers (`dict[int, tuple]`): the input and the output of each compared layer, as
             [`~hf_layerprune.forward.hooks.captured`] returns them.
     """
 
-    lm_head: Reader | TeacherOutputs
+    lm_head: ChunkedLMHead | CachedTeacherLogits
     last_hidden_state: Any
     layers: dict[int, tuple[Any, Any]]
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..data import Batch, make_batches, targets_of
 from ..errors import LayerPruneError
 from ..forward.hooks import can_replay, captured, hidden, undisturbed
-from ..forward.lm_head import Reader
+from ..forward.lm_head import ChunkedLMHead
 from ..scoring.score import fingerprint
 from ..surgery.decoder import find_decoder, is_sharded
 from ..surgery.lineage import get_lineage
@@ -158,14 +158,14 @@ def mean_kl(student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequenc
     total, tokens = 0.0, 0
     models = student, teacher
     with undisturbed(student), undisturbed(teacher):
-        lm_heads: list[Reader] = []
+        lm_heads: list[ChunkedLMHead] = []
         for batch in batches:
             inputs = [
                 {name: value.to(model.device) for name, value in batch.items() if name != "labels"}
                 for model in models
             ]
             lm_heads = lm_heads or [
-                Reader(model, each["input_ids"]) for model, each in zip(models, inputs, strict=True)
+                ChunkedLMHead(model, each["input_ids"]) for model, each in zip(models, inputs, strict=True)
             ]
             mask, _ = targets_of(inputs[0])
             logits = [

@@ -17,7 +17,7 @@ from ..surgery.decoder import check_next_token, find_decoder, is_sharded
 from ..surgery.lineage import Lineage, get_lineage
 from ..surgery.peft import check_adapter_type, keep_base_known
 from .losses import hidden_pairs
-from .teacher_cache import HEAD, TeacherOutputs
+from .teacher_cache import HEAD, CachedTeacherLogits
 
 
 logger = logging.getLogger(__name__)
@@ -62,12 +62,12 @@ def make_teacher(
     adapters: bool = False,
     tokenizer: Any = None,
     trust_remote_code: bool = False,
-) -> PreTrainedModel | TeacherOutputs:
+) -> PreTrainedModel | CachedTeacherLogits:
     """Returns the teacher of `student`: a frozen model in eval mode, or the cached logits of one.
 
     Args:
         teacher (`PreTrainedModel` or `str`, *optional*): a model (frozen in place), a folder (also of
-            [`write_teacher_outputs`]) or a hub id. Default: a copy of `student`.
+            [`cache_teacher_logits`]) or a hub id. Default: a copy of `student`.
         student (`PreTrainedModel`): the model that will be trained.
         hidden_states (`bool`): whether hidden states will be compared.
         adapters (`bool`, *optional*, defaults to `False`): whether only adapters will be trained, so that a
@@ -95,7 +95,7 @@ def make_teacher(
     if isinstance(teacher, (str, Path)):
         teacher = str(teacher)
         if (Path(teacher) / HEAD).exists():
-            cache = TeacherOutputs(teacher)
+            cache = CachedTeacherLogits(teacher)
             _check(cache.vocabulary, cache.width, cache.lineage, student, hidden_states, tokens)
             known = find_decoder(student).config.vocab_size
             if cache.vocabulary > known:
@@ -230,9 +230,9 @@ def _same_embeddings(teacher: PreTrainedModel, student: PreTrainedModel) -> bool
     return torch.equal(student_weight.detach(), teacher_weight.detach().to(student_weight))
 
 
-def describe_teacher(teacher: PreTrainedModel | TeacherOutputs, student: PreTrainedModel) -> str:
+def describe_teacher(teacher: PreTrainedModel | CachedTeacherLogits, student: PreTrainedModel) -> str:
     """Returns a description of the teacher and of the memory that it takes or shares."""
-    if isinstance(teacher, TeacherOutputs):
+    if isinstance(teacher, CachedTeacherLogits):
         rows = len(teacher.keys)
         return f"cached logits of {rows} rows in {teacher.folder}, without a second model"
     own = {parameter.data_ptr() for parameter in student.parameters()}

@@ -13,21 +13,21 @@ from safetensors.torch import save
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data import Batch, one_by_one
+from ..data import Batch, iterate_batches
 from ..errors import LayerPruneError
 from ..files import whole_file
 from ..forward.hooks import LAST, captured, hidden, undisturbed
-from ..forward.lm_head import Reader
+from ..forward.lm_head import ChunkedLMHead
 from ..surgery.decoder import check_next_token, text_config
 from ..surgery.lineage import Lineage, get_lineage, plain_int
 from .losses import TopKLogProbs, top_k_log_probs
 
 
-HEAD = "teacher_outputs.json"
+HEAD = "teacher_cache.json"
 SHARD = 2**15  # positions in a file
 
 
-def write_teacher_outputs(
+def cache_teacher_logits(
     teacher: PreTrainedModel,
     batches: Iterable[Batch],
     folder: str | Path,
@@ -54,12 +54,12 @@ def write_teacher_outputs(
     Raises:
         LayerPruneError: a setting is invalid, or the folder holds something else.
     """
-    check_next_token(teacher, "write_teacher_outputs")
+    check_next_token(teacher, "cache_teacher_logits")
     top_k, hidden_layers = plain_int(top_k), [plain_int(layer) for layer in hidden_layers]
     settings = _settings(teacher, top_k, temperature, hidden_layers)
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
-        cache = TeacherOutputs(folder)
+        cache = CachedTeacherLogits(folder)
         different = sorted(name for name in settings if cache.settings.get(name) != settings[name])
         if different:
             raise LayerPruneError(
@@ -71,19 +71,19 @@ def write_teacher_outputs(
         head = settings | {"teacher": teacher.name_or_path}
         with whole_file(folder / HEAD) as file:
             file.write(json.dumps(head, indent=1).encode())
-        cache = TeacherOutputs(folder)
+        cache = CachedTeacherLogits(folder)
     keys, files = cache.keys, cache.files
     parts: list[dict[str, torch.Tensor]] = []  # computed and not yet written
     positions = 0
     layers = {_tensor_name(layer): _present_index(layer, get_lineage(teacher)) for layer in hidden_layers}
     lm_head = None
-    batches = one_by_one(batches)
+    batches = iterate_batches(batches)
     with undisturbed(teacher):
-        for batch in tqdm(batches, desc="Teacher outputs"):
+        for batch in tqdm(batches, desc="Cache teacher logits"):
             new = {key: row for row, key in enumerate(row_keys(batch)) if key not in keys}
             if new:
                 rows = {name: value[[*new.values()]].to(teacher.device) for name, value in batch.items()}
-                lm_head = lm_head or Reader(teacher, rows["input_ids"])
+                lm_head = lm_head or ChunkedLMHead(teacher, rows["input_ids"])
                 parts.append(_compute_rows(lm_head, rows, [*new], layers, top_k, temperature))
                 keys |= new.keys()
                 positions += len(parts[-1]["ids"])
@@ -125,7 +125,7 @@ def _settings(
 
 
 def _compute_rows(
-    lm_head: Reader,
+    lm_head: ChunkedLMHead,
     batch: Batch,
     keys: list[bytes],
     layers: dict[str, int],
@@ -172,8 +172,8 @@ def _present_index(layer: int, lineage: Lineage) -> int:
     return LAST if layer == lineage.original - 1 else lineage.kept.index(layer)
 
 
-class TeacherOutputs:
-    """The cached logits of a teacher, made by [`write_teacher_outputs`]. Takes the place of a [`Reader`].
+class CachedTeacherLogits:
+    """The cached logits of a teacher, made by [`cache_teacher_logits`], in place of a [`ChunkedLMHead`].
 
     Args:
         folder (`str` or `Path`): the folder of the cache.
@@ -194,7 +194,7 @@ class TeacherOutputs:
             self._files = [safe_open(path, "pt") for path in sorted(self.folder.glob("*.safetensors"))]
             self._rows = dict(self._index())
         except FileNotFoundError as error:
-            raise LayerPruneError(f"{folder} holds no teacher outputs.") from error
+            raise LayerPruneError(f"{folder} holds no cached teacher logits.") from error
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise LayerPruneError(f"The cached teacher logits in {folder} are damaged: {error}") from error
 
@@ -224,7 +224,7 @@ class TeacherOutputs:
             if key not in self._rows:
                 raise LayerPruneError(
                     f"{self.folder} holds the teacher's logits of {len(self._rows)} rows, but not of the one "
-                    f"that begins with tokens {ids[:8].tolist()}. Call write_teacher_outputs with this data "
+                    f"that begins with tokens {ids[:8].tolist()}. Call cache_teacher_logits with this data "
                     "and the trainer's collator, evaluation data too: it adds the missing rows."
                 )
 

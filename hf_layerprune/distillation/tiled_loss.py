@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from ..forward.lm_head import ROWS, Reader
-from .teacher_cache import TeacherOutputs
+from ..forward.lm_head import ROWS, ChunkedLMHead
+from .teacher_cache import CachedTeacherLogits
 
 
 LOGITS_PER_CHUNK_CPU = 2**23  # logits per tile on a CPU
@@ -18,9 +18,9 @@ Losses = Callable[[torch.Tensor, Any, torch.Tensor], dict[str, torch.Tensor]]
 
 
 def tiled_loss(
-    student: Reader,
+    student: ChunkedLMHead,
     student_states: torch.Tensor,
-    teacher: Reader | TeacherOutputs,
+    teacher: ChunkedLMHead | CachedTeacherLogits,
     teacher_states: Any,
     targets: torch.Tensor,
     losses: Losses,
@@ -32,8 +32,8 @@ def tiled_loss(
     float32 down to the logits.
 
     Args:
-        student, teacher ([`Reader`]): the LM heads, which make logits of hidden states. The teacher's may be
-            [`TeacherOutputs`].
+        student, teacher ([`ChunkedLMHead`]): the LM heads, which make logits of hidden states. The
+            teacher's may be [`CachedTeacherLogits`].
         student_states, teacher_states (`torch.Tensor`): `(positions, hidden)`, the last hidden states; or the
             cached [`TopKLogProbs`] of the teacher.
         targets (`torch.Tensor`): `(positions,)`, the next tokens.

@@ -27,7 +27,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..checkpoints.loading import load_lineage, load_model, runs_own_code
 from ..checkpoints.saving import check_configs, check_merge, check_writable
-from ..data import columns_read, targets_of
+from ..data import model_columns, targets_of
 from ..errors import LayerPruneError, one_line
 from ..forward.lm_head import router_losses
 from ..reports.card import write_card
@@ -86,7 +86,7 @@ class DistillationTrainer(Trainer):
             is loaded in float32, as trl does, and its tokenizer is the default `processing_class`.
         args ([`DistillationTrainingArguments`], *optional*): settings.
         teacher_model (`PreTrainedModel` or `str`, *optional*): a model, a folder (also of
-            [`write_teacher_outputs`]) or a hub id. Default: a frozen copy of `model`; with `peft_config` one
+            [`cache_teacher_logits`]) or a hub id. Default: a frozen copy of `model`; with `peft_config` one
             that shares its weights.
         peft_config (`PeftConfig`, *optional*): train these PEFT adapters instead of the model's weights.
         trust_remote_code (`bool`, *optional*, defaults to `False`): run the code that comes with `model` and
@@ -359,7 +359,7 @@ class DistillationTrainer(Trainer):
     def _check_data(self, student: Any) -> None:
         columns = None
         if self.args.remove_unused_columns:
-            columns = columns_read(base_of(student)) | set(self.label_names)
+            columns = model_columns(base_of(student)) | set(self.label_names)
         evaluated = [] if self.args.eval_strategy == "no" else [self.eval_dataset]
         data, collate = [self.train_dataset, *evaluated], self.data_collator
         check_rows_are_cached(self.teacher, data, columns, collate)

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import Batch, check_token_labels, columns_read, make_batches, most_tokens, targets_of
+from ..data import Batch, check_token_labels, context_length, make_batches, model_columns, targets_of
 from ..errors import LayerPruneError
 from ..forward.hooks import undisturbed
-from ..forward.lm_head import Reader, unit_losses
+from ..forward.lm_head import ChunkedLMHead, unit_losses
 from ..surgery.decoder import check_next_token
 from ..surgery.lineage import get_lineage
 from ..surgery.peft import base_of
@@ -102,12 +102,12 @@ def evaluate_text(
     """
     check_next_token(base_of(model), "evaluate_text")
     total, tokens, size, speeds = 0.0, 0, 0, []
-    reader: Reader | None = None
+    reader: ChunkedLMHead | None = None
     batches = _as_batches(model, batches, tokenizer)
     with undisturbed(model), output_dtypes(model) as dtypes:
         for batch in batches:
             on_device = {name: value.to(model.device) for name, value in batch.items()}
-            reader = reader or Reader(model, on_device["input_ids"])
+            reader = reader or ChunkedLMHead(model, on_device["input_ids"])
             began = time.perf_counter()
             mask, targets = targets_of(on_device)
             loss, count = float(unit_losses(reader, on_device).sum()), int(mask.sum())
@@ -132,9 +132,9 @@ def evaluate_text(
 
 
 def _as_batches(model: PreTrainedModel, data: Any, tokenizer: Any) -> list[Batch]:
-    length = min(256, most_tokens(base_of(model)) or 256)
-    columns = columns_read(base_of(model))
-    batches = make_batches(data, tokenizer=tokenizer, block_length=length, columns=columns)
+    length = min(256, context_length(base_of(model)) or 256)
+    columns = model_columns(base_of(model))
+    batches = make_batches(data, tokenizer=tokenizer, sequence_length=length, columns=columns)
     check_token_labels(batches)
     return batches
 
@@ -203,7 +203,7 @@ def copying(model: PreTrainedModel, batches: Iterable[Batch], given: int = 8) ->
                     f"A passage of {length} tokens is too short to copy: {given} are given. Use longer ones."
                 )
             twice = torch.cat([ids[:, :length], ids[:, :length]], 1)
-            reader = Reader(model, twice)
+            reader = ChunkedLMHead(model, twice)
             states = reader.states({"input_ids": twice})[:, length + given - 1 : -1]
             predicted = torch.cat([logits.argmax(-1) for logits in reader.rows(states.flatten(0, 1))])
             right = predicted.view(len(ids), -1) == twice[:, length + given :]

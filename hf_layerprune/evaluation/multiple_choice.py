@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import Batch, most_tokens
+from ..data import Batch, context_length
 from ..errors import LayerPruneError
-from ..forward.lm_head import Reader
+from ..forward.lm_head import ChunkedLMHead
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class MultipleChoice:
         """Returns the share of right answers."""
         self.check_length(model)
         with torch.no_grad():
-            reader = Reader(model, self.example(model))
+            reader = ChunkedLMHead(model, self.example(model))
             return torch.cat([right_answers(reader, batch) for batch in self.batches(reader)]).mean().item()
 
     def read(self, model: PreTrainedModel) -> list[Answer]:
@@ -146,7 +146,7 @@ class MultipleChoice:
         found: dict[int, Answer] = {}
         self.check_length(model)
         with torch.no_grad():
-            reader = Reader(model, self.example(model))
+            reader = ChunkedLMHead(model, self.example(model))
             packed = _can_pack(reader, self.encoded[-1])
             for questions in self._groups(packed, model):
                 batch = (_packed if packed else _in_rows)(questions, model)
@@ -166,7 +166,7 @@ class MultipleChoice:
             LayerPruneError: it does not.
         """
         longest = max(len(one.shared) + max(map(len, one.rests)) for one in self.encoded)
-        most = most_tokens(model)
+        most = context_length(model)
         if most is not None and longest > most:
             raise LayerPruneError(
                 f"A question has {longest} tokens, but the model reads {most} at most. Leave out longer ones."
@@ -177,7 +177,7 @@ class MultipleChoice:
         longest = self.encoded[-1]
         return torch.tensor([longest.shared + longest.rests[0]], device=model.device)
 
-    def batches(self, reader: Reader) -> list[Choices]:
+    def batches(self, reader: ChunkedLMHead) -> list[Choices]:
         """Returns all questions as the reader's model reads them."""
         packed = _can_pack(reader, self.encoded[-1])
         build = _packed if packed else _in_rows
@@ -198,7 +198,7 @@ class MultipleChoice:
         yield group
 
 
-def right_answers(reader: Reader, batch: Choices) -> torch.Tensor:
+def right_answers(reader: ChunkedLMHead, batch: Choices) -> torch.Tensor:
     """Returns 1 for each question that the model answers right, else 0, and NaN for NaN logits.
 
     Returns:
@@ -219,7 +219,7 @@ def _right(likelihoods: torch.Tensor, greedy: torch.Tensor, batch: Choices) -> t
     return torch.tensor(found, dtype=torch.float64)
 
 
-def log_likelihoods(reader: Reader, batch: Choices) -> tuple[torch.Tensor, torch.Tensor]:
+def log_likelihoods(reader: ChunkedLMHead, batch: Choices) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the log-likelihood of each choice in nats, `(choices,)`, float64, and whether greedy decoding
     gives it, `(choices,)`."""
     row, place = batch.places
@@ -332,7 +332,7 @@ def _choices(
     )
 
 
-def _can_pack(reader: Reader, question: _Encoded) -> bool:
+def _can_pack(reader: ChunkedLMHead, question: _Encoded) -> bool:
     """Returns whether the model gives the same states for a question in one row as for each choice alone."""
     found = []
     for build in (_packed, _in_rows):

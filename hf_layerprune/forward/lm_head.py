@@ -22,7 +22,7 @@ LOGITS_PER_CHUNK = 2**25  # logits computed at once
 ROWS = 16  # positions whose probabilities a CPU computes at once: so few stay in its cache
 
 
-class Reader:
+class ChunkedLMHead:
     """Computes the last hidden states of one model, and the logits of a chunk of them at a time, also while
     layers are missing from the model.
 
@@ -119,7 +119,7 @@ class Reader:
             return self._inner(input_ids=ids, use_cache=False).logits[0]
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """Returns the trained parameters that [`Reader.head`] reads."""
+        """Returns the trained parameters that [`ChunkedLMHead.head`] reads."""
         if not self.is_chunked:
             return []
         others = {id(parameter) for parameter in self._body.parameters()}
@@ -130,7 +130,7 @@ class Reader:
     @contextmanager
     def cast_once(self) -> Iterator[None]:
         """Within this context autocast casts the weight of a plain LM head once, not in each call of
-        [`Reader.head`]. Gradients are then those of its [`Reader.stand_in`]."""
+        [`ChunkedLMHead.head`]. Gradients are then those of its [`ChunkedLMHead.stand_in`]."""
         module: Any = self._inner.get_output_embeddings()
         if not self.is_chunked or type(module) is not nn.Linear:
             yield
@@ -151,13 +151,13 @@ class Reader:
             module.weight, self._cast = weight, None
 
     def stand_in(self, parameter: nn.Parameter) -> nn.Parameter:
-        """Returns the parameter that takes the place of a parameter within [`Reader.cast_once`]."""
+        """Returns the parameter that takes the place of a parameter within [`ChunkedLMHead.cast_once`]."""
         if self._cast is not None and parameter is self._cast[0]:
             return self._cast[1].weight
         return parameter
 
     def rows(self, states: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Yields the logits of states `(positions, hidden)`, [`Reader.rows_at_once`] positions at a time.
+        """Yields the logits of states `(positions, hidden)`, [`ChunkedLMHead.rows_at_once`] at a time.
 
         Those of a chunk are computed at once.
         """
@@ -166,7 +166,7 @@ class Reader:
 
     @property
     def rows_at_once(self) -> int:
-        """For how many positions [`Reader.rows`] yields the logits at once: on a CPU as many as stay in its
+        """The positions whose logits [`ChunkedLMHead.rows`] yields at once: on a CPU as many as stay in its
         cache, elsewhere, where each call has its price, a whole chunk."""
         return ROWS if self.model.device.type == "cpu" else self._chunk_size
 
@@ -229,7 +229,7 @@ class _StandingStill:
         return None
 
 
-def unit_losses(lm_head: Reader, batch: Batch) -> torch.Tensor:
+def unit_losses(lm_head: ChunkedLMHead, batch: Batch) -> torch.Tensor:
     """Returns the next-token loss of each [`UNIT`] of the batch, in nats, `(units,)`, float64."""
     mask, tokens = targets_of(batch)
     logits = lm_head.rows(lm_head.states(batch)[:, :-1][mask])

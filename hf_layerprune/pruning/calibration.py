@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch.utils.data import Subset
 from transformers import Trainer, TrainingArguments
 
-from ..data import Batch, columns_read, make_batches, most_tokens
+from ..data import Batch, context_length, make_batches, model_columns
 from ..errors import LayerPruneError
 from ..surgery.peft import base_of
 
@@ -24,13 +24,13 @@ def calibration_batches(
 ) -> list[Batch]:
     """Returns the calibration data as batches, with the columns and the collator of training."""
     # The Trainer has dropped the columns that the model does not read.
-    columns = getattr(train_dataloader.dataset, "column_names", None) or columns_read(base_of(model))
+    columns = getattr(train_dataloader.dataset, "column_names", None) or model_columns(base_of(model))
     return make_batches(
         calibration,
         args.per_device_eval_batch_size,
         train_dataloader.collate_fn,
         tokenizer=tokenizer,
-        block_length=min(256, most_tokens(base_of(model)) or 256),
+        sequence_length=min(256, context_length(base_of(model)) or 256),
         columns=columns,
     )
 

@@ -14,7 +14,7 @@ from ..forward.hooks import undisturbed
 from ..reports.machine import peak_memory_mb
 from ..reports.record import Phase, Removal, RunRecord, start_record
 from ..reports.texts import describe_texts
-from ..scoring.leave_one_out import Prefixes
+from ..scoring.leave_one_out import PrefixCache
 from ..scoring.score import check_choices, check_criterion_fits, reads_text, score_layers
 from ..scoring.table import ScoreTable
 from ..surgery.lineage import get_lineage, plain_int
@@ -25,7 +25,7 @@ from .arguments import RemovalArguments, ScoringArguments, make_arguments, recor
 logger = logging.getLogger(__name__)
 
 MAX_GAP = "max-gap"
-SELECTIONS = ("greedy", "one_shot", "run")  # without training
+SELECTIONS = ("greedy", "one_shot", "block")  # without training
 
 Evaluation = Callable[[PreTrainedModel], dict[str, float]]
 
@@ -49,8 +49,8 @@ def prune_layers(
         calibration, task, teacher, evaluation (*optional*): see [`LayerPruningCallback`].
         select (`str`, *optional*, defaults to `"greedy"`): one by one, all scored again after each (SLEB,
             2402.09025, with `criterion="loss"`); `"one_shot"`, those that score least at once (ShortGPT,
-            2403.03853, with `"block_influence"`); or `"run"`, the run of layers that scores least together
-            (LLM-Streamline, 2403.19135, with `"block_influence"`; Gromov et al., 2403.17887, with
+            2403.03853, with `"block_influence"`); or `"block"`, the consecutive layers that score least
+            together (LLM-Streamline, 2403.19135, with `"block_influence"`; Gromov et al., 2403.17887, with
             `"angular"`).
         settings (*optional*): fields of [`RemovalArguments`] by name, instead of `args`.
 
@@ -69,15 +69,15 @@ def prune_layers(
     record = start_record(model, pruning)
     record.texts = describe_texts(calibration, batches, evaluation)
     record.dense = run_evaluation(evaluation, model)
-    scoring = {**scoring_settings(args), "teacher": teacher, "task": task, "prefixes": Prefixes()}
+    scoring = {**scoring_settings(args), "teacher": teacher, "task": task, "prefix_cache": PrefixCache()}
     excess = len(get_lineage(model).kept) - args.target_layers
     while excess:
         phase_began = time.monotonic()
-        run = excess if select == "run" else 1
+        block_size = excess if select == "block" else 1
         if args.pattern == MAX_GAP:
             table = evenly_spaced(get_lineage(model).kept, excess)
         else:
-            table = score_present(model, batches, args.criterion, fixed, run=run, **scoring)
+            table = score_present(model, batches, args.criterion, fixed, block_size=block_size, **scoring)
         removals = remove_least(model, table, excess if select == "one_shot" else 1)
         excess = len(get_lineage(model).kept) - args.target_layers
         record.phases.append(phase_entry(model, 0, removals, evaluation))
@@ -164,7 +164,7 @@ def score_present(
 
 
 def remove_least(model: PreTrainedModel, table: ScoreTable, count: int = 1) -> list[Removal]:
-    """Removes the `count` least important layers, or the least important run, from `model`, in place.
+    """Removes the `count` least important layers, or the least important block, from `model`, in place.
 
     Returns:
         `list[Removal]`: the removals for the record, the first with the table.
@@ -176,7 +176,7 @@ def remove_least(model: PreTrainedModel, table: ScoreTable, count: int = 1) -> l
     removals = [
         Removal(layer, table.kept[layer], table.scores[start] if layer == start else None)
         for start in starts
-        for layer in range(start, start + table.run)
+        for layer in range(start, start + table.block_size)
     ]
     remove_layers(model, [removal.layer for removal in removals])
     removals[0].table = table

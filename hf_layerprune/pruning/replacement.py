@@ -1,4 +1,4 @@
-"""What stands in for a run of layers that goes: the first of them, a feed-forward part, or a linear map."""
+"""What stands in for a block of layers that goes: the first of them, a feed-forward part, or a linear map."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..data import Batch, one_by_one, token_mask
+from ..data import Batch, iterate_batches, token_mask
 from ..errors import LayerPruneError
 from ..forward.hooks import captured, hidden, undisturbed
 from ..forward.token_losses import logit_spread
@@ -24,20 +24,20 @@ RIDGES = [10.0**power for power in range(-6, 4)]
 GATES = ("gate_proj", "gate_up_proj", "w1")
 
 
-def replace_run(
+def replace_block(
     model: PreTrainedModel, first: int, count: int, kind: str = "layer", layers: int = 1
 ) -> list[nn.Parameter]:
-    """Let few layers stand for a run of them, in place (LLM-Streamline, 2403.19135, section 3.2).
+    """Let few layers stand for a block of them, in place (LLM-Streamline, 2403.19135, section 3.2).
 
     What stands in is a decoder layer like the others, so that the model stays a plain one. It takes the
-    place of the run's last layers, whose output it is to give: by the model's lineage these are left, with
+    place of the block's last layers, whose output it is to give: by the model's lineage these are left, with
     new weights, and can be compared with what they were.
 
     Args:
         model (`PreTrainedModel`): a causal language model.
-        first (`int`): the run's first layer, as a present index.
-        count (`int`): how many layers the run is.
-        kind (`str`, *optional*, defaults to `"layer"`): `"layer"`, with the weights of the run's first
+        first (`int`): the block's first layer, as a present index.
+        count (`int`): how many layers the block is.
+        kind (`str`, *optional*, defaults to `"layer"`): `"layer"`, with the weights of the block's first
             layers; `"ffn"` or `"swiglu"`, by which kind the model's own are, a new feed-forward part, whose
             layer's attention gives nothing, and which begins as if nothing stood there; `"none"`, nothing.
         layers (`int`, *optional*, defaults to 1): how many stand in.
@@ -46,27 +46,27 @@ def replace_run(
         `list[nn.Parameter]`: what is to be trained.
 
     Raises:
-        LayerPruneError: no such run, or this model's layers cannot be made such a part.
+        LayerPruneError: no such block, or this model's layers cannot be made such a part.
     """
-    run = list(range(first, first + count))
-    check_layers(model, run)
+    block = list(range(first, first + count))
+    check_layers(model, block)
     if kind not in KINDS or kind == "linear":
         raise LayerPruneError(f"{kind!r} cannot stand in: choose from {', '.join(KINDS[:-1])}.")
     if kind == "none":
-        remove_layers(model, run)
+        remove_layers(model, block)
         return []
     if not 1 <= layers < count:
         raise LayerPruneError(
             f"{layers} layers cannot stand in for {count}: it must be at least 1 and fewer."
         )
-    with without_layers(model, run[:-layers]):  # refused before a weight is changed
+    with without_layers(model, block[:-layers]):  # refused before a weight is changed
         pass
     stack = find_decoder(model).layers
-    standing = [stack[layer] for layer in run[-layers:]]
+    standing = [stack[layer] for layer in block[-layers:]]
     if kind == "layer":
         weights = [
             {name: value.clone() for name, value in stack[layer].state_dict().items()}
-            for layer in run[:layers]
+            for layer in block[:layers]
         ]
         for module, state in zip(standing, weights, strict=True):
             shapes = [
@@ -74,30 +74,30 @@ def replace_run(
             ]
             if shapes[0] != shapes[1]:
                 raise LayerPruneError(
-                    f"Layers {run[0]} to {run[-1]} of this {model.config.model_type} model are of different "
-                    "kinds, so that the first cannot stand for the last: choose another replacement."
+                    f"Layers {block[0]} to {block[-1]} of this {model.config.model_type} model are of "
+                    "different kinds, so the first cannot stand for the last. Choose another replacement."
                 )
         for module, state in zip(standing, weights, strict=True):
             module.load_state_dict(state)
         trained = [parameter for module in standing for parameter in module.parameters()]
     else:
-        trained = [p for layer in run[-layers:] for p in _feed_forward_only(model, layer, kind)]
-    remove_layers(model, run[:-layers])
+        trained = [p for layer in block[-layers:] for p in _feed_forward_only(model, layer, kind)]
+    remove_layers(model, block[:-layers])
     return trained
 
 
 def replace_by_linear_map(
     model: PreTrainedModel, first: int, count: int, batches: Iterable[Batch], ridge: float | None = None
 ) -> nn.Parameter:
-    """Let a linear map stand for a run of layers, in place, found without training (ReplaceMe, 2505.02819,
-    section 3): the least-squares fit of what the run gave, made of what the feed-forward part before it
+    """Let a linear map stand for a block of layers, in place, found without training (ReplaceMe, 2505.02819,
+    section 3): the least-squares fit of what the block gave, made of what the feed-forward part before it
     gives, and multiplied into the weight that this ends with.
 
     Args:
         model (`PreTrainedModel`): a causal language model.
-        first, count (`int`): the run, which another layer must come before.
+        first, count (`int`): the block, which another layer must come before.
         batches (iterable of dict): calibration text, read batch by batch; only sums are kept.
-        ridge (`float`, *optional*): how strongly the map is drawn to the identity, which leaves the run
+        ridge (`float`, *optional*): how strongly the map is drawn to the identity, which leaves the block
             out, as a share of the inputs' mean square. Left out, that of `RIDGES` with which the map of
             either half of the text fits the other best: of little text a free fit is worse than none.
 
@@ -105,11 +105,11 @@ def replace_by_linear_map(
         `nn.Parameter`: the weight with the map in it.
 
     Raises:
-        LayerPruneError: no such run, or in this model what the part before it gives is not simply added.
+        LayerPruneError: no such block, or in this model what the part before it gives is not simply added.
     """
     check_layers(model, range(first, first + count))
     if first < 1:
-        raise LayerPruneError("A linear map is multiplied into the layer before the run: start it later.")
+        raise LayerPruneError("A linear map is multiplied into the layer before the block: start it later.")
     with without_layers(model, range(first, first + count)):  # refused before a weight is changed
         pass
     before = find_decoder(model).layers[first - 1]
@@ -125,7 +125,7 @@ def replace_by_linear_map(
     batch: Batch = {}
     try:
         with undisturbed(model):
-            for batch in one_by_one(batches):
+            for batch in iterate_batches(batches):
                 gave, rest, wanted = _around(model, batch, first, count, said)
                 parts = gave.tensor_split(2), (wanted - rest - gave).tensor_split(2)
                 for half, (few, missing) in enumerate(zip(*parts, strict=True)):
@@ -179,8 +179,8 @@ def least_squares(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torc
 def _around(
     model: PreTrainedModel, batch: Batch, first: int, count: int, said: list[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of the tokens that count, `(tokens, hidden)` in float64: what the feed-forward part before a run gives,
-    the rest of that layer's output, and the run's output."""
+    """Of the tokens that count, `(tokens, hidden)` in float64: what the feed-forward part before a block
+    gives, the rest of that layer's output, and the block's output."""
     inputs = {name: value.to(model.device) for name, value in batch.items()}
     real = token_mask(inputs["input_ids"], None, inputs.get("attention_mask"))
     said.clear()

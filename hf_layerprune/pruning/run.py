@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 
 from ..data import Batch
 from ..reports.record import Removal
-from ..scoring.leave_one_out import Prefixes
+from ..scoring.leave_one_out import PrefixCache
 from ..scoring.score import LEAVE_ONE_OUT, reads_text
 from ..scoring.table import ScoreTable
 from ..surgery.lineage import get_lineage
@@ -106,10 +106,10 @@ class PruningRun:
         """Removes the layers of a phase from `model` and `optimizer`, in place."""
         began, number = time.monotonic(), len(self.recorder.record.phases) + 1
         removals: list[Removal] = []
-        prefixes = Prefixes()
+        prefix_cache = PrefixCache()
         before = 0.0 if self.recovery is None else self.recovery.keep(model, number)
         for _ in range(self.schedule.next_size(len(get_lineage(model).kept))):
-            table = self._score(args, state, model, prefixes, is_first=not removals)
+            table = self._score(args, state, model, prefix_cache, is_first=not removals)
             if self._is_below_floor(table.quality, state):
                 break
             if not removals:
@@ -139,7 +139,7 @@ class PruningRun:
         args: TrainingArguments,
         state: TrainerState,
         model: PreTrainedModel,
-        prefixes: Prefixes,
+        prefix_cache: PrefixCache,
         is_first: bool,
     ) -> ScoreTable:
         """Scores the layers. The first scoring of a phase comes right after a checkpoint."""
@@ -152,7 +152,7 @@ class PruningRun:
                 task=self.inputs.task,
                 teacher=self.inputs.teacher,
                 journal=journal,
-                prefixes=prefixes,
+                prefix_cache=prefix_cache,
                 progress=not args.disable_tqdm and state.is_local_process_zero,
                 **scoring_settings(self.inputs.args),
             )

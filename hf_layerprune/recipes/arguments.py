@@ -22,11 +22,11 @@ class TextArguments:
     data_config: str | None = field(
         default=None, metadata={"help": "Configuration of a data set on the hub."}
     )
-    block_length: int = field(default=256, metadata={"help": "Tokens in a block."})
+    sequence_length: int = field(default=256, metadata={"help": "Tokens in a sequence."})
     streaming: bool = field(
         default=False,
         metadata={
-            "help": "For run and distill: read the text as training goes on. Its first blocks are for "
+            "help": "For run and distill: read the text as training goes on. Its first sequences are for "
             "calibration and evaluation."
         },
     )
@@ -36,11 +36,13 @@ class TextArguments:
 class CalibrationArguments:
     """How much text layers are scored on."""
 
-    calibration_blocks: int = field(default=16, metadata={"help": "Blocks of the text to score with."})
+    calibration_sequences: int = field(default=16, metadata={"help": "Sequences of the text to score with."})
 
 
 @dataclass
 class SampleArguments(CalibrationArguments):
     """How much text is set apart."""
 
-    heldout_blocks: int = field(default=16, metadata={"help": "Blocks of the text to measure perplexity on."})
+    heldout_sequences: int = field(
+        default=16, metadata={"help": "Sequences of the text to measure perplexity on."}
+    )

@@ -10,12 +10,12 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from ..checkpoints.loading import load_class, load_model, load_tokenizer, stored_dtype
 from ..data import (
-    check_block_length,
+    check_sequence_length,
     load_texts,
     make_batches,
-    split_blocks,
-    stream_blocks,
-    token_blocks,
+    split_sequences,
+    stream_sequences,
+    token_sequences,
 )
 from ..distillation.arguments import DTYPES, DistillationTrainingArguments
 from ..errors import LayerPruneError
@@ -76,7 +76,7 @@ def check_reporters(report_to: str | list[str]) -> None:
         raise LayerPruneError(f"report_to={' '.join(names)!r}: {error}") from error
 
 
-def make_blocks(
+def make_sequences(
     data: Any,
     text: TextArguments,
     config: PreTrainedConfig,
@@ -91,29 +91,29 @@ def make_blocks(
         text ([`TextArguments`]): how it is read and cut.
         config (`PreTrainedConfig`): of the model that reads it.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's own, for text.
-        limit (`int`, *optional*): the most blocks to make of a file or data set on the hub.
+        limit (`int`, *optional*): the most sequences to make of a file or data set on the hub.
 
     Raises:
         LayerPruneError: there is no such text, or it cannot be read or cut so.
     """
     if isinstance(data, Dataset) and {"input_ids", "labels"} <= {*data.column_names}:
         return data
-    check_block_length(text.block_length, config)
+    check_sequence_length(text.sequence_length, config)
     if isinstance(data, (str, Path)):
         texts = load_texts(str(data), text.data_field, text.data_split, text.data_config)
-        blocks = token_blocks(texts, _needed(tokenizer), text.block_length, limit)
-        blocks.info.dataset_name = text_name(data, text)
-        return blocks
+        sequences = token_sequences(texts, _needed(tokenizer), text.sequence_length, limit)
+        sequences.info.dataset_name = text_name(data, text)
+        return sequences
     if data is None:
         raise LayerPruneError("There is no data. Give a file, the id of a data set, or a list of texts.")
     columns = data.column_names if isinstance(data, Dataset) else []
     if "input_ids" not in columns and text.data_field in columns:
-        blocks = token_blocks(data[text.data_field], _needed(tokenizer), text.block_length)
-        blocks.info.dataset_name = data.info.dataset_name
-        return blocks
+        sequences = token_sequences(data[text.data_field], _needed(tokenizer), text.sequence_length)
+        sequences.info.dataset_name = data.info.dataset_name
+        return sequences
     rows = [
         {name: value[0].tolist() for name, value in batch.items()}
-        for batch in make_batches(data, 1, tokenizer=tokenizer, block_length=text.block_length)
+        for batch in make_batches(data, 1, tokenizer=tokenizer, sequence_length=text.sequence_length)
     ]
     return Dataset.from_list([{"labels": row["input_ids"]} | row for row in rows])
 
@@ -129,16 +129,16 @@ def split_text(
     """Returns rows of tokens to score on, to measure on and to train on.
 
     Args:
-        data, text, config, tokenizer: see [`make_blocks`].
+        data, text, config, tokenizer: see [`make_sequences`].
         sample ([`SampleArguments`]): how many rows are set apart.
         max_steps (`int`): training steps, without which a stream has no end.
 
     Raises:
-        LayerPruneError: as [`make_blocks`], or there is too little text.
+        LayerPruneError: as [`make_sequences`], or there is too little text.
     """
-    calibration, heldout = sample.calibration_blocks, sample.heldout_blocks
+    calibration, heldout = sample.calibration_sequences, sample.heldout_sequences
     if not text.streaming:
-        return split_blocks(make_blocks(data, text, config, tokenizer), calibration, heldout)
+        return split_sequences(make_sequences(data, text, config, tokenizer), calibration, heldout)
     if not isinstance(data, (str, Path)):
         raise LayerPruneError(
             f"streaming reads a file or a data set on the hub, but data is a {type(data).__name__}. Leave "
@@ -147,14 +147,14 @@ def split_text(
     if max_steps < 0:
         raise LayerPruneError("A stream has no known end. Set max_steps to say how long to train.")
     if max_steps == 0:
-        return split_blocks(
-            make_blocks(data, text, config, tokenizer, calibration + heldout), calibration, heldout
+        return split_sequences(
+            make_sequences(data, text, config, tokenizer, calibration + heldout), calibration, heldout
         )
-    check_block_length(text.block_length, config)
+    check_sequence_length(text.sequence_length, config)
     source = (str(data), text.data_field, text.data_split, text.data_config)
-    head, train = stream_blocks(_needed(tokenizer), text.block_length, calibration + heldout, *source)
+    head, train = stream_sequences(_needed(tokenizer), text.sequence_length, calibration + heldout, *source)
     head.info.dataset_name = train.info.dataset_name = text_name(data, text)
-    return *split_blocks(head, calibration, heldout)[:2], train
+    return *split_sequences(head, calibration, heldout)[:2], train
 
 
 def check_text_is_left(train: Any, sample: SampleArguments) -> None:
@@ -164,10 +164,10 @@ def check_text_is_left(train: Any, sample: SampleArguments) -> None:
         LayerPruneError: calibration and evaluation take them all.
     """
     if isinstance(train, Dataset) and not len(train):
-        taken = sample.calibration_blocks + sample.heldout_blocks
+        taken = sample.calibration_sequences + sample.heldout_sequences
         raise LayerPruneError(
-            f"Calibration and evaluation take all {taken} blocks of the text, none is left to train on. "
-            "Give more text, or set calibration_blocks and heldout_blocks lower."
+            f"Calibration and evaluation take all {taken} sequences of the text, none is left to train on. "
+            "Give more text, or set calibration_sequences and heldout_sequences lower."
         )
 
 

@@ -59,7 +59,7 @@ def prune(
         resume_from_checkpoint (`str` or `bool`, *optional*): as for [`~transformers.Trainer.train`].
         fields: other fields of a recipe, which replace the recipe's own: those of [`PruningArguments`],
             [`DistillationTrainingArguments`] (`output_dir`, `max_steps`, `learning_rate`, ...), and
-            `block_length`, `calibration_blocks`, `heldout_blocks`, `select`, `replacement`, ...
+            `sequence_length`, `calibration_sequences`, `heldout_sequences`, `select`, `replacement`, ...
 
     Returns:
         [`PruneOutput`]: the pruned model and the record of the run.

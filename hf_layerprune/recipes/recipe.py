@@ -52,20 +52,20 @@ class RecipeArguments:
         default="phases",
         metadata={
             "help": "Which layers go: phase by phase with training between; greedy, one by one; those that "
-            "score least in one shot; or the run that scores least.",
+            "score least in one shot; or the block that scores least.",
             "choices": ["phases", *SELECTIONS],
         },
     )
     replacement: str = field(
         default="none",
-        metadata={"help": "For select run, what stands in for the run.", "choices": list(KINDS)},
+        metadata={"help": "For select block: what replaces the block.", "choices": list(KINDS)},
     )
     replacement_layers: int = field(default=1, metadata={"help": "How many layers stand in."})
     replacement_loss: str = field(
         default="mse",
         metadata={
-            "help": "What trains them, and nothing else: the run's own output (mse), text (lm), or the whole "
-            "model's logits (kl). A linear map, which is the least of mse already, is trained by kl instead. "
+            "help": "What trains them, and nothing else: the block's own output (mse), text (lm), or the "
+            "whole model's logits (kl). A linear map minimises mse already and is trained by kl. "
             "With none, what is left is trained as after any other cut.",
             "choices": [*REPLACEMENT_LOSSES, "none"],
         },
@@ -108,15 +108,17 @@ class RecipeArguments:
         if self.reconstruction_layers and self.select == "phases":
             raise LayerPruneError(
                 "reconstruction_layers needs all layers removed at once, but select is phases. Set select to "
-                "greedy, least or run, or leave reconstruction_layers out."
+                "greedy, one_shot or block, or leave reconstruction_layers out."
             )
         if self.reconstruction_layers and self.replacement not in ("none", "linear"):
             raise LayerPruneError(
                 f"reconstruction_layers is set, but replacement {self.replacement} trains its own layer. Use "
                 "replacement none or linear."
             )
-        if self.replacement != "none" and self.select != "run":
-            raise LayerPruneError(f"replacement {self.replacement} stands in for a run: set select to run.")
+        if self.replacement != "none" and self.select != "block":
+            raise LayerPruneError(
+                f"replacement {self.replacement} replaces a block of layers. Set select to block."
+            )
         if self.replacement == "linear" and self.replacement_loss == "mse":
             self.replacement_loss = "kl"  # the map is the least of mse already
 
@@ -194,6 +196,5 @@ def resolved_fields(parts: Sequence[Any], args: DistillationTrainingArguments) -
             value = getattr(part, one.name)
             if value != one.default:
                 local = one.name in ("model", "data") and Path(value).exists()
-                name = "keep" if one.name == "target_layers" else one.name
-                resolved[name] = Path(value).name if local else value
+                resolved[one.name] = Path(value).name if local else value
     return resolved | {k: v for k, v in changed_settings(args).items() if k not in OF_THE_MACHINE}

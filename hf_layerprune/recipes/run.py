@@ -23,7 +23,7 @@ from ..evaluation.evaluate import HeldOutText
 from ..pruning.arguments import PruningArguments, RemovalArguments, narrowed
 from ..pruning.callback import LayerPruningCallback
 from ..pruning.prune import check_plan, phase_entry, prune_layers, run_evaluation, score_present
-from ..pruning.replacement import replace_by_linear_map, replace_run
+from ..pruning.replacement import replace_block, replace_by_linear_map
 from ..reports.card import write_card
 from ..reports.machine import peak_memory_mb
 from ..reports.record import (
@@ -141,8 +141,8 @@ def _check(run: Run, resume: str | bool | None) -> None:
     reads = run.args.max_steps or run.recipe.reconstruction_layers
     if reads and isinstance(run.train, Dataset) and not len(run.train):
         raise LayerPruneError(
-            "Calibration and evaluation take all blocks of the text, none is left to train on. Give more "
-            "text, or set calibration_blocks and heldout_blocks lower."
+            "Calibration and evaluation take all sequences of the text, none is left to train on. Give more "
+            "text, or set calibration_sequences and heldout_sequences lower."
         )
     if run.args.eval_strategy != "no":
         raise LayerPruneError(
@@ -301,7 +301,7 @@ def _replace(run: Run) -> tuple[RunRecord, list[nn.Parameter]]:
     fixed = check_plan(model, pruning.target_layers, pruning.protected)
     names = ("target_layers", "criterion", "racing", "pattern")
     settings: dict[str, Any] = {name: getattr(pruning, name) for name in names}
-    settings |= {"protected_originals": fixed, "select": "run", "replacement": kind}
+    settings |= {"protected_originals": fixed, "select": "block", "replacement": kind}
     record = start_record(model, settings)
     batches = make_batches(run.calibration, 4)
     record.texts = describe_texts(run.calibration, batches, run.evaluation)
@@ -309,13 +309,13 @@ def _replace(run: Run) -> tuple[RunRecord, list[nn.Parameter]]:
     if kind == "linear":  # part of the layer before
         standing = 0
     length = len(before) - pruning.target_layers + standing
-    scoring: Any = {"run": length, "racing": pruning.racing, "pattern": pruning.pattern}
+    scoring: Any = {"block_size": length, "racing": pruning.racing, "pattern": pruning.pattern}
     table = score_present(model, batches, pruning.criterion, fixed, **scoring, seed=pruning.scoring_seed)
     first = table.ranking()[0]
     if kind == "linear":
         trained = [replace_by_linear_map(model, first, length, batches)]
     else:
-        trained = replace_run(model, first, length, kind, standing)
+        trained = replace_block(model, first, length, kind, standing)
     gone = [layer for layer in before if layer not in get_lineage(model).kept]
     removals = [Removal(before.index(layer), layer, None) for layer in gone]
     removals[0].score, removals[0].table = table.scores[first], table
@@ -328,7 +328,7 @@ def _last_replaced(record: RunRecord) -> int:
     """Returns the last original layer of the block that was replaced."""
     table = record.removals[0].table
     assert table is not None
-    return table.kept[table.ranking()[0] + table.run - 1]
+    return table.kept[table.ranking()[0] + table.block_size - 1]
 
 
 def _train(

@@ -134,7 +134,7 @@ class RunRecord:
         peak_memory_mb (`int`): the peak memory.
         finished (`bool`): whether the run came to its end.
         format (`int`): the version of the file format.
-        warnings (`list[str]`): what the run warned of; `signs` in JSON.
+        warnings (`list[str]`): what the run warned of.
         undone (`Phase`, *optional*): the phase whose layers were put back.
         recipe (`dict`, *optional*): the recipe of the run.
         reconstruction (`dict`, *optional*): the result of [`reconstruct_layers`].
@@ -173,19 +173,17 @@ class RunRecord:
     def to_dict(self) -> Record:
         """Returns the record as plain values for JSON. Values that are not set are left out."""
         values = _set_values(
-            self, optional=("undone", "recipe", "reconstruction", "evaluation", "resumed_at")
+            self, optional=("warnings", "undone", "recipe", "reconstruction", "evaluation", "resumed_at")
         )
         values["phases"] = [phase.to_dict() for phase in self.phases]
         if self.undone is not None:
             values["undone"] = self.undone.to_dict()
-        warnings = values.pop("warnings")
-        return values | ({"signs": warnings} if warnings else {})
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunRecord":
-        """Returns the record that [`~RunRecord.to_dict`] gave."""
-        values = {**values, "warnings": list(values.get("signs", []))}
-        values.pop("signs", None)
+        """Returns the record that [`~RunRecord.to_dict`] gave, also of an earlier version."""
+        values = {{"signs": "warnings"}.get(name, name): value for name, value in values.items()}
         values["phases"] = [Phase.from_dict(phase) for phase in values.get("phases", [])]
         if values.get("undone") is not None:
             values["undone"] = Phase.from_dict(values["undone"])
@@ -193,9 +191,9 @@ class RunRecord:
 
 
 def _set_values(entry: Any, optional: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the fields of a dataclass by name, without the optional ones that are None."""
+    """Returns the fields of a dataclass by name, without the optional ones that are not set."""
     values = {one.name: getattr(entry, one.name) for one in dataclasses.fields(entry)}
-    return {name: value for name, value in values.items() if value is not None or name not in optional}
+    return {name: value for name, value in values.items() if value not in (None, []) or name not in optional}
 
 
 def start_record(

@@ -115,11 +115,11 @@ def _texts_of_recipe(record: Record) -> dict[str, dict[str, Any]]:
     """The texts of a run of a recipe whose record, of an earlier version, does not name them."""
     if "recipe" not in record:
         return {}
-    recipe, length = record["recipe"], record["recipe"].get("block_length", 256)
+    recipe, length = record["recipe"], record["recipe"].get("sequence_length", 256)
     counts = {
-        "calibration": recipe.get("calibration_blocks", 16)
+        "calibration": recipe.get("calibration_sequences", 16)
         * reads_text(record["pruning"]["criterion"], None),
-        "evaluation": recipe.get("heldout_blocks", 16),
+        "evaluation": recipe.get("heldout_sequences", 16),
     }
     texts = {use: {"sequences": count, "tokens": count * length} for use, count in counts.items()}
     texts["healing"] = {"tokens": healing_tokens(record)}
@@ -236,7 +236,7 @@ def healing_tokens(record: Record) -> int:
     recipe, steps = record["recipe"], record["training"].get("max_steps", 0)
     steps = max((entry.get("step", 0) for entry in record["log"]), default=max(0, steps))
     batch = recipe.get("per_device_train_batch_size", 8) * recipe.get("gradient_accumulation_steps", 1)
-    return steps * batch * recipe.get("block_length", 256)
+    return steps * batch * recipe.get("sequence_length", 256)
 
 
 def _with_error(value: float, error: float) -> str:

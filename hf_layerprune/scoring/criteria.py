@@ -19,12 +19,12 @@ from ..errors import LayerPruneError
 from ..evaluation.evaluate import Task
 from ..evaluation.multiple_choice import Choices, MultipleChoice, right_answers
 from ..forward.hooks import captured, check_all_ran, hidden
-from ..forward.lm_head import Reader, unit_losses
+from ..forward.lm_head import ChunkedLMHead, unit_losses
 from ..forward.token_losses import cross_entropy, joined, scaled_logits, sum_by_unit
 from ..surgery.decoder import predicts_next_token, text_config
 from ..surgery.layer_stack import LayerStack
 from .journal import Journal
-from .leave_one_out import Cuts, Metric, PerUnitScores, Prefixes, leave_out
+from .leave_one_out import Cuts, Metric, PerUnitScores, PrefixCache, leave_out
 
 
 # Orders in which layers go by their place alone (LayerChop, 2305.14864, section 3, and 2411.15558).
@@ -52,7 +52,7 @@ class ScoringContext:
         teacher (`PreTrainedModel` or `None`): for `kl`, the model to compare with; None for the model itself.
         pattern (`str`): for `positional`.
         seed (`int`): for `positional` at random.
-        prefixes ([`Prefixes`] or `None`): of an earlier round, for leave-one-out.
+        prefix_cache ([`PrefixCache`] or `None`): of an earlier round, for leave-one-out.
     """
 
     stack: LayerStack
@@ -66,7 +66,7 @@ class ScoringContext:
     teacher: PreTrainedModel | None = None
     pattern: str = "output"
     seed: int = 0
-    prefixes: Prefixes | None = None
+    prefix_cache: PrefixCache | None = None
 
     @property
     def model(self) -> PreTrainedModel:
@@ -111,7 +111,7 @@ class Criterion:
         unit (`str`): the unit of the scores, for the axis of a plot.
         reads_text (`bool`): whether calibration text is read. A task reads its own, or the calibration text.
         leave_one_out (`bool`): whether the model is run without each candidate. Racing and the cache of
-            prefixes are for these.
+            prefix_cache are for these.
         needs_next_token (`bool`): whether the model must be a causal language model.
         takes_teacher (`bool`): whether a teacher can be compared with.
         needs_task (`bool`): whether a task must be given.
@@ -169,10 +169,10 @@ def loss(context: ScoringContext) -> CriterionResult:
     """Rise of the language-model loss (nats per token) without the layers (SLEB, 2402.09025; Shortened
     LLaMA, 2402.02834). The quality is minus the loss."""
 
-    def refer(lm_head: Reader, batch: Batch) -> tuple[Any, torch.Tensor]:
+    def refer(lm_head: ChunkedLMHead, batch: Batch) -> tuple[Any, torch.Tensor]:
         return None, unit_losses(lm_head, batch)
 
-    def compare(lm_head: Reader, batch: Batch, reference: Any) -> torch.Tensor:
+    def compare(lm_head: ChunkedLMHead, batch: Batch, reference: Any) -> torch.Tensor:
         return unit_losses(lm_head, batch)
 
     return CriterionResult.of(_read_without_each(context, refer, compare), quality=True)
@@ -186,15 +186,15 @@ def kl(context: ScoringContext) -> CriterionResult:
         sizes = [text_config(model.config).vocab_size for model in (context.model, context.teacher)]
         if sizes[0] != sizes[1]:
             raise LayerPruneError(f"Model and teacher have vocabularies of {sizes[0]} and {sizes[1]} tokens.")
-        teacher = Reader(context.teacher, context.batches[0]["input_ids"])
+        teacher = ChunkedLMHead(context.teacher, context.batches[0]["input_ids"])
 
-    def refer(lm_head: Reader, batch: Batch) -> tuple[Any, torch.Tensor]:
+    def refer(lm_head: ChunkedLMHead, batch: Batch) -> tuple[Any, torch.Tensor]:
         reference = (teacher or lm_head).states(batch)
         if teacher is None:
             return reference, torch.zeros_like(_count_tokens(batch), dtype=torch.float64)
         return reference, compare(lm_head, batch, reference)
 
-    def compare(lm_head: Reader, batch: Batch, reference: Any) -> torch.Tensor:
+    def compare(lm_head: ChunkedLMHead, batch: Batch, reference: Any) -> torch.Tensor:
         mask, _ = targets_of(batch)
         own = lm_head.rows(lm_head.states(batch)[:, :-1][mask])
         theirs = (teacher or lm_head).rows(reference[:, :-1][mask])
@@ -214,10 +214,10 @@ def hidden_mse(context: ScoringContext) -> CriterionResult:
         mask = places(batch)
         return sum_by_unit(mask, torch.ones(int(mask.sum()), dtype=torch.float64, device=mask.device))
 
-    def refer(lm_head: Reader, batch: Batch) -> tuple[Any, torch.Tensor]:
+    def refer(lm_head: ChunkedLMHead, batch: Batch) -> tuple[Any, torch.Tensor]:
         return lm_head.states(batch), torch.zeros_like(tokens(batch), dtype=torch.float64)
 
-    def compare(lm_head: Reader, batch: Batch, reference: Any) -> torch.Tensor:
+    def compare(lm_head: ChunkedLMHead, batch: Batch, reference: Any) -> torch.Tensor:
         mask = places(batch)
         length = mask.shape[1]
         own = reference[:, :length][mask].float()
@@ -298,7 +298,7 @@ def _score_answers(context: ScoringContext, tasks: Sequence[MultipleChoice]) -> 
     """Scores by the share of right answers, with standard errors over questions, and with racing."""
     batches = []
     for questions in tasks:
-        lm_head = Reader(context.model, questions.example(context.model))
+        lm_head = ChunkedLMHead(context.model, questions.example(context.model))
         batches += [(batch, 1 / len(questions)) for batch in questions.batches(lm_head)]
     random.Random(0).shuffle(batches)
     context.bar.reset(len(batches) * len(context.cuts))
@@ -306,10 +306,10 @@ def _score_answers(context: ScoringContext, tasks: Sequence[MultipleChoice]) -> 
     def tokens(batch: tuple[Choices, float]) -> torch.Tensor:
         return torch.full((len(batch[0].answers),), batch[1], dtype=torch.float64)
 
-    def refer(lm_head: Reader, batch: tuple[Choices, float]) -> tuple[Any, torch.Tensor]:
+    def refer(lm_head: ChunkedLMHead, batch: tuple[Choices, float]) -> tuple[Any, torch.Tensor]:
         return None, -right_answers(lm_head, batch[0]) * batch[1]
 
-    def compare(lm_head: Reader, batch: tuple[Choices, float], reference: Any) -> torch.Tensor:
+    def compare(lm_head: ChunkedLMHead, batch: tuple[Choices, float], reference: Any) -> torch.Tensor:
         return -right_answers(lm_head, batch[0]) * batch[1]
 
     example = tasks[0].example(context.model)
@@ -406,7 +406,7 @@ def _leave_out(
         context.racing,
         context.bar.update,
         context.journal,
-        context.prefixes,
+        context.prefix_cache,
     )
 
 
@@ -418,7 +418,7 @@ def _compare_states(
     """Compares the raw states before and after each candidate, in one forward pass for all."""
     per_unit = PerUnitScores(without={layer: [] for layer in context.cuts})
     ends = {end for layer in context.cuts for end in (layer, layer + context.block - 1)}
-    lm_head = Reader(context.model, context.batches[0]["input_ids"])
+    lm_head = ChunkedLMHead(context.model, context.batches[0]["input_ids"])
     for batch in context.batches:
         with captured(context.stack, ends) as states:
             lm_head.states(batch)

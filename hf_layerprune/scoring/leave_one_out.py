@@ -14,7 +14,7 @@ import torch
 
 from ..errors import LayerPruneError
 from ..forward.hooks import can_replay, captured, check_all_ran, replayed
-from ..forward.lm_head import Reader
+from ..forward.lm_head import ChunkedLMHead
 from ..surgery.layer_stack import LayerCut, LayerStack
 from .journal import Journal
 
@@ -40,8 +40,8 @@ class Metric:
     """
 
     tokens: Callable[[Any], torch.Tensor]
-    refer: Callable[[Reader, Any], tuple[Any, torch.Tensor]]
-    compare: Callable[[Reader, Any, Any], torch.Tensor]
+    refer: Callable[[ChunkedLMHead, Any], tuple[Any, torch.Tensor]]
+    compare: Callable[[ChunkedLMHead, Any, Any], torch.Tensor]
 
 
 @dataclass
@@ -115,7 +115,7 @@ class PerUnitScores:
         return math.sqrt(variance) / self._count(number)
 
 
-class Prefixes:
+class PrefixCache:
     """The outputs of layers for each calibration batch, kept for the next round of scoring.
 
     The layers before the first one that has gone since return the same again, as long as there was no
@@ -158,7 +158,7 @@ def leave_out(
     confidence: float | None,
     tick: Tick,
     journal: Journal,
-    prefixes: Prefixes | None = None,
+    prefix_cache: PrefixCache | None = None,
 ) -> PerUnitScores:
     """Reads all batches with the whole model and without each candidate.
 
@@ -177,13 +177,13 @@ def leave_out(
             None keeps all.
         tick (`Callable`): called with 1 after each candidate and batch, with more when some are dropped.
         journal ([`Journal`]): of the sums of each batch.
-        prefixes ([`Prefixes`], *optional*): of an earlier round.
+        prefix_cache ([`PrefixCache`], *optional*): of an earlier round.
 
     Raises:
         LayerPruneError: the whole model's own sums are not finite.
     """
     scores = PerUnitScores(without={layer: [] for layer in cuts})
-    lm_head = Reader(stack.base, example)
+    lm_head = ChunkedLMHead(stack.base, example)
     alive, kept = sorted(cuts), stack.lineage.kept
     replay = can_replay(stack, example[:, :8], max(cuts))
     if not replay:
@@ -191,13 +191,13 @@ def leave_out(
 
     def read(number: int, batch: Any) -> list[list[float]]:
         """Returns the sums of the whole model, and without each candidate that is left."""
-        known = prefixes.known(number, kept)[: max(cuts)] if prefixes and replay else []
+        known = prefix_cache.known(number, kept)[: max(cuts)] if prefix_cache and replay else []
         with replayed(stack, known), captured(stack, range(max(alive))) as states:
             reference, sums = metric.refer(lm_head, batch)
         check_all_ran(states, range(max(alive)))
         outputs = [states[layer][1] for layer in range(max(alive))]
-        if prefixes and replay:
-            prefixes.keep(number, kept, outputs)
+        if prefix_cache and replay:
+            prefix_cache.keep(number, kept, outputs)
         all_sums = [sums.double().tolist()]
         for layer in alive:
             with cuts[layer], replayed(stack, outputs[: layer if replay else 0]):

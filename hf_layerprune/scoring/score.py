@@ -15,7 +15,7 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data import Batch, check_token_labels, columns_read, make_batches, most_tokens
+from ..data import Batch, check_token_labels, context_length, make_batches, model_columns
 from ..errors import LayerPruneError
 from ..evaluation.evaluate import next_token_metric
 from ..evaluation.multiple_choice import MultipleChoice
@@ -26,7 +26,7 @@ from ..surgery.lineage import plain_int
 from ..surgery.peft import base_of
 from .criteria import CRITERIA, PATTERNS, CriterionResult, ScoringContext, find_criterion
 from .journal import Journal
-from .leave_one_out import Cuts, Prefixes
+from .leave_one_out import Cuts, PrefixCache
 from .table import ScoreTable
 
 
@@ -41,7 +41,7 @@ def score_layers(
     criterion: str = "loss",
     *,
     tokenizer: Any = None,
-    run: int = 1,
+    block_size: int = 1,
     task: Any = None,
     teacher: PreTrainedModel | None = None,
     pattern: str = "output",
@@ -50,7 +50,7 @@ def score_layers(
     cache_mb: int = 1024,
     protected: Iterable[int] | None = None,
     journal: str | Path | None = None,
-    prefixes: Prefixes | None = None,
+    prefix_cache: PrefixCache | None = None,
     progress: bool = True,
 ) -> ScoreTable:
     """Scores how much each decoder layer of `model` matters. The model is not changed.
@@ -65,7 +65,8 @@ def score_layers(
         criterion (`str`, *optional*, defaults to `"loss"`): one of `CRITERIA`: `"loss"`, `"kl"`,
             `"hidden_mse"`, `"block_influence"`, `"angular"`, `"taylor"`, `"task"`, `"positional"`.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's own, where `batches` is text.
-        run (`int`, *optional*, defaults to 1): score blocks of so many consecutive layers, each by its first.
+        block_size (`int`, *optional*, defaults to 1): score blocks of so many consecutive layers, each
+            by its first.
         task (`Callable` or `evaluate.EvaluationModule`, *optional*): for `criterion="task"`, a function
             `score(model) -> float`, higher is better, such as [`MultipleChoice`], a list of such, whose mean
             counts, or a metric that is computed from predicted and true next tokens of `batches`.
@@ -84,7 +85,7 @@ def score_layers(
             the first and the last layer.
         journal (`str` or `Path`, *optional*): a file for what is scored so far, removed in the end. Called
             again after a stop, with the same model and text, scoring goes on there.
-        prefixes ([`~hf_layerprune.scoring.leave_one_out.Prefixes`], *optional*): for round after round
+        prefix_cache ([`~hf_layerprune.scoring.leave_one_out.PrefixCache`], *optional*): for round after round
             without training: the layers before the first one removed are not computed again.
         progress (`bool`, *optional*, defaults to `True`): show a bar with the time left.
 
@@ -101,7 +102,7 @@ def score_layers(
     if type(cache_mb) is not int or cache_mb < 1:
         raise LayerPruneError(f"cache_mb is {cache_mb!r}: it must be a whole number of at least 1.")
     stack = LayerStack(model)
-    kept, block = stack.lineage.kept, _check_block(run, len(stack))
+    kept, block = stack.lineage.kept, _check_block(block_size, len(stack))
     cuts, refused = _candidates(stack, block, protected)
     given = _calibration(stack.base, batches, tokenizer) if reads_text(criterion, tasks) else []
     if reads_text(criterion, tasks) and not given:
@@ -125,7 +126,7 @@ def score_layers(
         notes = Journal(journal, work)
         try:
             result = _score_batches(
-                criterion, stack, given, cuts, block, notes, progress, prefixes=prefixes, **choices
+                criterion, stack, given, cuts, block, notes, progress, prefix_cache=prefix_cache, **choices
             )
             break
         except RuntimeError as error:
@@ -133,7 +134,7 @@ def score_layers(
             if not should_reduce_batch_size(error) or len(halves) == len(given):
                 raise
             logger.warning("Out of memory in scoring: it goes on with batches of half the size.")
-            given, prefixes = halves, None
+            given, prefix_cache = halves, None
             clear_device_cache(garbage_collection=True)
     table = _table(criterion, result, kept, block, list(cuts), refused)
     notes.finish()
@@ -182,15 +183,15 @@ def _check_models(model: Any, criterion: str, tasks: list[Any], teacher: PreTrai
         )
 
 
-def _check_block(run: Any, count: int) -> int:
+def _check_block(block_size: Any, count: int) -> int:
     """Returns how many layers a candidate is.
 
     Raises:
         LayerPruneError: it is no number of layers, or all of them.
     """
-    block = plain_int(run)
+    block = plain_int(block_size)
     if type(block) is not int or not 1 <= block < count:
-        raise LayerPruneError(f"run is {block!r}: it must be at least 1 and below the {count} layers.")
+        raise LayerPruneError(f"block_size is {block!r}: it must be at least 1 and below the {count} layers.")
     return block
 
 
@@ -258,8 +259,8 @@ def _calibration(model: PreTrainedModel, data: Any, tokenizer: Any) -> list[Batc
     """Returns calibration data of any form as the batches that `model` reads."""
     if isinstance(data, (list, tuple)) and not data:
         return []
-    length = min(256, most_tokens(model) or 256)
-    return make_batches(data, tokenizer=tokenizer, block_length=length, columns=columns_read(model))
+    length = min(256, context_length(model) or 256)
+    return make_batches(data, tokenizer=tokenizer, sequence_length=length, columns=model_columns(model))
 
 
 def read_table(path: str | Path) -> ScoreTable:
@@ -370,7 +371,7 @@ def _as_list(task: Any) -> list[Any]:
 def _small_enough(stack: LayerStack, batches: list[Any], cache_mb: int) -> list[Any]:
     """Returns the batches in parts whose states after all layers fit into so many MiB, or of one row."""
     embeddings: Any = stack.base.get_input_embeddings().weight
-    # The original depth decides, so that the parts and their prefixes stay the same when layers go.
+    # The original depth decides, so that the parts and their prefix_cache stay the same when layers go.
     state = embeddings.shape[-1] * embeddings.element_size() * stack.lineage.original
     rows = [cache_mb * 2**20 // (state * batch["input_ids"].shape[1]) for batch in batches]
     return [part for batch, most in zip(batches, rows, strict=True) for part in _split(batch, most)]

@@ -11,7 +11,7 @@ from ..errors import LayerPruneError
 from ..surgery.layer_stack import LayerStack
 from ..surgery.lineage import plain_int
 from .criteria import find_criterion
-from .leave_one_out import Prefixes
+from .leave_one_out import PrefixCache
 from .score import score_layers
 from .table import ScoreTable
 
@@ -84,15 +84,15 @@ def select_layers(
                 model,
                 given,
                 criterion,
-                run=block,
+                block_size=block,
                 protected=stay,
-                prefixes=prefixes,
+                prefix_cache=prefix_cache,
                 progress=progress,
                 **settings,
             )
         return scores, dict(enumerate(left))
 
-    prefixes = Prefixes()
+    prefix_cache = PrefixCache()
     steps: list[tuple[list[int], float]] = []
     whole, cost, layers = 0.0, 0.0, list[int]()
     if contiguous:

@@ -24,7 +24,7 @@ class ScoreTable:
         kept (`list[int]`): for each present layer, its index in the original model.
         refused (`dict[int, str]`): for each layer that is no candidate because it cannot be removed
             exactly, or because the model without it gives no finite score, by its present index, the reason.
-        run (`int`): how many layers a candidate is; it is named by the first.
+        block_size (`int`): how many layers a candidate is; it is named by the first.
         errors (`dict[int, float]`): standard errors of the scores, where they have any: over sequences or
             questions, and for leave-one-out over parts of 64 tokens of a sequence.
         seen (`dict[int, int]`): with how many of these each candidate was scored.
@@ -35,7 +35,7 @@ class ScoreTable:
     quality: float | None
     kept: list[int]
     refused: dict[int, str] = field(default_factory=dict)
-    run: int = 1
+    block_size: int = 1
     errors: dict[int, float] = field(default_factory=dict)
     seen: dict[int, int] = field(default_factory=dict)
 
@@ -53,7 +53,8 @@ class ScoreTable:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ScoreTable":
-        """Returns the table of values that [`~ScoreTable.to_dict`] returned."""
+        """Returns the table of values that [`~ScoreTable.to_dict`] returned, also of an earlier version."""
+        values = {{"run": "block_size"}.get(name, name): value for name, value in values.items()}
         by_layer = {name: values.get(name, {}) for name in BY_LAYER}
         return cls(**values | {name: {int(i): v for i, v in d.items()} for name, d in by_layer.items()})
 
@@ -69,7 +70,7 @@ class ScoreTable:
         errors = [self.errors.get(i, 0.0) for i in layers]
         places = [self.kept[i] for i in layers]
         axes.bar(places, [self.scores[i] for i in layers], yerr=errors, ecolor="gray", color=colours)
-        for layer in set(range(len(self.kept))) - {i + j for i in layers for j in range(self.run)}:
+        for layer in set(range(len(self.kept))) - {i + j for i in layers for j in range(self.block_size)}:
             axes.text(self.kept[layer], 0, " stays", rotation=90, ha="center", color="gray", size=8)
         values = sorted(abs(v) for v in self.scores.values())
         if values[0] > 0 and values[-1] > 20 * values[len(values) // 2]:

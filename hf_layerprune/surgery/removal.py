@@ -100,10 +100,10 @@ def without_layers(model: Any, layers: int | Iterable[int]) -> LayerCut:
 
 
 def possible_cuts(
-    model: Any, layers: Iterable[int], run: int = 1
+    model: Any, layers: Iterable[int], block_size: int = 1
 ) -> tuple[dict[int, LayerCut], dict[int, str]]:
     """See [`LayerStack.removable`]."""
-    return LayerStack(model).removable(layers, run)
+    return LayerStack(model).removable(layers, block_size)
 
 
 def check_layers(model: Any, layers: int | Iterable[int]) -> set[int]:
