@@ -53,7 +53,7 @@ from hf_layerprune.commands.cli import main
 from hf_layerprune.data import token_sequences
 
 from .conftest import TEXT, make_model, tokens
-from .test_multiple_choice import QUESTIONS
+from .evaluation.test_multiple_choice import QUESTIONS
 
 
 SMALL = {

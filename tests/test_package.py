@@ -108,6 +108,13 @@ def test_imports_are_seen_at_every_depth():
     assert {"errors", "distillation.objective", "surgery.lineage"} <= set(imported_by("distillation.trainer"))
 
 
+def test_tests_stand_in_the_folders_of_the_package():
+    folders = {path.parent.name for path in PACKAGE.glob("*/*.py")}
+    tests = {path.parent.name for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert tests <= folders
+    assert folders - tests == {"forward"}  # its functions are tested by those that use them
+
+
 def test_the_top_level_is_as_agreed():
     known = {"pyproject.toml", "hf_layerprune", "tests", "examples", "model_cards", "README.md"}
     done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -1,0 +1,363 @@
+import json
+import warnings
+from functools import partial
+
+import pytest
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_layerprune import LayerPruneError, load_pruned_adapter, remove_layers, save_model
+from hf_layerprune.checkpoints import saving
+from hf_layerprune.pruning.prune import prune_layers
+from hf_layerprune.surgery import peft as adapters
+
+from ..conftest import logits, make_model, tokens
+from ..distillation.test_trainer import make_trainer
+from ..pruning.test_callback import calibration, plain_trainer, pruning
+from ..tiny_models import tiny_model
+
+
+def tensors(model):
+    return {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_saved_is_the_same(model, tmp_path, dtype):
+    model = model.to(dtype)
+    remove_layers(model, [1, 4])
+    state = torch.get_rng_state()
+    model.train()
+    save_model(model, tmp_path)
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval().to(dtype)
+    assert torch.equal(logits(again, tokens()), logits(model.eval(), tokens()))
+
+
+def test_another_model_when_loaded_is_refused_and_its_weights_kept(llama, tmp_path):
+    llama.model.layers[2].self_attn.scaling *= 2  # nothing in the config says so
+    with pytest.raises(LayerPruneError, match=r"another model when loaded: its logits are off by"):
+        save_model(llama, tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in tensors(llama).items())
+    save_model(llama, tmp_path, verify=False)
+
+
+def test_missing_tensors_are_refused(llama, tmp_path):
+    llama.config.num_hidden_layers = 7
+    with pytest.raises(LayerPruneError, match=r"does not fit its config: {'missing_keys'"):
+        save_model(llama, tmp_path)
+
+
+def test_what_does_not_load_is_refused(llama, tmp_path, monkeypatch):
+    save = llama.save_pretrained
+
+    def save_half(folder):
+        save(folder)
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+
+    monkeypatch.setattr(llama, "save_pretrained", save_half)
+    with pytest.raises(LayerPruneError, match=r"What was saved does not load"):
+        save_model(llama, tmp_path)
+
+
+def test_weights_are_kept_when_saving_fails(tmp_path):
+    model = make_model("qwen3")
+    model.config.layer_types = model.config.layer_types[:-1]  # transformers refuses such a config
+    with pytest.raises(LayerPruneError, match=r"cannot be saved as a plain model.*rescued\.safetensors"):
+        save_model(model, tmp_path / "folder")
+    saved = load_file(tmp_path / "folder" / "rescued.safetensors")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in tensors(model).items())
+
+
+def test_a_model_that_has_become_nan_can_be_saved(llama, tmp_path):
+    llama.lm_head.weight.data.fill_(float("nan"))
+    save_model(llama, tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+
+
+SCALED = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+OLD_SCALED = {k: v for k, v in SCALED.items() if k != "rope_theta"} | {"type": "llama3"}
+SPLIT = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "rope", "old"),
+    [
+        ("llama", {"rope_type": "default", "rope_theta": 123.0}, {"rope_theta": 123.0}),
+        (
+            "llama",
+            SCALED,
+            {"rope_theta": 5e5, "rope_scaling": OLD_SCALED},
+        ),
+        (
+            "gemma3_text",
+            SPLIT,
+            {
+                "rope_theta": 1e6,
+                "rope_local_base_freq": 1e4,
+                "rope_scaling": {"rope_type": "linear", "type": "linear", "factor": 8.0},
+            },
+        ),
+        (
+            "gpt_neox",
+            {"rope_type": "default", "rope_theta": 99.0, "partial_rotary_factor": 0.5},
+            {"rotary_emb_base": 99.0, "rotary_pct": 0.5},
+        ),
+        ("gpt2", None, {}),
+    ],
+)
+def test_legacy_rotary_keys(family, rope, old, tmp_path):
+    model = make_model(family, **({"rope_parameters": rope} if rope else {}))
+    save_model(model, tmp_path / "new")
+    save_model(model, tmp_path / "old", legacy_rope=True)  # which also reloads it
+    new, both = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("new", "old"))
+    assert both == new | old
+    assert not old.keys() & new.keys()
+
+
+@pytest.mark.parametrize(
+    ("family", "rope", "message"),
+    [
+        (
+            "llama",
+            {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "short_factor": [1.0] * 4,
+                "long_factor": [2.0] * 4,
+                "original_max_position_embeddings": 16,
+            },
+            "scale by 'longrope'",
+        ),
+        ("modernbert-decoder", None, "others for each kind of attention"),
+        ("gemma4_text", None, "no older form"),
+    ],
+)
+def test_settings_without_an_older_form_are_refused_before_saving(family, rope, message, tmp_path):
+    model = tiny_model(family) if rope is None else make_model(family, rope_parameters=rope)
+    with pytest.raises(LayerPruneError, match=message):
+        save_model(model, tmp_path / "folder", legacy_rope=True)
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_model_that_lost_a_kind_of_attention_is_saved(tmp_path):
+    model = tiny_model("olmo3")
+    full = [i for i, kind in enumerate(model.config.layer_types) if kind == "full_attention"]
+    remove_layers(model, full)
+    save_model(model, tmp_path)
+
+
+def test_short_and_mixed_models_are_saved(tmp_path):
+    save_model(make_model("gpt2", n_positions=8), tmp_path / "short")
+    model = make_model("llama").to(torch.bfloat16)
+    model.lm_head.float()
+    model.model.norm.float()
+    save_model(model, tmp_path / "mixed")
+
+
+def test_without_memory_for_a_second_model_the_save_stands(llama, tmp_path, monkeypatch, caplog):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    again = make_model()
+    monkeypatch.setattr(again, "to", full)
+    monkeypatch.setattr(saving, "load_again", lambda *args: again)
+    save_model(llama, tmp_path / "saved")
+    assert "there is no memory to compare its logits" in caplog.text
+    assert (tmp_path / "saved" / "model.safetensors").is_file()
+
+
+TIED = {
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "both, tied by PEFT": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
+    "a head of its own": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5]},
+    "DoRA": {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
+    "neither": {"target_modules": ["q_proj"]},
+}
+
+
+def with_adapters(settings=None, **changes):
+    """A tiny tied model with adapters, all moved away from where they start."""
+    torch.manual_seed(0)
+    settings = settings or {"target_modules": ["q_proj"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT on tied layers
+        model = get_peft_model(make_model(tie_word_embeddings=True, **changes), LoraConfig(r=2, **settings))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.mark.parametrize("settings", TIED.values(), ids=TIED)
+def test_adapters_of_a_tied_model_are_merged_as_they_were_trained(settings, tmp_path, caplog):
+    model = with_adapters(settings)
+    remove_layers(model, [2])
+    model(input_ids=tokens(), labels=tokens()).loss.backward()  # what autograd has computed is copied, too
+    live, head = logits(model, tokens()), model.get_base_model().get_output_embeddings()
+    save_model(model, tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(logits(again, tokens()), live, rtol=0, atol=1e-4)
+    stays_tied = settings in (TIED["both, tied by PEFT"], TIED["tokens"], TIED["neither"])
+    assert again.config.tie_word_embeddings == stays_tied
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == stays_tied
+    assert ("does not tie them" in caplog.text) != stays_tied
+    # The live model has kept its adapters, its ties and its config.
+    assert torch.equal(logits(model, tokens()), live)
+    assert model.get_base_model().get_output_embeddings() is head
+    assert model.config.tie_word_embeddings
+
+
+def test_merged_adapters_are_compared_with_the_live_ones(tmp_path, monkeypatch):
+    """What is saved is as it should be, but of other adapters."""
+    model, others = with_adapters(), with_adapters()
+    others.base_model.model.model.layers[1].self_attn.q_proj.lora_B.default.weight.data.mul_(-1)
+    monkeypatch.setattr(saving, "merged_copy", lambda model: adapters.merged_copy(others))
+    with pytest.raises(LayerPruneError, match=r"another model when loaded.* adapters are saved in .*adapter"):
+        save_model(model, tmp_path)
+    again = load_pruned_adapter(str(tmp_path / "adapter"), base_model=make_model(tie_word_embeddings=True))
+    assert torch.equal(logits(again.eval(), tokens()), logits(model, tokens()))
+    save_model(model, tmp_path, verify=False)
+
+
+def test_adapters_merged_in_half_precision_are_saved(tmp_path):
+    model = with_adapters().to(torch.bfloat16)
+    save_model(model, tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
+
+
+def test_adapters_that_cannot_be_merged_are_saved_beside(tmp_path, monkeypatch):
+    model = with_adapters()
+
+    def refuse(self):
+        raise NotImplementedError("no merging here")
+
+    monkeypatch.setattr(type(model.base_model), "merge_and_unload", refuse)
+    message = (
+        r"cannot be merged into the model: no merging here .*export='adapter'.* The adapters are saved in"
+    )
+    with pytest.raises(LayerPruneError, match=message):
+        save_model(model, tmp_path)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_adapters_without_room_anywhere_are_said_to_be_in_memory(tmp_path):
+    (tmp_path / "file").write_text("")  # nothing can be written below it
+    with pytest.raises(LayerPruneError, match=r"cannot be saved .* no room for the adapters either"):
+        save_model(with_adapters(), tmp_path / "file" / "folder")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])  # of which two are tied
+def test_a_model_is_saved_in_the_dtype_asked_for(family, dtype, tmp_path):
+    model = make_model(family)
+    save_model(model, tmp_path / "whole")
+    save_model(model, tmp_path / "half", dtype=dtype)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half")]
+    assert sizes[1] < 0.6 * sizes[0]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    assert again.dtype == dtype
+    assert model.dtype == torch.float32
+    rounded = model.to(dtype).state_dict()
+    assert all(torch.equal(tensor, rounded[name]) for name, tensor in again.state_dict().items())
+
+
+def test_a_weight_that_is_not_the_rounded_one_is_refused(llama, tmp_path, monkeypatch):
+    cast = saving.cast_state
+
+    def cast_others(model, dtype):
+        state = cast(model, dtype)
+        state["model.norm.weight"] = state["model.norm.weight"] + 0.01
+        return state
+
+    monkeypatch.setattr(saving, "cast_state", cast_others)
+    with pytest.raises(LayerPruneError, match=r"model.norm.weight is not the weight in memory, rounded"):
+        save_model(llama, tmp_path, dtype="bfloat16")
+
+
+def test_what_a_model_keeps_in_float32_is_saved_so(llama, tmp_path):
+    llama._keep_in_fp32_modules_strict = {"norm"}  # as e_score_correction_bias of DeepSeek V3
+    save_model(llama, tmp_path, dtype="bfloat16", verify=False)
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved["model.norm.weight"].dtype == torch.float32
+    assert saved["model.layers.0.self_attn.q_proj.weight"].dtype == torch.bfloat16
+
+
+def test_logits_that_can_never_be_said_do_not_hide_a_difference(llama):
+    here = torch.tensor([[0.0, 1.0, float("-inf"), float("nan")]])
+    assert saving._distance(here, here.clone()) == 0
+    assert saving._distance(here, here + torch.tensor([[0.0, 1.0, 0.0, 0.0]])) > 1
+    assert not saving._distance(here, here.nan_to_num(neginf=0.0)) <= 1
+
+
+@pytest.mark.parametrize("kind", ["distillation", "callback", "prune"])
+def test_a_generation_config_that_cannot_be_saved_is_reported_before_training(kind, llama):
+    llama.generation_config.do_sample = False
+    llama.generation_config.temperature = 0.7  # as many scripts set it; generate only warns of it
+    message = r"refuses to save model\.generation_config: .*temperature.* Change model\.generation_config"
+    if kind == "prune":
+        begin = partial(prune_layers, llama, target_layers=4, calibration=calibration())
+    else:
+        begin = make_trainer(llama).train if kind == "distillation" else plain_trainer(llama, pruning()).train
+    with pytest.raises(LayerPruneError, match=message):
+        begin()
+    assert len(llama.model.layers) == 6
+
+
+def test_special_tokens_that_the_trainer_sets_are_part_of_it(llama, tokenizer, tmp_path):
+    """A config that is as it was loaded may be saved back, but not with other special tokens."""
+    llama.save_pretrained(tmp_path)
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 0.7, "pad_token_id": 3}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    saving.check_configs(model)
+    with pytest.raises(LayerPruneError, match="temperature"):
+        make_trainer(model, processing_class=tokenizer).train()
+
+
+def test_a_config_that_cannot_be_saved_is_reported():
+    model = make_model("qwen3")
+    model.config.layer_types = model.config.layer_types[:-1]
+    with pytest.raises(LayerPruneError, match=r"refuses to save model\.config: "):
+        saving.check_configs(model)
+
+
+def test_a_model_is_loaded_again_with_its_own_attention(tmp_path):
+    """transformers keeps it under a private name."""
+    model = make_model()
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+    model.save_pretrained(tmp_path)
+    assert saving.load_again(model, tmp_path).config._attn_implementation == "eager"
+
+
+def test_accelerate_keeps_the_plain_forward(tmp_path):
+    """Under a private name, while it wraps `forward` in autocast."""
+    model = make_model()
+    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
+    plain = prepared._original_forward
+    with torch.no_grad():
+        assert plain(input_ids=tokens()).logits.dtype == torch.float32
+        exact, rounded = plain(input_ids=tokens()).logits, prepared(input_ids=tokens()).logits
+    assert not torch.equal(exact, rounded)

@@ -1,0 +1,96 @@
+"""A removal is seen where the Trainer prints, without a logger being set up."""
+
+import ast
+import logging
+
+import pytest
+from tqdm import tqdm
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+from hf_layerprune.pruning import other_callbacks
+from hf_layerprune.reports.record import read_record
+
+from ..conftest import make_model
+from ..distillation.test_trainer import make_trainer
+from ..pruning.test_callback import plain_trainer, pruning
+
+
+@pytest.fixture
+def printed(monkeypatch, capsys):
+    """What the Trainer printed, each line as the dict that it shows."""
+    written = []
+    monkeypatch.setattr(tqdm, "write", classmethod(lambda cls, s, *args, **kwargs: written.append(s)))
+
+    def lines():
+        out = written + capsys.readouterr().out.splitlines()
+        return [ast.literal_eval(line) for line in out if line.startswith("{")]
+
+    return lines
+
+
+@pytest.mark.parametrize("kind", ["plain", "distillation"])
+@pytest.mark.parametrize("bar", [True, False])
+@pytest.mark.parametrize("late", [False, True])
+def test_each_removal_prints_one_line(kind, bar, late, printed):
+    callback = pruning()
+    settings = {"max_steps": 4, "disable_tqdm": not bar}
+    if kind == "plain":
+        trainer = plain_trainer(make_model(), [] if late else callback, **settings)
+    else:
+        trainer = make_trainer(make_model(), callbacks=[] if late else [callback], **settings)
+    if late:
+        trainer.add_callback(callback)
+    if kind == "plain":
+        callback.set_trainer(trainer)
+    trainer.train()
+    lines = printed()
+    removals = [line for line in lines if "removed_layer" in line]
+    phases = read_record("out").phases
+    assert [line["removed_layer"] for line in removals] == [p.removals[0].original for p in phases]
+    assert [line["layers"] for line in removals] == [5, 4]
+    assert [float(line["loss_score"]) for line in removals] == [
+        pytest.approx(phase.removals[0].score, rel=1e-3) for phase in phases
+    ]
+    losses = [line for line in lines if "loss" in line]
+    assert [line["layers"] for line in losses] == [5, 5, 4, 4]
+    assert not any("tokens" in name for line in losses for name in line)  # counted for the record alone
+    assert trainer.state.log_history[0]["layers"] == 5
+
+
+def test_a_notebook_prints_the_line_beside_its_table(printed, monkeypatch):
+    class Table(TrainerCallback):
+        """As the one of notebooks, which shows losses only."""
+
+    monkeypatch.setattr(other_callbacks, "DEFAULT_PROGRESS_CALLBACK", Table)
+    trainer = plain_trainer(make_model(), pruning(), max_steps=4)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Table())
+    trainer.train()
+    assert [line["layers"] for line in printed()] == [5, 4]
+
+
+def test_without_any_output_of_the_trainer_the_log_has_the_line(caplog, printed):
+    trainer = plain_trainer(make_model(), pruning(), max_steps=4)
+    trainer.remove_callback(PrinterCallback)
+    with caplog.at_level(logging.INFO, "hf_layerprune"):
+        trainer.train()
+    assert printed() == []
+    assert caplog.text.count("'removed_layer'") == 2
+
+
+def test_other_callbacks_keep_their_order():
+    class Other(TrainerCallback):
+        called = 0
+
+        def on_train_begin(self, *args, **kwargs):
+            self.called += 1
+
+    others, late = [type(name, (Other,), {})() for name in "ABC"], pruning()
+    trainer = plain_trainer(make_model(), others[:2], max_steps=4, disable_tqdm=False)
+    trainer.add_callback(late)
+    late.set_trainer(trainer)
+    trainer.add_callback(others[2])
+    trainer.train()
+    names = [type(one).__name__ for one in trainer.callback_handler.callbacks]
+    assert names[-5:] == ["A", "B", "LayerPruningCallback", ProgressCallback.__name__, "C"]
+    assert [one.called for one in others] == [1, 1, 1]

@@ -1,0 +1,144 @@
+"""Memory and FLOPs of a run, planned from the config alone."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from hf_layerprune import DistillationTrainer, DistillationTrainingArguments, LayerPruneError
+from hf_layerprune.distillation.plan import (
+    GIB,
+    TrainingSettings,
+    measure_footprint,
+    optimizer_bytes,
+    plan_training,
+    settings_that_fit,
+)
+
+from ..conftest import tokens
+from ..tiny_models import tiny_model
+
+
+QWEN_3B = Qwen2Config(
+    hidden_size=2048,
+    intermediate_size=11008,
+    num_hidden_layers=36,
+    num_attention_heads=16,
+    num_key_value_heads=2,
+    vocab_size=151936,
+    tie_word_embeddings=True,
+    max_position_embeddings=32768,
+)
+LLAMA_8B = LlamaConfig(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    max_position_embeddings=8192,
+)
+
+
+def on_meta(cls, config, dtype=torch.float32):
+    with torch.device("meta"):
+        return cls(config).to(dtype)
+
+
+def settings(**changes):
+    given = {"batch": 4, "accumulation": 1, "bf16": True, "activation_checkpointing": False, "optim": "adamw"}
+    return TrainingSettings(**given | changes)
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    return measure_footprint(on_meta(Qwen2ForCausalLM, QWEN_3B), batch=4, length=2048, bf16=True)
+
+
+# The peaks that the real trainer reached on an emulated GPU, in GiB, with 4 x 2048 tokens.
+@pytest.mark.parametrize(("checkpointing", "peak"), [(False, 98.75), (True, 59.80)])
+def test_the_planned_peak_is_that_of_an_emulated_gpu(qwen, checkpointing, peak):
+    plan = plan_training(qwen, settings(activation_checkpointing=checkpointing), 36, 36, 2048)
+    assert plan.peak / GIB == pytest.approx(peak, rel=0.03)
+    assert plan.parameters_before == plan.parameters_after == 3_085_938_688
+
+
+def test_lora_on_a_16_bit_base_needs_no_teacher_and_little_optimizer():
+    base = on_meta(LlamaForCausalLM, LLAMA_8B, torch.bfloat16)
+    with torch.device("meta"):
+        model = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear"))
+    footprint = measure_footprint(model, batch=4, length=2048, bf16=True)
+    lora = settings(activation_checkpointing=True, weight_bytes=2, teacher_bytes=0)
+    plan = plan_training(footprint, lora, 32, 32, 2048)
+    assert plan.peak / GIB == pytest.approx(20.5, rel=0.03)  # on an emulated GPU
+    assert plan.memory["optimizer"] < 0.4 * GIB
+    assert plan.memory["teacher"] == 0
+
+
+def test_removed_layers_leave_the_plan(qwen):
+    whole = plan_training(qwen, settings(), 36, 36, 2048)
+    pruned = plan_training(qwen, settings(), 27, 27, 2048)
+    fields = copy.deepcopy(QWEN_3B.to_dict()) | {"num_hidden_layers": 27, "layer_types": None}
+    config = Qwen2Config.from_dict(fields)
+    smaller = on_meta(Qwen2ForCausalLM, config)
+    assert pruned.parameters_after == smaller.num_parameters()
+    fresh = measure_footprint(smaller, batch=4, length=2048, bf16=True)
+    alone = plan_training(fresh, settings(), 27, 27, 2048)
+    for part in ("weights", "optimizer", "gradients", "activations", "logits"):
+        assert pruned.memory[part] == pytest.approx(alone.memory[part], rel=1e-3)
+    assert pruned.memory["teacher"] == whole.memory["teacher"]
+    assert pruned.step_flops < whole.step_flops
+
+
+def test_the_counts_are_those_of_a_real_step(tmp_path):
+    model = tiny_model("llama")
+    with torch.device("meta"):
+        meta = type(model)(model.config)
+    footprint = measure_footprint(meta, batch=2, length=16, bf16=False)
+    ids = tokens(2, 16)
+    args = DistillationTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    trainer = DistillationTrainer(model, args, train_dataset=[{"input_ids": ids[0]}])
+    optimizer = trainer.create_optimizer()
+    trainer.compute_loss(model.train(), {"input_ids": ids})  # the first one finds the output heads
+    counter = FlopCounterMode(display=False)
+    with counter:
+        trainer.compute_loss(model.train(), {"input_ids": ids}).backward()
+    optimizer.step()
+    plan = plan_training(
+        footprint,
+        settings(batch=2, bf16=False),
+        len(model.model.layers),
+        len(model.model.layers),
+        16,
+    )
+    held = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
+    assert plan.memory["optimizer"] == sum(value.nbytes for value in held)
+    assert plan.memory["gradients"] == sum(p.grad.nbytes for p in model.parameters())
+    assert plan.memory["weights"] == sum(p.nbytes for p in model.parameters())
+    # The loss leaves out the last position of each sequence; embeddings and norms have no products.
+    assert plan.step_flops == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def test_what_fits_is_said_in_order(qwen):
+    cases = {80: 1, 50: 2, 32: 3, 10: 0}
+    full = plan_training(qwen, settings(), 27, 36, 2048).peak
+    assert full / GIB > 80
+    changes = ["--activation_checkpointing True", "--optim adamw_8bit", "--teacher DIR of cached logits"]
+    for memory, count in cases.items():
+        found = settings_that_fit(qwen, settings(), 27, 36, 2048, memory * GIB)
+        assert found == changes[:count]
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adamw_bnb_8bit", "adafactor"])
+def test_optimizer_bytes(optim):
+    assert optimizer_bytes(optim) == {"adamw_torch": 8, "sgd": 0, "adamw_bnb_8bit": 2, "adafactor": 0}[optim]
+
+
+def test_a_model_that_cannot_run_without_values_is_refused():
+    model = on_meta(LlamaForCausalLM, LlamaConfig(num_hidden_layers=1, hidden_size=64, vocab_size=100))
+    model.model.forward = lambda **kwargs: (_ for _ in ()).throw(RuntimeError("no values\nat all"))
+    with pytest.raises(LayerPruneError, match="does not run on tensors without values \\(no values\\)"):
+        measure_footprint(model, batch=1, length=8, bf16=False)
