@@ -114,8 +114,10 @@ def distillation_loss(
         with_cross_entropy (`bool`, *optional*, defaults to `False`): compute the cross-entropy also where its
             weight is 0.
     """
-    student_states = student.last_hidden_state[:, :-1][mask]
-    teacher_states = teacher.last_hidden_state[:, :-1][mask]
+    # The mask becomes indices once, as a GPU has to wait for each use of a mask as an index.
+    rows, places = mask.nonzero(as_tuple=True)
+    student_states = student.last_hidden_state[rows, places]
+    teacher_states = teacher.last_hidden_state[rows, places]
     weights = {settings.divergence: settings.kl_weight, "ce": settings.ce_weight}
     with_cross_entropy |= settings.ce_weight > 0
     total = torch.zeros((), device=student_states.device)
@@ -127,7 +129,7 @@ def distillation_loss(
             student_states,
             teacher.lm_head,
             teacher_states,
-            labels[:, 1:][mask],
+            labels[rows, places + 1],
             partial(
                 _logit_losses,
                 settings=settings,
@@ -140,8 +142,8 @@ def distillation_loss(
     if layer_pairs:
         errors = [
             hidden_error(
-                student.hidden_state(student_layer)[:, :-1][mask],
-                teacher.hidden_state(teacher_layer)[:, :-1][mask],
+                student.hidden_state(student_layer)[rows, places],
+                teacher.hidden_state(teacher_layer)[rows, places],
                 settings.hidden_loss,
             )
             for student_layer, teacher_layer in layer_pairs
