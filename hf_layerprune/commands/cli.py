@@ -9,6 +9,7 @@ from ..errors import LayerPruneError
 from .common import OUTPUT_DIR, Command, flag_names, parse
 from .evaluate import card, evaluate
 from .flags import name_flags
+from .plan import plan
 from .prune import inspect, phases, prune, score
 from .train import cache_teacher, distill, run
 
@@ -43,6 +44,7 @@ def quickstart(arguments: list[str]) -> None:
 COMMANDS: dict[str, Command] = {
     "quickstart": quickstart,
     "inspect": inspect,
+    "plan": plan,
     "score": score,
     "prune": prune,
     "cache-teacher": cache_teacher,

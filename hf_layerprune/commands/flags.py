@@ -111,6 +111,19 @@ class TeacherArguments:
 
 
 @dataclass
+class PlanArguments:
+    """For which device `plan` plans."""
+
+    device: str | None = field(
+        default=None,
+        metadata={
+            "help": "GPU to plan for, as a100-40gb, h100-80gb or rtx4090-24gb. Default: the GPU of "
+            "this machine, else h100-80gb."
+        },
+    )
+
+
+@dataclass
 class ResumeArguments:
     """How `distill` and `run` go on after a stop."""
 

@@ -1,6 +1,5 @@
 """What a training run costs, from the config alone: memory by part, FLOPs and time."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -237,9 +236,12 @@ def plan_training(
     if settings.teacher_runs:
         flops += footprint.layers * footprint.layer_flops + footprint.head_flops
     removed = footprint.layers - target_layers
+    before, per_layer = footprint.parameters, footprint.layer_parameters
+    if footprint.trained < footprint.parameters:  # adapters, which are merged in the end
+        before, per_layer = before - footprint.trained, per_layer - footprint.trained_by_layer
     return TrainingPlan(
-        parameters_before=footprint.parameters,
-        parameters_after=round(footprint.parameters - removed * footprint.layer_parameters),
+        parameters_before=before,
+        parameters_after=round(before - removed * per_layer),
         memory=memory,
         peak=max(at_loss, at_end),
         step_flops=flops * settings.accumulation,
@@ -276,11 +278,33 @@ def settings_that_fit(
     return []
 
 
-def readable(count: float) -> str:
-    """Returns a number of parameters as people write it: 3.09B or 134.5M."""
-    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
+@dataclass(frozen=True)
+class Device:
+    """A GPU that a run is planned for.
+
+    Args:
+        name (`str`): as people call it.
+        memory (`float`): bytes.
+        flops (`float`): FLOP/s that training reaches, see `MFU`.
+    """
+
+    name: str
+    memory: float
+    flops: float
 
 
-def in_gib(size: float) -> str:
-    """Returns bytes in GiB, with one decimal."""
-    return f"{math.ceil(size / GIB * 10) / 10:.1f}"
+def check_device(name: str | None) -> Device:
+    """Returns the named device; without a name the GPU of this machine, else an H100.
+
+    Raises:
+        LayerPruneError: no such device is known.
+    """
+    if name is None and torch.cuda.is_available():
+        present = torch.cuda.get_device_name().lower()
+        known = next((one for one in DEVICES if one.split("-")[0] in present), "h100-80gb")
+        return Device(present, torch.cuda.mem_get_info()[1], DEVICES[known][1] * 1e12 * MFU)
+    name = name or "h100-80gb"
+    if name not in DEVICES:
+        raise LayerPruneError(f"device is {name!r}. Choose from {', '.join(DEVICES)}.")
+    memory, teraflops = DEVICES[name]
+    return Device(name, memory * GIB, teraflops * 1e12 * MFU)

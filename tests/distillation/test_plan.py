@@ -1,6 +1,7 @@
 """Memory and FLOPs of a run, planned from the config alone."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from hf_layerprune import DistillationTrainer, DistillationTrainingArguments, LayerPruneError
+from hf_layerprune.commands.cli import main
 from hf_layerprune.distillation.plan import (
     GIB,
     TrainingSettings,
@@ -76,6 +78,7 @@ def test_lora_on_a_16_bit_base_needs_no_teacher_and_little_optimizer():
     assert plan.peak / GIB == pytest.approx(20.5, rel=0.03)  # on an emulated GPU
     assert plan.memory["optimizer"] < 0.4 * GIB
     assert plan.memory["teacher"] == 0
+    assert plan.parameters_before == base.num_parameters() - footprint.trained == 8_030_261_248
 
 
 def test_removed_layers_leave_the_plan(qwen):
@@ -142,3 +145,21 @@ def test_a_model_that_cannot_run_without_values_is_refused():
     model.model.forward = lambda **kwargs: (_ for _ in ()).throw(RuntimeError("no values\nat all"))
     with pytest.raises(LayerPruneError, match="does not run on tensors without values \\(no values\\)"):
         measure_footprint(model, batch=1, length=8, bf16=False)
+
+
+def test_the_command_plans_from_the_config_alone(folder, capsys):
+    from safetensors.torch import load_file
+
+    words = ["plan", folder, "--target_layers", "4", "--sequence_length", "16", "--max_steps", "10"]
+    for path in Path(folder).glob("*.safetensors"):
+        assert load_file(path)
+        path.unlink()
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "6 -> 4 layers, 0.1M -> 0.0M parameters" in text
+    assert "The peak fits h100-80gb (79.2 GiB)" in text
+    assert "10 steps take about" in text
+    assert main([*words, "--device", "abacus"]) == 2
+    assert "--device is 'abacus'. Choose from l4-24gb" in capsys.readouterr().err
+    assert main(["plan", folder, "--target_layers", "9"]) == 2
+    assert "--target_layers is 9, but the model has 6 layers" in capsys.readouterr().err

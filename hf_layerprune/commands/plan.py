@@ -1,0 +1,105 @@
+"""The command plan: memory, FLOPs and time of a run, from the config alone."""
+
+from typing import Any
+
+from ..errors import LayerPruneError
+from ..recipes.arguments import ModelArguments, TextArguments
+from .common import parse
+from .flags import PlanArguments, TeacherArguments
+
+
+def plan(arguments: list[str]) -> None:
+    """Print memory, FLOPs and time of distilling MODEL, from its config alone."""
+    import torch
+
+    from ..distillation.arguments import DistillationTrainingArguments
+    from ..distillation.plan import check_device, measure_footprint, plan_training, settings_that_fit
+    from ..pruning.arguments import PhaseSizeArguments
+    from ..pruning.schedule import phase_sizes
+    from ..reports.tables import markdown_table
+
+    kinds = [ModelArguments, TextArguments, TeacherArguments, PlanArguments, PhaseSizeArguments]
+    on_cpu = [] if torch.cuda.is_available() else ["--use_cpu", "True"]  # for bf16
+    words = [*on_cpu, "--bf16", "True", *arguments]
+    parsed = parse(plan, words, [*kinds, DistillationTrainingArguments])
+    name, source, text, teacher, output, removal, args = parsed
+    device = check_device(output.device)
+    model = _meta_model(name, source.trust_remote_code, teacher.lora_rank)
+    length, batch = text.sequence_length, args.per_device_train_batch_size
+    footprint = measure_footprint(model, batch, length, args.bf16)
+    if not 1 <= removal.target_layers < footprint.layers:
+        raise LayerPruneError(
+            f"target_layers is {removal.target_layers}, but the model has {footprint.layers} layers. Choose "
+            f"a value between 1 and {footprint.layers - 1}."
+        )
+    first = phase_sizes(footprint.layers, removal.target_layers, removal.layers_per_phase)[0]
+    settings = _settings(args, teacher.lora_rank is not None, teacher.teacher)
+    depths = removal.target_layers, footprint.layers - first
+    planned = plan_training(footprint, settings, *depths, length)
+    print(f"{name}: {footprint.layers} -> {removal.target_layers} layers, ", end="")
+    print(f"{_count(planned.parameters_before)} -> {_count(planned.parameters_after)} parameters\n")
+    rows = [[part, f"{size / 2**30:.1f}"] for part, size in planned.memory.items()]
+    print(markdown_table([["memory", "GiB"], *rows, ["peak", f"{planned.peak / 2**30:.1f}"]]))
+    if planned.peak <= device.memory:
+        print(f"\nThe peak fits {device.name} ({device.memory / 2**30:.1f} GiB).")
+    else:
+        changes = settings_that_fit(footprint, settings, *depths, length, device.memory)
+        advice = (
+            f"Add {' '.join(changes)}." if changes else "Use LoRA (--lora_rank 16), FSDP2 or a shorter batch."
+        )
+        print(f"\nThe peak does not fit {device.name} ({device.memory / 2**30:.1f} GiB). {advice}")
+    seconds = planned.seconds(device.flops)
+    print(f"A step of {planned.step_tokens:,} tokens takes {planned.step_flops / 1e12:.0f} TFLOP, ", end="")
+    print(f"about {seconds:.2f} s at {device.flops / 1e12:.0f} TFLOP/s.")
+    if args.max_steps > 0:
+        print(f"{args.max_steps:,} steps take about {_duration(args.max_steps * seconds)}.")
+
+
+def _meta_model(name: str, trust_remote_code: bool, lora_rank: int | None) -> Any:
+    """Returns the model without weights, in the dtype of training, with its adapters."""
+    import torch
+
+    from ..checkpoints.loading import load_meta_model
+    from ..surgery.decoder import check_next_token
+
+    model: Any = load_meta_model(name, trust_remote_code)
+    check_next_token(model, "plan")
+    if lora_rank is None:
+        return model.to(torch.float32)
+    from peft import LoraConfig, get_peft_model
+
+    with torch.device("meta"):
+        return get_peft_model(model, LoraConfig(r=lora_rank, target_modules="all-linear"))
+
+
+def _settings(args: Any, lora: bool, teacher: str | None) -> Any:
+    """Returns what decides the memory of a run. Adapters share the teacher's weights, and a folder of cached
+    logits needs no teacher."""
+    from pathlib import Path
+
+    from ..distillation.plan import TrainingSettings
+    from ..distillation.teacher_cache import HEAD
+
+    cached = teacher is not None and (Path(teacher) / HEAD).is_file()
+    return TrainingSettings(
+        batch=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        bf16=args.bf16,
+        activation_checkpointing=args.activation_checkpointing,
+        optim=str(getattr(args.optim, "value", args.optim)),
+        weight_bytes=4,
+        teacher_bytes=0 if lora or cached else 4,
+        teacher_runs=not cached,
+    )
+
+
+def _duration(seconds: float) -> str:
+    """Returns a time as people write it."""
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
+def _count(parameters: int) -> str:
+    """Returns a number of parameters as people write it: 3.09B or 134.5M."""
+    return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"
