@@ -96,7 +96,7 @@ class _Measurement:
 
     def of(self, name: str, earlier: dict[str, Any]) -> dict[str, Any]:
         """Returns the results of one model: those of an earlier call where nothing has changed since."""
-        from ..data import make_batches
+        from ..data.batches import make_batches
         from ..evaluation.evaluate import evaluate_model
         from ..recipes.inputs import load_on_device
         from ..scoring.score import fingerprint

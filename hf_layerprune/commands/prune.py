@@ -40,7 +40,7 @@ def score(arguments: list[str]) -> None:
     kinds = [ModelArguments, DataArguments, TextArguments, CalibrationArguments]
     parsed = parse(score, arguments, [*kinds, ScoringArguments, ScoreArguments])
     name, source, data, text, sample, scoring, output = parsed
-    from ..data import make_batches
+    from ..data.batches import make_batches
     from ..pruning.prune import scoring_settings
     from ..recipes.inputs import check_model, load_on_device, make_sequences
     from ..scoring.score import check_plot_path, read_table, score_layers
@@ -101,7 +101,7 @@ def prune(arguments: list[str]) -> None:
     kinds = [ModelArguments, DataArguments, TextArguments, SampleArguments, RemovalArguments, SaveArguments]
     name, source, data, text, sample, removal, output = parse(prune, arguments, kinds)
     from ..checkpoints.saving import save_model
-    from ..data import split_sequences
+    from ..data.sequences import split_sequences
     from ..evaluation.evaluate import HeldOutText
     from ..pruning.prune import prune_layers
     from ..recipes.inputs import check_model, load_on_device, make_sequences
@@ -138,7 +138,7 @@ def phases(arguments: list[str]) -> None:
     name, source, data, text, sample, removal, output = parse(phases, arguments, kinds)
     from ..checkpoints.loading import stored_dtype
     from ..checkpoints.saving import save_model
-    from ..data import split_sequences
+    from ..data.sequences import split_sequences
     from ..evaluation.evaluate import HeldOutText
     from ..pruning.command_phases import run_phases
     from ..recipes.inputs import check_model, load_on_device, make_sequences

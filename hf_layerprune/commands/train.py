@@ -13,7 +13,7 @@ def cache_teacher(arguments: list[str]) -> None:
     """Cache MODEL's top-k logits so that `distill --teacher DIR` needs no teacher in memory."""
     kinds = [ModelArguments, DataArguments, TextArguments, CacheTeacherArguments]
     name, source, data, text, output = parse(cache_teacher, arguments, kinds)
-    from ..data import make_batches
+    from ..data.batches import make_batches
     from ..distillation.teacher_cache import CachedTeacherLogits, cache_teacher_logits
     from ..recipes.inputs import check_model, load_on_device, make_sequences
 

@@ -27,7 +27,8 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..checkpoints.loading import load_lineage, load_model, runs_own_code
 from ..checkpoints.saving import check_configs, check_merge, check_writable
-from ..data import model_columns, targets_of
+from ..data.batches import model_columns
+from ..data.targets import targets_of
 from ..errors import LayerPruneError, one_line
 from ..forward.lm_head import router_losses
 from ..reports.card import write_card

@@ -9,7 +9,9 @@ from datasets import Dataset
 from torch.utils.data import Subset
 from transformers import Trainer, TrainingArguments
 
-from ..data import Batch, context_length, make_batches, model_columns
+from ..data.batches import make_batches, model_columns
+from ..data.sequences import context_length
+from ..data.targets import Batch
 from ..errors import LayerPruneError
 from ..surgery.peft import base_of
 

@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
-from ..data import take_rows
+from ..data.batches import take_rows
 from ..distillation.arguments import DistillationTrainingArguments, quieten_replicas
 from ..errors import LayerPruneError
 from ..reports.record import RunRecord

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..checkpoints.saving import save_model
-from ..data import make_batches
+from ..data.batches import make_batches
 from ..errors import LayerPruneError
 from ..reports.machine import peak_memory_mb
 from ..reports.record import (

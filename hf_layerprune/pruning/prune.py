@@ -8,7 +8,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..checkpoints.saving import check_configs
-from ..data import Batch, make_batches
+from ..data.batches import make_batches
+from ..data.targets import Batch
 from ..errors import LayerPruneError
 from ..forward.hooks import undisturbed
 from ..reports.machine import peak_memory_mb

@@ -9,14 +9,9 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..checkpoints.loading import load_class, load_model, load_tokenizer, stored_dtype
-from ..data import (
-    check_sequence_length,
-    load_texts,
-    make_batches,
-    split_sequences,
-    stream_sequences,
-    token_sequences,
-)
+from ..data.batches import make_batches
+from ..data.sequences import check_sequence_length, split_sequences, stream_sequences, token_sequences
+from ..data.texts import load_texts
 from ..distillation.arguments import DTYPES, DistillationTrainingArguments
 from ..errors import LayerPruneError
 from ..scoring.score import check_criterion_fits
@@ -151,8 +146,15 @@ def split_text(
             make_sequences(data, text, config, tokenizer, calibration + heldout), calibration, heldout
         )
     check_sequence_length(text.sequence_length, config)
-    source = (str(data), text.data_field, text.data_split, text.data_config)
-    head, train = stream_sequences(_needed(tokenizer), text.sequence_length, calibration + heldout, *source)
+    head, train = stream_sequences(
+        _needed(tokenizer),
+        text.sequence_length,
+        calibration + heldout,
+        str(data),
+        text.data_field,
+        split=text.data_split,
+        config=text.data_config,
+    )
     head.info.dataset_name = train.info.dataset_name = text_name(data, text)
     return *split_sequences(head, calibration, heldout)[:2], train
 

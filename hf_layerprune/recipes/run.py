@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, default_data_collator
 
 from ..checkpoints.saving import save_model
-from ..data import make_batches
+from ..data.batches import make_batches
 from ..distillation.arguments import DistillationTrainingArguments
 from ..distillation.reconstruction import reconstruct_layers
 from ..distillation.trainable import trained_parameters

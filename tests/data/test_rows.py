@@ -8,8 +8,8 @@ import sys
 import pytest
 from datasets import Dataset, DatasetDict
 
+from hf_layerprune.data.rows import load_rows, names_of
 from hf_layerprune.errors import LayerPruneError
-from hf_layerprune.rows import load_rows, names_of
 
 
 ROWS = [{"text": "One text."}, {"text": "Another text."}]
