@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..data.arguments import SequenceArguments
 from ..errors import LayerPruneError
 from ..recipes.arguments import ModelArguments, SampleArguments, TextArguments
 from .common import OUTPUT_DIR, parse, parse_given, print_table
@@ -11,14 +12,14 @@ from .flags import CacheTeacherArguments, DataArguments, ResumeArguments, Teache
 
 def cache_teacher(arguments: list[str]) -> None:
     """Cache MODEL's top-k logits so that `distill --teacher DIR` needs no teacher in memory."""
-    kinds = [ModelArguments, DataArguments, TextArguments, CacheTeacherArguments]
-    name, source, data, text, output = parse(cache_teacher, arguments, kinds)
+    kinds = [ModelArguments, DataArguments, TextArguments, SequenceArguments, CacheTeacherArguments]
+    name, source, data, text, sequence, output = parse(cache_teacher, arguments, kinds)
     from ..data.batches import make_batches
     from ..distillation.teacher_cache import CachedTeacherLogits, cache_teacher_logits
     from ..recipes.inputs import check_model, load_on_device, make_sequences
 
     config, tokenizer = check_model(name, source.trust_remote_code, "cache-teacher")
-    batches = make_batches(make_sequences(data.data, text, config, tokenizer), output.batch_size)
+    batches = make_batches(make_sequences(data.sources, text, sequence, config, tokenizer), output.batch_size)
     model = load_on_device(name, source.trust_remote_code)
     settings = {"temperature": output.temperature, "hidden_layers": output.hidden_layers}
     cache_teacher_logits(model, batches, output.output_dir, output.top_k, **settings)
@@ -66,7 +67,9 @@ def distill(arguments: list[str]) -> None:
         check_folder_is_free(args.output_dir, resume="--resume")
     keep_stored_dtype(args, name, trust)
     config, tokenizer = check_model(name, trust, "distill")
-    calibration, heldout, train = split_text(data.data, text, sample, config, tokenizer, args.max_steps)
+    calibration, heldout, train = split_text(
+        data.sources, text, args, sample, config, tokenizer, args.max_steps
+    )
     check_text_is_left(train, sample)
     model = load_on_device(name, trust, dtype="float32")
     evaluation = HeldOutText(heldout, args.per_device_eval_batch_size)
@@ -125,6 +128,8 @@ def run(arguments: list[str]) -> None:
         raise LayerPruneError(f"Give a YAML file, or one of {', '.join(shipped_recipes())}.")
     recipe = read_recipe(arguments[0])  # its errors name fields, those below name flags
     given = parse_given(run, arguments[1:], kinds)
+    if "data" in given:
+        given["data"] = [Path(one) for one in given["data"]]
     resume = given.pop("resume", False) or given.pop("resume_from_checkpoint", None)
     _, record = prune(recipe=recipe, resume_from_checkpoint=resume, **given)
     print_table(record.to_dict())

@@ -26,6 +26,8 @@ def make_batches(
     *,
     tokenizer: Any = None,
     sequence_length: int = 256,
+    packing: str = "joined",
+    loss_on: str = "all",
     columns: Collection[str] | None = None,
 ) -> list[Batch]:
     """Returns batches of tokens from calibration or evaluation data of any common form.
@@ -34,14 +36,16 @@ def make_batches(
         data: tokens or text.
             Tokens: a data set, stream or list of rows, a tensor, one batch, or a list, generator or loader of
             batches. Batches are not changed.
-            Text: a list of strings, or rows with `text`, `messages`, or `prompt` and `completion`, as in trl.
-            It is cut into sequences ([`token_sequences`]), in which all tokens count.
+            Text: a list of strings, or rows with `text`, `messages`, `conversations`, or `prompt` and
+            `completion`, as in trl. It is cut into sequences, see [`prepare_dataset`].
         batch_size (`int`, *optional*, defaults to 8): rows per batch.
         collate (`Callable`, *optional*): makes a batch of rows of tokens, as a Trainer's `data_collator`.
             Default: rows of unequal length are padded.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's tokenizer or processor, for text.
         sequence_length (`int`, *optional*, defaults to 256): tokens per sequence of text, fewer of a short
             text.
+        packing (`str`, *optional*, defaults to `"joined"`), loss_on (`str`, *optional*, defaults to `"all"`):
+            for text, see [`prepare_dataset`].
         columns (collection of `str`, *optional*): the columns to keep, see [`model_columns`]. Default: all.
 
     Returns:
@@ -60,7 +64,7 @@ def make_batches(
     """
     if batch_size < 1:
         raise LayerPruneError(f"The batch size is {batch_size}: it must be at least 1.")
-    rows = _rows_or_batches(data)
+    rows = rows_of(data)
     if len(rows) == 0:
         raise LayerPruneError("The calibration or evaluation data is empty.")
     try:
@@ -70,8 +74,8 @@ def make_batches(
     if _is_batch(rows[0]):
         return [_as_batch(batch) for batch in rows]
     if not _is_tokens(rows[0]):
-        tokenizer = tokenizer if hasattr(tokenizer, "bos_token_id") else getattr(tokenizer, "tokenizer", None)
-        rows, collate = _text_sequences(rows, tokenizer, sequence_length), None
+        form: dict[str, Any] = {"packing": packing, "loss_on": loss_on}
+        rows, collate = _text_sequences(rows, tokenizer, sequence_length, form), PaddingCollator()
     elif columns is not None:
         rows = [{name: value for name, value in _as_row(row).items() if name in columns} for row in rows]
     else:
@@ -109,7 +113,7 @@ def take_rows(stream: Iterable[Any]) -> list[Any]:
 MOST_ROWS = 10_000
 
 
-def _rows_or_batches(data: Any) -> Any:
+def rows_of(data: Any) -> Any:
     """Returns the rows or batches of data of any form, in a container with a length."""
     if isinstance(data, (str, bytes, Path)):
         raise LayerPruneError(
@@ -188,19 +192,21 @@ def _check_token_ids(ids: torch.Tensor) -> None:
         )
 
 
-def _text_sequences(rows: Any, tokenizer: Any, length: int) -> Dataset:
+def _text_sequences(rows: Any, tokenizer: Any, length: int, form: dict[str, Any]) -> Dataset:
     """Returns token sequences of rows of text, shorter ones if there is little text."""
     if not holds_text(rows[0]):
         raise unknown_form(rows[0])
+    tokenizer = tokenizer if hasattr(tokenizer, "bos_token_id") else getattr(tokenizer, "tokenizer", None)
     if tokenizer is None:
         raise LayerPruneError(
             "The data is text, which needs a tokenizer. Give tokenizer= (in training, processing_class= of "
             "the Trainer), or give tokens: prepare_dataset(rows, tokenizer, 256) makes them."
         )
-    return prepare_dataset(rows, tokenizer, fitting_length(rows, tokenizer, length))
+    name = "The calibration or evaluation data"
+    return prepare_dataset(rows, tokenizer, _fitting_length(rows, tokenizer, length), name=name, **form)
 
 
-def fitting_length(rows: Iterable[Any], tokenizer: Any, length: int) -> int:
+def _fitting_length(rows: Iterable[Any], tokenizer: Any, length: int) -> int:
     """Returns `length`, or the number of tokens of the text if it has fewer.
 
     Raises:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from ..errors import LayerPruneError, one_line
@@ -68,12 +68,19 @@ def load_rows(
     if len(parts) == 1:
         return parts[0]
     try:
-        return concatenate_datasets(parts)
+        return concatenate_datasets([_with_plain_strings(part) for part in parts])
     except ValueError as error:
         raise LayerPruneError(
             f"The rows of {', '.join(map(str, sources))} do not fit together: {one_line(error)} Give sources "
             "with the same columns, or one of them alone."
         ) from error
+
+
+def _with_plain_strings(rows: Any) -> Any:
+    """Returns rows with strings of one type: the csv loader makes other ones than the json loader."""
+    features = rows.features or {}  # of a stream they may be unknown
+    large = {name: Value("string") for name, kind in features.items() if kind == Value("large_string")}
+    return rows.cast(Features(dict(features) | large)) if large else rows
 
 
 def _load_source(

@@ -12,15 +12,15 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging
 
 from ..errors import LayerPruneError
+from .arguments import LOSSES, PACKINGS
 from .rows import load_rows, names_of, unreadable
 from .texts import Text, iter_texts
 
 
 logger: Any = logging.get_logger(__name__)
 
+LONGEST_DEFAULT = 1024  # tokens of a sequence where no length is set
 IGNORED = -100  # the label of a token that does not count
-PACKINGS = ("joined", "packed", "none")
-LOSSES = ("all", "completion")
 
 
 @dataclass
@@ -317,6 +317,18 @@ def check_sequence_length(length: int, model: PreTrainedModel | PreTrainedConfig
     longest = context_length(model)
     if longest is not None and length > longest:
         raise LayerPruneError(f"sequence_length is {length}, but the model reads {longest} tokens at most.")
+
+
+def resolve_length(length: int | None, model: PreTrainedModel | PreTrainedConfig) -> int:
+    """Returns the sequence length that is set, else the context length of a model, at most 1024 tokens.
+
+    Raises:
+        LayerPruneError: the context of the model is shorter than the length that is set.
+    """
+    if length is None:
+        return min(LONGEST_DEFAULT, context_length(model) or LONGEST_DEFAULT)
+    check_sequence_length(length, model)
+    return length
 
 
 def context_length(model: PreTrainedModel | PreTrainedConfig) -> int | None:

@@ -122,10 +122,10 @@ def load_texts(
     return texts
 
 
-def holds_text(row: Any) -> bool:
+def holds_text(row: Any, column: str = "text") -> bool:
     """Returns whether a row holds text, a chat or a prompt, and no tokens."""
     if isinstance(row, Mapping):
-        return "input_ids" not in row and any(name in row for name in COLUMNS)
+        return "input_ids" not in row and any(name in row for name in (column, *COLUMNS))
     return isinstance(row, str) or is_chat(row)
 
 

@@ -49,9 +49,10 @@ def prune(
     Args:
         model (`str`, `Path` or `PreTrainedModel`): folder or hub id of the model, or the model itself, which
             is changed in place. Default: that of the recipe.
-        data: text to score, train and measure on: a .txt, .jsonl or .jsonl.gz file, the id of a data set, a
-            list of texts, a `Dataset`, or another form that [`make_batches`] takes. Default: that of the
-            recipe.
+        data: text, chats or prompts to score, train and measure on. A `str`, a `Path` or a list of `Path`
+            names what [`load_rows`] reads: files, folders, globs, ids of data sets on the hub. Everything
+            else is rows in memory: a list of texts, a `Dataset`, or another form that [`make_batches`] takes.
+            Default: the data of the recipe.
         keep (`int`): how many layers to keep. Default: that of the recipe.
         recipe (`str`, `Path` or mapping, *optional*, defaults to `"default"`): the name of a recipe that
             comes with the package, a YAML file, or a mapping of its fields.
@@ -59,7 +60,7 @@ def prune(
         resume_from_checkpoint (`str` or `bool`, *optional*): as for [`~transformers.Trainer.train`].
         fields: other fields of a recipe, which replace the recipe's own: those of [`PruningArguments`],
             [`DistillationTrainingArguments`] (`output_dir`, `max_steps`, `learning_rate`, ...), and
-            `sequence_length`, `calibration_sequences`, `heldout_sequences`, `select`, `replacement`, ...
+            `sequence_length`, `packing`, `loss_on`, `data_template`, `calibration_sequences`, `select`, ...
 
     Returns:
         [`PruneOutput`]: the pruned model and the record of the run.
@@ -77,7 +78,10 @@ def prune(
     """
     in_memory = isinstance(model, PreTrainedModel)
     named = {} if in_memory else {"model": model}
-    named |= {"data": data} if isinstance(data, (str, Path)) else {}
+    is_source = isinstance(data, (str, Path)) or (
+        isinstance(data, (list, tuple)) and bool(data) and all(isinstance(one, Path) for one in data)
+    )
+    named |= {"data": data} if is_source else {}
     values = _values(recipe, named | {"keep": keep}, fields)
     chosen, source, text, sample, pruning, args = fill(RECIPE_KINDS, values)
     trust = source.trust_remote_code
@@ -94,7 +98,8 @@ def prune(
         tokenizer = tokenizer or own_tokenizer
         keep_stored_dtype(args, chosen.model, trust)
     _set_steps(chosen, pruning, args, layer_count(text_config(config)))
-    rows = split_text(chosen.data if data is None else data, text, sample, config, tokenizer, args.max_steps)
+    read = [Path(one) for one in chosen.data or []] or None if data is None or is_source else data
+    rows = split_text(read, text, args, sample, config, tokenizer, args.max_steps)
     pruned: Any = model if in_memory else load_on_device(chosen.model, trust, dtype="float32")
     frozen = {id(parameter) for parameter in pruned.parameters() if not parameter.requires_grad}
     resolved = resolved_fields([chosen, text, sample, pruning], args)
