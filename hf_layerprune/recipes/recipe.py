@@ -151,14 +151,24 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
         raise LayerPruneError(
             f"No recipe {str(recipe)!r}: give a YAML file, or one of {', '.join(shipped_recipes())}."
         )
+    return check_fields(read_yaml(path), RECIPE_KINDS, str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Returns the values of a YAML file that are not null.
+
+    Raises:
+        LayerPruneError: there is no such file, or it is no mapping in plain YAML.
+    """
+    if not path.is_file():
+        raise LayerPruneError(f"No such file: {path}. Give a YAML file of lines `field: value`.")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise LayerPruneError(f"{path} is no plain YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise LayerPruneError(f"{path} is no recipe: it must be lines of `field: value`.")
-    given = {name: value for name, value in values.items() if value is not None}
-    return check_fields(given, RECIPE_KINDS, str(path))
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def check_phases_are_used(select: str, pruning: PruningArguments) -> None:
