@@ -7,10 +7,12 @@ from .checkpoints.loading import load_tokenizer as load_tokenizer
 from .checkpoints.saving import save_adapter as save_adapter
 from .checkpoints.saving import save_model as save_model
 from .commands.quickstart import load_embedded_model as load_embedded_model
-from .data import load_texts as load_texts
-from .data import make_batches as make_batches
-from .data import split_sequences as split_sequences
-from .data import token_sequences as token_sequences
+from .data.batches import make_batches as make_batches
+from .data.rows import load_rows as load_rows
+from .data.sequences import prepare_dataset as prepare_dataset
+from .data.sequences import split_sequences as split_sequences
+from .data.sequences import token_sequences as token_sequences
+from .data.texts import load_texts as load_texts
 from .distillation.arguments import DistillationTrainingArguments as DistillationTrainingArguments
 from .distillation.reconstruction import Reconstruction as Reconstruction
 from .distillation.reconstruction import reconstruct_layers as reconstruct_layers

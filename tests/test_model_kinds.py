@@ -50,7 +50,7 @@ from hf_layerprune import (
     score_layers,
 )
 from hf_layerprune.commands.cli import main
-from hf_layerprune.data import token_sequences
+from hf_layerprune.data.sequences import token_sequences
 
 from .conftest import TEXT, make_model, tokens
 from .evaluation.test_multiple_choice import QUESTIONS

@@ -7,7 +7,8 @@ import torch
 
 from hf_layerprune import evaluate_text, get_lineage, remove_layers, score_layers
 from hf_layerprune.commands.quickstart import load_embedded_model, split_topics
-from hf_layerprune.data import make_batches, token_sequences
+from hf_layerprune.data.batches import make_batches
+from hf_layerprune.data.sequences import token_sequences
 
 from .conftest import logits
 

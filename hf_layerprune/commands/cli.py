@@ -4,9 +4,11 @@ import logging
 import os
 import signal
 import sys
+from importlib.metadata import version
 
 from ..errors import LayerPruneError
 from .common import OUTPUT_DIR, Command, flag_names, parse
+from .config_file import common_flags
 from .evaluate import card, evaluate
 from .flags import name_flags
 from .plan import plan
@@ -65,13 +67,21 @@ def main(arguments: list[str] | None = None) -> int:
         for name, function in COMMANDS.items():
             print(f"  {name:14s}{function.__doc__}")
         return 0
+    if command == "--version":
+        print(f"hf-layerprune {version('hf-layerprune')}")
+        return 0
+    quiet = common_flags(rest).quiet
+    if quiet:
+        os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is first imported
     from tqdm.contrib.logging import logging_redirect_tqdm
 
     handler = logging.StreamHandler()
     handler.setFormatter(_FlagNames("%(message)s"))
     logging.basicConfig(handlers=[handler])
     flag_names.clear()
-    logging.getLogger("hf_layerprune").setLevel(logging.INFO)
+    logging.getLogger("hf_layerprune").setLevel(logging.ERROR if quiet else logging.INFO)
+    if quiet:
+        _quieten_libraries()
     try:
         if command not in COMMANDS:
             raise LayerPruneError(f"no command {command!r}: choose from {', '.join(COMMANDS)}")
@@ -90,6 +100,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\nhf-layerprune: interrupted. {_how_to_go_on(command, rest)}", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _quieten_libraries() -> None:
+    """Switches off the progress bars and warnings of transformers and datasets."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    datasets.disable_progress_bars()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
 
 
 class _FlagNames(logging.Formatter):

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import LayerPruneError
 from ..files import whole_file
+from .config_file import COMMON_FLAGS, add_common_flags, common_flags, write_config
 
 
 OUTPUT_DIR = "trainer_output"  # the Trainer's default
@@ -30,27 +31,82 @@ def parse(
     Raises:
         LayerPruneError: a word that the command does not know, or a value that a dataclass refuses.
     """
-    kinds = list(kinds)
+    kinds, common = list(kinds), common_flags(arguments)
+    # Before the parser knows the names of flags: errors in a file name fields.
+    config = read_config(common.config, kinds, model, several) if common.config else {}
     parser = _parser(command, kinds)
     if model:
-        parser.add_argument("model", nargs="+" if several else None, help="folder or hub id of the model")
+        _add_model(parser, several)
+    if {"-h", "--help"} & {*arguments}:
+        parser.parse_args(arguments)
+    values = given = parse_given(command, arguments, kinds, model, several)
+    if config:
+        from ..pruning.arguments import with_given
+
+        values = with_given(config, given)
+    for action in parser._actions:  # argparse has no public way to make an argument optional later
+        if action.dest in values and action.dest not in given:
+            action.required, action.default = False, values[action.dest]
     try:
         *parsed, rest = parser.parse_args_into_dataclasses(arguments)
     except ValueError as error:  # a dataclass refused a value
         raise LayerPruneError(str(error)) from error
-    return [rest.model, *parsed] if model else [*parsed, rest][: len(kinds)]
+    if common.save_config:
+        save_config(common.save_config, values)
+    return [rest.model, *parsed] if model else parsed
 
 
-def parse_given(command: Command, arguments: list[str], kinds: Iterable[Any]) -> dict[str, Any]:
+def _add_model(parser: Any, several: bool) -> Any:
+    return parser.add_argument("model", nargs="+" if several else None, help="folder or hub id of the model")
+
+
+def read_config(
+    path: str, kinds: Iterable[Any], model: bool = False, several: bool = False
+) -> dict[str, Any]:
+    """Returns the values of flags in a YAML file.
+
+    Args:
+        path (`str`): the file.
+        kinds, model, several: see [`parse`].
+
+    Raises:
+        LayerPruneError: there is no such file, or it holds an unknown flag or a value of another type.
+    """
+    from ..recipes.fields import check_fields
+    from ..recipes.recipe import read_yaml
+
+    values = read_yaml(Path(path))
+    names = {"model": values.pop("model")} if model and "model" in values else {}
+    if several and isinstance(names.get("model"), str):
+        names["model"] = [names["model"]]
+    return names | check_fields(values, kinds, path)
+
+
+def save_config(path: str, values: dict[str, Any]) -> None:
+    """Writes the values that are given to a YAML file, and ends the command.
+
+    Raises:
+        SystemExit: always, with code 0.
+    """
+    write_config(path, {name: value for name, value in values.items() if name not in COMMON_FLAGS})
+    raise SystemExit(0)
+
+
+def parse_given(
+    command: Command, arguments: list[str], kinds: Iterable[Any], model: bool = False, several: bool = False
+) -> dict[str, Any]:
     """Returns the flags that a command line gives, by name, without defaults.
 
     Args:
-        command, arguments, kinds: see [`parse`].
+        command, arguments, kinds, model, several: see [`parse`].
 
     Raises:
         LayerPruneError: a word that the command does not know.
     """
-    return vars(_parser(command, list(kinds), only_given=True).parse_args(arguments))
+    parser = _parser(command, list(kinds), only_given=True)
+    if model:
+        _add_model(parser, several).required = False
+    return vars(parser.parse_args(arguments))
 
 
 def _parser(command: Command, kinds: list[Any], only_given: bool = False) -> Any:
@@ -70,7 +126,9 @@ def _parser(command: Command, kinds: list[Any], only_given: bool = False) -> Any
             return super().add_argument(*names, **settings)
 
     flag_names[:] = [one.name for kind in kinds for one in fields(kind) if one.init]
-    return Parser(kinds, prog=f"hf-layerprune {name}", description=command.__doc__)
+    parser = Parser(kinds, prog=f"hf-layerprune {name}", description=command.__doc__)
+    add_common_flags(parser)
+    return parser
 
 
 def check_folder_of(path: str | None) -> None:

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ..data.arguments import SequenceArguments
 from ..errors import LayerPruneError
 from ..recipes.arguments import ModelArguments, TextArguments
 from .common import check_folder_of, parse, write_json
@@ -13,16 +14,17 @@ from .flags import CardArguments, EvaluateArguments, OptionalDataArguments
 
 def evaluate(arguments: list[str]) -> None:
     """What one or more MODELs can do on a text and in tasks, side by side; the first is the dense one."""
-    kinds = [ModelArguments, OptionalDataArguments, TextArguments, EvaluateArguments]
-    names, source, data, text, output = parse(evaluate, arguments, kinds, several=True)
+    kinds = [ModelArguments, OptionalDataArguments, TextArguments, SequenceArguments, EvaluateArguments]
+    names, source, data, text, sequence, output = parse(evaluate, arguments, kinds, several=True)
+    from ..data.rows import names_of
     from ..evaluation.comparison import compare_models
     from ..reports.tables import evaluation_rows, markdown_table
 
     check_folder_of(output.json)
-    _check_tasks(data.data, output)
-    measure = _Measurement(names, source, data.data, text, output)
+    _check_tasks(data.sources, output)
+    measure = _Measurement(names, source, data.sources, (text, sequence), output)
     earlier = _read_json(output.json)["models"] if _can_go_on(output) else {}
-    read = None if data.data is None else Path(data.data).name
+    read = names_of(data.sources) or None
     results: dict[str, dict[str, Any]] = {}
     for name in names:
         results[name] = measure.of(name, earlier)
@@ -38,13 +40,13 @@ def evaluate(arguments: list[str]) -> None:
         write_json(output.json, {"text": read, "models": results})
 
 
-def _check_tasks(data: str | None, output: EvaluateArguments) -> None:
+def _check_tasks(data: list[Path], output: EvaluateArguments) -> None:
     """Checks that there is something to measure, and each task once.
 
     Raises:
         LayerPruneError: there is not.
     """
-    if data is None and not output.tasks:
+    if not data and not output.tasks:
         raise LayerPruneError("There is nothing to measure: give a text with --data, or --tasks, or both.")
     if output.limit is not None and output.limit < 2:
         raise LayerPruneError(f"limit is {output.limit}: it must be at least 2.")
@@ -65,19 +67,27 @@ class _Measurement:
     Args:
         names (list of `str`): folders or hub ids of the models.
         source ([`ModelArguments`]): how they are loaded.
-        data (`str`, *optional*): the text.
-        text ([`TextArguments`]): how it is read and cut.
+        data (list of `Path`): sources of text.
+        form ([`TextArguments`], [`SequenceArguments`]): how it is read, and how it is cut.
         output ([`EvaluateArguments`]): what is measured.
 
     Raises:
         LayerPruneError: a model, a text or a task is not there.
     """
 
-    def __init__(self, names: list[str], source: Any, data: str | None, text: Any, output: EvaluateArguments):
+    def __init__(
+        self,
+        names: list[str],
+        source: Any,
+        data: list[Path],
+        form: tuple[TextArguments, SequenceArguments],
+        output: EvaluateArguments,
+    ):
         from ..evaluation.tasks import load_task, split_name
         from ..recipes.inputs import check_model, make_sequences
 
         self.source, self.output = source, output
+        text, sequence = form
         self.through_lm_eval = output.lm_eval and bool(output.tasks)
         self.questions: dict[str, Any] = {}
         if self.through_lm_eval:
@@ -90,13 +100,15 @@ class _Measurement:
         self.sequences: dict[str, Any] = {}
         for name in names:
             config, self.tokenizers[name] = check_model(name, source.trust_remote_code, "evaluate")
-            if data is not None:
+            if data:
                 limit = output.max_sequences
-                self.sequences[name] = make_sequences(data, text, config, self.tokenizers[name], limit)
+                self.sequences[name] = make_sequences(
+                    data, text, sequence, config, self.tokenizers[name], limit
+                )
 
     def of(self, name: str, earlier: dict[str, Any]) -> dict[str, Any]:
         """Returns the results of one model: those of an earlier call where nothing has changed since."""
-        from ..data import make_batches
+        from ..data.batches import make_batches
         from ..evaluation.evaluate import evaluate_model
         from ..recipes.inputs import load_on_device
         from ..scoring.score import fingerprint

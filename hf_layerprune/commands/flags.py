@@ -3,6 +3,9 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..recipes.arguments import DATA_HELP
 
 
 # Arguments in Python that a command calls otherwise.
@@ -47,20 +50,27 @@ def name_flags(message: str, names: Iterable[str]) -> str:
 class DataArguments:
     """Which text is read."""
 
-    data: str = field(metadata={"help": "Text: a .txt, .jsonl or .jsonl.gz file, or the id of a data set."})
+    data: list[str] = field(metadata={"help": DATA_HELP})
+
+    @property
+    def sources(self) -> list[Path]:
+        """The names of the data."""
+        return [Path(one) for one in self.data]
 
 
 @dataclass
 class OptionalDataArguments:
     """Which text `evaluate` reads, if any."""
 
-    data: str | None = field(
+    data: list[str] | None = field(
         default=None,
-        metadata={
-            "help": "Text to read and copy: a .txt, .jsonl or .jsonl.gz file, or the id of a data set. "
-            "Default: only --tasks are measured."
-        },
+        metadata={"help": f"What to read and copy. {DATA_HELP} Default: only --tasks are measured."},
     )
+
+    @property
+    def sources(self) -> list[Path]:
+        """The names of the data."""
+        return [Path(one) for one in self.data or []]
 
 
 @dataclass

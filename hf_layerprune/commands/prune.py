@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..data.arguments import SequenceArguments
 from ..errors import LayerPruneError
 from ..recipes.arguments import CalibrationArguments, ModelArguments, SampleArguments, TextArguments
 from .common import check_folder_of, finish, parse, write_json
@@ -37,10 +38,10 @@ def score(arguments: list[str]) -> None:
     """Score how much each layer of MODEL matters."""
     from ..pruning.arguments import ScoringArguments
 
-    kinds = [ModelArguments, DataArguments, TextArguments, CalibrationArguments]
+    kinds = [ModelArguments, DataArguments, TextArguments, SequenceArguments, CalibrationArguments]
     parsed = parse(score, arguments, [*kinds, ScoringArguments, ScoreArguments])
-    name, source, data, text, sample, scoring, output = parsed
-    from ..data import make_batches
+    name, source, data, text, sequence, sample, scoring, output = parsed
+    from ..data.batches import make_batches
     from ..pruning.prune import scoring_settings
     from ..recipes.inputs import check_model, load_on_device, make_sequences
     from ..scoring.score import check_plot_path, read_table, score_layers
@@ -51,9 +52,10 @@ def score(arguments: list[str]) -> None:
     is_table = output.compare is not None and output.compare.endswith(".json")
     other = read_table(output.compare) if is_table else None
     config, tokenizer = check_model(name, source.trust_remote_code, "score", scoring.criterion)
-    sources = [data.data] if is_table or not output.compare else [data.data, output.compare]
+    sources = [data.sources] if is_table or not output.compare else [data.sources, output.compare]
     sequences = [
-        make_sequences(one, text, config, tokenizer, sample.calibration_sequences) for one in sources
+        make_sequences(one, text, sequence, config, tokenizer, sample.calibration_sequences)
+        for one in sources
     ]
     model = load_on_device(name, source.trust_remote_code)
 
@@ -98,10 +100,11 @@ def prune(arguments: list[str]) -> None:
     """Remove the least important layers of MODEL one by one, without training."""
     from ..pruning.arguments import RemovalArguments
 
-    kinds = [ModelArguments, DataArguments, TextArguments, SampleArguments, RemovalArguments, SaveArguments]
-    name, source, data, text, sample, removal, output = parse(prune, arguments, kinds)
+    kinds = [ModelArguments, DataArguments, TextArguments, SequenceArguments, SampleArguments]
+    parsed = parse(prune, arguments, [*kinds, RemovalArguments, SaveArguments])
+    name, source, data, text, sequence, sample, removal, output = parsed
     from ..checkpoints.saving import save_model
-    from ..data import split_sequences
+    from ..data.sequences import split_sequences
     from ..evaluation.evaluate import HeldOutText
     from ..pruning.prune import prune_layers
     from ..recipes.inputs import check_model, load_on_device, make_sequences
@@ -111,7 +114,7 @@ def prune(arguments: list[str]) -> None:
     check_folder_is_free(output.output_dir)
     config, tokenizer = check_model(name, source.trust_remote_code, "prune", removal.criterion)
     sizes = sample.calibration_sequences, sample.heldout_sequences
-    sequences = make_sequences(data.data, text, config, tokenizer, sum(sizes))
+    sequences = make_sequences(data.sources, text, sequence, config, tokenizer, sum(sizes))
     calibration, heldout, _ = split_sequences(sequences, *sizes)
     model = load_on_device(name, source.trust_remote_code)
     record = prune_layers(
@@ -134,18 +137,19 @@ def phases(arguments: list[str]) -> None:
 
     at = arguments.index("--") if "--" in arguments else len(arguments)
     arguments, command = arguments[:at], arguments[at + 1 :]
-    kinds = [ModelArguments, DataArguments, TextArguments, SampleArguments, PhaseSizeArguments, SaveArguments]
-    name, source, data, text, sample, removal, output = parse(phases, arguments, kinds)
+    kinds = [ModelArguments, DataArguments, TextArguments, SequenceArguments, SampleArguments]
+    parsed = parse(phases, arguments, [*kinds, PhaseSizeArguments, SaveArguments])
+    name, source, data, text, sequence, sample, removal, output = parsed
     from ..checkpoints.loading import stored_dtype
     from ..checkpoints.saving import save_model
-    from ..data import split_sequences
+    from ..data.sequences import split_sequences
     from ..evaluation.evaluate import HeldOutText
     from ..pruning.command_phases import run_phases
     from ..recipes.inputs import check_model, load_on_device, make_sequences
 
     config, tokenizer = check_model(name, source.trust_remote_code, "phases")
     sizes = sample.calibration_sequences, sample.heldout_sequences
-    sequences = make_sequences(data.data, text, config, tokenizer, sum(sizes))
+    sequences = make_sequences(data.sources, text, sequence, config, tokenizer, sum(sizes))
     calibration, heldout, _ = split_sequences(sequences, *sizes)
 
     def load(folder: str | None) -> Any:

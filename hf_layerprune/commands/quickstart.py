@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from ..data import token_sequences
+from ..data.sequences import token_sequences
 from ..distillation.arguments import DistillationTrainingArguments
 from ..distillation.trainer import DistillationTrainer
 from ..errors import LayerPruneError

@@ -12,7 +12,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from ..data import check_sequence_length, make_batches, split_sequences
+from ..data.batches import make_batches
+from ..data.sequences import check_sequence_length, split_sequences
 from ..errors import LayerPruneError
 from ..evaluation.evaluate import evaluate_text
 from ..pruning.callback import LayerPruningCallback

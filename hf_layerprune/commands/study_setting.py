@@ -14,7 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints.loading import load_model, load_tokenizer
 from ..checkpoints.saving import check_writable
-from ..data import check_sequence_length, load_texts, make_batches, split_sequences, token_sequences
+from ..data.batches import make_batches
+from ..data.sequences import check_sequence_length, split_sequences, token_sequences
+from ..data.texts import load_texts
 from ..distillation.arguments import DistillationTrainingArguments
 from ..distillation.trainer import DistillationTrainer
 from ..errors import LayerPruneError

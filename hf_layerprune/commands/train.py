@@ -3,22 +3,24 @@
 from pathlib import Path
 from typing import Any
 
+from ..data.arguments import SequenceArguments
 from ..errors import LayerPruneError
 from ..recipes.arguments import ModelArguments, SampleArguments, TextArguments
-from .common import OUTPUT_DIR, parse, parse_given, print_table
+from .common import OUTPUT_DIR, parse, parse_given, print_table, read_config, save_config
+from .config_file import COMMON_FLAGS, common_flags
 from .flags import CacheTeacherArguments, DataArguments, ResumeArguments, TeacherArguments
 
 
 def cache_teacher(arguments: list[str]) -> None:
     """Cache MODEL's top-k logits so that `distill --teacher DIR` needs no teacher in memory."""
-    kinds = [ModelArguments, DataArguments, TextArguments, CacheTeacherArguments]
-    name, source, data, text, output = parse(cache_teacher, arguments, kinds)
-    from ..data import make_batches
+    kinds = [ModelArguments, DataArguments, TextArguments, SequenceArguments, CacheTeacherArguments]
+    name, source, data, text, sequence, output = parse(cache_teacher, arguments, kinds)
+    from ..data.batches import make_batches
     from ..distillation.teacher_cache import CachedTeacherLogits, cache_teacher_logits
     from ..recipes.inputs import check_model, load_on_device, make_sequences
 
     config, tokenizer = check_model(name, source.trust_remote_code, "cache-teacher")
-    batches = make_batches(make_sequences(data.data, text, config, tokenizer), output.batch_size)
+    batches = make_batches(make_sequences(data.sources, text, sequence, config, tokenizer), output.batch_size)
     model = load_on_device(name, source.trust_remote_code)
     settings = {"temperature": output.temperature, "hidden_layers": output.hidden_layers}
     cache_teacher_logits(model, batches, output.output_dir, output.top_k, **settings)
@@ -66,7 +68,9 @@ def distill(arguments: list[str]) -> None:
         check_folder_is_free(args.output_dir, resume="--resume")
     keep_stored_dtype(args, name, trust)
     config, tokenizer = check_model(name, trust, "distill")
-    calibration, heldout, train = split_text(data.data, text, sample, config, tokenizer, args.max_steps)
+    calibration, heldout, train = split_text(
+        data.sources, text, args, sample, config, tokenizer, args.max_steps
+    )
     check_text_is_left(train, sample)
     model = load_on_device(name, trust, dtype="float32")
     evaluation = HeldOutText(heldout, args.per_device_eval_batch_size)
@@ -115,17 +119,28 @@ def _lora_config(rank: int | None) -> Any:
 
 def run(arguments: list[str]) -> None:
     """A published method by its RECIPE: a name such as shortgpt, or a YAML file; flags change its fields."""
+    from ..pruning.arguments import with_given
+    from ..recipes.fields import fill
     from ..recipes.prune import prune
     from ..recipes.recipe import RECIPE_KINDS, read_recipe, shipped_recipes
 
     kinds = [*RECIPE_KINDS, ResumeArguments]
     if {"-h", "--help"} & {*arguments}:
         parse(run, arguments, kinds, model=False)
-    if not arguments or arguments[0].startswith("-"):
+    common = common_flags(arguments)
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    if name is None and common.config is None:
         raise LayerPruneError(f"Give a YAML file, or one of {', '.join(shipped_recipes())}.")
-    recipe = read_recipe(arguments[0])  # its errors name fields, those below name flags
-    given = parse_given(run, arguments[1:], kinds)
-    resume = given.pop("resume", False) or given.pop("resume_from_checkpoint", None)
-    _, record = prune(recipe=recipe, resume_from_checkpoint=resume, **given)
+    # Their errors name fields, those below name flags.
+    recipe = {} if name is None else read_recipe(name)
+    recipe |= read_config(common.config, kinds) if common.config else {}
+    given = parse_given(run, arguments if name is None else arguments[1:], kinds)
+    given = {flag: value for flag, value in given.items() if flag not in COMMON_FLAGS}
+    if common.save_config:
+        fill(RECIPE_KINDS, with_given(recipe, given))
+        save_config(common.save_config, with_given(recipe, given))
+    values = with_given(recipe, given)
+    resume = values.pop("resume", False) or values.pop("resume_from_checkpoint", None)
+    _, record = prune(recipe=values, resume_from_checkpoint=resume)
     print_table(record.to_dict())
-    print(f"\nSaved in {(recipe | given).get('output_dir', OUTPUT_DIR)}.")
+    print(f"\nSaved in {values.get('output_dir', OUTPUT_DIR)}.")

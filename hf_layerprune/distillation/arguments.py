@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from accelerate.utils import get_int_from_env
 from transformers import TrainingArguments
 
+from ..data.arguments import SequenceArguments
 from ..errors import LayerPruneError
 from ..forward.token_losses import DIVERGENCES, HIDDEN_ERRORS
 from ..surgery.lineage import plain_int
@@ -56,7 +57,7 @@ def check_processes_joined(args: TrainingArguments) -> None:
 
 
 @dataclass
-class DistillationTrainingArguments(TrainingArguments):
+class DistillationTrainingArguments(SequenceArguments, TrainingArguments):
     """[`~transformers.TrainingArguments`] with the settings of distillation.
 
     Args:
@@ -104,6 +105,8 @@ class DistillationTrainingArguments(TrainingArguments):
             Checkpoints and adapters have the dtype of training.
         legacy_rope (`bool`, *optional*, defaults to `False`):
             Also write the rotary settings under their old names, for transformers 4 and converters.
+        sequence_length, packing, loss_on (*optional*):
+            How raw rows (text, chats, prompts with completions) become sequences: see [`SequenceArguments`].
     """
 
     kl_weight: float = field(

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoints.legacy_rope import legacy_rotary
 from ..checkpoints.loading import last_checkpoint
-from ..data import targets_of
+from ..data.targets import targets_of
 from ..errors import LayerPruneError
 from ..forward.hooks import undisturbed
 from ..surgery.decoder import check_next_token, text_config

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..data import Batch
+from ..data.targets import Batch
 from ..forward.hooks import captured, replayed, undisturbed
 from ..forward.lm_head import ChunkedLMHead
 from ..surgery.peft import base_of

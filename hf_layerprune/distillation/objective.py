@@ -104,7 +104,7 @@ def distillation_loss(
         student, teacher ([`ModelOutputs`]): the outputs of both models.
         labels (`torch.Tensor`): `(batch, length)`.
         mask (`torch.Tensor`): `(batch, length - 1)`, the positions whose prediction counts, see
-            [`~hf_layerprune.data.token_mask`].
+            [`~hf_layerprune.data.targets.token_mask`].
         settings ([`LossSettings`]): weights and kinds of the terms.
         layer_pairs (`list[tuple[int, int]]`, *optional*): the compared student and teacher layers, see
             [`hidden_pairs`]. Default: none.

@@ -11,7 +11,8 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data import Batch, make_batches, targets_of
+from ..data.batches import make_batches
+from ..data.targets import Batch, targets_of
 from ..errors import LayerPruneError
 from ..forward.hooks import can_replay, captured, hidden, undisturbed
 from ..forward.lm_head import ChunkedLMHead

@@ -13,7 +13,8 @@ from safetensors.torch import save
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data import Batch, iterate_batches
+from ..data.batches import iterate_batches
+from ..data.targets import Batch
 from ..errors import LayerPruneError
 from ..files import whole_file
 from ..forward.hooks import LAST, captured, hidden, undisturbed

@@ -27,7 +27,10 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..checkpoints.loading import load_lineage, load_model, runs_own_code
 from ..checkpoints.saving import check_configs, check_merge, check_writable
-from ..data import model_columns, targets_of
+from ..data.batches import model_columns
+from ..data.collator import padding_collator
+from ..data.raw_rows import prepare_rows
+from ..data.targets import targets_of
 from ..errors import LayerPruneError, one_line
 from ..forward.lm_head import router_losses
 from ..reports.card import write_card
@@ -45,7 +48,6 @@ from .checks import (
     check_student,
     check_teacher,
 )
-from .collator import collator_without_padding_token
 from .compiled_layers import CompiledLayers
 from .distributed import count_distinct_rows, reinitialize_ddp
 from .forward_pass import ForwardPass
@@ -92,7 +94,10 @@ class DistillationTrainer(Trainer):
         trust_remote_code (`bool`, *optional*, defaults to `False`): run the code that comes with `model` and
             `teacher_model` if these are folders or hub ids.
 
-    All other arguments are those of [`~transformers.Trainer`]. A saved model is loaded again and compared,
+    All other arguments are those of [`~transformers.Trainer`]. `train_dataset` and `eval_dataset` may
+    hold raw rows with `text`, `messages`, `conversations`, or `prompt` and `completion`: [`prepare_dataset`]
+    makes token sequences of them with the tokenizer in `processing_class`. The default `data_collator` pads
+    rows of unequal length on the right. A saved model is loaded again and compared,
     see [`DistillationTrainingArguments`].
 
     Raises:
@@ -151,10 +156,15 @@ class DistillationTrainer(Trainer):
         trained = student if peft_config is None else add_adapters(student, peft_config)
         if peft_config is not None and args.export == "merged" and not is_sharded(trained):
             check_merge(trained)
+        # A collator that reads raw rows needs all columns.
+        if data_collator is None or args.remove_unused_columns:
+            tokenizer: Any = processing_class
+            train_dataset = prepare_rows(train_dataset, tokenizer, student, args, "train_dataset")
+            eval_dataset = prepare_rows(eval_dataset, tokenizer, student, args, "eval_dataset")
         super().__init__(
             trained,
             args,
-            collator_without_padding_token(processing_class) if data_collator is None else data_collator,
+            padding_collator(processing_class) if data_collator is None else data_collator,
             train_dataset,
             eval_dataset,
             processing_class,

@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
-from ..data import Batch
+from ..data.targets import Batch
 from ..errors import LayerPruneError
 from ..forward.hooks import captured, hidden, undisturbed
 from ..surgery.decoder import find_decoder

@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import Batch, check_token_labels, context_length, make_batches, model_columns, targets_of
+from ..data.batches import make_batches, model_columns
+from ..data.sequences import context_length
+from ..data.targets import Batch, check_token_labels, targets_of
 from ..errors import LayerPruneError
 from ..forward.hooks import undisturbed
 from ..forward.lm_head import ChunkedLMHead, unit_losses

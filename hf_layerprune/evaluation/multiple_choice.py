@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data import Batch, context_length
+from ..data.sequences import context_length
+from ..data.targets import Batch
 from ..errors import LayerPruneError
 from ..forward.lm_head import ChunkedLMHead
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data import Batch, targets_of
+from ..data.targets import Batch, targets_of
 from ..errors import LayerPruneError
 from ..surgery.decoder import describe_class, is_sharded, predicts_next_token, text_config
 from ..surgery.peft import base_of

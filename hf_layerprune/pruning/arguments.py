@@ -1,5 +1,7 @@
 """Settings of scoring, of removal and of its phases: declared once, for Python, command line and recipes."""
 
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any, TypeVar
@@ -49,19 +51,45 @@ class ScoringArguments:
 
 @dataclass(kw_only=True)
 class RemovalArguments(ScoringArguments):
-    """How layers are scored, and how many stay.
+    """How layers are scored, and how many stay. Give exactly one target.
 
     Args:
-        target_layers (`int`): how many layers the model shall have in the end.
+        target_layers (`int`, *optional*): number of layers to keep.
+        target_ratio (`float`, *optional*): share of the layers to keep, as 0.75; rounded down.
+        target_parameters (`str` or `int`, *optional*): the most parameters that the pruned model may have, as
+            `"2.4B"`. As many layers of average size are kept as fit.
     """
 
+    # None until resolve_target() has seen the model.
     target_layers: int = field(
-        metadata={"help": "Number of layers to keep, also called keep.", "aliases": ["--keep"]}
+        default=None,  # type: ignore[assignment]
+        metadata={"help": "Number of layers to keep, also called keep.", "aliases": ["--keep"]},
+    )
+    target_ratio: float | None = field(
+        default=None, metadata={"help": "Instead, the share of the layers to keep, as 0.75; rounded down."}
+    )
+    target_parameters: str | None = field(
+        default=None, metadata={"help": "Instead, the most parameters of the pruned model, as 2.4B or 300M."}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.target_layers = check_count("target_layers", self.target_layers)
+        given = [name for name in TARGETS if getattr(self, name) is not None]
+        if not given:
+            raise LayerPruneError(
+                "target_layers is missing. Give the number of layers to keep, or target_ratio or "
+                "target_parameters."
+            )
+        if len(given) > 1:
+            raise LayerPruneError(f"{' and '.join(given)} are given. Give one of them.")
+        if self.target_layers is not None:
+            self.target_layers = check_count("target_layers", self.target_layers)
+        if self.target_ratio is not None and not 0 < self.target_ratio < 1:
+            raise LayerPruneError(
+                f"target_ratio is {self.target_ratio}. Choose a share between 0 and 1, as 0.75."
+            )
+        if self.target_parameters is not None:
+            parameter_count(self.target_parameters)
 
 
 @dataclass(kw_only=True)
@@ -142,6 +170,16 @@ class PruningArguments(PhaseSizeArguments):
             raise LayerPruneError(f"min_recovery is {self.min_recovery}: it is a share, as 0.5.")
 
 
+TARGETS = ("target_layers", "target_ratio", "target_parameters")
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+
+
+def with_given(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns values of settings with the given ones over them. A given target replaces any other."""
+    replaced = TARGETS if any(name in given for name in TARGETS) else ()
+    return {name: value for name, value in values.items() if name not in replaced} | {**given}
+
+
 Arguments = TypeVar("Arguments", bound=RemovalArguments)
 
 
@@ -157,11 +195,7 @@ def make_arguments(kind: type[Arguments], args: Arguments | None, settings: dict
             near = get_close_matches(name, names, 1, 0.4)
             advice = f"Did you mean {near[0]}?" if near else f"Choose from {', '.join(names)}."
             raise LayerPruneError(f"There is no setting {name!r}. {advice}")
-    if args is not None:
-        return replace(args, **settings)
-    if "target_layers" not in settings:
-        raise LayerPruneError("target_layers is missing: give the number of layers to keep.")
-    return kind(**settings)
+    return kind(**settings) if args is None else replace(args, **settings)
 
 
 def narrowed(args: RemovalArguments, kind: type[Arguments]) -> Arguments:
@@ -171,7 +205,23 @@ def narrowed(args: RemovalArguments, kind: type[Arguments]) -> Arguments:
 
 def record_settings(args: RemovalArguments, teacher: Any = None) -> dict[str, Any]:
     """Returns the settings as a record holds them."""
-    return asdict(args) | ({} if teacher is None else {"teacher": type(teacher).__name__})
+    settings = {name: value for name, value in asdict(args).items() if name not in TARGETS[1:]}
+    return settings | ({} if teacher is None else {"teacher": type(teacher).__name__})
+
+
+def parameter_count(value: str | int | None) -> int:
+    """Returns a number of parameters, given as a number or as `"2.4B"`.
+
+    Raises:
+        LayerPruneError: it is no such number.
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMB]?)", str(value).strip().upper())
+    if found is None or not float(found[1]):
+        raise LayerPruneError(
+            f"target_parameters is {value!r}. Give a number above 0, with K, M or B for thousands, millions "
+            "and billions, as 2.4B."
+        )
+    return round(float(found[1]) * UNITS[found[2]])
 
 
 def check_count(name: str, value: object, otherwise: str = "") -> int:

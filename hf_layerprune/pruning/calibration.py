@@ -9,7 +9,10 @@ from datasets import Dataset
 from torch.utils.data import Subset
 from transformers import Trainer, TrainingArguments
 
-from ..data import Batch, context_length, make_batches, model_columns
+from ..data.arguments import SequenceArguments
+from ..data.batches import make_batches, model_columns
+from ..data.sequences import resolve_length
+from ..data.targets import Batch
 from ..errors import LayerPruneError
 from ..surgery.peft import base_of
 
@@ -25,14 +28,26 @@ def calibration_batches(
     """Returns the calibration data as batches, with the columns and the collator of training."""
     # The Trainer has dropped the columns that the model does not read.
     columns = getattr(train_dataloader.dataset, "column_names", None) or model_columns(base_of(model))
+    sequence = _sequence_settings(args)
     return make_batches(
         calibration,
         args.per_device_eval_batch_size,
         train_dataloader.collate_fn,
         tokenizer=tokenizer,
-        sequence_length=min(256, context_length(base_of(model)) or 256),
+        sequence_length=resolve_length(sequence.sequence_length, base_of(model)),
+        packing=sequence.packing,
+        loss_on=sequence.loss_on,
         columns=columns,
     )
+
+
+def _sequence_settings(args: TrainingArguments) -> SequenceArguments:
+    """Returns how training makes sequences of raw rows, so that scoring counts the same tokens."""
+    if isinstance(args, SequenceArguments):
+        return args
+    # These two are of trl.
+    answers = getattr(args, "completion_only_loss", None) or getattr(args, "assistant_only_loss", None)
+    return SequenceArguments(loss_on="completion" if answers else "all")
 
 
 def evaluation_rows(criterion: str, trainer: Trainer | None, eval_dataloader: Any) -> Any:

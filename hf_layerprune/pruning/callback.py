@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
-from ..data import take_rows
+from ..data.batches import take_rows
 from ..distillation.arguments import DistillationTrainingArguments, quieten_replicas
 from ..errors import LayerPruneError
 from ..reports.record import RunRecord
@@ -31,6 +31,7 @@ from .recorder import Recorder
 from .resume import callback_states, check_depth_of_weights, check_groups_of_checkpoint, checkpoint_folder
 from .run import PruningInputs, PruningRun
 from .start import begin_record, check_start, start_run
+from .target import resolve_target
 from .termination import Termination
 
 
@@ -108,6 +109,9 @@ class LayerPruningCallback(TrainerCallback, ExportableState):
         move_before_printing(self, trainer.callback_handler.callbacks)
         self.trainer = trainer
 
+    def _resolve_target(self, model: PreTrainedModel) -> None:
+        self.args = self.inputs.args = resolve_target(self.args, model)
+
     def state(self) -> dict[str, Any]:
         """Returns what the Trainer writes into a checkpoint: settings and record."""
         return {"args": asdict(self.args), "attributes": {"record": self.record.to_dict()}}
@@ -124,6 +128,8 @@ class LayerPruningCallback(TrainerCallback, ExportableState):
         """Prepares for a new Trainer."""
         quieten_replicas(args)
         check_restores_no_callbacks(args)
+        if model is not None:
+            self._resolve_target(model)
         self.trainer, self._recorder, self._loading_hooks = None, Recorder(), []
         if model is not None and not isinstance(args, DistillationTrainingArguments):  # whose trainer cuts it
             check = partial(check_depth_of_weights, str(args.output_dir))
@@ -151,6 +157,7 @@ class LayerPruningCallback(TrainerCallback, ExportableState):
         name, states = type(self).__name__, callback_states(state)
         if isinstance(states.get(name), list):
             raise LayerPruneError(f"The Trainer has more than one {name}: give it only one.")
+        self._resolve_target(model)
         check_start(self.inputs, self.trainer, args, state, model, optimizer)
         self._termination.install(self.trainer)
         begin_record(self._recorder, self.inputs, args, state, model)

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..checkpoints.saving import save_model
-from ..data import make_batches
+from ..data.batches import make_batches
 from ..errors import LayerPruneError
 from ..reports.machine import peak_memory_mb
 from ..reports.record import (
@@ -40,6 +40,7 @@ from .prune import (
     scoring_settings,
 )
 from .schedule import phase_sizes
+from .target import resolve_target
 
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,8 @@ def run_phases(
         )
     folder = Path(output_dir)
     args = make_arguments(PhaseSizeArguments, args, settings)
+    if args.target_layers is None:
+        args = resolve_target(args, load(None))
     recorded = record_settings(args)
     check_choices(args.criterion, pattern=args.pattern, racing=args.racing)
     batches = make_batches(calibration, 4)

@@ -8,7 +8,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..checkpoints.saving import check_configs
-from ..data import Batch, make_batches
+from ..data.batches import make_batches
+from ..data.targets import Batch
 from ..errors import LayerPruneError
 from ..forward.hooks import undisturbed
 from ..reports.machine import peak_memory_mb
@@ -20,6 +21,7 @@ from ..scoring.table import ScoreTable
 from ..surgery.lineage import get_lineage, plain_int
 from ..surgery.removal import check_layers, possible_cuts, remove_layers
 from .arguments import RemovalArguments, ScoringArguments, make_arguments, record_settings
+from .target import resolve_target
 
 
 logger = logging.getLogger(__name__)
@@ -61,7 +63,7 @@ def prune_layers(
         LayerPruneError: the target cannot be reached, or a layer cannot be removed exactly.
     """
     began = time.monotonic()
-    args = make_arguments(RemovalArguments, args, settings)
+    args = resolve_target(make_arguments(RemovalArguments, args, settings), model)
     _check_selection(model, args, task, teacher, select)
     fixed = check_plan(model, args.target_layers, args.protected)
     batches = make_batches(calibration, 4) if reads_text(args.criterion, task) else []

@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from ..checkpoints.saving import load_again, save_model
-from ..data import Batch
+from ..data.targets import Batch
 from ..errors import LayerPruneError
 from ..evaluation.evaluate import measure_quality
 from ..reports.record import Phase

@@ -8,7 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..data import Batch, iterate_batches, token_mask
+from ..data.batches import iterate_batches
+from ..data.targets import Batch, token_mask
 from ..errors import LayerPruneError
 from ..forward.hooks import captured, hidden, undisturbed
 from ..forward.token_losses import logit_spread

@@ -7,7 +7,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
-from ..data import Batch
+from ..data.targets import Batch
 from ..reports.record import Removal
 from ..scoring.leave_one_out import PrefixCache
 from ..scoring.score import LEAVE_ONE_OUT, reads_text

@@ -3,6 +3,12 @@
 from dataclasses import dataclass, field
 
 
+DATA_HELP = (
+    "Text, chats or prompts: one or more files (.txt, .md, .json, .jsonl, .csv, .parquet, .arrow; also .gz "
+    "and .zst), folders, globs, ids of data sets on the hub, or - for standard input."
+)
+
+
 @dataclass
 class ModelArguments:
     """How a model is loaded."""
@@ -15,14 +21,25 @@ class ModelArguments:
 
 @dataclass
 class TextArguments:
-    """How text is read and cut."""
+    """How text is read."""
 
-    data_field: str = field(default="text", metadata={"help": "The field that holds the text."})
-    data_split: str = field(default="train", metadata={"help": "Split of a data set on the hub."})
+    data_field: str = field(
+        default="text",
+        metadata={"help": "The column that holds plain text. Chats and prompts are found by themselves."},
+    )
+    data_template: str | None = field(
+        default=None,
+        metadata={"help": "Text made of several columns, as '{instruction}\\n{output}'. \\n begins a line."},
+    )
+    data_split: str = field(
+        default="train", metadata={"help": "Split of a data set on the hub or of save_to_disk."}
+    )
     data_config: str | None = field(
         default=None, metadata={"help": "Configuration of a data set on the hub."}
     )
-    sequence_length: int = field(default=256, metadata={"help": "Tokens in a sequence."})
+    data_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a data set on the hub."}
+    )
     streaming: bool = field(
         default=False,
         metadata={
@@ -30,6 +47,10 @@ class TextArguments:
             "calibration and evaluation."
         },
     )
+
+    def __post_init__(self) -> None:
+        if self.data_template is not None:  # a shell gives \\n as it is written
+            self.data_template = self.data_template.replace("\\n", "\n")
 
 
 @dataclass

@@ -128,6 +128,8 @@ def _as(value: Any, kind: Any) -> Any:
         return value
     if origin is Literal and value in get_args(kind):
         return value
+    if origin is list and get_args(kind) == (str,) and isinstance(value, (str, Path)):
+        return [str(value)]
     if origin is list and isinstance(value, (list, tuple, range)):
         return [_converted(entry, *get_args(kind)) for entry in value]
     if origin is int and not truth and isinstance(plain_int(value), int):

@@ -1,5 +1,6 @@
 """What a run begins with: its model, its text in three parts, and checks before any long work."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,11 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations import get_reporting_integration_callbacks
 
 from ..checkpoints.loading import load_class, load_model, load_tokenizer, stored_dtype
-from ..data import (
-    check_sequence_length,
-    load_texts,
-    make_batches,
-    split_sequences,
-    stream_sequences,
-    token_sequences,
-)
+from ..data.arguments import SequenceArguments
+from ..data.batches import make_batches, rows_of
+from ..data.rows import SUPPORTED, load_rows, names_of
+from ..data.sequences import prepare_dataset, resolve_length, split_sequences, stream_sequences
+from ..data.texts import holds_text
 from ..distillation.arguments import DTYPES, DistillationTrainingArguments
 from ..errors import LayerPruneError
 from ..scoring.score import check_criterion_fits
@@ -79,6 +77,7 @@ def check_reporters(report_to: str | list[str]) -> None:
 def make_sequences(
     data: Any,
     text: TextArguments,
+    sequence: SequenceArguments,
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     limit: int | None = None,
@@ -86,41 +85,84 @@ def make_sequences(
     """Returns text as rows of tokens with labels.
 
     Args:
-        data: the name of a file or of a data set on the hub, or a form that [`make_batches`] takes: texts,
-            chats, a `Dataset`, rows of tokens.
-        text ([`TextArguments`]): how it is read and cut.
+        data: sources that [`load_rows`] reads, as a `str`, a `Path` or a list of `Path`; or rows in memory:
+            texts, chats, prompts, a `Dataset`, or tokens in a form that [`make_batches`] takes.
+        text ([`TextArguments`]): how it is read.
+        sequence ([`SequenceArguments`]): how it is cut.
         config (`PreTrainedConfig`): of the model that reads it.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's own, for text.
-        limit (`int`, *optional*): the most sequences to make of a file or data set on the hub.
+        limit (`int`, *optional*): the most sequences to make of text.
 
     Raises:
         LayerPruneError: there is no such text, or it cannot be read or cut so.
     """
     if isinstance(data, Dataset) and {"input_ids", "labels"} <= {*data.column_names}:
         return data
-    check_sequence_length(text.sequence_length, config)
-    if isinstance(data, (str, Path)):
-        texts = load_texts(str(data), text.data_field, text.data_split, text.data_config)
-        sequences = token_sequences(texts, _needed(tokenizer), text.sequence_length, limit)
-        sequences.info.dataset_name = text_name(data, text)
+    form = _form(text, sequence, config)
+    sources = _sources_of(data)
+    if sources:
+        rows = load_rows(sources, text.data_split, text.data_config, text.data_revision)
+        name = text_name(sources, text)
+        sequences = prepare_dataset(rows, _needed(tokenizer), limit=limit, name=name, **form)
+        sequences.info.dataset_name = name
         return sequences
     if data is None:
-        raise LayerPruneError("There is no data. Give a file, the id of a data set, or a list of texts.")
-    columns = data.column_names if isinstance(data, Dataset) else []
-    if "input_ids" not in columns and text.data_field in columns:
-        sequences = token_sequences(data[text.data_field], _needed(tokenizer), text.sequence_length)
-        sequences.info.dataset_name = data.info.dataset_name
+        raise LayerPruneError(f"There is no data. Give {SUPPORTED}, or a list of texts.")
+    rows = rows_of(data)
+    if _holds_text(rows, text):
+        sequences = prepare_dataset(rows, _needed(tokenizer), limit=limit, **form)
+        if isinstance(data, Dataset):
+            sequences.info.dataset_name = data.info.dataset_name
         return sequences
-    rows = [
-        {name: value[0].tolist() for name, value in batch.items()}
-        for batch in make_batches(data, 1, tokenizer=tokenizer, sequence_length=text.sequence_length)
-    ]
-    return Dataset.from_list([{"labels": row["input_ids"]} | row for row in rows])
+    tokens = [{name: value[0].tolist() for name, value in batch.items()} for batch in make_batches(rows, 1)]
+    return Dataset.from_list([{"labels": row["input_ids"]} | row for row in tokens])
+
+
+def _sources_of(data: Any) -> list[str]:
+    """Returns the names of sources; none if `data` is rows in memory.
+
+    Raises:
+        LayerPruneError: a list of strings names files. It would be taken for texts.
+    """
+    if isinstance(data, (str, Path)):
+        return [str(data)]
+    if not isinstance(data, (list, tuple)) or not data:
+        return []
+    if all(isinstance(one, Path) for one in data):
+        return [str(one) for one in data]
+    if isinstance(data[0], str) and len(data[0]) < 256 and data[0].strip() and Path(data[0]).is_file():
+        raise LayerPruneError(
+            f"data is a list of strings, which are taken for texts, but {data[0]} is a file. Give a list of "
+            "pathlib.Path to read files."
+        )
+    return []
+
+
+def _form(text: TextArguments, sequence: SequenceArguments, config: PreTrainedConfig) -> dict[str, Any]:
+    """Returns the settings of [`prepare_dataset`]."""
+    return {
+        "length": resolve_length(sequence.sequence_length, config),
+        "packing": sequence.packing,
+        "loss_on": sequence.loss_on,
+        "template": text.data_template,
+        "column": text.data_field,
+    }
+
+
+def _holds_text(rows: Any, text: TextArguments) -> bool:
+    try:
+        first = rows[0]
+    except (IndexError, KeyError, TypeError):  # no rows, a table, a set
+        return False
+    if text.data_template is not None:
+        return isinstance(first, dict)
+    return holds_text(first, text.data_field)
 
 
 def split_text(
     data: Any,
     text: TextArguments,
+    sequence: SequenceArguments,
     sample: SampleArguments,
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -129,7 +171,7 @@ def split_text(
     """Returns rows of tokens to score on, to measure on and to train on.
 
     Args:
-        data, text, config, tokenizer: see [`make_sequences`].
+        data, text, sequence, config, tokenizer: see [`make_sequences`].
         sample ([`SampleArguments`]): how many rows are set apart.
         max_steps (`int`): training steps, without which a stream has no end.
 
@@ -138,22 +180,23 @@ def split_text(
     """
     calibration, heldout = sample.calibration_sequences, sample.heldout_sequences
     if not text.streaming:
-        return split_sequences(make_sequences(data, text, config, tokenizer), calibration, heldout)
-    if not isinstance(data, (str, Path)):
+        sequences = make_sequences(data, text, sequence, config, tokenizer)
+        return split_sequences(sequences, calibration, heldout)
+    sources = _sources_of(data)
+    if not sources:
         raise LayerPruneError(
-            f"streaming reads a file or a data set on the hub, but data is a {type(data).__name__}. Leave "
+            f"streaming reads files or a data set on the hub, but data is a {type(data).__name__}. Leave "
             "streaming out."
         )
     if max_steps < 0:
         raise LayerPruneError("A stream has no known end. Set max_steps to say how long to train.")
     if max_steps == 0:
-        return split_sequences(
-            make_sequences(data, text, config, tokenizer, calibration + heldout), calibration, heldout
-        )
-    check_sequence_length(text.sequence_length, config)
-    source = (str(data), text.data_field, text.data_split, text.data_config)
-    head, train = stream_sequences(_needed(tokenizer), text.sequence_length, calibration + heldout, *source)
-    head.info.dataset_name = train.info.dataset_name = text_name(data, text)
+        sequences = make_sequences(data, text, sequence, config, tokenizer, calibration + heldout)
+        return split_sequences(sequences, calibration, heldout)
+    origin = {"split": text.data_split, "config": text.data_config, "revision": text.data_revision}
+    form = _form(text, sequence, config) | origin
+    head, train = stream_sequences(_needed(tokenizer), first=calibration + heldout, source=sources, **form)
+    head.info.dataset_name = train.info.dataset_name = text_name(sources, text)
     return *split_sequences(head, calibration, heldout)[:2], train
 
 
@@ -171,11 +214,10 @@ def check_text_is_left(train: Any, sample: SampleArguments) -> None:
         )
 
 
-def text_name(data: str | Path, text: TextArguments) -> str:
-    """Returns what a card calls a text: the name of its file, or its id and configuration on the hub."""
-    if Path(data).exists():
-        return Path(data).name
-    return f"{data}, {text.data_config}" if text.data_config else str(data)
+def text_name(sources: Iterable[str | Path], text: TextArguments) -> str:
+    """Returns what a card calls a text: the names of its files, or its id and configuration on the hub."""
+    name = names_of(sources)
+    return f"{name}, {text.data_config}" if text.data_config else name
 
 
 def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:

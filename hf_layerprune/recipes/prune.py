@@ -7,11 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoints.loading import copy_companions, load_tokenizer
+from ..checkpoints.loading import copy_companions, load_meta_model, load_tokenizer
 from ..distillation.arguments import DistillationTrainingArguments
 from ..errors import LayerPruneError
-from ..pruning.arguments import PruningArguments
+from ..pruning.arguments import PruningArguments, with_given
 from ..pruning.schedule import phase_sizes
+from ..pruning.target import resolve_target
 from ..reports.record import RunRecord, check_folder_is_free
 from ..surgery.decoder import check_next_token, layer_count, text_config
 from .fields import check_fields, fill
@@ -49,17 +50,19 @@ def prune(
     Args:
         model (`str`, `Path` or `PreTrainedModel`): folder or hub id of the model, or the model itself, which
             is changed in place. Default: that of the recipe.
-        data: text to score, train and measure on: a .txt, .jsonl or .jsonl.gz file, the id of a data set, a
-            list of texts, a `Dataset`, or another form that [`make_batches`] takes. Default: that of the
-            recipe.
-        keep (`int`): how many layers to keep. Default: that of the recipe.
+        data: text, chats or prompts to score, train and measure on. A `str`, a `Path` or a list of `Path`
+            names what [`load_rows`] reads: files, folders, globs, ids of data sets on the hub. Everything
+            else is rows in memory: a list of texts, a `Dataset`, or another form that [`make_batches`] takes.
+            Default: the data of the recipe.
+        keep (`int`, *optional*): how many layers to keep. `target_ratio=0.75` or `target_parameters="2.4B"`
+            may be given instead. Default: that of the recipe.
         recipe (`str`, `Path` or mapping, *optional*, defaults to `"default"`): the name of a recipe that
             comes with the package, a YAML file, or a mapping of its fields.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): default: the one in the model's folder.
         resume_from_checkpoint (`str` or `bool`, *optional*): as for [`~transformers.Trainer.train`].
         fields: other fields of a recipe, which replace the recipe's own: those of [`PruningArguments`],
             [`DistillationTrainingArguments`] (`output_dir`, `max_steps`, `learning_rate`, ...), and
-            `sequence_length`, `calibration_sequences`, `heldout_sequences`, `select`, `replacement`, ...
+            `sequence_length`, `packing`, `loss_on`, `data_template`, `calibration_sequences`, `select`, ...
 
     Returns:
         [`PruneOutput`]: the pruned model and the record of the run.
@@ -77,7 +80,10 @@ def prune(
     """
     in_memory = isinstance(model, PreTrainedModel)
     named = {} if in_memory else {"model": model}
-    named |= {"data": data} if isinstance(data, (str, Path)) else {}
+    is_source = isinstance(data, (str, Path)) or (
+        isinstance(data, (list, tuple)) and bool(data) and all(isinstance(one, Path) for one in data)
+    )
+    named |= {"data": data} if is_source else {}
     values = _values(recipe, named | {"keep": keep}, fields)
     chosen, source, text, sample, pruning, args = fill(RECIPE_KINDS, values)
     trust = source.trust_remote_code
@@ -93,8 +99,12 @@ def prune(
         config, own_tokenizer = check_model(chosen.model, trust, "prune")
         tokenizer = tokenizer or own_tokenizer
         keep_stored_dtype(args, chosen.model, trust)
+    if pruning.target_layers is None:
+        whole = model if isinstance(model, PreTrainedModel) else load_meta_model(chosen.model, trust)
+        pruning = resolve_target(pruning, whole)
     _set_steps(chosen, pruning, args, layer_count(text_config(config)))
-    rows = split_text(chosen.data if data is None else data, text, sample, config, tokenizer, args.max_steps)
+    read = [Path(one) for one in chosen.data or []] or None if data is None or is_source else data
+    rows = split_text(read, text, args, sample, config, tokenizer, args.max_steps)
     pruned: Any = model if in_memory else load_on_device(chosen.model, trust, dtype="float32")
     frozen = {id(parameter) for parameter in pruned.parameters() if not parameter.requires_grad}
     resolved = resolved_fields([chosen, text, sample, pruning], args)
@@ -123,7 +133,8 @@ def _values(
     if not torch.cuda.is_available():
         values = {"use_cpu": True} | values  # for bf16
     given = {name: value for name, value in named.items() if value is not None}
-    values |= check_fields(given | {**fields}, RECIPE_KINDS, "prune")
+    given = check_fields(given | {**fields}, RECIPE_KINDS, "prune")
+    values = with_given(values, given)
     if "model" in named and values.get("model") is None:
         raise LayerPruneError("model has no value. Give a folder, a hub id or a model.")
     return values

@@ -15,7 +15,7 @@ from ..pruning.arguments import PruningArguments, RemovalArguments
 from ..pruning.prune import SELECTIONS
 from ..pruning.replacement import KINDS
 from ..reports.record import changed_settings
-from .arguments import ModelArguments, SampleArguments, TextArguments
+from .arguments import DATA_HELP, ModelArguments, SampleArguments, TextArguments
 from .fields import check_fields
 
 
@@ -42,10 +42,7 @@ class RecipeArguments:
     """What a recipe says beside how layers are scored, removed and trained."""
 
     model: str | None = field(default=None, metadata={"help": "Folder or hub id of the model."})
-    data: str | None = field(
-        default=None,
-        metadata={"help": "Text: a .txt, .jsonl or .jsonl.gz file, or the id of a data set."},
-    )
+    data: list[str] | None = field(default=None, metadata={"help": DATA_HELP})
     title: str = field(default="Layer pruning", metadata={"help": "Name of the method, for the model card."})
     paper: str = field(default="", metadata={"help": "Where it is described, for the model card."})
     select: str = field(
@@ -154,14 +151,24 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
         raise LayerPruneError(
             f"No recipe {str(recipe)!r}: give a YAML file, or one of {', '.join(shipped_recipes())}."
         )
+    return check_fields(read_yaml(path), RECIPE_KINDS, str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Returns the values of a YAML file that are not null.
+
+    Raises:
+        LayerPruneError: there is no such file, or it is no mapping in plain YAML.
+    """
+    if not path.is_file():
+        raise LayerPruneError(f"No such file: {path}. Give a YAML file of lines `field: value`.")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise LayerPruneError(f"{path} is no plain YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise LayerPruneError(f"{path} is no recipe: it must be lines of `field: value`.")
-    given = {name: value for name, value in values.items() if value is not None}
-    return check_fields(given, RECIPE_KINDS, str(path))
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def check_phases_are_used(select: str, pruning: PruningArguments) -> None:
@@ -195,6 +202,17 @@ def resolved_fields(parts: Sequence[Any], args: DistillationTrainingArguments) -
         for one in dataclasses.fields(part):
             value = getattr(part, one.name)
             if value != one.default:
-                local = one.name in ("model", "data") and Path(value).exists()
-                resolved[one.name] = Path(value).name if local else value
+                resolved[one.name] = value
+    for name in ("model", "data"):
+        if name in resolved:
+            resolved[name] = _without_folders(resolved[name])
     return resolved | {k: v for k, v in changed_settings(args).items() if k not in OF_THE_MACHINE}
+
+
+def _without_folders(value: str | list[str]) -> str | list[str]:
+    """Returns the name of a file or folder, and an id of the hub as it is. One name is no list."""
+    names = [
+        Path(one).name if Path(one).exists() else one
+        for one in ([value] if isinstance(value, str) else value)
+    ]
+    return names[0] if len(names) == 1 else names

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, default_data_collator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from ..checkpoints.saving import save_model
-from ..data import make_batches
+from ..data.batches import make_batches
+from ..data.collator import PaddingCollator
 from ..distillation.arguments import DistillationTrainingArguments
 from ..distillation.reconstruction import reconstruct_layers
 from ..distillation.trainable import trained_parameters
@@ -354,7 +355,7 @@ def _train(
         chosen = {id(parameter) for parameter in trained_parameters(model, args.trainable)}
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in chosen)
-        kind, settings = Trainer, {"data_collator": default_data_collator}
+        kind, settings = Trainer, {"data_collator": PaddingCollator()}
     callbacks = [] if callback is None else [callback]
     try:
         trainer = kind(model, args, train_dataset=run.train, callbacks=callbacks, **settings)

@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
-from ..data import Batch
+from ..data.targets import Batch
 from ..evaluation.evaluate import HeldOutText
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data import Batch, targets_of
+from ..data.targets import Batch, targets_of
 from ..errors import LayerPruneError
 from ..evaluation.evaluate import Task
 from ..evaluation.multiple_choice import Choices, MultipleChoice, right_answers

@@ -15,7 +15,9 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data import Batch, check_token_labels, context_length, make_batches, model_columns
+from ..data.batches import make_batches, model_columns
+from ..data.sequences import context_length
+from ..data.targets import Batch, check_token_labels
 from ..errors import LayerPruneError
 from ..evaluation.evaluate import next_token_metric
 from ..evaluation.multiple_choice import MultipleChoice

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ..data import take_rows
+from ..data.batches import take_rows
 from ..errors import LayerPruneError
 from ..surgery.layer_stack import LayerStack
 from ..surgery.lineage import plain_int

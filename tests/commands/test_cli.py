@@ -324,7 +324,7 @@ TEXTS_THAT_CANNOT_BE = {
     "none.txt": (None, "No such file: none.txt"),
     "wide.txt": (TEXT.encode("utf-16"), "wide.txt is not UTF-8"),
     "short.txt": (b"short", "less than one sequence"),
-    "other.jsonl": (b'{"body": "x"}', "has no field 'text', only ['body']"),
+    "other.jsonl": (b'{"body": "x"}', "holds a row with ['body']. Each row needs"),
 }
 
 

@@ -11,7 +11,9 @@ from hf_layerprune.commands import study_setting
 from hf_layerprune.commands.cli import main
 from hf_layerprune.commands.studies import STUDIES, run_study
 from hf_layerprune.commands.study_setting import StudyArguments
-from hf_layerprune.data import load_texts, make_batches, split_sequences, token_sequences
+from hf_layerprune.data.batches import make_batches
+from hf_layerprune.data.sequences import split_sequences, token_sequences
+from hf_layerprune.data.texts import load_texts
 from hf_layerprune.scoring.journal import Journal
 from hf_layerprune.scoring.score import rank_correlation
 from hf_layerprune.scoring.table import ScoreTable

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from hf_layerprune.data import token_mask
+from hf_layerprune.data.targets import token_mask
 from hf_layerprune.distillation.losses import divergence, hidden_error, hidden_pairs
 from hf_layerprune.forward.hooks import LAST
 from hf_layerprune.forward.token_losses import DIVERGENCES, HIDDEN_ERRORS, cross_entropy

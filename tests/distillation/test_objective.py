@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_layerprune import cache_teacher_logits, get_lineage, remove_layers
-from hf_layerprune.data import token_mask
+from hf_layerprune.data.targets import token_mask
 from hf_layerprune.distillation.forward_pass import ForwardPass
 from hf_layerprune.distillation.hidden_balance import HiddenBalance
 from hf_layerprune.distillation.losses import hidden_pairs

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from hf_layerprune.data import token_mask
+from hf_layerprune.data.targets import token_mask
 from hf_layerprune.distillation.losses import divergence
 from hf_layerprune.distillation.tiled_loss import LOGITS_PER_CHUNK_CPU, tiled_loss
 from hf_layerprune.forward.hooks import undisturbed

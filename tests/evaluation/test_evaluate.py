@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hf_layerprune import LayerPruneError, MultipleChoice, evaluate_text, remove_layers, stability
-from hf_layerprune.data import make_batches, token_sequences
+from hf_layerprune.data.batches import make_batches
+from hf_layerprune.data.sequences import token_sequences
 from hf_layerprune.evaluation import evaluate as evaluation
 from hf_layerprune.evaluation.comparison import (
     compare_models,

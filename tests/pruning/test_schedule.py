@@ -9,7 +9,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback, get_scheduler
 
 from hf_layerprune import LayerPruneError, evaluate_text, get_lineage
-from hf_layerprune.data import make_batches
+from hf_layerprune.data.batches import make_batches
 from hf_layerprune.pruning.schedule import RestartedSchedule, phase_sizes
 
 from ..conftest import logits, make_model, tokens

@@ -18,7 +18,9 @@ from hf_layerprune import (
     score_layers,
 )
 from hf_layerprune.commands.cli import main
-from hf_layerprune.data import load_texts, make_batches, split_sequences, token_sequences
+from hf_layerprune.data.batches import make_batches
+from hf_layerprune.data.sequences import split_sequences, token_sequences
+from hf_layerprune.data.texts import load_texts
 from hf_layerprune.evaluation.evaluate import evaluate_text
 from hf_layerprune.pruning.replacement import replace_block, replace_by_linear_map
 from hf_layerprune.recipes.recipe import SHIPPED, read_recipe, shipped_recipes

@@ -1,16 +1,19 @@
 """Rows of text, chats or prompts from files, folders, standard input and the hub."""
 
+import codecs
 import glob
+import gzip
 import json
 import sys
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, Value, concatenate_datasets, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
-from .errors import LayerPruneError, one_line
+from ..errors import LayerPruneError, one_line
 
 
 # The loader of the datasets library for each kind of file.
@@ -25,6 +28,7 @@ LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 COMPRESSED = (".gz", ".zst")  # of text files; parquet and arrow files are compressed inside
 TEXT_FILES = (".txt", ".md", ".json", ".jsonl", ".csv")
+STREAM_CHECKED = 2**24  # bytes of a text file that are checked before it is streamed
 SUPPORTED = (
     f"{', '.join(LOADERS)} ({', '.join(TEXT_FILES)} also with {' or '.join(COMPRESSED)}), a folder of these, "
     "a folder of save_to_disk, a glob, - for standard input, or the id of a data set on the hub"
@@ -64,12 +68,19 @@ def load_rows(
     if len(parts) == 1:
         return parts[0]
     try:
-        return concatenate_datasets(parts)
+        return concatenate_datasets([_with_plain_strings(part) for part in parts])
     except ValueError as error:
         raise LayerPruneError(
             f"The rows of {', '.join(map(str, sources))} do not fit together: {one_line(error)} Give sources "
             "with the same columns, or one of them alone."
         ) from error
+
+
+def _with_plain_strings(rows: Any) -> Any:
+    """Returns rows with strings of one type: the csv loader makes other ones than the json loader."""
+    features = rows.features or {}  # of a stream they may be unknown
+    large = {name: Value("string") for name, kind in features.items() if kind == Value("large_string")}
+    return rows.cast(Features(dict(features) | large)) if large else rows
 
 
 def _load_source(
@@ -128,7 +139,9 @@ def _load_files(files: list[Path], streaming: bool) -> list[Any]:
         if kind is None:
             raise LayerPruneError(f"Cannot read {file}: expected {SUPPORTED}.")
         if not file.stat().st_size:
-            raise LayerPruneError(f"{file} is empty.")
+            raise LayerPruneError(f"{file} is empty: there is no text in it.")
+        if kind in TEXT_FILES:
+            _check_utf8(file, STREAM_CHECKED if streaming else None)
         kinds.setdefault(LOADERS[kind][0], []).append(file)
     return [_load_kind(paths, streaming) for paths in kinds.values()]
 
@@ -141,6 +154,35 @@ def _load_kind(files: list[Path], streaming: bool) -> Any:
         )
     except (DatasetGenerationError, OSError, RuntimeError, ValueError, ImportError) as error:
         raise unreadable(", ".join(map(str, files[:3])), error) from error
+
+
+def _check_utf8(path: Path, most: int | None) -> None:
+    """Checks that a file, or its first `most` bytes, is UTF-8 text.
+
+    Raises:
+        LayerPruneError: it is not.
+    """
+    if path.name.endswith(".zst"):  # which only the loader reads
+        return
+    decoder, read, wide = codecs.getincrementaldecoder("utf-8")(), 0, False
+    try:
+        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
+            while (most is None or read < most) and (piece := file.read(2**20)):
+                wide = b"\0" in piece  # as every second byte of English in UTF-16 is
+                decoder.decode(piece)
+                if wide:
+                    raise UnicodeError("it holds zero bytes")
+                read += len(piece)
+            if most is None:
+                decoder.decode(b"", final=True)
+    except UnicodeError as error:
+        encoding = "UTF-16" if wide else "ISO-8859-1"
+        raise LayerPruneError(
+            f"{path} is not UTF-8 ({error}), but text files must be. Convert the file, for example: "
+            f"iconv -f {encoding} -t UTF-8 {path.name} > NEW_FILE"
+        ) from error
+    except (OSError, EOFError, zlib.error):  # a damaged file, which the loader reports
+        return
 
 
 def unreadable(source: str, error: Exception) -> LayerPruneError:
@@ -165,7 +207,10 @@ def _load_saved(folder: Path, split: str, streaming: bool) -> Any:
 
 def _read_standard_input() -> Dataset:
     """Returns the rows of standard input: JSON lines, or else all of it as one text."""
-    text = sys.stdin.buffer.read().decode("utf-8-sig")
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeError as error:
+        raise LayerPruneError(f"Standard input is not UTF-8 ({error}). Convert the text first.") from error
     if not text.strip():
         raise LayerPruneError("Standard input is empty. Pipe text or JSON lines into the command.")
     if not text.lstrip().startswith("{"):

@@ -27,7 +27,7 @@ from hf_layerprune import (
 )
 from hf_layerprune.distillation.teacher_cache import CachedTeacherLogits
 
-from .conftest import TEXT, make_model, tokens
+from ..conftest import TEXT, make_model, tokens
 
 
 IDS = tokens(4, 12)
@@ -119,7 +119,7 @@ def test_chats_are_written_by_the_template(form, chatting, tokenizer):
     (batch,) = make_batches(CHATS[form](), tokenizer=chatting)
     written = chatting.decode(batch["input_ids"][0])
     assert written.startswith("user: Where is the fox?\nassistant: Over the dog.")
-    with pytest.raises(LayerPruneError, match="chat template of the tokenizer cannot write"):
+    with pytest.raises(LayerPruneError, match="chat messages, but the tokenizer has no chat template"):
         make_batches(CHATS[form](), tokenizer=tokenizer)
 
 

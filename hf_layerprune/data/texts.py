@@ -1,12 +1,18 @@
 """Rows as text: plain text, chats, prompts with completions, and templates over columns."""
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from .errors import LayerPruneError, one_line
+from transformers.utils import logging
 
+from ..errors import LayerPruneError, one_line
+from .rows import load_rows, names_of
+
+
+logger: Any = logging.get_logger(__name__)  # of transformers, as it has warning_once
 
 COLUMNS = ("text", "messages", "conversations", "prompt")
 # Roles of ShareGPT's conversations, as chat templates call them.
@@ -55,9 +61,72 @@ def text_of(row: Any, tokenizer: Any = None, template: str | None = None, column
             return _chat(row[name], tokenizer)
     if "prompt" in row and row["prompt"] is not None:
         return _prompt_and_completion(row["prompt"], row.get("completion"), tokenizer)
+    if column != "text" and column not in row:
+        raise LayerPruneError(f"The data has no field {column!r}, only {list(row)}. Name one of these.")
     if any(name in row for name in (column, *COLUMNS)):  # of a row in which it is empty
         return Text("")
     raise unknown_form(row)
+
+
+def iter_texts(
+    rows: Iterable[Any],
+    tokenizer: Any = None,
+    template: str | None = None,
+    column: str = "text",
+    name: str = "The data",
+) -> Iterator[Text]:
+    """Yields the texts of rows, without the empty ones. Warns of these, also if it is stopped early.
+
+    Args:
+        rows (iterable), tokenizer, template, column: see [`text_of`].
+        name (`str`, *optional*): what warnings call the data.
+    """
+    read, skipped, where = 0, 0, ""
+    try:
+        for row in rows:
+            read += 1
+            text = text_of(row, tokenizer, template, column)
+            if text.text.strip():
+                yield text
+                continue
+            skipped += 1
+            if template is None and isinstance(row, Mapping) and column in row:
+                where = f" in {column!r}"
+    finally:
+        if skipped:
+            logger.warning_once(f"{name}: {skipped} of {read} rows have no text{where} and are skipped.")
+
+
+def load_texts(
+    source: str | Path, field: str = "text", split: str = "train", config: str | None = None
+) -> list[str]:
+    """Returns the documents of a column of files, or of a data set on the hub.
+
+    Args:
+        source (`str` or `Path`): see [`load_rows`].
+        field (`str`, *optional*, defaults to `"text"`): the column that holds the text.
+        split (`str`, *optional*, defaults to `"train"`): the split of a data set, for example
+            `"train[:1000]"`.
+        config (`str`, *optional*): the configuration of a data set.
+
+    Raises:
+        LayerPruneError: there is no such file, data set or field, or no text in it.
+    """
+    rows = load_rows(source, split, config)
+    if field not in rows.column_names:
+        raise LayerPruneError(f"{source} has no field {field!r}, only {rows.column_names}.")
+    column = rows.select_columns([field])
+    texts = [text.text for text in iter_texts(column, column=field, name=names_of([source]))]
+    if not texts:
+        raise LayerPruneError(f"There is no text in {source}.")
+    return texts
+
+
+def holds_text(row: Any, column: str = "text") -> bool:
+    """Returns whether a row holds text, a chat or a prompt, and no tokens."""
+    if isinstance(row, Mapping):
+        return "input_ids" not in row and any(name in row for name in (column, *COLUMNS))
+    return isinstance(row, str) or is_chat(row)
 
 
 def is_chat(value: Any) -> bool:

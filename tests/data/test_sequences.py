@@ -7,11 +7,11 @@ import pytest
 import torch
 from datasets import Dataset
 
+from hf_layerprune.data.sequences import IGNORED, prepare_dataset
+from hf_layerprune.data.texts import text_of
 from hf_layerprune.errors import LayerPruneError
-from hf_layerprune.sequences import IGNORED, prepare_dataset
-from hf_layerprune.texts import text_of
 
-from .conftest import make_model
+from ..conftest import make_model
 
 
 CHATML = (

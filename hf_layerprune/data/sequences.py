@@ -1,23 +1,26 @@
 """Texts as token sequences with labels: joined and cut, packed, or one sequence for each text."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from datasets import Dataset, IterableDataset
+from datasets.exceptions import DatasetGenerationError
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .errors import LayerPruneError
-from .texts import Text, text_of
+from ..errors import LayerPruneError
+from .arguments import LOSSES, PACKINGS
+from .rows import load_rows, names_of, unreadable
+from .texts import Text, iter_texts
 
 
 logger: Any = logging.get_logger(__name__)
 
+LONGEST_DEFAULT = 1024  # tokens of a sequence where no length is set
 IGNORED = -100  # the label of a token that does not count
-PACKINGS = ("joined", "packed", "none")
-LOSSES = ("all", "completion")
 
 
 @dataclass
@@ -25,21 +28,18 @@ class Counts:
     """What happened to the texts of a data set.
 
     Args:
-        texts (`int`), empty (`int`): texts that were read, and those without text.
+        texts (`int`): texts that were read.
         truncated (`int`), tokens_lost (`int`): texts that were longer than a sequence, and tokens cut off.
         unlabelled (`int`): texts of which no token would have counted; they are left out.
     """
 
     texts: int = 0
-    empty: int = 0
     truncated: int = 0
     tokens_lost: int = 0
     unlabelled: int = 0
 
     def report(self, name: str) -> None:
         """Warns of texts that were left out or cut."""
-        if self.empty:
-            logger.warning_once(f"{name}: {self.empty} of {self.texts} rows have no text and are skipped.")
         if self.truncated:
             logger.warning_once(
                 f"{name}: {self.truncated} of {self.texts} texts are longer than a sequence. "
@@ -90,10 +90,10 @@ def prepare_dataset(
         LayerPruneError: a row has no such form, the texts are shorter than one sequence, or completions
             cannot be told from the rest.
     """
-    found = list(
-        islice(iter_sequences(rows, tokenizer, length, packing, loss_on, template, column, name), limit)
-    )
-    return Dataset.from_list(found)
+    if limit is not None and limit < 1:
+        raise LayerPruneError(f"{limit} sequences are asked for. Choose at least 1.")
+    sequences = iter_sequences(rows, tokenizer, length, packing, loss_on, template, column, name)
+    return Dataset.from_list(list(islice(sequences, limit)))
 
 
 def iter_sequences(
@@ -111,9 +111,11 @@ def iter_sequences(
         if value not in allowed:
             raise LayerPruneError(f"{setting} is {value!r}. Choose from {', '.join(allowed)}.")
     if length < 2:
-        raise LayerPruneError(f"The sequence length is {length}. Choose at least 2 tokens.")
+        raise LayerPruneError(
+            f"The sequence length is {length}. Choose at least 2 tokens: one has nothing to predict."
+        )
     counts = Counts()
-    texts = (text_of(row, tokenizer, template, column) for row in rows)
+    texts = iter_texts(rows, tokenizer, template, column, name)
     encoded = _encoded(texts, tokenizer, loss_on, counts)
     start = _start(tokenizer)
     pack = {"joined": _joined, "packed": _packed, "none": _single}[packing]
@@ -121,6 +123,79 @@ def iter_sequences(
         yield from pack(encoded, start, length, counts)
     finally:
         counts.report(name)
+
+
+def token_sequences(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None = None
+) -> Dataset:
+    """Tokenises documents, joins them with the end-of-text token, and cuts them into sequences of equal
+    length. Each begins with the beginning-of-text token if the tokenizer adds one.
+
+    Args:
+        texts (iterable of `str`): documents.
+        tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
+        length (`int`): tokens per sequence. An incomplete last sequence is dropped.
+        limit (`int`, *optional*): the largest number of sequences. Default: all.
+
+    Returns:
+        `datasets.Dataset`: columns `input_ids` and `labels`, each of `length` tokens.
+
+    Raises:
+        LayerPruneError: the text is shorter than one sequence, or `limit` is below 1.
+    """
+    return prepare_dataset(texts, tokenizer, length, limit=limit)
+
+
+def stream_sequences(
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    first: int,
+    source: str | Path | Sequence[str | Path],
+    column: str = "text",
+    *,
+    split: str = "train",
+    config: str | None = None,
+    revision: str | None = None,
+    **form: Any,
+) -> tuple[Dataset, IterableDataset]:
+    """Returns token sequences of a text that is read during training and is never completely in memory.
+
+    Args:
+        tokenizer, length, column, form: see [`prepare_dataset`].
+        first (`int`): the number of sequences at the beginning that are held out for calibration and
+            evaluation.
+        source, split, config, revision: see [`load_rows`].
+
+    Returns:
+        `tuple[Dataset, IterableDataset]`: the first sequences, and all others.
+
+    Raises:
+        LayerPruneError: as [`load_rows`] and [`prepare_dataset`], or the text has no sequence after the first
+            ones.
+    """
+    origin = {"source": source, "split": split, "config": config, "revision": revision}
+    settings: dict[str, Any] = {
+        "origin": origin,
+        "form": {"tokenizer": tokenizer, "length": length, "column": column} | form,
+    }
+    head = list(islice(_stream(**settings), first + 1))
+    if len(head) <= first:
+        raise LayerPruneError(
+            f"{source} has {len(head)} sequences of {length} tokens, of which the first {first} are not "
+            "trained on. Give more text, or ask for fewer sequences."
+        )
+    rest = IterableDataset.from_generator(_stream, gen_kwargs=settings | {"skip": first})
+    return Dataset.from_list(head[:first]), rest
+
+
+def _stream(origin: dict[str, Any], form: dict[str, Any], skip: int = 0) -> Iterator[dict[str, list[int]]]:
+    source = origin["source"]
+    name = names_of([source] if isinstance(source, (str, Path)) else source)
+    rows = load_rows(**origin, streaming=True)
+    try:
+        yield from islice(iter_sequences(rows, name=name, **form), skip, None)
+    except (DatasetGenerationError, OSError, RuntimeError) as error:
+        raise unreadable(name, error) from error
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -137,9 +212,6 @@ def _encoded(
     end = [] if last is None else [last]
     for text in texts:
         counts.texts += 1
-        if not text.text.strip():
-            counts.empty += 1
-            continue
         if loss_on == "all":
             # verbose=False: a text may be longer than the model reads, the sequences are not.
             ids = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -185,8 +257,8 @@ def _joined(
         ids, labels = ids[whole:], labels[whole:]
     if not found:
         raise LayerPruneError(
-            f"The text has {len(ids)} tokens, less than one sequence of {length}. Give more text or shorter "
-            "sequences."
+            f"The text has {len(ids)} tokens, less than one sequence of {length}. Give more text or "
+            "a smaller sequence_length."
         )
 
 
@@ -234,3 +306,54 @@ def _single(
         yield {"input_ids": ids, "labels": labels}
     if not found:
         raise LayerPruneError("There is no text to train on. Give more text.")
+
+
+def check_sequence_length(length: int, model: PreTrainedModel | PreTrainedConfig) -> None:
+    """Checks that the context of a model is long enough for sequences of `length` tokens.
+
+    Raises:
+        LayerPruneError: the context is shorter.
+    """
+    longest = context_length(model)
+    if longest is not None and length > longest:
+        raise LayerPruneError(f"sequence_length is {length}, but the model reads {longest} tokens at most.")
+
+
+def resolve_length(length: int | None, model: PreTrainedModel | PreTrainedConfig) -> int:
+    """Returns the sequence length that is set, else the context length of a model, at most 1024 tokens.
+
+    Raises:
+        LayerPruneError: the context of the model is shorter than the length that is set.
+    """
+    if length is None:
+        return min(LONGEST_DEFAULT, context_length(model) or LONGEST_DEFAULT)
+    check_sequence_length(length, model)
+    return length
+
+
+def context_length(model: PreTrainedModel | PreTrainedConfig) -> int | None:
+    """Returns the context length of a model in tokens; None if its config has none."""
+    config = model if isinstance(model, PreTrainedConfig) else model.config
+    return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def split_sequences(sequences: Dataset, calibration: int, heldout: int) -> tuple[Dataset, Dataset, Dataset]:
+    """Splits sequences into a part for calibration and one for evaluation, both spread evenly over the text,
+    and the rest for training.
+
+    Raises:
+        LayerPruneError: there are too few sequences, or a part would be empty.
+    """
+    taken = calibration + heldout
+    if calibration < 1 or heldout < 1 or taken > len(sequences):
+        raise LayerPruneError(
+            f"Cannot take {calibration} sequences for calibration and {heldout} for evaluation (at least 1 "
+            f"each) out of {len(sequences)}. Give more text, a smaller sequence_length, or ask for fewer."
+        )
+    spread = [i * len(sequences) // taken for i in range(taken)]
+    chosen = {spread[i * taken // calibration] for i in range(calibration)}
+    return (
+        sequences.select(sorted(chosen)),
+        sequences.select([i for i in spread if i not in chosen]),
+        sequences.select([i for i in range(len(sequences)) if i not in set(spread)]),
+    )

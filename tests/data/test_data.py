@@ -10,7 +10,9 @@ from tokenizers.processors import TemplateProcessing
 from torch.utils.data import DataLoader
 
 from hf_layerprune import LayerPruneError
-from hf_layerprune.data import load_texts, make_batches, split_sequences, stream_sequences, token_sequences
+from hf_layerprune.data.batches import make_batches
+from hf_layerprune.data.sequences import split_sequences, stream_sequences, token_sequences
+from hf_layerprune.data.texts import load_texts
 
 
 def test_texts_come_from_every_kind_of_file(tmp_path):
@@ -31,10 +33,11 @@ def test_texts_come_from_every_kind_of_file(tmp_path):
         ("a.txt", "", "no text in"),
         ("a.txt", " \n ", "no text in"),
         ("a.jsonl", '{"body": "x"}', r"has no field 'text', only \['body'\]"),
-        ("a.jsonl", "not json", "Cannot read text from"),
-        ("a.jsonl.gz", "not gzip", "Cannot read text from"),
-        ("a.csv", "a,b", "expected a file ending in .txt, .jsonl, .jsonl.gz"),
-        ("no/such-dataset", None, "Cannot read text from no/such-dataset"),
+        ("a.jsonl", "not json", r"Cannot read .*a\.jsonl: "),
+        ("a.jsonl.gz", "not gzip", r"Cannot read .*a\.jsonl\.gz: "),
+        ("a.csv", "a,b\n1,2", r"has no field 'text', only \['a', 'b'\]"),
+        ("a.pdf", "a,b", r"Cannot read .*a.pdf: expected .txt, .md, .json, .jsonl, .csv"),
+        ("no/such-dataset", None, "no/such-dataset is neither .* and cannot be read from the hub"),
     ],
 )
 def test_bad_sources_are_refused(tmp_path, name, content, message):

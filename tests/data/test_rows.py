@@ -8,8 +8,8 @@ import sys
 import pytest
 from datasets import Dataset, DatasetDict
 
+from hf_layerprune.data.rows import load_rows, names_of
 from hf_layerprune.errors import LayerPruneError
-from hf_layerprune.rows import load_rows, names_of
 
 
 ROWS = [{"text": "One text."}, {"text": "Another text."}]
@@ -78,6 +78,13 @@ def test_a_folder_a_glob_and_several_sources(tmp_path):
     assert len(load_rows(f"{folder}/*.jsonl")) == 2
     assert len(load_rows(f"{folder}/**/*.parquet")) == 2
     assert len(load_rows([folder / "a.jsonl", folder / "deeper" / "b.parquet"])) == 4
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_of_all_kinds_follow_each_other(tmp_path, streaming):
+    files = [write(tmp_path, name) for name in KINDS]
+    rows = [row["text"] for row in load_rows(files, streaming=streaming)]
+    assert rows == ["One text."] * 2 + ["One text.", "Another text."] * 5
 
 
 def test_sources_with_other_columns_follow_each_other(tmp_path):

@@ -1,0 +1,39 @@
+"""Settings of token sequences, for training arguments, recipes and commands. Imports nothing."""
+
+from dataclasses import dataclass, field
+
+
+PACKINGS = ("joined", "packed", "none")
+LOSSES = ("all", "completion")
+
+
+@dataclass
+class SequenceArguments:
+    """How text becomes token sequences, see [`prepare_dataset`].
+
+    Args:
+        sequence_length (`int`, *optional*): tokens in a sequence. Default: the context length of the model,
+            at most 1024.
+        packing (`str`, *optional*, defaults to `"joined"`): `"joined"`, `"packed"` or `"none"`.
+        loss_on (`str`, *optional*, defaults to `"all"`): `"all"` or `"completion"`.
+    """
+
+    sequence_length: int | None = field(
+        default=None,
+        metadata={"help": "Tokens in a sequence. Default: the context length of the model, at most 1024."},
+    )
+    packing: str = field(
+        default="joined",
+        metadata={
+            "help": "Texts joined and cut into equal sequences; whole texts packed, which do not attend to "
+            "each other; or one sequence for each text.",
+            "choices": list(PACKINGS),
+        },
+    )
+    loss_on: str = field(
+        default="all",
+        metadata={
+            "help": "Tokens that count: all, or those of assistant turns and completions.",
+            "choices": list(LOSSES),
+        },
+    )
