@@ -41,16 +41,21 @@ def parse(
     return [rest.model, *parsed] if model else [*parsed, rest][: len(kinds)]
 
 
-def parse_given(command: Command, arguments: list[str], kinds: Iterable[Any]) -> dict[str, Any]:
+def parse_given(
+    command: Command, arguments: list[str], kinds: Iterable[Any], model: bool = False
+) -> dict[str, Any]:
     """Returns the flags that a command line gives, by name, without defaults.
 
     Args:
-        command, arguments, kinds: see [`parse`].
+        command, arguments, kinds, model: see [`parse`].
 
     Raises:
         LayerPruneError: a word that the command does not know.
     """
-    return vars(_parser(command, list(kinds), only_given=True).parse_args(arguments))
+    parser = _parser(command, list(kinds), only_given=True)
+    if model:
+        parser.add_argument("model")
+    return vars(parser.parse_args(arguments))
 
 
 def _parser(command: Command, kinds: list[Any], only_given: bool = False) -> Any:

@@ -44,6 +44,7 @@ from .checks import (
     check_some_token_counts,
     check_student,
     check_teacher,
+    check_trained_dtype,
 )
 from .collator import collator_without_padding_token
 from .compiled_layers import CompiledLayers
@@ -170,6 +171,7 @@ class DistillationTrainer(Trainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+        check_trained_dtype(self, trained)
         self.add_callback(_ConfigCheck)
         self._hand_over()
         student.add_model_tags(["hf_layerprune", "knowledge-distillation"])
