@@ -11,6 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data import Batch, context_length
 from ..errors import LayerPruneError
 from ..forward.lm_head import ChunkedLMHead
+from ..surgery.decoder import text_config
+from ..surgery.peft import base_of
+
+
+PACKING = ("eager", "sdpa")  # attention that takes a mask for each pair of tokens
 
 
 @dataclass(frozen=True)
@@ -333,7 +338,14 @@ def _choices(
 
 
 def _can_pack(reader: ChunkedLMHead, question: _Encoded) -> bool:
-    """Returns whether the model gives the same states for a question in one row as for each choice alone."""
+    """Returns whether the model gives the same states for a question in one row as for each choice alone.
+
+    Other kinds of attention than [`PACKING`] take no such mask: FlashAttention reads it as lengths, which on
+    a GPU ends the process.
+    """
+    # transformers has no public name for the attention that a model uses.
+    if text_config(base_of(reader.model).config)._attn_implementation not in PACKING:
+        return False
     found = []
     for build in (_packed, _in_rows):
         batch = build([question], reader.model)
