@@ -16,6 +16,7 @@ from transformers.utils import cached_file
 
 from ..checkpoints.loading import load_model, load_tokenizer
 from ..errors import LayerPruneError, one_line
+from ..forward.token_losses import sum_dtype
 from ..surgery.decoder import check_next_token, find_decoder, is_sharded
 from ..surgery.lineage import Lineage, get_lineage
 from ..surgery.peft import check_adapter_type, keep_base_known
@@ -316,8 +317,10 @@ def add_adapters(model: PreTrainedModel, peft_config: Any) -> Any:
 
 def _fingerprint(parameter: torch.Tensor) -> tuple[int, float]:
     """Returns values that differ after a change of the parameter: its address and its sum."""
-    total = 0.0 if parameter.is_meta else float(parameter.detach().sum(dtype=torch.float64).nan_to_num())
-    return parameter.data_ptr(), total
+    if parameter.is_meta:
+        return parameter.data_ptr(), 0.0
+    total = parameter.detach().sum(dtype=sum_dtype(parameter.device))
+    return parameter.data_ptr(), float(total.nan_to_num())
 
 
 def _check(
