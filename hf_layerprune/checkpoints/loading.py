@@ -65,7 +65,7 @@ def load_model(name: str, **options: Any) -> PreTrainedModel:
             weights do not fit its config.
     """
     trust = options.get("trust_remote_code", False)
-    config, cls = load_class(name, trust)
+    config, cls = load_class(name, trust, options.get("gguf_file"))
     # Report tensors of another shape like missing ones, without a traceback.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if not issubclass(cls, PreTrainedModel):
@@ -115,12 +115,15 @@ def stored_dtype(name: str, trust_remote_code: bool = False) -> torch.dtype:
         return _load(cls, name, "model", dtype="auto", device_map="meta", **trust).dtype
 
 
-def load_class(name: str, trust_remote_code: bool = False) -> tuple[PreTrainedConfig, Any]:
+def load_class(
+    name: str, trust_remote_code: bool = False, gguf_file: str | None = None
+) -> tuple[PreTrainedConfig, Any]:
     """Reads the config of a model and finds the class that its `architectures` name, without weights.
 
     Args:
         name (`str`): folder or hub id of the model.
         trust_remote_code (`bool`, *optional*, defaults to `False`): whether code of the model may run.
+        gguf_file (`str`, *optional*): the GGUF file there that holds the model.
 
     Returns:
         `tuple[PreTrainedConfig, type]`: the config and the class. It is an auto class if the model comes with
@@ -129,7 +132,8 @@ def load_class(name: str, trust_remote_code: bool = False) -> tuple[PreTrainedCo
     Raises:
         LayerPruneError: there is no config, or the kind of the model is not supported.
     """
-    config = _load(AutoConfig, name, "model", trust_remote_code=trust_remote_code)
+    options = {} if gguf_file is None else {"gguf_file": gguf_file}
+    config = _load(AutoConfig, name, "model", trust_remote_code=trust_remote_code, **options)
     names = getattr(config, "architectures", None)
     named = names[0] if isinstance(names, (list, tuple)) and names and isinstance(names[0], str) else ""
     cls: Any = getattr(transformers, named, None) if named else None
@@ -151,13 +155,15 @@ def _is_for(cls: Any, config: PreTrainedConfig) -> bool:
     return isinstance(cls.config_class, type) and isinstance(config, cls.config_class)
 
 
-def load_meta_model(name: str, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_meta_model(
+    name: str, trust_remote_code: bool = False, gguf_file: str | None = None
+) -> PreTrainedModel:
     """Returns a model on the meta device, without weights, built from its config alone.
 
     Raises:
         LayerPruneError: there is no config, or no supported model can be built from it.
     """
-    config, cls = load_class(name, trust_remote_code)
+    config, cls = load_class(name, trust_remote_code, gguf_file)
     try:
         with torch.device("meta"):
             if issubclass(cls, PreTrainedModel):
@@ -169,13 +175,16 @@ def load_meta_model(name: str, trust_remote_code: bool = False) -> PreTrainedMod
         ) from error
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a model from a folder or a hub id.
+def load_tokenizer(
+    name: str, trust_remote_code: bool = False, gguf_file: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a model from a folder or a hub id, or from a GGUF file there.
 
     Raises:
         LayerPruneError: there is none, or it cannot be reached.
     """
-    return _load(AutoTokenizer, name, "tokenizer", trust_remote_code=trust_remote_code)
+    options = {} if gguf_file is None else {"gguf_file": gguf_file}
+    return _load(AutoTokenizer, name, "tokenizer", trust_remote_code=trust_remote_code, **options)
 
 
 def copy_companions(name: str, folder: str | Path) -> list[str]:
@@ -333,7 +342,13 @@ def _load(auto_class: Any, name: str, what: str, **options: Any) -> Any:
             f"{name} holds adapters of PEFT and no model: merge them into their base (merge_and_unload), "
             "save that with save_pretrained, and give its folder."
         )
-    if path.exists() and not (path / "config.json").is_file():
+    gguf_file = options.get("gguf_file")
+    if path.exists() and gguf_file is not None:
+        if not (path / gguf_file).is_file():
+            raise LayerPruneError(
+                f"gguf_file is {gguf_file}, but {name} has no such file. Give the name of a file there."
+            )
+    elif path.exists() and not (path / "config.json").is_file():
         raise LayerPruneError(f"{name} is not a folder with a model: it has no config.json.")
     try:
         return auto_class.from_pretrained(name, **options)

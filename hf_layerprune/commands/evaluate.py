@@ -99,7 +99,7 @@ class _Measurement:
         self.tokenizers: dict[str, Any] = {}
         self.sequences: dict[str, Any] = {}
         for name in names:
-            config, self.tokenizers[name] = check_model(name, source.trust_remote_code, "evaluate")
+            config, self.tokenizers[name] = check_model(name, source, "evaluate")
             if data:
                 limit = output.max_sequences
                 self.sequences[name] = make_sequences(
@@ -114,7 +114,7 @@ class _Measurement:
         from ..scoring.score import fingerprint
 
         output, tokenizer = self.output, self.tokenizers[name]
-        model = load_on_device(name, self.source.trust_remote_code, output.dtype)
+        model = load_on_device(name, self.source)
         batches = make_batches(self.sequences[name], 4) if name in self.sequences else []
         settings = [output.lm_eval, output.limit, output.tasks, self.questions]
         mark = fingerprint([model], batches, settings)

@@ -179,13 +179,6 @@ class EvaluateArguments:
     lm_eval: bool = field(
         default=False, metadata={"help": "Read the tasks through lm-eval, which knows many more."}
     )
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "Precision to measure in. Default: of each model as it is stored.",
-            "choices": ["auto", "float32", "bfloat16", "float16"],
-        },
-    )
     json: str | None = field(
         default=None,
         metadata={

@@ -1,5 +1,6 @@
 """Commands that look at layers, and remove them without training: inspect, score, prune, phases."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ def inspect(arguments: list[str]) -> None:
     from ..surgery.inspection import inspect_layers
 
     check_folder_of(output.json)
-    found = inspect_layers(load_meta_model(name, source.trust_remote_code))
+    found = inspect_layers(load_meta_model(name, source.trust_remote_code, source.gguf_file))
     rows = [["layer", "original", "kind", "parameters", "can go"]]
     for layer in found.layers:
         parameters = f"{layer.parameters / 1e6:.2f}M"
@@ -51,13 +52,13 @@ def score(arguments: list[str]) -> None:
     check_folder_of(output.json)
     is_table = output.compare is not None and output.compare.endswith(".json")
     other = read_table(output.compare) if is_table else None
-    config, tokenizer = check_model(name, source.trust_remote_code, "score", scoring.criterion)
+    config, tokenizer = check_model(name, source, "score", scoring.criterion)
     sources = [data.sources] if is_table or not output.compare else [data.sources, output.compare]
     sequences = [
         make_sequences(one, text, sequence, config, tokenizer, sample.calibration_sequences)
         for one in sources
     ]
-    model = load_on_device(name, source.trust_remote_code)
+    model = load_on_device(name, source)
 
     def table_of(sequences: Any, journal: str | None = None) -> Any:
         settings = scoring_settings(scoring) | {"protected": scoring.protected, "journal": journal}
@@ -112,11 +113,11 @@ def prune(arguments: list[str]) -> None:
     from ..surgery.decoder import predicts_next_token
 
     check_folder_is_free(output.output_dir)
-    config, tokenizer = check_model(name, source.trust_remote_code, "prune", removal.criterion)
+    config, tokenizer = check_model(name, source, "prune", removal.criterion)
     sizes = sample.calibration_sequences, sample.heldout_sequences
     sequences = make_sequences(data.sources, text, sequence, config, tokenizer, sum(sizes))
     calibration, heldout, _ = split_sequences(sequences, *sizes)
-    model = load_on_device(name, source.trust_remote_code)
+    model = load_on_device(name, source)
     record = prune_layers(
         model,
         removal,
@@ -145,15 +146,18 @@ def phases(arguments: list[str]) -> None:
     from ..data.sequences import split_sequences
     from ..evaluation.evaluate import HeldOutText
     from ..pruning.command_phases import run_phases
-    from ..recipes.inputs import check_model, load_on_device, make_sequences
+    from ..recipes.inputs import check_loading_for_training, check_model, load_on_device, make_sequences
 
-    config, tokenizer = check_model(name, source.trust_remote_code, "phases")
+    check_loading_for_training(replace(source, device_map=None))
+    config, tokenizer = check_model(name, source, "phases")
     sizes = sample.calibration_sequences, sample.heldout_sequences
     sequences = make_sequences(data.sources, text, sequence, config, tokenizer, sum(sizes))
     calibration, heldout, _ = split_sequences(sequences, *sizes)
 
+    written = replace(source, gguf_file=None)  # what a phase writes is no GGUF file
+
     def load(folder: str | None) -> Any:
-        return load_on_device(folder or name, source.trust_remote_code)
+        return load_on_device(folder or name, source if folder is None else written)
 
     record = run_phases(
         load,
@@ -164,7 +168,9 @@ def phases(arguments: list[str]) -> None:
         evaluation=HeldOutText(heldout),
     )
     last = Path(output.output_dir) / f"phase_{len(record.phases)}" / "healed"
-    settings = {"legacy_rope": output.legacy_rope, "dtype": stored_dtype(name, source.trust_remote_code)}
+    settings: dict[str, Any] = {"legacy_rope": output.legacy_rope}
+    if source.gguf_file is None:
+        settings["dtype"] = stored_dtype(name, source.trust_remote_code)
     save_model(load(str(last)), output.output_dir, verify=output.verify_save, **settings)
     finish(name, tokenizer, record.to_dict(), output.output_dir)
     print(f"\nSaved in {output.output_dir}; what each phase left is in its folder there.")

@@ -19,9 +19,9 @@ def cache_teacher(arguments: list[str]) -> None:
     from ..distillation.teacher_cache import CachedTeacherLogits, cache_teacher_logits
     from ..recipes.inputs import check_model, load_on_device, make_sequences
 
-    config, tokenizer = check_model(name, source.trust_remote_code, "cache-teacher")
+    config, tokenizer = check_model(name, source, "cache-teacher")
     batches = make_batches(make_sequences(data.sources, text, sequence, config, tokenizer), output.batch_size)
-    model = load_on_device(name, source.trust_remote_code)
+    model = load_on_device(name, source)
     settings = {"temperature": output.temperature, "hidden_layers": output.hidden_layers}
     cache_teacher_logits(model, batches, output.output_dir, output.top_k, **settings)
     size = sum(file.stat().st_size for file in Path(output.output_dir).iterdir()) / 2**20
@@ -47,10 +47,17 @@ def distill(arguments: list[str]) -> None:
         DistillationTrainingArguments,
     ]
     parsed = parse(distill, arguments, kinds)
+    from ..recipes.inputs import precision_of_training
+
+    precision = precision_of_training(parse_given(distill, arguments, kinds, model=True))
+    if precision:
+        words = [word for setting, value in precision.items() for word in (f"--{setting}", str(value))]
+        parsed = parse(distill, [*arguments, *words], kinds)
     name, source, data, text, sample, teacher, resuming, pruning, args = parsed
     from ..checkpoints.loading import copy_companions
     from ..evaluation.evaluate import HeldOutText
     from ..recipes.inputs import (
+        check_loading_for_training,
         check_model,
         check_reporters,
         check_text_is_left,
@@ -63,16 +70,17 @@ def distill(arguments: list[str]) -> None:
 
     resume = resuming.resume or args.resume_from_checkpoint == "True" or args.resume_from_checkpoint
     trust = source.trust_remote_code
+    check_loading_for_training(source, all_weights=teacher.lora_rank is None)
     check_reporters(args.report_to)
     if not resume:
         check_folder_is_free(args.output_dir, resume="--resume")
-    keep_stored_dtype(args, name, trust)
-    config, tokenizer = check_model(name, trust, "distill")
+    keep_stored_dtype(args, name, source)
+    config, tokenizer = check_model(name, source, "distill")
     calibration, heldout, train = split_text(
         data.sources, text, args, sample, config, tokenizer, args.max_steps
     )
     check_text_is_left(train, sample)
-    model = load_on_device(name, trust, dtype="float32")
+    model = load_on_device(name, source, dtype="float32")
     evaluation = HeldOutText(heldout, args.per_device_eval_batch_size)
     callback = pruning_callback(pruning, calibration=calibration, evaluation=evaluation)
     trainer = _make_trainer(

@@ -1,5 +1,6 @@
 """Checks before training: arguments, the teacher's logits and hidden states, and the data."""
 
+import logging
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -18,6 +19,9 @@ from ..surgery.peft import adapter_configs
 from .arguments import DistillationTrainingArguments, check_processes_joined
 from .teacher import TeacherLayers
 from .teacher_cache import CachedTeacherLogits
+
+
+logger = logging.getLogger(__name__)
 
 
 def check_arguments(args: Any, unused: dict[str, Any]) -> None:
@@ -64,6 +68,35 @@ def check_student(model: Any, args: DistillationTrainingArguments) -> None:
         check_next_token(model, "DistillationTrainer")
     if adapter_configs(model):
         raise LayerPruneError("Give the model without its adapters, and these as peft_config=.")
+
+
+STOCHASTIC = ("adamw_torch_4bit", "adamw_torch_8bit")  # which may round up or down by chance
+
+
+def check_trained_dtype(trainer: Any, model: Any) -> None:
+    """Checks that small updates change the trained weights. Warns of bfloat16 weights, in which a plain
+    optimizer rounds most of them away. FSDP and DeepSpeed keep float32 weights themselves.
+
+    Raises:
+        LayerPruneError: float16 weights are trained in float16, which the Trainer refuses in the first step.
+    """
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
+    if trainer.args.fp16 and torch.float16 in dtypes:
+        raise LayerPruneError(
+            "The trained weights are float16, and fp16 is True, which needs float32 weights. Load the model "
+            "with dtype=torch.float32."
+        )
+    halves = dtypes & {torch.bfloat16, torch.float16}
+    is_plain = trainer.optimizer is None and trainer.args.optim not in STOCHASTIC
+    if not halves or not is_plain or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        return
+    logger.warning(
+        "The trained weights are %s, in which %s rounds most small updates away: at a learning rate of 1e-5, "
+        "15 %% of the weights ever change. Load the model with dtype=torch.float32 and set bf16=True, or use "
+        "FSDP2, or set optim='adamw_torch_8bit' with optim_args='bf16_stochastic_round=True' (torchao).",
+        str(halves.pop()).removeprefix("torch."),
+        str(getattr(trainer.args.optim, "value", trainer.args.optim)),
+    )
 
 
 def check_teacher(

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..data.targets import Batch
-from ..forward.hooks import captured, replayed, undisturbed
+from ..forward.hooks import captured, hidden, recomputes_activations, replayed, undisturbed
 from ..forward.lm_head import ChunkedLMHead
 from ..surgery.peft import base_of
 from .compiled_layers import CompiledLayers
@@ -69,6 +69,8 @@ class ForwardPass:
             for layer in range(shared_layers)
         ]
         model: Any = self._student.model
+        if shared_outputs and recomputes_activations(model):
+            shared_outputs[-1] = _with_gradient(shared_outputs[-1])
         with (
             captured(model, [layer for layer, _ in layer_pairs]) as layers,
             self._compiled.running(model),
@@ -84,3 +86,10 @@ class ForwardPass:
         with torch.no_grad(), captured(model, layers) as states, self._compiled.running(model):
             last = self._teacher.states(inputs)
         return ModelOutputs(self._teacher, last, states)
+
+
+def _with_gradient(output: Any) -> Any:
+    """Returns the output of a layer with a hidden state that requires gradient. Reentrant checkpoints give no
+    gradients to the parameters of a layer if its input requires none."""
+    state = hidden(output).detach().requires_grad_()
+    return (state, *output[1:]) if isinstance(output, (tuple, list)) else state

@@ -1,13 +1,12 @@
 """The first layers that are the same in student and teacher, so that they run once for both."""
 
 import logging
-from itertools import takewhile
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from ..forward.hooks import can_replay, captured, hidden, undisturbed
+from ..forward.hooks import activations_kept, can_replay, captured, hidden, undisturbed
 from ..forward.lm_head import balances_routers
 from ..surgery.decoder import find_decoder, is_sharded
 from ..surgery.lineage import get_lineage
@@ -38,13 +37,17 @@ class SharedPrefix:
         if parameters == self._parameters:
             return
         self._parameters = parameters
-        # The balancing loss of routers reads all layers.
-        if (
-            isinstance(self._teacher, PreTrainedModel)
-            and not is_sharded(student)
-            and not balances_routers(student)
-        ):
-            self.length = shared_prefix(student, self._teacher, input_ids)
+        self.length = 0
+        if not isinstance(self._teacher, PreTrainedModel):
+            return
+        if is_sharded(student) or balances_routers(student):
+            _log_nothing_shared(
+                "the student's weights are sharded"
+                if is_sharded(student)
+                else "the balancing loss of routers reads all layers"
+            )
+            return
+        self.length = shared_prefix(student, self._teacher, input_ids)
         if self.length:
             logger.info(
                 "The first %d of %d layers run once for teacher and student, and without gradient.",
@@ -63,30 +66,75 @@ def shared_prefix(student: Any, teacher: Any, input_ids: torch.Tensor) -> int:
         student, teacher (`PreTrainedModel`): the models; the student's mode is that of training.
         input_ids (`torch.Tensor`): `(batch, length)`, some tokens.
     """
-    if all(parameter.requires_grad for parameter in student.parameters()):
+    trained = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
+    if len(trained) == len(list(student.parameters())):
         return 0
     input_ids = input_ids[:1, :8]
     student_layers, teacher_layers = (find_decoder(base_of(model)).layers for model in (student, teacher))
     layers = range(min(len(student_layers), len(teacher_layers)) - 1)
-    with torch.random.fork_rng(), captured(student, layers) as student_outputs:
+    with torch.random.fork_rng(), activations_kept(student), captured(student, layers) as student_outputs:
         student(input_ids=input_ids, use_cache=False)
     with torch.no_grad(), captured(teacher, layers) as teacher_outputs:
         teacher(input_ids=input_ids, use_cache=False)
 
-    def is_shared(layer: int) -> bool:
-        return (
-            layer in student_outputs
-            and not hidden(student_outputs[layer][1]).requires_grad
-            and torch.equal(hidden(student_outputs[layer][1]), hidden(teacher_outputs[layer][1]))
-            and _same_tensors(student_layers[layer].state_dict(), teacher_layers[layer].state_dict())
-        )
+    def difference(layer: int) -> str | None:
+        """Returns why a layer cannot be shared, None if it can."""
+        if layer not in student_outputs:
+            return f"layer {layer} did not run"
+        if any(id(parameter) in trained for parameter in student_layers[layer].parameters()):
+            return f"layer {layer} is trained"
+        outputs = hidden(student_outputs[layer][1]), hidden(teacher_outputs[layer][1])
+        if _depends_on(outputs[0], trained):
+            return "an embedding is trained"
+        if outputs[0].dtype != outputs[1].dtype:
+            return f"the student's hidden states are {outputs[0].dtype}, the teacher's {outputs[1].dtype}"
+        if not _same_tensors(student_layers[layer].state_dict(), teacher_layers[layer].state_dict()):
+            return f"the weights of layer {layer} differ"
+        return None if torch.equal(*outputs) else f"the outputs of layer {layer} differ"
 
-    count = len(list(takewhile(is_shared, layers)))
-    body: Any = base_of(teacher).base_model
-    if not count or not _same_tensors(_frozen_outside_layers(student), body.state_dict()):
+    count, reason = 0, None if layers else "a model has a single layer"
+    for reason in map(difference, layers):
+        if reason is not None:
+            break
+        count += 1
+    if count:
+        reason = _obstacle(student, teacher, input_ids, count)
+    if reason is not None:
+        _log_nothing_shared(reason)
         return 0
+    return count
+
+
+def _obstacle(student: Any, teacher: Any, input_ids: torch.Tensor, count: int) -> str | None:
+    """Returns why the student cannot go on from the outputs of `count` equal layers, None if it can."""
+    body: Any = base_of(teacher).base_model
+    if not _same_tensors(_frozen_outside_layers(student), body.state_dict()):
+        return "the embeddings, or other weights outside the layers, differ"
     with undisturbed(student):
-        return count if can_replay(student, input_ids, count) else 0
+        if not can_replay(student, input_ids, count):
+            return "a layer reads more than the output of the layer before it"
+    return None
+
+
+def _log_nothing_shared(reason: str) -> None:
+    logger.info("No layer runs once for teacher and student: %s.", reason)
+
+
+def _depends_on(tensor: torch.Tensor, parameters: set[int]) -> bool:
+    """Returns whether the gradient of `tensor` reaches one of these parameters, given by `id`.
+
+    `requires_grad` does not say so: activation checkpointing sets it on frozen embeddings.
+    """
+    nodes, seen = [tensor.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in parameters:
+            return True
+        nodes += [following for following, _ in node.next_functions]
+    return False
 
 
 def _frozen_outside_layers(model: Any) -> dict[str, torch.Tensor]:
@@ -99,5 +147,8 @@ def _frozen_outside_layers(model: Any) -> dict[str, torch.Tensor]:
 
 
 def _same_tensors(tensors: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> bool:
-    """Returns whether `reference` has all `tensors`, by name and value."""
-    return all(name in reference and torch.equal(value, reference[name]) for name, value in tensors.items())
+    """Returns whether `reference` has all `tensors`, by name and by value in the dtype of `reference`."""
+    return all(
+        name in reference and torch.equal(value.to(reference[name].dtype), reference[name])
+        for name, value in tensors.items()
+    )

@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import cached_file
 
 from ..checkpoints.loading import load_model, load_tokenizer
 from ..errors import LayerPruneError, one_line
+from ..forward.token_losses import sum_dtype
 from ..surgery.decoder import check_next_token, find_decoder, is_sharded
 from ..surgery.lineage import Lineage, get_lineage
 from ..surgery.peft import check_adapter_type, keep_base_known
@@ -22,6 +26,7 @@ from .teacher_cache import HEAD, CachedTeacherLogits
 
 logger = logging.getLogger(__name__)
 
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 DIFFERENT_TOKENS = 0.01  # from this share of different tokens on, a tokenizer is another one
 
 
@@ -119,6 +124,31 @@ def make_teacher(
     _check(config.vocab_size, config.hidden_size, get_lineage(teacher), student, hidden_states, tokens)
     check_tokens(teacher, student, tokenizer, trust_remote_code)
     return teacher.eval().requires_grad_(False)
+
+
+def hold_in_autocast_dtype(teacher: PreTrainedModel | CachedTeacherLogits, accelerator: Accelerator) -> None:
+    """Casts, in place, the float32 weights that autocast would cast in every forward pass.
+
+    These are the weights of linear layers that no other kind of module reads. Embeddings, norms, and experts
+    in one tensor stay in float32. The outputs under autocast stay the same to the bit. Without 16-bit
+    autocast nothing is cast.
+    """
+    dtype = AUTOCAST_DTYPES.get(accelerator.mixed_precision)
+    if not isinstance(teacher, PreTrainedModel) or not accelerator.native_amp or dtype is None:
+        return
+    others = {
+        id(parameter)
+        for module in teacher.modules()
+        if not _is_linear(module)
+        for parameter in module.parameters(recurse=False)
+    }
+    for parameter in teacher.parameters():
+        if id(parameter) not in others and parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 def check_tokens(
@@ -287,8 +317,10 @@ def add_adapters(model: PreTrainedModel, peft_config: Any) -> Any:
 
 def _fingerprint(parameter: torch.Tensor) -> tuple[int, float]:
     """Returns values that differ after a change of the parameter: its address and its sum."""
-    total = 0.0 if parameter.is_meta else float(parameter.detach().sum(dtype=torch.float64).nan_to_num())
-    return parameter.data_ptr(), total
+    if parameter.is_meta:
+        return parameter.data_ptr(), 0.0
+    total = parameter.detach().sum(dtype=sum_dtype(parameter.device))
+    return parameter.data_ptr(), float(total.nan_to_num())
 
 
 def _check(

@@ -47,6 +47,7 @@ from .checks import (
     check_some_token_counts,
     check_student,
     check_teacher,
+    check_trained_dtype,
 )
 from .compiled_layers import CompiledLayers
 from .distributed import count_distinct_rows, reinitialize_ddp
@@ -56,7 +57,13 @@ from .loss_log import LossLog, warn_of_dominating_hidden_loss, warn_of_evaluatio
 from .objective import distillation_loss
 from .resuming import check_teacher_is_original, find_checkpoint, load_weights
 from .shared_prefix import SharedPrefix
-from .teacher import add_adapters, describe_teacher, find_tokenizer, make_teacher
+from .teacher import (
+    add_adapters,
+    describe_teacher,
+    find_tokenizer,
+    hold_in_autocast_dtype,
+    make_teacher,
+)
 from .trainable import TrainedParameters, forget_parameters
 from .trainer_saving import (
     checked_saving,
@@ -89,7 +96,8 @@ class DistillationTrainer(Trainer):
         args ([`DistillationTrainingArguments`], *optional*): settings.
         teacher_model (`PreTrainedModel` or `str`, *optional*): a model, a folder (also of
             [`cache_teacher_logits`]) or a hub id. Default: a frozen copy of `model`; with `peft_config` one
-            that shares its weights.
+            that shares its weights. Under 16-bit mixed precision a copy or a loaded teacher holds the weights
+            of its linear layers in 16 bits, in which autocast uses them.
         peft_config (`PeftConfig`, *optional*): train these PEFT adapters instead of the model's weights.
         trust_remote_code (`bool`, *optional*, defaults to `False`): run the code that comes with `model` and
             `teacher_model` if these are folders or hub ids.
@@ -150,7 +158,6 @@ class DistillationTrainer(Trainer):
         )
         self._copied_teacher = teacher_model is None
         self._teacher_layers = check_teacher(teacher, args)
-        logger.info("Teacher: %s.", describe_teacher(teacher, student))
         # The Trainer switches the cache off in the config.
         self._use_cache = getattr(student.config, "use_cache", None) or student.generation_config.use_cache
         trained = student if peft_config is None else add_adapters(student, peft_config)
@@ -174,6 +181,7 @@ class DistillationTrainer(Trainer):
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
+        check_trained_dtype(self, trained)
         self.add_callback(_ConfigCheck)
         self._hand_over()
         student.add_model_tags(["hf_layerprune", "knowledge-distillation"])
@@ -181,6 +189,9 @@ class DistillationTrainer(Trainer):
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
         # The teacher is never part of self.model, which is trained, saved and broadcast.
         self.teacher: Any = teacher
+        if teacher is not teacher_model and not shares_weights:
+            hold_in_autocast_dtype(teacher, self.accelerator)
+        logger.info("Teacher: %s.", describe_teacher(teacher, student))
         if isinstance(teacher, PreTrainedModel):
             # Under FSDP accelerate leaves a model where it is by default. A quantised one must stay there.
             place = None if getattr(teacher, "is_quantized", False) else True

@@ -209,8 +209,8 @@ def copying(model: PreTrainedModel, batches: Iterable[Batch], given: int = 8) ->
             states = reader.states({"input_ids": twice})[:, length + given - 1 : -1]
             predicted = torch.cat([logits.argmax(-1) for logits in reader.rows(states.flatten(0, 1))])
             right = predicted.view(len(ids), -1) == twice[:, length + given :]
-            copied += right.long().cumprod(1).double().mean(1).tolist()
-            correct += right.double().mean(1).tolist()
+            copied += right.long().cumprod(1).cpu().double().mean(1).tolist()
+            correct += right.cpu().double().mean(1).tolist()
     if not copied:
         raise LayerPruneError("There is no passage to copy. Give at least one row of tokens.")
     mean, error = mean_and_error(copied)

@@ -12,6 +12,12 @@ from ..data.sequences import context_length
 from ..data.targets import Batch
 from ..errors import LayerPruneError
 from ..forward.lm_head import ChunkedLMHead
+from ..forward.token_losses import sum_dtype
+from ..surgery.decoder import text_config
+from ..surgery.peft import base_of
+
+
+PACKING = ("eager", "sdpa")  # attention that takes a mask for each pair of tokens
 
 
 @dataclass(frozen=True)
@@ -221,15 +227,16 @@ def _right(likelihoods: torch.Tensor, greedy: torch.Tensor, batch: Choices) -> t
 
 
 def log_likelihoods(reader: ChunkedLMHead, batch: Choices) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the log-likelihood of each choice in nats, `(choices,)`, float64, and whether greedy decoding
+    """Returns the log-likelihood of each choice in nats, `(choices,)`, and whether greedy decoding
     gives it, `(choices,)`."""
     row, place = batch.places
     logits = reader.rows(reader.states(batch.inputs)[row, place])
+    dtype = sum_dtype(row.device)
     found, missed = [], []
     for few, said in zip(logits, batch.targets.split(reader.rows_at_once), strict=True):
-        found.append(few.float().log_softmax(-1).gather(-1, said[:, None])[:, 0].double())
+        found.append(few.float().log_softmax(-1).gather(-1, said[:, None])[:, 0].to(dtype))
         missed.append(few.argmax(-1) != said)
-    sums = torch.zeros(sum(map(len, batch.lengths)), dtype=torch.float64, device=row.device)
+    sums = torch.zeros(sum(map(len, batch.lengths)), dtype=dtype, device=row.device)
     misses = torch.zeros_like(sums, dtype=torch.long).index_add_(0, batch.owners, torch.cat(missed).long())
     return sums.index_add_(0, batch.owners, torch.cat(found)), misses == 0
 
@@ -328,13 +335,20 @@ def _choices(
         torch.tensor(places, device=device).T,
         torch.tensor(targets, device=device),
         torch.tensor(owners, device=device),
-        [torch.tensor(q.lengths, dtype=torch.float64, device=device) for q in questions],
+        [torch.tensor(q.lengths, dtype=sum_dtype(device), device=device) for q in questions],
         [q.answer for q in questions],
     )
 
 
 def _can_pack(reader: ChunkedLMHead, question: _Encoded) -> bool:
-    """Returns whether the model gives the same states for a question in one row as for each choice alone."""
+    """Returns whether the model gives the same states for a question in one row as for each choice alone.
+
+    Other kinds of attention than [`PACKING`] take no such mask: FlashAttention reads it as lengths, which on
+    a GPU ends the process.
+    """
+    # transformers has no public name for the attention that a model uses.
+    if text_config(base_of(reader.model).config)._attn_implementation not in PACKING:
+        return False
     found = []
     for build in (_packed, _in_rows):
         batch = build([question], reader.model)

@@ -40,6 +40,24 @@ def undisturbed(model: PreTrainedModel) -> Iterator[None]:
         np.random.set_state(states[1])
 
 
+def recomputes_activations(model: nn.Module) -> bool:
+    """Returns whether activation checkpointing is on in `model`."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+@contextmanager
+def activations_kept(model: nn.Module) -> Iterator[None]:
+    """Within this context activation checkpointing is off in `model`."""
+    modules: list[Any] = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    for module in modules:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True
+
+
 @contextmanager
 def captured(model: Any, layers: Iterable[int]) -> Iterator[dict[int, tuple[Any, Any]]]:
     """Within this context a forward pass of `model` fills the dict with the first input and the output of

@@ -15,7 +15,7 @@ from ..errors import LayerPruneError
 from ..surgery.decoder import describe_class, is_sharded, predicts_next_token, text_config
 from ..surgery.peft import base_of
 from .hooks import cache_off, running
-from .token_losses import joined, logit_spread, sum_by_unit
+from .token_losses import joined, logit_spread, sum_by_unit, sum_dtype
 
 
 LOGITS_PER_CHUNK = 2**25  # logits computed at once
@@ -230,13 +230,13 @@ class _StandingStill:
 
 
 def unit_losses(lm_head: ChunkedLMHead, batch: Batch) -> torch.Tensor:
-    """Returns the next-token loss of each [`UNIT`] of the batch, in nats, `(units,)`, float64."""
+    """Returns the next-token loss of each [`UNIT`] of the batch, in nats, `(units,)`, see [`sum_dtype`]."""
     mask, tokens = targets_of(batch)
     logits = lm_head.rows(lm_head.states(batch)[:, :-1][mask])
     targets = tokens[:, 1:][mask].split(lm_head.rows_at_once)
     # Without positions there is one empty part of targets, and none of logits.
     losses = [
-        F.cross_entropy(rows.float(), tokens_after.long(), reduction="none").double()
+        F.cross_entropy(rows.float(), tokens_after.long(), reduction="none").to(sum_dtype(mask.device))
         for rows, tokens_after in zip(logits, targets, strict=bool(len(targets[0])))
     ]
     return sum_by_unit(mask, joined(losses, mask))

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 UNIT = 64  # tokens of a sequence whose sum is one observation, for standard errors and racing
 LOWEST = -1e4
+WITHOUT_FLOAT64 = ("mps",)
 DIVERGENCES = ("kl", "reverse_kl", "jsd")
 HIDDEN_ERRORS = ("mse", "normalized_mse", "cosine")
 # Logits below this are no predictions, but masks of tokens that can never be said: -inf, or the smallest
@@ -13,17 +14,27 @@ HIDDEN_ERRORS = ("mse", "normalized_mse", "cosine")
 MASKED = -1e30
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Returns the dtype of sums on a device: float64, or float32 on Apple GPUs, which have no float64."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Returns the device to compute in float64 for a model on `device`: the CPU for an Apple GPU."""
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
+
+
 def sum_by_unit(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Returns the sum over each unit of the values at the positions in `mask` `(batch, places)`."""
     units = -(-mask.shape[1] // UNIT)
     row, place = mask.nonzero(as_tuple=True)
-    sums = torch.zeros(len(mask) * units, dtype=torch.float64, device=mask.device)
-    return sums.index_add_(0, row * units + place // UNIT, values)
+    sums = torch.zeros(len(mask) * units, dtype=sum_dtype(mask.device), device=mask.device)
+    return sums.index_add_(0, row * units + place // UNIT, values.to(sums.dtype))
 
 
 def joined(parts: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
     """Returns the values of all parts; there may be none."""
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=mask.device)
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=sum_dtype(mask.device), device=mask.device)
 
 
 def logit_spread(logits: torch.Tensor) -> float:

@@ -12,7 +12,7 @@ from ..data.batches import iterate_batches
 from ..data.targets import Batch, token_mask
 from ..errors import LayerPruneError
 from ..forward.hooks import captured, hidden, undisturbed
-from ..forward.token_losses import logit_spread
+from ..forward.token_losses import float64_device, logit_spread
 from ..surgery.decoder import find_decoder
 from ..surgery.removal import check_layers, remove_layers, without_layers
 
@@ -120,7 +120,8 @@ def replace_by_linear_map(
         raise LayerPruneError(f"A linear map cannot be multiplied into a {type(output).__name__}.")
     width: int = output.weight.shape[0 if isinstance(output, nn.Linear) else 1]
     # Of each half of the text.
-    grams, crosses = torch.zeros((2, 2, width, width), dtype=torch.float64, device=model.device)
+    device = float64_device(model.device)
+    grams, crosses = torch.zeros((2, 2, width, width), dtype=torch.float64, device=device)
     said: list[torch.Tensor] = []
     handle = part.register_forward_hook(lambda module, args, found: said.append(hidden(found)))
     batch: Batch = {}
@@ -183,22 +184,23 @@ def _around(
     """Of the tokens that count, `(tokens, hidden)` in float64: what the feed-forward part before a block
     gives, the rest of that layer's output, and the block's output."""
     inputs = {name: value.to(model.device) for name, value in batch.items()}
+    device = float64_device(model.device)
     real = token_mask(inputs["input_ids"], None, inputs.get("attention_mask"))
     said.clear()
     with captured(model, [first - 1, first + count - 1]) as states:
         model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False)
     parts = [said[0], hidden(states[first - 1][1]), hidden(states[first + count - 1][1])]
-    gave, out, wanted = (part[:, :-1][real].double() for part in parts)
+    gave, out, wanted = (part[:, :-1][real].to(device).double() for part in parts)
     return gave, out - gave, wanted
 
 
 def _multiply(output: Any, by: torch.Tensor) -> None:
     """Let `output` give what it gave times a matrix `(hidden, hidden)`, in place."""
-    weight = output.weight.double()
+    weight = output.weight.to(by.device).double()
     weight = by.T @ weight if isinstance(output, nn.Linear) else weight @ by
-    output.weight.copy_(weight)
+    output.weight.copy_(weight.to(output.weight.dtype))
     if output.bias is not None:
-        output.bias.copy_(output.bias.double() @ by)
+        output.bias.copy_((output.bias.to(by.device).double() @ by).to(output.bias.dtype))
 
 
 def _feed_forward_only(model: PreTrainedModel, layer: int, kind: str) -> list[nn.Parameter]:

@@ -1,6 +1,8 @@
-"""Settings of model and text, for recipes and commands. Imports nothing, so that --help is quick."""
+"""Settings of model and text, for recipes and commands. Imports next to nothing, so that --help is quick."""
 
 from dataclasses import dataclass, field
+
+from ..errors import LayerPruneError
 
 
 DATA_HELP = (
@@ -11,12 +13,59 @@ DATA_HELP = (
 
 @dataclass
 class ModelArguments:
-    """How a model is loaded."""
+    """How a model is loaded.
+
+    Raises:
+        LayerPruneError: two settings exclude each other.
+    """
 
     trust_remote_code: bool = field(
         default=False,
         metadata={"help": "Run the code that comes with model and teacher. It can do anything."},
     )
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Dtype of the loaded weights. Default: float32 for training, else the stored dtype.",
+            "choices": ["auto", "bfloat16", "float32", "float16"],
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "Attention, as sdpa, eager or flash_attention_2. Default: the choice of transformers."
+        },
+    )
+    device_map: str | None = field(
+        default=None,
+        metadata={
+            "help": "Devices of the weights, as auto for all GPUs. Default: one device. Not for training."
+        },
+    )
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "Quantise the weights to 8 bits on loading (bitsandbytes)."}
+    )
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Quantise the weights to 4 bits on loading (bitsandbytes, NF4)."}
+    )
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "GGUF file in the folder or repository of MODEL to load instead."}
+    )
+
+    def __post_init__(self) -> None:
+        formats = {"load_in_8bit": self.load_in_8bit, "load_in_4bit": self.load_in_4bit}
+        formats["gguf_file"] = self.gguf_file is not None
+        given = [name for name, is_given in formats.items() if is_given]
+        if len(given) > 1:
+            raise LayerPruneError(
+                f"{given[0]} is set together with {given[1]}, but a model has one format. Set one of them."
+            )
+
+    @property
+    def quantized(self) -> str | None:
+        """The name of the setting that quantises the weights, None if none does."""
+        names = [name for name in ("load_in_8bit", "load_in_4bit") if getattr(self, name)]
+        return names[0] if names else None
 
 
 @dataclass

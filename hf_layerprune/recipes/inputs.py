@@ -1,13 +1,15 @@
 """What a run begins with: its model, its text in three parts, and checks before any long work."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, GgufConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils import is_torch_tf32_available
 
 from ..checkpoints.loading import load_class, load_model, load_tokenizer, stored_dtype
 from ..data.arguments import SequenceArguments
@@ -19,43 +21,127 @@ from ..distillation.arguments import DTYPES, DistillationTrainingArguments
 from ..errors import LayerPruneError
 from ..scoring.score import check_criterion_fits
 from ..surgery.decoder import check_next_token
-from .arguments import SampleArguments, TextArguments
+from .arguments import ModelArguments, SampleArguments, TextArguments
 
 
 Parts = tuple[Dataset, Dataset, Any]  # to score on, to measure on and to train on
 
 
 def check_model(
-    name: str, trust_remote_code: bool, what: str, criterion: str | None = None
+    name: str, source: ModelArguments, what: str, criterion: str | None = None
 ) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
     """Returns the config and the tokenizer of a model, without loading its weights.
 
     Args:
         name (`str`): folder or hub id of the model.
-        trust_remote_code (`bool`): whether code that comes with the model may run.
+        source ([`ModelArguments`]): how it will be loaded.
         what (`str`): what the model is for, for errors.
         criterion (`str`, *optional*): how its layers are scored. Default: it must predict next tokens.
 
     Raises:
         LayerPruneError: there is no such model, or its kind does not fit.
     """
-    config, cls = load_class(name, trust_remote_code)
+    config, cls = load_class(name, source.trust_remote_code, source.gguf_file)
     if criterion is None:
         check_next_token(cls, what)
     else:
         check_criterion_fits(cls, criterion)
-    return config, load_tokenizer(name, trust_remote_code)
+    return config, load_tokenizer(name, source.trust_remote_code, source.gguf_file)
 
 
-def load_on_device(name: str, trust_remote_code: bool, dtype: str = "auto") -> Any:
-    """Returns a model on the GPU, or on the CPU where there is none."""
-    model: Any = load_model(name, dtype=dtype, trust_remote_code=trust_remote_code)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+def check_loading_for_training(source: ModelArguments, all_weights: bool = True) -> None:
+    """Checks, before weights are loaded, that a model loaded so can be trained.
+
+    Args:
+        source ([`ModelArguments`]): how it will be loaded.
+        all_weights (`bool`, *optional*, defaults to `True`): whether its own weights are trained, not
+            adapters.
+
+    Raises:
+        LayerPruneError: it cannot.
+    """
+    if source.device_map is not None:
+        raise LayerPruneError(
+            f"device_map is {source.device_map}, but training keeps a model on one device for each process. "
+            "Leave device_map out, and start with `accelerate launch` to share a model over GPUs (FSDP)."
+        )
+    if all_weights and source.quantized:
+        raise LayerPruneError(
+            f"{source.quantized} is set, but quantised weights cannot be trained. Train LoRA adapters with "
+            "`distill --lora_rank 16`, or load the model in float32."
+        )
+    if all_weights and source.dtype == "float16":
+        raise LayerPruneError(
+            "dtype is float16, but float16 weights cannot be trained: small gradients and updates become 0. "
+            "Set dtype to float32, with bf16 or fp16 for the precision of the forward pass."
+        )
 
 
-def keep_stored_dtype(args: DistillationTrainingArguments, name: str, trust_remote_code: bool) -> None:
+def load_on_device(name: str, source: ModelArguments, dtype: str = "auto") -> Any:
+    """Returns a model on the devices of `source.device_map`, else on the GPU, or on the CPU where there is
+    none.
+
+    Args:
+        name (`str`): folder or hub id of the model.
+        source ([`ModelArguments`]): how it is loaded.
+        dtype (`str`, *optional*, defaults to `"auto"`): dtype of the weights, unless `source` names another.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = loading_options(source, dtype)
+    if source.quantized and source.device_map is None:
+        options["device_map"] = {"": device}  # a quantised model cannot be moved
+    model: Any = load_model(name, **options)
+    return model if "device_map" in options else model.to(device)
+
+
+def loading_options(source: ModelArguments, dtype: str = "auto") -> dict[str, Any]:
+    """Returns the arguments of [`load_model`]. Weights have `dtype`, unless `source` names another."""
+    options: dict[str, Any] = {
+        "dtype": dtype if source.dtype == "auto" else source.dtype,
+        "trust_remote_code": source.trust_remote_code,
+    }
+    for name in ("attn_implementation", "device_map", "gguf_file"):
+        if getattr(source, name) is not None:
+            options[name] = getattr(source, name)
+    if source.load_in_8bit:
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif source.load_in_4bit:
+        compute = torch.bfloat16 if has_bf16() else torch.float32
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+        )
+    elif source.gguf_file is not None:
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    return options
+
+
+def has_bf16() -> bool:
+    """Returns whether there is a GPU that computes in bfloat16."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def precision_of_training(given: Mapping[str, Any]) -> dict[str, bool]:
+    """Returns the settings of precision with which a GPU trains fast: bfloat16 autocast and TF32, as far as
+    the GPU has them; none on a CPU.
+
+    Args:
+        given (mapping): the settings that the user gives, which stay.
+    """
+    if not torch.cuda.is_available() or given.get("use_cpu") or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return {}
+    settings: dict[str, bool] = {}
+    if has_bf16() and not {"bf16", "fp16"} & {*given}:
+        settings["bf16"] = True
+    if is_torch_tf32_available() and "tf32" not in given:
+        settings["tf32"] = True
+    return settings
+
+
+def keep_stored_dtype(args: DistillationTrainingArguments, name: str, source: ModelArguments) -> None:
     """Sets `save_dtype`, in place, to the dtype that the model is stored in, unless it is set."""
-    dtype = str(stored_dtype(name, trust_remote_code)).removeprefix("torch.")
+    if source.gguf_file is not None:  # stored in blocks
+        return
+    dtype = str(stored_dtype(name, source.trust_remote_code)).removeprefix("torch.")
     if args.save_dtype is None and dtype in DTYPES and dtype != "float32":
         args.save_dtype = dtype
 

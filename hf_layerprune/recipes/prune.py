@@ -16,7 +16,15 @@ from ..pruning.target import resolve_target
 from ..reports.record import RunRecord, check_folder_is_free
 from ..surgery.decoder import check_next_token, layer_count, text_config
 from .fields import check_fields, fill
-from .inputs import check_model, check_reporters, keep_stored_dtype, load_on_device, split_text
+from .inputs import (
+    check_loading_for_training,
+    check_model,
+    check_reporters,
+    keep_stored_dtype,
+    load_on_device,
+    precision_of_training,
+    split_text,
+)
 from .recipe import RECIPE_KINDS, RecipeArguments, check_phases_are_used, read_recipe, resolved_fields
 from .run import run_recipe
 
@@ -96,16 +104,17 @@ def prune(
         check_next_token(model, "prune")
         config, tokenizer = model.config, tokenizer or load_tokenizer(str(model.name_or_path), trust)
     else:
-        config, own_tokenizer = check_model(chosen.model, trust, "prune")
+        check_loading_for_training(source, all_weights=args.max_steps != 0)
+        config, own_tokenizer = check_model(chosen.model, source, "prune")
         tokenizer = tokenizer or own_tokenizer
-        keep_stored_dtype(args, chosen.model, trust)
+        keep_stored_dtype(args, chosen.model, source)
     if pruning.target_layers is None:
         whole = model if isinstance(model, PreTrainedModel) else load_meta_model(chosen.model, trust)
         pruning = resolve_target(pruning, whole)
     _set_steps(chosen, pruning, args, layer_count(text_config(config)))
     read = [Path(one) for one in chosen.data or []] or None if data is None or is_source else data
     rows = split_text(read, text, args, sample, config, tokenizer, args.max_steps)
-    pruned: Any = model if in_memory else load_on_device(chosen.model, trust, dtype="float32")
+    pruned: Any = model if in_memory else load_on_device(chosen.model, source, dtype="float32")
     frozen = {id(parameter) for parameter in pruned.parameters() if not parameter.requires_grad}
     resolved = resolved_fields([chosen, text, sample, pruning], args)
     run: dict[str, Any] = {"resume": True if resume == "True" else resume, "resolved": resolved}
@@ -135,6 +144,7 @@ def _values(
     given = {name: value for name, value in named.items() if value is not None}
     given = check_fields(given | {**fields}, RECIPE_KINDS, "prune")
     values = with_given(values, given)
+    values |= precision_of_training(values)
     if "model" in named and values.get("model") is None:
         raise LayerPruneError("model has no value. Give a folder, a hub id or a model.")
     return values

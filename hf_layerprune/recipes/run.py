@@ -17,6 +17,7 @@ from ..data.batches import make_batches
 from ..data.collator import PaddingCollator
 from ..distillation.arguments import DistillationTrainingArguments
 from ..distillation.reconstruction import reconstruct_layers
+from ..distillation.teacher import hold_in_autocast_dtype
 from ..distillation.trainable import trained_parameters
 from ..distillation.trainer import DistillationTrainer
 from ..errors import LayerPruneError
@@ -363,6 +364,8 @@ def _train(
         raise LayerPruneError(str(error)) from error
     if callback is not None:
         callback.set_trainer(trainer)
+    if teacher is not None:  # a copy of the model, made for this run
+        hold_in_autocast_dtype(teacher, trainer.accelerator)
     count_tokens(args, run.train)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)

@@ -20,7 +20,7 @@ from ..evaluation.evaluate import Task
 from ..evaluation.multiple_choice import Choices, MultipleChoice, right_answers
 from ..forward.hooks import captured, check_all_ran, hidden
 from ..forward.lm_head import ChunkedLMHead, unit_losses
-from ..forward.token_losses import cross_entropy, joined, scaled_logits, sum_by_unit
+from ..forward.token_losses import cross_entropy, joined, scaled_logits, sum_by_unit, sum_dtype
 from ..surgery.decoder import predicts_next_token, text_config
 from ..surgery.layer_stack import LayerStack
 from .journal import Journal
@@ -191,7 +191,7 @@ def kl(context: ScoringContext) -> CriterionResult:
     def refer(lm_head: ChunkedLMHead, batch: Batch) -> tuple[Any, torch.Tensor]:
         reference = (teacher or lm_head).states(batch)
         if teacher is None:
-            return reference, torch.zeros_like(_count_tokens(batch), dtype=torch.float64)
+            return reference, torch.zeros_like(_count_tokens(batch))
         return reference, compare(lm_head, batch, reference)
 
     def compare(lm_head: ChunkedLMHead, batch: Batch, reference: Any) -> torch.Tensor:
@@ -212,17 +212,17 @@ def hidden_mse(context: ScoringContext) -> CriterionResult:
 
     def tokens(batch: Batch) -> torch.Tensor:
         mask = places(batch)
-        return sum_by_unit(mask, torch.ones(int(mask.sum()), dtype=torch.float64, device=mask.device))
+        return sum_by_unit(mask, torch.ones(int(mask.sum()), device=mask.device))
 
     def refer(lm_head: ChunkedLMHead, batch: Batch) -> tuple[Any, torch.Tensor]:
-        return lm_head.states(batch), torch.zeros_like(tokens(batch), dtype=torch.float64)
+        return lm_head.states(batch), torch.zeros_like(tokens(batch))
 
     def compare(lm_head: ChunkedLMHead, batch: Batch, reference: Any) -> torch.Tensor:
         mask = places(batch)
         length = mask.shape[1]
         own = reference[:, :length][mask].float()
         error = (lm_head.states(batch)[:, :length][mask].float() - own).square().sum(-1)
-        return sum_by_unit(mask, (error / own.square().sum(-1)).double())
+        return sum_by_unit(mask, error / own.square().sum(-1))
 
     example = context.batches[0]["input_ids"][:1]
     return CriterionResult.of(_leave_out(context, context.batches, Metric(tokens, refer, compare), example))
@@ -262,7 +262,8 @@ def taylor(context: ScoringContext) -> CriterionResult:
     if not tokens:
         raise LayerPruneError("No token of the calibration counts: all are masked or labelled -100.")
     importance = iter(
-        (g / tokens * p.detach()).abs().double().sum().item() for g, p in zip(gradients, flat, strict=True)
+        (g / tokens * p.detach()).abs().sum(dtype=sum_dtype(g.device)).item()
+        for g, p in zip(gradients, flat, strict=True)
     )
     by_layer = {i: sum(next(importance) for _ in layer) for i, layer in parameters.items()}
     return CriterionResult(
@@ -367,15 +368,15 @@ def find_criterion(name: str) -> Criterion:
 
 
 def _kl_at_positions(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Returns the KL divergence at each position, `(positions,)`, float64."""
+    """Returns the KL divergence at each position, `(positions,)`."""
     own, theirs = (scaled_logits(one).log_softmax(-1) for one in (logits, expected))
-    return F.kl_div(own, theirs, reduction="none", log_target=True).sum(-1).double()
+    return F.kl_div(own, theirs, reduction="none", log_target=True).sum(-1)
 
 
 def _count_tokens(batch: Batch) -> torch.Tensor:
     """Returns how many tokens of each unit count, `(units,)`."""
     mask, _ = targets_of(batch)
-    return sum_by_unit(mask, torch.ones(int(mask.sum()), dtype=torch.float64, device=mask.device))
+    return sum_by_unit(mask, torch.ones(int(mask.sum()), device=mask.device))
 
 
 def _predicting_positions(batch: Batch) -> torch.Tensor:
@@ -424,13 +425,13 @@ def _compare_states(
             lm_head.states(batch)
         check_all_ran(states, ends)
         real = _without_padding(batch)
-        counts = tokens(real).double().tolist()
+        counts = tokens(real).float().tolist()
         per_unit.tokens += counts
         per_unit.whole += [0.0] * len(counts)
         for layer, sums in per_unit.without.items():
             before = _by_position(states[layer][0], real)
             after = _by_position(hidden(states[layer + context.block - 1][1]), real)
-            sums += distance(before, after, real).double().tolist()
+            sums += distance(before, after, real).tolist()
             context.bar.update()
     return CriterionResult.of(per_unit)
 

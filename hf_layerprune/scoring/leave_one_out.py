@@ -198,10 +198,10 @@ def leave_out(
         outputs = [states[layer][1] for layer in range(max(alive))]
         if prefix_cache and replay:
             prefix_cache.keep(number, kept, outputs)
-        all_sums = [sums.double().tolist()]
+        all_sums = [sums.tolist()]
         for layer in alive:
             with cuts[layer], replayed(stack, outputs[: layer if replay else 0]):
-                all_sums.append(metric.compare(lm_head, batch, reference).double().tolist())
+                all_sums.append(metric.compare(lm_head, batch, reference).tolist())
             tick(1)
         return all_sums
 
@@ -218,7 +218,7 @@ def leave_out(
                 f"The model's own score on calibration batch {number + 1} is not a finite number: "
                 "check the model and the calibration data."
             )
-        scores.tokens += metric.tokens(batch).double().tolist()
+        scores.tokens += metric.tokens(batch).tolist()
         scores.whole += whole
         for layer, sums in zip(alive, without, strict=True):
             scores.without[layer] += sums

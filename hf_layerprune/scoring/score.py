@@ -399,7 +399,7 @@ def fingerprint(models: list[Any], batches: list[Any], settings: list[Any]) -> s
     samples = [tensor.flatten()[:: max(1, tensor.numel() // 1000)] for tensor in tensors]
     for tensor in [*samples, *(value for batch in batches for value in batch.values())]:
         digest.update(repr((tensor.dtype, tensor.shape)).encode())
-        digest.update(tensor.detach().double().cpu().numpy().tobytes())
+        digest.update(tensor.detach().cpu().double().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Teachers in eight bits. What else can teach is in the other files of this folder."""
+"""Teachers in eight or 16 bits. What else can teach is in the other files of this folder."""
 
 import copy
 import logging
@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig
+from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from hf_layerprune import LayerPruneError, remove_layers
 from hf_layerprune.distillation.teacher import make_teacher
 
-from ..conftest import logits, tokens
+from ..conftest import logits, make_model, tokens
 from .test_trainer import make_trainer
 
 
@@ -83,3 +84,41 @@ def test_adapters_on_eight_bits_are_saved_and_checked(eight_bits):
     trainer.train()
     trainer.save_model()
     assert Path("out/pruned_base.json").is_file()
+
+
+AUTOCAST = {"bf16": True, "trainable": "around_cuts", "hidden_weight": 0.3}
+
+
+def halved_bytes(model):
+    """The bytes of a float32 model whose linear layers are in 16 bits."""
+    linear = {p for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters(recurse=False)}
+    linear -= {model.get_input_embeddings().weight}
+    return sum(p.numel() * (2 if p in linear else 4) for p in model.parameters())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("source", ["copy", "folder"])
+def test_under_autocast_the_teacher_holds_its_linear_layers_in_16_bits(source, tied, tmp_path):
+    """It teaches the same to the bit, and first layers are still shared."""
+    original = make_model(tie_word_embeddings=tied)
+    original.save_pretrained(tmp_path / "original")
+    found = []
+    for teacher in (None if source == "copy" else str(tmp_path / "original"), copy.deepcopy(original)):
+        student = copy.deepcopy(original)
+        trainer = make_trainer(student, teacher_model=teacher, learning_rate=1e-2, max_steps=3, **AUTOCAST)
+        remove_layers(trainer.model, [4])
+        trainer.train()
+        found.append([{k: log[k] for k in ("kl", "hidden_mse")} for log in trainer.state.log_history[:-1]])
+        assert trainer._shared_prefix.length == 3
+        size = sum(parameter.nbytes for parameter in trainer.teacher.parameters())
+        is_given = not isinstance(teacher, str | None)
+        assert size == (4 * original.num_parameters() if is_given else halved_bytes(original))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"peft_config": LoraConfig(target_modules=["q_proj"]), "bf16": True}]
+)
+def test_the_teacher_stays_in_float32_without_autocast_or_if_the_student_reads_it(settings):
+    trainer = make_trainer(make_model(), **settings)
+    assert {parameter.dtype for parameter in trainer.teacher.parameters()} == {torch.float32}

@@ -1,9 +1,10 @@
 import copy
+import logging
 
 import pytest
 import torch
 
-from hf_layerprune import DistillationTrainingArguments, LayerPruneError, remove_layers
+from hf_layerprune import DistillationTrainer, DistillationTrainingArguments, LayerPruneError, remove_layers
 from hf_layerprune.distillation.shared_prefix import shared_prefix
 from hf_layerprune.distillation.trainable import trained_layers, trained_parameters
 from hf_layerprune.surgery.decoder import find_decoder
@@ -191,6 +192,51 @@ def test_only_what_is_the_same_is_shared(changes, shared, monkeypatch):
     student.train()
     trainer.compute_loss(student, dict(next(iter(trainer.get_train_dataloader()))))
     assert trainer._shared_prefix.length == shared
+
+
+def test_the_log_says_why_nothing_is_shared(caplog):
+    student, teacher = change(dtype=torch.bfloat16)
+    trainer = make_trainer(student, teacher_model=teacher, trainable="around_cuts")
+    student.train()
+    with caplog.at_level(logging.INFO, "hf_layerprune"):
+        trainer.compute_loss(student, dict(next(iter(trainer.get_train_dataloader()))))
+    reason = "the student's hidden states are torch.float32, the teacher's torch.bfloat16"
+    assert f"No layer runs once for teacher and student: {reason}." in caplog.text
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_are_shared_under_activation_checkpointing(reentrant):
+    """The shared layers neither run in the student nor again in the backward pass, and the gradients of the
+    other layers are those without checkpointing."""
+    settings = {"trainable": "around_cuts", "hidden_weight": 0.3}
+    checkpointing = {
+        "activation_checkpointing": True,
+        "activation_checkpointing_kwargs": {"use_reentrant": reentrant},
+    }
+    found = []
+    for more in ({}, checkpointing):
+        student, teacher = change()
+        calls = []
+        for i, layer in enumerate(layers_of(student)):
+            layer.mlp.register_forward_pre_hook(lambda *_, i=i, calls=calls: calls.append(i))
+        trainer = make_trainer(student, teacher_model=teacher, learning_rate=0.0, **settings, **more)
+        kept = {}
+
+        def keep(model, *args, trainer=trainer, kept=kept, calls=calls, **kwargs):
+            calls.clear()
+            loss = DistillationTrainer.training_step(trainer, model, *args, **kwargs)
+            kept.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+            return loss
+
+        trainer.training_step = keep
+        trainer.train()
+        trainer.training_step(student, next(iter(trainer.get_train_dataloader())))
+        found.append(kept)
+        assert trainer._shared_prefix.length == 3
+        assert not {0, 1, 2} & set(calls)
+        assert len(calls) == (4 if more else 2)  # layers 3 and 5 of six: forward, and again in backward
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-8)
+    assert len(found[0]) > 5
 
 
 def test_what_is_trained_or_changed_later_is_no_longer_shared():

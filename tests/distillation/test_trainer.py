@@ -30,6 +30,7 @@ from hf_layerprune.surgery.decoder import find_decoder
 from hf_layerprune.surgery.peft import base_of
 
 from ..conftest import logits, make_model, tokens
+from ..flash_attention import use_flash_attention
 
 
 def examples(count=8, length=12):
@@ -373,6 +374,23 @@ def test_checkpoints_are_checked(llama, settings):
     assert torch.equal(load_file("other/model.safetensors")["model.layers.0.mlp.up_proj.weight"], trained)
     trainer.args.verify_save = False
     trainer.save_model("unchecked")
+
+
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(target_modules=["q_proj"])])
+def test_float32_weights_under_flash_attention_are_checked_in_bfloat16(llama, peft_config, monkeypatch):
+    trainer = make_trainer(
+        use_flash_attention(llama, monkeypatch),
+        peft_config=peft_config,
+        bf16=True,
+        max_steps=2,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    trainer.train()
+    trainer.save_model()
+    llama.model.layers[2].self_attn.scaling *= 2  # nothing in the config says so
+    with pytest.raises(LayerPruneError, match="another model when loaded"):
+        trainer.save_model("other")
 
 
 def test_a_run_stops_when_a_checkpoint_is_not_the_model(llama):

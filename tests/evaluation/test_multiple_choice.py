@@ -7,6 +7,7 @@ from hf_layerprune.forward.lm_head import ChunkedLMHead
 from hf_layerprune.surgery.removal import without_layers
 
 from ..conftest import LAYERS, make_model
+from ..flash_attention import use_flash_attention
 from ..tiny_models import tiny_model
 
 
@@ -197,3 +198,16 @@ def test_one_answer_is_right_if_greedy_decoding_says_it(name, tokenizer):
     assert right[3:] == [False] * 3
     task = MultipleChoice([*questions, *wrong], tokenizer, batch_tokens=60)
     assert task(model) == pytest.approx(sum(right) / 6)
+
+
+def test_flash_attention_never_sees_a_mask_for_each_pair_of_tokens(tokenizer, monkeypatch):
+    """On a GPU it would read indices out of range, which ends the process."""
+    model = use_flash_attention(make_model().to(torch.bfloat16), monkeypatch)
+    shapes = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(getattr(kwargs.get("attention_mask"), "ndim", 2)),
+        with_kwargs=True,
+    )
+    read = MultipleChoice(QUESTIONS, tokenizer).read(model)
+    assert len(read) == len(QUESTIONS)
+    assert set(shapes) == {2}
