@@ -16,7 +16,7 @@ from ..reports.record import RunRecord, check_folder_is_free
 from ..surgery.decoder import check_next_token, layer_count, text_config
 from .fields import check_fields, fill
 from .inputs import check_model, check_reporters, keep_stored_dtype, load_on_device, split_text
-from .recipe import RECIPE_KINDS, RecipeArguments, check_phases_are_used, read_recipe, resolved_fields
+from .recipe import RECIPE_KINDS, RecipeArguments, check_recipe, read_recipe, resolved_fields
 from .run import run_recipe
 
 
@@ -81,7 +81,7 @@ def prune(
     values = _values(recipe, named | {"keep": keep}, fields)
     chosen, source, text, sample, pruning, args = fill(RECIPE_KINDS, values)
     trust = source.trust_remote_code
-    check_phases_are_used(chosen.select, pruning)
+    check_recipe(chosen, pruning, text.streaming)
     check_reporters(args.report_to)
     resume = resume_from_checkpoint or args.resume_from_checkpoint
     if not resume:

@@ -40,7 +40,7 @@ from ..reports.texts import count_tokens, describe_text, describe_texts
 from ..surgery.lineage import get_lineage
 from ..surgery.removal import remove_layers, without_layers
 from .inputs import Parts
-from .recipe import REPLACEMENT_LOSSES, RecipeArguments, check_phases_are_used
+from .recipe import REPLACEMENT_LOSSES, RecipeArguments, check_recipe
 
 
 @dataclass
@@ -138,7 +138,7 @@ def _check(run: Run, resume: str | bool | None) -> None:
     Raises:
         LayerPruneError: settings that cannot work.
     """
-    reads = run.args.max_steps or run.recipe.reconstruction_layers
+    reads = run.args.max_steps or run.pruning.reconstruction_layers
     if reads and isinstance(run.train, Dataset) and not len(run.train):
         raise LayerPruneError(
             "Calibration and evaluation take all sequences of the text, none is left to train on. Give more "
@@ -152,7 +152,7 @@ def _check(run: Run, resume: str | bool | None) -> None:
         raise LayerPruneError(
             "Training of a replacement does not resume. Start again in a new output_dir, or leave resume out."
         )
-    check_phases_are_used(run.recipe.select, run.pruning)
+    check_recipe(run.recipe, run.pruning, streaming=not isinstance(run.train, Dataset))
     if run.recipe.select == "phases" and not run.args.max_steps:
         raise LayerPruneError("select phases trains between removals: set max_steps or steps_per_phase.")
 
@@ -166,19 +166,19 @@ def _remove_and_heal(run: Run, checkpoint: str | None) -> RunRecord:
     """
     model, recipe, args = run.model, run.recipe, run.args
     check_plan(model, run.pruning.target_layers, run.pruning.protected)
-    if recipe.reconstruction_layers:
+    if run.pruning.reconstruction_layers:
         run.train = _rows_read(run)
     began = time.monotonic()
     if run.trains_only_replacement:
         for name, value in REPLACEMENT_LOSSES[recipe.replacement_loss].items():
             setattr(args, name, value)
     distills = bool(args.max_steps and (args.kl_weight or args.hidden_weight))
-    reconstructs = recipe.reconstruction_layers > 0 and not checkpoint
+    reconstructs = run.pruning.reconstruction_layers > 0 and not checkpoint
     teacher = copy.deepcopy(model) if distills or reconstructs else None
     record, replaced = _remove(run, checkpoint)
     if reconstructs:
         assert teacher is not None
-        record.reconstruction = _reconstruct(run, teacher)
+        record.phases[-1].reconstruction = _reconstruct(run, teacher)
     if args.max_steps:
         record.finished = False
         write_record(record, run.folder)
@@ -238,18 +238,18 @@ def _heal(
 
 def _reconstruct(run: Run, teacher: PreTrainedModel) -> dict[str, Any]:
     """Trains the layers next to the cuts on the teacher's hidden states; returns its entry in the record."""
-    began, recipe, args, train = time.monotonic(), run.recipe, run.args, run.train
+    began, args, train = time.monotonic(), run.args, run.train
     length = len(train[0]["input_ids"])
-    tokens = recipe.reconstruction_tokens or len(train) * length
+    tokens = run.pruning.reconstruction_tokens or len(train) * length
     folder = run.folder / "reconstruction"
     found = reconstruct_layers(
         run.model,
         teacher,
         make_batches(train.select(range(min(len(train), max(1, tokens // length)))), args.train_batch_size),
-        layers_before=recipe.reconstruction_layers,
-        layers_after=recipe.reconstruction_layers,
-        epochs=recipe.reconstruction_epochs,
-        learning_rate=recipe.reconstruction_learning_rate,
+        layers_before=run.pruning.reconstruction_layers,
+        layers_after=run.pruning.reconstruction_layers,
+        epochs=run.pruning.reconstruction_epochs,
+        learning_rate=run.pruning.reconstruction_learning_rate,
         autocast=torch.bfloat16 if args.bf16 else None,  # fp16 would need its gradients scaled
         seed=args.seed,
         folder=folder,
