@@ -158,12 +158,12 @@ def find_teacher(
         LayerPruneError: there is no original model.
     """
     if isinstance(trainer, DistillationTrainer):
-        teacher: Any = trainer.accelerator.unwrap_model(trainer.teacher)
-        if isinstance(teacher, CachedTeacherLogits):
+        if isinstance(trainer.teacher, CachedTeacherLogits):
             raise LayerPruneError(
-                f"reconstruction_layers needs the teacher's hidden states, but {teacher.folder} holds cached "
-                "logits. Give the original model as teacher_model, or set reconstruction_layers to 0."
+                "reconstruction_layers needs the teacher's hidden states, but "
+                f"{trainer.teacher.folder} holds cached logits. Give the original model as teacher_model, or set reconstruction_layers to 0."
             )
+        teacher: Any = trainer.accelerator.unwrap_model(trainer.teacher)
         return teacher
     if given is not None:
         return given

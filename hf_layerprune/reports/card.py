@@ -94,6 +94,7 @@ def _tables(record: Record, base: str, name: str) -> dict[str, Any]:
         "table": markdown_table(table),
         "texts": markdown_table(texts) if len(texts) > 1 else None,
         "healed_apart": any(head.endswith("healed") for head in table[0]),
+        "reconstructed": any("reconstruction" in phase for phase in record["phases"]),
         "measured_by": qualities_of(record)[2],
         "measured": None,
         "explained": [],
