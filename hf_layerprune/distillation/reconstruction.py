@@ -156,8 +156,13 @@ def reconstruct_layers(
     return Reconstruction(results, kl_before, mean_kl(base, teacher, batches), tokens, steps)
 
 
-def mean_kl(student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Batch]) -> float:
-    """Returns KL(teacher || student) in nats per token, on the first batches of about [`KL_TOKENS`] tokens.
+def mean_kl(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batches: Sequence[Batch],
+    max_tokens: int = KL_TOKENS,
+) -> float:
+    """Returns KL(teacher || student) in nats per token, on the first batches of about `max_tokens` tokens.
     All tokens but padding count, whatever their labels."""
     total, tokens = 0.0, 0
     models = student, teacher
@@ -181,7 +186,7 @@ def mean_kl(student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequenc
                 teacher_logits = teacher_logits[:, :size].to(student_logits.device)
                 total += float(divergence(student_logits[:, :size], teacher_logits))
             tokens += int(mask.sum())
-            if tokens >= KL_TOKENS:
+            if tokens >= max_tokens:
                 break
     return total / max(1, tokens)
 

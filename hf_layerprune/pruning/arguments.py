@@ -143,7 +143,7 @@ class ReconstructionArguments:
 
 
 @dataclass(kw_only=True)
-class PruningArguments(PhaseSizeArguments, ReconstructionArguments):
+class PruningArguments(ReconstructionArguments, PhaseSizeArguments):
     """Settings of [`LayerPruningCallback`].
 
     The fields of [`ReconstructionArguments`] say how layers next to a new cut are reconstructed.
@@ -187,8 +187,8 @@ class PruningArguments(PhaseSizeArguments, ReconstructionArguments):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         ReconstructionArguments.__post_init__(self)
+        PhaseSizeArguments.__post_init__(self)
         for name in ("steps_per_phase", "tokens_per_phase"):
             if getattr(self, name) is not None:
                 setattr(self, name, check_count(name, getattr(self, name)))

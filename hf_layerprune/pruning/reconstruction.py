@@ -161,7 +161,8 @@ def find_teacher(
         if isinstance(trainer.teacher, CachedTeacherLogits):
             raise LayerPruneError(
                 "reconstruction_layers needs the teacher's hidden states, but "
-                f"{trainer.teacher.folder} holds cached logits. Give the original model as teacher_model, or set reconstruction_layers to 0."
+                f"{trainer.teacher.folder} holds cached logits. Give the original model as teacher_model, or "
+                "set reconstruction_layers to 0."
             )
         teacher: Any = trainer.accelerator.unwrap_model(trainer.teacher)
         return teacher

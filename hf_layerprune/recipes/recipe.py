@@ -56,6 +56,13 @@ class RecipeArguments:
             "choices": ["phases", *SELECTIONS],
         },
     )
+    block_candidates: int = field(
+        default=1,
+        metadata={
+            "help": "For select block: remove and briefly reconstruct this many of the blocks that score "
+            "least, and keep the one with the lowest KL on the calibration text. Default: 1, no comparison."
+        },
+    )
     replacement: str = field(
         default="none",
         metadata={"help": "For select block: what replaces the block.", "choices": list(KINDS)},
@@ -75,6 +82,11 @@ class RecipeArguments:
         if self.replacement != "none" and self.select != "block":
             raise LayerPruneError(
                 f"replacement {self.replacement} replaces a block of layers. Set select to block."
+            )
+        if self.block_candidates < 1 or (self.block_candidates > 1 and self.select != "block"):
+            raise LayerPruneError(
+                f"block_candidates is {self.block_candidates} and select is {self.select}. Choose 1 or more "
+                "candidates, and set select to block to compare several."
             )
         if self.replacement == "linear" and self.replacement_loss == "mse":
             self.replacement_loss = "kl"  # the map is the least of mse already
@@ -133,17 +145,18 @@ def check_recipe(recipe: RecipeArguments, pruning: PruningArguments, streaming: 
         LayerPruneError: they do not.
     """
     _check_phases_are_used(recipe.select, pruning)
-    if not pruning.reconstruction_layers:
+    name = "reconstruction_layers" if pruning.reconstruction_layers else "block_candidates"
+    if not pruning.reconstruction_layers and recipe.block_candidates == 1:
         return
     if recipe.replacement not in ("none", "linear"):
         raise LayerPruneError(
-            f"reconstruction_layers is set, but replacement {recipe.replacement} trains its own layer. Use "
+            f"{name} is set, but replacement {recipe.replacement} trains its own layer. Use "
             "replacement none or linear."
         )
     if streaming and recipe.select != "phases":
         raise LayerPruneError(
-            "reconstruction_layers reads its tokens several times, but the data is streamed. Leave streaming "
-            "out, or set reconstruction_layers to 0."
+            f"{name} reads its tokens several times, but the data is streamed. Leave streaming out, or leave "
+            f"{name} out."
         )
 
 

@@ -93,6 +93,8 @@ class Phase:
             right after them (`cut`), and at the end of the phase (`now`).
         reconstruction (`dict`, *optional*): the result of [`reconstruct_layers`] after the removals, and its
             `seconds`.
+        candidates (`list[dict]`, *optional*): the blocks that were compared by KL before the removals, with
+            their `layers` (original indices), `score` and `kl`.
     """
 
     step: int
@@ -105,10 +107,11 @@ class Phase:
     tokens: int | None = None
     qualities: dict[str, float] | None = None
     reconstruction: dict[str, Any] | None = None
+    candidates: list[dict[str, Any]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the phase as plain values for JSON."""
-        values = _set_values(self, optional=("tokens", "qualities", "reconstruction"))
+        values = _set_values(self, optional=("tokens", "qualities", "reconstruction", "candidates"))
         return values | {"removals": [removal.to_dict() for removal in self.removals]}
 
     @classmethod

@@ -59,6 +59,15 @@ def table_rows(record: Record) -> list[list[str]]:
     return filled_columns(rows)
 
 
+def candidate_rows(record: Record) -> list[list[str]]:
+    """The blocks that were compared by KL as a table of text; only headings where there were none."""
+    rows = [["block", f"{record['pruning']['criterion']} score", "KL"]]
+    for candidate in (one for phase in record["phases"] for one in phase.get("candidates", [])):
+        layers = ", ".join(map(str, candidate["layers"]))
+        rows.append([layers, f"{candidate['score']:.3f}", _number(candidate, "kl")])
+    return rows
+
+
 def qualities_of(
     record: Record,
 ) -> tuple[dict[str, Any], list[tuple[dict[str, Any], dict[str, Any]]], list[str]]:
