@@ -384,7 +384,7 @@ def heal(options):
         "tokens": steps * batch * length,
         "distinct_tokens": min(steps * batch, len(train)) * length,
         "seconds": record["seconds"],
-        "reconstruction": record["reconstruction"],
+        "reconstruction": record["phases"][-1]["reconstruction"],
         "healed": record["phases"][-1]["healed"],
         "text": evaluate_text(model, batches),
         "copying": copying(model, batches[:2]),

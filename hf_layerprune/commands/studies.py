@@ -31,6 +31,8 @@ from .study_setting import Cut, Row, Setting, StudyArguments, load
 # What is extrapolated to: layers, parameters of each, and of embedding and head (Llama 2, 2307.09288).
 LARGE = {"7B": (32, 202_383_360, 262_144_000), "70B": (80, 855_654_400, 524_288_000)}
 
+RECONSTRUCTION_LAYERS, RECONSTRUCTION_EPOCHS = 3, 4  # where a study does not vary them
+
 
 def baseline(setting: Setting) -> Iterator[Row]:
     """Remove more and more layers without training: what does each way of choosing cost?"""
@@ -61,26 +63,59 @@ def losses(setting: Setting) -> Iterator[Row]:
 
 
 def iterative(setting: Setting) -> Iterator[Row]:
-    """Iterative or one-shot, at equal tokens: is scoring again, which counts in its seconds, worth it?"""
+    """Iterative or one-shot, with and without reconstruction, at equal tokens and at equal seconds in all?
 
-    def by_phases(restart: bool) -> Row:
+    The last row has twice the tokens, for a comparison by seconds."""
+
+    def by_phases(restart: bool, **reconstruction: Any) -> Row:
         model, depth = copy.deepcopy(setting.dense), setting.layers - setting.remove
         pruning = LayerPruningCallback(
-            target_layers=depth, calibration=setting.calibration, restart_learning_rate=restart
+            target_layers=depth,
+            calibration=setting.calibration,
+            restart_learning_rate=restart,
+            **reconstruction,
         )
         found = setting.heal(model, pruning)
         gone = [removal.original for removal in pruning.record.removals]
-        return {"cut": None, **found, "layers gone": gone, "seconds to score": None}
+        row = {"cut": None, **found, "layers gone": gone, "seconds to score": None}
+        return row | {"seconds in all": found["seconds"]}
 
+    tokens = setting.steps * setting.arguments.batch_size * setting.arguments.sequence_length
+    once = {"layers": RECONSTRUCTION_LAYERS, "epochs": RECONSTRUCTION_EPOCHS, "tokens": tokens}
+    in_phases = {
+        "reconstruction_layers": RECONSTRUCTION_LAYERS,
+        "reconstruction_epochs": RECONSTRUCTION_EPOCHS,
+    }
+    twice = once | {"tokens": 2 * tokens}
     ways = {
         "iterative, a schedule for each phase": partial(by_phases, True),
         "iterative, one schedule": partial(by_phases, False),
+        "iterative, one schedule, reconstruction": partial(by_phases, False, **in_phases),
         "one-shot, greedy": partial(setting.cut_and_heal, partial(setting.cut, "loss", "greedy")),
         "one-shot, by one table": partial(setting.cut_and_heal, partial(setting.cut, "loss", "one_shot")),
         "one-shot, linear map": partial(setting.cut_and_heal, setting.cut_with_map),
+        "one-shot block, reconstruction": partial(setting.cut_and_heal, setting.cut_block, once),
+        "one-shot block, reconstruction, twice the tokens": partial(
+            setting.cut_and_heal, setting.cut_block, twice, max_steps=2 * setting.steps
+        ),
     }
     for name, measured in ways.items():
         yield {"way": name, **setting.journal.once(measured)}
+
+
+def reconstruction(setting: Setting) -> Iterator[Row]:
+    """How many layers next to the cut, how many epochs and tokens of reconstruction before distillation?"""
+    whole = setting.steps * setting.arguments.batch_size * setting.arguments.sequence_length
+    base = {"layers": RECONSTRUCTION_LAYERS, "epochs": RECONSTRUCTION_EPOCHS, "tokens": whole}
+    grid = [base | {"layers": layers} for layers in (1, 2, RECONSTRUCTION_LAYERS, 5)]
+    grid += [base | {"epochs": epochs} for epochs in (1, 2, 8)]
+    grid += [base | {"tokens": whole // part} for part in (16, 4)]
+    measured = setting.journal.once(partial(setting.cut_and_heal, setting.cut_block))
+    yield {"reconstruction": "none", "layers": 0, "epochs": 0, "tokens": 0, **measured}
+    for one in grid:
+        name = "{layers} layers, {epochs} epochs, {tokens} tokens".format(**one)
+        measured = setting.journal.once(partial(setting.cut_and_heal, setting.cut_block, one))
+        yield {"reconstruction": name, **one, **measured}
 
 
 def criteria(setting: Setting) -> Iterator[Row]:
@@ -222,6 +257,7 @@ STUDIES: Mapping[str, Callable[[Setting], Iterator[Row]]] = {
     "baseline": baseline,
     "losses": losses,
     "iterative": iterative,
+    "reconstruction": reconstruction,
     "criteria": criteria,
     "calibration": calibration,
     "middle": middle,

@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,11 +18,12 @@ from ..data.batches import make_batches
 from ..data.sequences import check_sequence_length, split_sequences, token_sequences
 from ..data.texts import load_texts
 from ..distillation.arguments import DistillationTrainingArguments
+from ..distillation.reconstruction import reconstruct_layers
 from ..distillation.trainer import DistillationTrainer
 from ..errors import LayerPruneError
 from ..evaluation.evaluate import evaluate_text
 from ..pruning.prune import prune_layers
-from ..pruning.replacement import replace_by_linear_map
+from ..pruning.replacement import check_linear_map, replace_by_linear_map
 from ..scoring.journal import Journal
 from ..scoring.score import fingerprint, score_layers
 from ..surgery.lineage import get_lineage
@@ -161,6 +162,37 @@ class Setting:
         seconds = round(time.monotonic() - began, 1)
         return model, {"layers gone": kept[first : first + remove], "seconds to score": seconds}
 
+    def cut_block(self, remove: int) -> tuple[PreTrainedModel, Row]:
+        """Returns the model without the block of least Block Influence, with a linear map for it where the
+        model allows one, and what was chosen."""
+        try:
+            check_linear_map(self.dense)
+        except LayerPruneError:
+            return self.cut("block_influence", "block", remove)
+        return self.cut_with_map(remove)
+
+    def reconstruct(self, model: PreTrainedModel, layers: int, epochs: int, tokens: int) -> Row:
+        """Trains the layers next to the cuts, in place; returns the divergence before and after, and the
+        time."""
+        began, rows = time.monotonic(), self.train.shuffle(seed=self.arguments.seed)
+        count = min(len(rows), max(1, tokens // self.arguments.sequence_length))
+        result = reconstruct_layers(
+            model,
+            self.dense,
+            make_batches(rows.select(range(count)), self.arguments.batch_size),
+            layers_before=layers,
+            layers_after=layers,
+            epochs=epochs,
+            autocast=torch.bfloat16,
+            seed=self.arguments.seed,
+            progress=False,
+        )
+        return {
+            "KL cut": result.kl_before,
+            "KL reconstructed": result.kl_after,
+            "seconds to reconstruct": round(time.monotonic() - began, 1),
+        }
+
     def cut_loss(self, cut: Cut, remove: int) -> Row:
         """What one way of cutting costs; nothing where this model cannot be cut so."""
         try:
@@ -169,14 +201,25 @@ class Setting:
             return {"loss": None, "not possible": str(error)}
         return {"loss": self.loss(model), **found}
 
-    def cut_and_heal(self, cut: Cut, **changes: Any) -> Row:
+    def cut_and_heal(self, cut: Cut, reconstruction: Mapping[str, int] | None = None, **changes: Any) -> Row:
         """What one way of cutting costs, and what is left of that after training; nothing where this model
-        cannot be cut so."""
+        cannot be cut so.
+
+        Args:
+            cut (`Callable`): the way of cutting.
+            reconstruction (mapping, *optional*): arguments of [`~Setting.reconstruct`], which comes between.
+            changes (*optional*): changed training arguments.
+        """
         try:
             model, found = cut(self.remove)
+            cut_loss = self.loss(model)
+            if reconstruction is not None:
+                found |= self.reconstruct(model, **reconstruction)
         except LayerPruneError as error:
             return {"cut": None, "healed": None, "not possible": str(error)}
-        return {"cut": self.loss(model), **self.heal(model, **changes), **found}
+        row = {"cut": cut_loss, **self.heal(model, **changes), **found}
+        parts = [value for name, value in row.items() if name.startswith("seconds")]
+        return row | {"seconds in all": round(sum(parts), 1)}
 
     def heal(self, model: PreTrainedModel, *callbacks: Any, **changes: Any) -> Row:
         """Train a model against the dense one, in place; how long that took and what it left."""

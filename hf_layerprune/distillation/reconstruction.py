@@ -1,7 +1,7 @@
 """Block reconstruction: the layers next to each cut are trained on the teacher's hidden states."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ..surgery.peft import base_of
 from .losses import divergence
 from .window_states import PREFIX, cache_states, counted_positions
 from .window_training import WindowTraining, only_trained, window_parameters
-from .windows import Window, find_windows
+from .windows import check_teacher_has_layers, find_windows
 
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ def reconstruct_layers(
     *,
     layers_before: int = 1,
     layers_after: int = 1,
+    removed: Collection[int] | None = None,
     epochs: int = 4,
     learning_rate: float = 1e-3,
     autocast: torch.dtype | None = None,
@@ -98,6 +99,8 @@ def reconstruct_layers(
             of tokens that [`make_batches`] accepts. Labels are ignored.
         layers_before, layers_after (`int`, *optional*, defaults to 1): the number of trained layers on either
             side of a cut.
+        removed (collection of `int`, *optional*): train only next to the cuts where one of these layers was,
+            as original indices. Default: next to all cuts.
         epochs (`int`, *optional*, defaults to 4): the number of passes over the batches.
         learning_rate (`float`, *optional*, defaults to 1e-3): the peak of a cosine schedule, for AdamW.
         autocast (`torch.dtype`, *optional*): compute in this precision, for example `torch.bfloat16`. 16-bit
@@ -118,12 +121,13 @@ def reconstruct_layers(
     """
     base: Any = base_of(model)
     batches = make_batches(batches)
-    windows = find_windows(get_lineage(base), get_lineage(teacher), layers_before, layers_after)
-    _check(base, teacher, batches, windows, epochs, learning_rate, autocast)
-    _check_layers_stand_alone(base, windows, batches[0]["input_ids"][:1, :8].to(base.device))
+    windows = find_windows(get_lineage(base), get_lineage(teacher), layers_before, layers_after, removed)
+    _check(batches, epochs, learning_rate, autocast)
+    _check_models(base, teacher)
+    _check_layers_stand_alone(base, [one.first for one in windows], [one.last for one in windows], batches)
     trained = [window_parameters(base, window) for window in windows]
     # A checkpoint is valid for these models, this text and these settings only.
-    settings = [layers_before, layers_after, str(autocast)]
+    settings = [windows, str(autocast)]
     run_key = [] if folder is None else [fingerprint([base, teacher], batches, settings)]
     kl_before = mean_kl(base, teacher, batches)
     states = cache_states(teacher, batches, windows, base, autocast, None if folder is None else Path(folder))
@@ -153,8 +157,13 @@ def reconstruct_layers(
     return Reconstruction(results, kl_before, mean_kl(base, teacher, batches), tokens, steps)
 
 
-def mean_kl(student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Batch]) -> float:
-    """Returns KL(teacher || student) in nats per token, on the first batches of about [`KL_TOKENS`] tokens.
+def mean_kl(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    batches: Sequence[Batch],
+    max_tokens: int = KL_TOKENS,
+) -> float:
+    """Returns KL(teacher || student) in nats per token, on the first batches of about `max_tokens` tokens.
     All tokens but padding count, whatever their labels."""
     total, tokens = 0.0, 0
     models = student, teacher
@@ -178,26 +187,34 @@ def mean_kl(student: PreTrainedModel, teacher: PreTrainedModel, batches: Sequenc
                 teacher_logits = teacher_logits[:, :size].to(student_logits.device)
                 total += float(divergence(student_logits[:, :size], teacher_logits))
             tokens += int(mask.sum())
-            if tokens >= KL_TOKENS:
+            if tokens >= max_tokens:
                 break
     return total / max(1, tokens)
 
 
-def _check(
-    model: Any,
-    teacher: PreTrainedModel,
-    batches: Sequence[Batch],
-    windows: Sequence[Window],
-    epochs: int,
-    learning_rate: float,
-    autocast: torch.dtype | None,
-) -> None:
-    """Checks all arguments before any work."""
-    if not any(bool(counted_positions(batch).any()) for batch in batches):
+def check_can_reconstruct(model: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Batch]) -> None:
+    """Checks, before any layer is removed, that [`reconstruct_layers`] will work for whichever layers go.
+
+    Raises:
+        LayerPruneError: it will not, for these models or this text.
+    """
+    base: Any = base_of(model)
+    _check_text(batches)
+    _check_models(base, teacher)
+    check_teacher_has_layers(get_lineage(base), get_lineage(teacher))
+    layers = find_decoder(base).layers
+    idle = [i for i, layer in enumerate(layers) if not any(p.requires_grad for p in layer.parameters())]
+    if idle:
         raise LayerPruneError(
-            "No token of the batches counts: all are padding, or the first of their sequence. Give sequences "
-            "of at least two tokens."
+            f"Layers {idle} have no trainable parameter, so reconstruction may have nothing to train next to "
+            "a cut. Unfreeze them, put adapters on them, or leave reconstruction out."
         )
+    _check_layers_stand_alone(base, range(len(layers)), range(len(layers)), batches)
+
+
+def _check(batches: Sequence[Batch], epochs: int, learning_rate: float, autocast: torch.dtype | None) -> None:
+    """Checks text and settings before any work."""
+    _check_text(batches)
     if autocast is torch.float16:
         raise LayerPruneError(
             "autocast is torch.float16, in which small gradients vanish. Use torch.bfloat16, or None for "
@@ -207,6 +224,19 @@ def _check(
         raise LayerPruneError(
             f"epochs is {epochs} and learning_rate {learning_rate}: use at least 1 epoch and a rate above 0."
         )
+
+
+def _check_text(batches: Sequence[Batch]) -> None:
+    """Checks that some token counts."""
+    if not any(bool(counted_positions(batch).any()) for batch in batches):
+        raise LayerPruneError(
+            "No token of the batches counts: all are padding, or the first of their sequence. Give sequences "
+            "of at least two tokens."
+        )
+
+
+def _check_models(model: Any, teacher: PreTrainedModel) -> None:
+    """Checks that both models are whole and of one width."""
     widths = [find_decoder(each).config.hidden_size for each in (model, teacher)]
     if widths[0] != widths[1]:
         raise LayerPruneError(
@@ -221,16 +251,22 @@ def _check(
             )
 
 
-def _check_layers_stand_alone(model: Any, windows: Sequence[Window], input_ids: torch.Tensor) -> None:
+def _check_layers_stand_alone(
+    model: Any, firsts: Sequence[int], lasts: Sequence[int], batches: Sequence[Batch]
+) -> None:
     """Checks that a layer passes on one hidden state `(batch, length, hidden)` and nothing else, so that a
     window can run from its input alone.
+
+    Args:
+        firsts, lasts (sequence of `int`): where windows may begin and end.
 
     Raises:
         LayerPruneError: it passes on more.
     """
-    layers = {layer for window in windows for layer in (window.first - 1, window.last) if layer >= 0}
+    input_ids = batches[0]["input_ids"][:1, :8].to(model.device)
+    layers = {layer for layer in (*(first - 1 for first in firsts), *lasts) if layer >= 0}
     with undisturbed(model):
-        stand_alone = can_replay(model, input_ids, max(1, *(window.first for window in windows)))
+        stand_alone = can_replay(model, input_ids, max(1, *firsts))
         with captured(model, layers) as states:
             model.base_model(input_ids=input_ids, use_cache=False)
     width = find_decoder(model).config.hidden_size

@@ -1,5 +1,6 @@
 """The windows of layers around each cut that reconstruction trains."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from ..errors import LayerPruneError
@@ -22,8 +23,16 @@ class Window:
     teacher_last: int
 
 
-def find_windows(student: Lineage, teacher: Lineage, before: int, after: int) -> list[Window]:
+def find_windows(
+    student: Lineage, teacher: Lineage, before: int, after: int, removed: Collection[int] | None = None
+) -> list[Window]:
     """Returns the trained layers, `before` and `after` each cut, as windows that do not overlap.
+
+    Args:
+        student, teacher ([`Lineage`]): the layers of both models.
+        before, after (`int`): the number of layers on either side of a cut.
+        removed (collection of `int`, *optional*): only the cuts where one of these layers was, as original
+            indices. Default: all cuts.
 
     Raises:
         LayerPruneError: the student has no cut that the teacher has not, or the teacher lacks a layer of the
@@ -34,16 +43,14 @@ def find_windows(student: Lineage, teacher: Lineage, before: int, after: int) ->
             f"layers_before is {before} and layers_after is {after}. Choose numbers of at least 0, and at "
             "least one layer in all."
         )
-    missing = sorted(set(student.kept) - set(teacher.kept))
-    if student.original != teacher.original or missing:
-        raise LayerPruneError(
-            f"The teacher has {teacher}, the student {student}. Give a teacher that has all layers of the "
-            "student."
-        )
+    check_teacher_has_layers(student, teacher)
     places = [teacher.kept.index(layer) for layer in student.kept]
     count = len(places)
     ends = [-1, *places, len(teacher.kept)]
     cuts = [i for i in range(count + 1) if ends[i + 1] != ends[i] + 1]  # in front of this student layer
+    if removed is not None:
+        gaps = {cut: teacher.kept[ends[cut] + 1 : ends[cut + 1]] for cut in cuts}
+        cuts = [cut for cut, layers in gaps.items() if set(layers) & set(removed)]
     spans: list[list[int]] = []
     for cut in cuts:
         span = [max(0, cut - before), min(count, cut + after) - 1]
@@ -58,3 +65,16 @@ def find_windows(student: Lineage, teacher: Lineage, before: int, after: int) ->
             "No layer was removed from the model, so there is no cut to reconstruct. Remove layers first."
         )
     return [Window(first, last, places[first], places[last]) for first, last in spans]
+
+
+def check_teacher_has_layers(student: Lineage, teacher: Lineage) -> None:
+    """Checks that a teacher has all layers of a student.
+
+    Raises:
+        LayerPruneError: it lacks one.
+    """
+    if student.original != teacher.original or not set(student.kept) <= set(teacher.kept):
+        raise LayerPruneError(
+            f"The teacher has {teacher}, the student {student}. Give a teacher that has all layers of the "
+            "student."
+        )

@@ -115,8 +115,66 @@ class PhaseSizeArguments(RemovalArguments):
 
 
 @dataclass(kw_only=True)
-class PruningArguments(PhaseSizeArguments):
+class ReconstructionArguments:
+    """How the layers next to a cut are trained on the teacher's hidden states, see [`reconstruct_layers`].
+
+    Args:
+        reconstruction_layers (`int`, *optional*, defaults to 0):
+            Layers on each side of a new cut to train after each removal, before training goes on. 0: none.
+            A plain Trainer then needs a copy of the original model as teacher: one more model in memory, and
+            in the output folder until training ends. [`DistillationTrainer`] uses its own teacher.
+        reconstruction_tokens (`int`, *optional*):
+            Training tokens to reconstruct layers on. Default: as many as the training after the removal
+            reads. If the training data is a stream, all calibration tokens, or so many of them.
+        reconstruction_epochs (`int`, *optional*, defaults to 4):
+            Passes over these tokens.
+        reconstruction_learning_rate (`float`, *optional*, defaults to 1e-3):
+            Peak of a cosine schedule.
+    """
+
+    reconstruction_layers: int = field(
+        default=0,
+        metadata={
+            "help": "Layers on each side of a new cut to train on the teacher's hidden states after each "
+            "removal, before the other training. Default: 0, none."
+        },
+    )
+    reconstruction_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Training tokens to reconstruct layers on. Default: as many as the other training reads."
+        },
+    )
+    reconstruction_epochs: int = field(
+        default=4, metadata={"help": "How often reconstruction reads these tokens."}
+    )
+    reconstruction_learning_rate: float = field(
+        default=1e-3, metadata={"help": "Peak learning rate of reconstruction."}
+    )
+
+    def __post_init__(self) -> None:
+        self.reconstruction_layers = plain_int(self.reconstruction_layers)
+        if type(self.reconstruction_layers) is not int or self.reconstruction_layers < 0:
+            raise LayerPruneError(
+                f"reconstruction_layers is {self.reconstruction_layers!r}. Choose 0 or more layers on each "
+                "side of a cut."
+            )
+        if self.reconstruction_tokens is not None and self.reconstruction_tokens < 1:
+            raise LayerPruneError(
+                f"reconstruction_tokens is {self.reconstruction_tokens}. Choose at least 1, or leave it out."
+            )
+        if self.reconstruction_epochs < 1 or not 0 < self.reconstruction_learning_rate < float("inf"):
+            raise LayerPruneError(
+                f"reconstruction_epochs is {self.reconstruction_epochs} and reconstruction_learning_rate is "
+                f"{self.reconstruction_learning_rate}. Choose at least 1 epoch and a rate above 0."
+            )
+
+
+@dataclass(kw_only=True)
+class PruningArguments(ReconstructionArguments, PhaseSizeArguments):
     """Settings of [`LayerPruningCallback`].
+
+    The fields of [`ReconstructionArguments`] say how layers next to a new cut are reconstructed.
 
     Args:
         steps_per_phase (`int`, *optional*):
@@ -157,7 +215,8 @@ class PruningArguments(PhaseSizeArguments):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        ReconstructionArguments.__post_init__(self)
+        PhaseSizeArguments.__post_init__(self)
         for name in ("steps_per_phase", "tokens_per_phase"):
             if getattr(self, name) is not None:
                 setattr(self, name, check_count(name, getattr(self, name)))

@@ -27,6 +27,7 @@ from .arguments import PruningArguments, make_arguments
 from .compatibility import check_restores_no_callbacks
 from .other_callbacks import move_before_printing, trainer_warnings
 from .prune import Evaluation, run_evaluation
+from .reconstruction import forget_original
 from .recorder import Recorder
 from .resume import callback_states, check_depth_of_weights, check_groups_of_checkpoint, checkpoint_folder
 from .run import PruningInputs, PruningRun
@@ -287,3 +288,4 @@ class LayerPruningCallback(TrainerCallback, ExportableState):
         if state.global_step < state.max_steps:
             self._termination.end_process()
         self._run.end(state, model)
+        forget_original(args)

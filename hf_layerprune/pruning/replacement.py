@@ -148,13 +148,72 @@ def replace_by_linear_map(
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
     if not float((found - expected).norm()) <= tolerance * float(expected.norm()):
         output.load_state_dict(kept)
-        raise LayerPruneError(
-            f"In this {model.config.model_type} model what the feed-forward part gives is not simply added, "
-            "so that no linear map can be multiplied into it: choose another replacement."
-        )
+        raise _not_added(model)
     remove_layers(model, range(first, first + count))
     weight: Any = output.weight
     return weight
+
+
+def check_linear_map(model: PreTrainedModel) -> None:
+    """Checks, before any long work, that a linear map can stand for a block of layers: in one layer of each
+    kind, on a few tokens.
+
+    Raises:
+        LayerPruneError: there is no kind of layer into which it can be multiplied.
+    """
+    layers: Any = find_decoder(model).layers
+    kinds = {tuple(name for name, _ in layer.named_modules()): place for place, layer in enumerate(layers)}
+    errors: list[LayerPruneError] = []
+    for place in kinds.values():
+        try:
+            _check_feed_forward_is_added(model, place)
+        except LayerPruneError as error:
+            errors.append(error)
+    if len(errors) == len(kinds):
+        raise errors[0]
+
+
+def _check_feed_forward_is_added(model: PreTrainedModel, layer: int) -> None:
+    """Checks that a layer's output grows by the output of its feed-forward part if that is doubled.
+
+    Raises:
+        LayerPruneError: it does not.
+    """
+    part = _part(model, find_decoder(model).layers[layer], FEED_FORWARD)
+    output = _part(model, part, OUTPUTS)
+    if not isinstance(output, (nn.Linear, Conv1D)):
+        raise LayerPruneError(f"A linear map cannot be multiplied into a {type(output).__name__}.")
+    ids = torch.arange(8, device=model.device)[None]
+    outputs: list[torch.Tensor] = []
+
+    def double(module: Any, args: Any, output: Any) -> Any:
+        outputs.append(hidden(output).clone())
+        return (2 * output[0], *output[1:]) if isinstance(output, tuple) else 2 * output
+
+    states: list[torch.Tensor] = []
+    with undisturbed(model):
+        for hooks in ([], [double]):
+            handles = [part.register_forward_hook(hook) for hook in hooks]
+            try:
+                with captured(model, [layer]) as found:
+                    model.base_model(input_ids=ids, use_cache=False)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            states.append(hidden(found[layer][1]).clone())
+    # The first position is left out: its state may be so large that the difference is rounded away.
+    given, change = outputs[0].view_as(states[0])[:, 1:].float(), (states[1] - states[0])[:, 1:].float()
+    tolerance = 0.1 if model.dtype == torch.float32 else 0.5
+    if not float((change - given).norm()) <= tolerance * float(given.norm()):
+        raise _not_added(model)
+
+
+def _not_added(model: PreTrainedModel) -> LayerPruneError:
+    return LayerPruneError(
+        f"In this {model.config.model_type} model the output of the feed-forward part is not simply added to "
+        "the hidden state, so a linear map cannot be multiplied into it. Use replacement='none', and "
+        "reconstruction_layers=3 to train the layers next to the cut instead."
+    )
 
 
 def best_ridge(grams: torch.Tensor, crosses: torch.Tensor) -> float:

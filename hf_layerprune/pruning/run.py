@@ -25,6 +25,7 @@ from .prune import (
     score_present,
     scoring_settings,
 )
+from .reconstruction import PhaseReconstruction
 from .recorder import Recorder
 from .recovery import Recovery
 from .schedule import PhaseSchedule
@@ -67,6 +68,7 @@ class PruningRun:
         termination ([`Termination`]): ends the process at once while layers are scored.
         losses ([`LossMonitor`]): watches the loss.
         recovery ([`Recovery`], *optional*): undoes a phase that recovers too little.
+        reconstruction ([`PhaseReconstruction`], *optional*): trains the layers next to a new cut.
     """
 
     inputs: PruningInputs
@@ -77,6 +79,7 @@ class PruningRun:
     termination: Termination
     losses: LossMonitor
     recovery: Recovery | None = None
+    reconstruction: PhaseReconstruction | None = None
 
     def excess(self, model: PreTrainedModel) -> int:
         """Returns how many layers are still to remove."""
@@ -125,6 +128,10 @@ class PruningRun:
             phase.tokens = state.num_input_tokens_seen
             if self.recovery is not None:
                 phase.qualities = {"before": before, "cut": self.recovery.measure(model)}
+            if self.reconstruction is not None:
+                with self.termination.immediate():  # it resumes from a checkpoint of its own
+                    removed = [removal.original for removal in removals]
+                    phase.reconstruction = self.reconstruction.run(model, removed, number)
             self.recorder.add_phase(phase, began)
             forget_best_model(state)
             self.losses.start_phase()

@@ -103,6 +103,11 @@ class PhaseSchedule:
             )
         return steps
 
+    @property
+    def steps(self) -> int:
+        """The steps of a phase; 1 where tokens are counted."""
+        return self._steps
+
     def next_size(self, layers: int) -> int:
         """Returns how many layers the next phase removes from a model with `layers` layers."""
         return phase_sizes(layers, self._args.target_layers, self._args.layers_per_phase)[0]

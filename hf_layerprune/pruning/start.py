@@ -21,6 +21,7 @@ from .compatibility import check_compatibility, check_parameters_stay
 from .diagnostics import LossMonitor, loss_in_nats
 from .other_callbacks import TrainerOutput
 from .prune import check_plan
+from .reconstruction import PhaseReconstruction, find_teacher
 from .recorder import Recorder
 from .recovery import Recovery
 from .resume import resumed_record
@@ -47,6 +48,11 @@ def check_start(
     """
     check_criterion_fits(base_of(model), inputs.args.criterion, inputs.task)
     check_compatibility(args, model, optimizer)
+    if inputs.args.reconstruction_layers and is_sharded(model):
+        raise LayerPruneError(
+            "reconstruction_layers trains single layers, but the weights are sharded over processes. Leave "
+            "sharding out, or set reconstruction_layers to 0."
+        )
     if inputs.args.min_recovery is not None and (adapter_configs(model) or is_sharded(model)):
         raise LayerPruneError(
             "min_recovery puts layers back, but not under adapters or in sharded models: leave it out."
@@ -132,8 +138,14 @@ def start_run(
     if settings.min_recovery is not None:
         recovery = Recovery(settings.min_recovery, str(args.output_dir), batches, inputs.task)
         recovery.check(len(record.phases))
+    reconstruction = None
+    if settings.reconstruction_layers:
+        teacher = find_teacher(inputs.teacher, trainer, args, model, is_resumed=state.global_step > 0)
+        phase = settings.tokens_per_phase, schedule.steps
+        reconstruction = PhaseReconstruction(settings, args, teacher, model, loader, batches, *phase)
     output, losses = TrainerOutput(trainer), LossMonitor(loss_in_nats(trainer, args))
-    return PruningRun(inputs, recorder, schedule, batches, output, termination, losses, recovery)
+    watching: Any = (output, termination, losses, recovery, reconstruction)
+    return PruningRun(inputs, recorder, schedule, batches, *watching)
 
 
 def _describe_texts(inputs: PruningInputs, record: RunRecord, batches: list[Batch], loader: Any) -> None:

@@ -25,7 +25,7 @@ from .inputs import (
     precision_of_training,
     split_text,
 )
-from .recipe import RECIPE_KINDS, RecipeArguments, check_phases_are_used, read_recipe, resolved_fields
+from .recipe import RECIPE_KINDS, RecipeArguments, check_recipe, read_recipe, resolved_fields
 from .run import run_recipe
 
 
@@ -95,7 +95,7 @@ def prune(
     values = _values(recipe, named | {"keep": keep}, fields)
     chosen, source, text, sample, pruning, args = fill(RECIPE_KINDS, values)
     trust = source.trust_remote_code
-    check_phases_are_used(chosen.select, pruning)
+    check_recipe(chosen, pruning, text.streaming)
     check_reporters(args.report_to)
     resume = resume_from_checkpoint or args.resume_from_checkpoint
     if not resume:

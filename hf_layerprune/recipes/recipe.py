@@ -11,7 +11,7 @@ import yaml
 
 from ..distillation.arguments import DistillationTrainingArguments
 from ..errors import LayerPruneError
-from ..pruning.arguments import PruningArguments, RemovalArguments
+from ..pruning.arguments import PruningArguments, ReconstructionArguments, RemovalArguments
 from ..pruning.prune import SELECTIONS
 from ..pruning.replacement import KINDS
 from ..reports.record import changed_settings
@@ -53,6 +53,13 @@ class RecipeArguments:
             "choices": ["phases", *SELECTIONS],
         },
     )
+    block_candidates: int = field(
+        default=1,
+        metadata={
+            "help": "For select block: remove and briefly reconstruct this many of the blocks that score "
+            "least, and keep the one with the lowest KL on the calibration text. Default: 1, no comparison."
+        },
+    )
     replacement: str = field(
         default="none",
         metadata={"help": "For select block: what replaces the block.", "choices": list(KINDS)},
@@ -67,54 +74,16 @@ class RecipeArguments:
             "choices": [*REPLACEMENT_LOSSES, "none"],
         },
     )
-    reconstruction_layers: int = field(
-        default=0,
-        metadata={
-            "help": "Layers on each side of every cut to train on the teacher's hidden states, before the "
-            "other training. Default: 0, none."
-        },
-    )
-    reconstruction_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Training tokens to reconstruct layers on. Default: all that the other training reads."
-        },
-    )
-    reconstruction_epochs: int = field(
-        default=4, metadata={"help": "How often reconstruction reads these tokens."}
-    )
-    reconstruction_learning_rate: float = field(
-        default=1e-3, metadata={"help": "Peak learning rate of reconstruction."}
-    )
 
     def __post_init__(self) -> None:
-        if self.reconstruction_layers < 0:
-            raise LayerPruneError(
-                f"reconstruction_layers is {self.reconstruction_layers}. Choose 0 or more layers on each "
-                "side of a cut."
-            )
-        if self.reconstruction_tokens is not None and self.reconstruction_tokens < 1:
-            raise LayerPruneError(
-                f"reconstruction_tokens is {self.reconstruction_tokens}. Choose at least 1, or leave it out."
-            )
-        if self.reconstruction_epochs < 1 or not 0 < self.reconstruction_learning_rate < float("inf"):
-            raise LayerPruneError(
-                f"reconstruction_epochs is {self.reconstruction_epochs} and reconstruction_learning_rate is "
-                f"{self.reconstruction_learning_rate}. Choose at least 1 epoch and a rate above 0."
-            )
-        if self.reconstruction_layers and self.select == "phases":
-            raise LayerPruneError(
-                "reconstruction_layers needs all layers removed at once, but select is phases. Set select to "
-                "greedy, one_shot or block, or leave reconstruction_layers out."
-            )
-        if self.reconstruction_layers and self.replacement not in ("none", "linear"):
-            raise LayerPruneError(
-                f"reconstruction_layers is set, but replacement {self.replacement} trains its own layer. Use "
-                "replacement none or linear."
-            )
         if self.replacement != "none" and self.select != "block":
             raise LayerPruneError(
                 f"replacement {self.replacement} replaces a block of layers. Set select to block."
+            )
+        if self.block_candidates < 1 or (self.block_candidates > 1 and self.select != "block"):
+            raise LayerPruneError(
+                f"block_candidates is {self.block_candidates} and select is {self.select}. Choose 1 or more "
+                "candidates, and set select to block to compare several."
             )
         if self.replacement == "linear" and self.replacement_loss == "mse":
             self.replacement_loss = "kl"  # the map is the least of mse already
@@ -171,7 +140,34 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def check_phases_are_used(select: str, pruning: PruningArguments) -> None:
+def check_recipe(recipe: RecipeArguments, pruning: PruningArguments, streaming: bool) -> None:
+    """Checks that the fields of a recipe go together.
+
+    Args:
+        recipe ([`RecipeArguments`]): how layers are selected, and what replaces them.
+        pruning ([`PruningArguments`]): how layers are scored and reconstructed.
+        streaming (`bool`): whether the text is streamed.
+
+    Raises:
+        LayerPruneError: they do not.
+    """
+    _check_phases_are_used(recipe.select, pruning)
+    name = "reconstruction_layers" if pruning.reconstruction_layers else "block_candidates"
+    if not pruning.reconstruction_layers and recipe.block_candidates == 1:
+        return
+    if recipe.replacement not in ("none", "linear"):
+        raise LayerPruneError(
+            f"{name} is set, but replacement {recipe.replacement} trains its own layer. Use "
+            "replacement none or linear."
+        )
+    if streaming and recipe.select != "phases":
+        raise LayerPruneError(
+            f"{name} reads its tokens several times, but the data is streamed. Leave streaming out, or leave "
+            f"{name} out."
+        )
+
+
+def _check_phases_are_used(select: str, pruning: PruningArguments) -> None:
     """Checks that settings of phases come with `select="phases"` alone.
 
     Raises:
@@ -179,7 +175,9 @@ def check_phases_are_used(select: str, pruning: PruningArguments) -> None:
     """
     if select == "phases":
         return
-    always = {one.name for one in dataclasses.fields(RemovalArguments)}
+    always = {
+        one.name for kind in (RemovalArguments, ReconstructionArguments) for one in dataclasses.fields(kind)
+    }
     of_phases = [one for one in dataclasses.fields(pruning) if one.name not in always]
     idle = [one.name for one in of_phases if getattr(pruning, one.name) != one.default]
     if idle:

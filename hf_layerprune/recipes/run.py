@@ -15,8 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from ..checkpoints.saving import save_model
 from ..data.batches import make_batches
 from ..data.collator import PaddingCollator
+from ..data.targets import Batch
 from ..distillation.arguments import DistillationTrainingArguments
-from ..distillation.reconstruction import reconstruct_layers
+from ..distillation.reconstruction import check_can_reconstruct, reconstruct_layers
 from ..distillation.teacher import hold_in_autocast_dtype
 from ..distillation.trainable import trained_parameters
 from ..distillation.trainer import DistillationTrainer
@@ -25,7 +26,7 @@ from ..evaluation.evaluate import HeldOutText
 from ..pruning.arguments import PruningArguments, RemovalArguments, narrowed
 from ..pruning.callback import LayerPruningCallback
 from ..pruning.prune import check_plan, phase_entry, prune_layers, run_evaluation, score_present
-from ..pruning.replacement import replace_block, replace_by_linear_map
+from ..pruning.replacement import check_linear_map, replace_block, replace_by_linear_map
 from ..reports.card import write_card
 from ..reports.machine import peak_memory_mb
 from ..reports.record import (
@@ -41,8 +42,9 @@ from ..reports.record import (
 from ..reports.texts import count_tokens, describe_text, describe_texts
 from ..surgery.lineage import get_lineage
 from ..surgery.removal import remove_layers, without_layers
+from .candidates import TOKENS, compare_candidates
 from .inputs import Parts
-from .recipe import REPLACEMENT_LOSSES, RecipeArguments, check_phases_are_used
+from .recipe import REPLACEMENT_LOSSES, RecipeArguments, check_recipe
 
 
 @dataclass
@@ -140,8 +142,8 @@ def _check(run: Run, resume: str | bool | None) -> None:
     Raises:
         LayerPruneError: settings that cannot work.
     """
-    reads = run.args.max_steps or run.recipe.reconstruction_layers
-    if reads and isinstance(run.train, Dataset) and not len(run.train):
+    reconstructs = run.pruning.reconstruction_layers or run.recipe.block_candidates > 1
+    if (run.args.max_steps or reconstructs) and isinstance(run.train, Dataset) and not len(run.train):
         raise LayerPruneError(
             "Calibration and evaluation take all sequences of the text, none is left to train on. Give more "
             "text, or set calibration_sequences and heldout_sequences lower."
@@ -154,9 +156,13 @@ def _check(run: Run, resume: str | bool | None) -> None:
         raise LayerPruneError(
             "Training of a replacement does not resume. Start again in a new output_dir, or leave resume out."
         )
-    check_phases_are_used(run.recipe.select, run.pruning)
+    check_recipe(run.recipe, run.pruning, streaming=not isinstance(run.train, Dataset))
     if run.recipe.select == "phases" and not run.args.max_steps:
         raise LayerPruneError("select phases trains between removals: set max_steps or steps_per_phase.")
+    if run.recipe.replacement == "linear":
+        check_linear_map(run.model)
+    if reconstructs and run.recipe.select != "phases":
+        check_can_reconstruct(run.model, run.model, make_batches(run.train.select(range(1)), 1))
 
 
 def _remove_and_heal(run: Run, checkpoint: str | None) -> RunRecord:
@@ -168,19 +174,21 @@ def _remove_and_heal(run: Run, checkpoint: str | None) -> RunRecord:
     """
     model, recipe, args = run.model, run.recipe, run.args
     check_plan(model, run.pruning.target_layers, run.pruning.protected)
-    if recipe.reconstruction_layers:
+    if run.pruning.reconstruction_layers or recipe.block_candidates > 1:
         run.train = _rows_read(run)
     began = time.monotonic()
     if run.trains_only_replacement:
         for name, value in REPLACEMENT_LOSSES[recipe.replacement_loss].items():
             setattr(args, name, value)
     distills = bool(args.max_steps and (args.kl_weight or args.hidden_weight))
-    reconstructs = recipe.reconstruction_layers > 0 and not checkpoint
+    reconstructs = run.pruning.reconstruction_layers > 0 and not checkpoint
     teacher = copy.deepcopy(model) if distills or reconstructs else None
     record, replaced = _remove(run, checkpoint)
     if reconstructs:
         assert teacher is not None
-        record.reconstruction = _reconstruct(run, teacher)
+        record.finished = False
+        write_record(record, run.folder)  # a run that is stopped from here on can be resumed
+        record.phases[-1].reconstruction = _reconstruct(run, teacher)
     if args.max_steps:
         record.finished = False
         write_record(record, run.folder)
@@ -204,7 +212,7 @@ def _remove(run: Run, checkpoint: str | None) -> tuple[RunRecord, list[nn.Parame
         remove_layers(model, [place for place, layer in enumerate(present) if layer not in kept])
         begun.resumed_at = Path(str(checkpoint)).name
         return begun, []
-    if run.recipe.replacement != "none":
+    if run.recipe.replacement != "none" or run.recipe.block_candidates > 1:
         return _replace(run)
     removal, select = narrowed(pruning, RemovalArguments), run.recipe.select
     texts: Any = {"calibration": run.calibration, "evaluation": run.evaluation}
@@ -240,40 +248,45 @@ def _heal(
 
 def _reconstruct(run: Run, teacher: PreTrainedModel) -> dict[str, Any]:
     """Trains the layers next to the cuts on the teacher's hidden states; returns its entry in the record."""
-    began, recipe, args, train = time.monotonic(), run.recipe, run.args, run.train
-    length = len(train[0]["input_ids"])
-    tokens = recipe.reconstruction_tokens or len(train) * length
+    began, args = time.monotonic(), run.args
     folder = run.folder / "reconstruction"
     found = reconstruct_layers(
         run.model,
         teacher,
-        make_batches(train.select(range(min(len(train), max(1, tokens // length)))), args.train_batch_size),
-        layers_before=recipe.reconstruction_layers,
-        layers_after=recipe.reconstruction_layers,
-        epochs=recipe.reconstruction_epochs,
-        learning_rate=recipe.reconstruction_learning_rate,
-        autocast=torch.bfloat16 if args.bf16 else None,  # fp16 would need its gradients scaled
-        seed=args.seed,
+        _training_batches(run, run.pruning.reconstruction_tokens),
+        epochs=run.pruning.reconstruction_epochs,
         folder=folder,
-        progress=not args.disable_tqdm,
+        **_reconstruction_settings(run),
     )
     if args.process_index == 0:
         folder.rmdir()  # its checkpoints are gone
     return found.to_dict() | {"seconds": round(time.monotonic() - began, 2)}
 
 
-def _rows_read(run: Run) -> Dataset:
-    """Returns the rows that the training after reconstruction reads, so that both see the same tokens.
+def _training_batches(run: Run, tokens: int | None) -> list[Batch]:
+    """Returns batches of the first training rows, with so many tokens. Default: all rows."""
+    rows = len(run.train)
+    if tokens is not None:
+        rows = min(rows, max(1, tokens // len(run.train[0]["input_ids"])))
+    return make_batches(run.train.select(range(rows)), run.args.train_batch_size)
 
-    Raises:
-        LayerPruneError: the text is streamed.
-    """
+
+def _reconstruction_settings(run: Run) -> dict[str, Any]:
+    """Returns the arguments of [`reconstruct_layers`] that all reconstruction of a run shares."""
+    layers = run.pruning.reconstruction_layers or 1  # to compare candidates
+    return {
+        "layers_before": layers,
+        "layers_after": layers,
+        "learning_rate": run.pruning.reconstruction_learning_rate,
+        "autocast": torch.bfloat16 if run.args.bf16 else None,  # fp16 would need its gradients scaled
+        "seed": run.args.seed,
+        "progress": not run.args.disable_tqdm,
+    }
+
+
+def _rows_read(run: Run) -> Dataset:
+    """Returns the rows that the training after reconstruction reads, so that both see the same tokens."""
     train, args = run.train, run.args
-    if not isinstance(train, Dataset):
-        raise LayerPruneError(
-            "reconstruction_layers reads its tokens several times, but the data is streamed. Leave streaming "
-            "out, or set reconstruction_layers to 0."
-        )
     rows = len(train)
     if args.max_steps > 0:
         rows = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -308,20 +321,30 @@ def _replace(run: Run) -> tuple[RunRecord, list[nn.Parameter]]:
     batches = make_batches(run.calibration, 4)
     record.texts = describe_texts(run.calibration, batches, run.evaluation)
     record.dense = run_evaluation(run.evaluation, model)
-    if kind == "linear":  # part of the layer before
+    if kind in ("none", "linear"):  # a map is part of the layer before
         standing = 0
     length = len(before) - pruning.target_layers + standing
+
+    def remove(pruned: PreTrainedModel, first: int) -> list[nn.Parameter]:
+        if kind == "linear":
+            return [replace_by_linear_map(pruned, first, length, batches)]
+        return replace_block(pruned, first, length, kind, standing)
+
     scoring: Any = {"block_size": length, "racing": pruning.racing, "pattern": pruning.pattern}
     table = score_present(model, batches, pruning.criterion, fixed, **scoring, seed=pruning.scoring_seed)
-    first = table.ranking()[0]
-    if kind == "linear":
-        trained = [replace_by_linear_map(model, first, length, batches)]
-    else:
-        trained = replace_block(model, first, length, kind, standing)
+    first, candidates = table.ranking()[0], None
+    if run.recipe.block_candidates > 1:
+        texts = _training_batches(run, TOKENS), batches
+        settings = _reconstruction_settings(run)
+        candidates = compare_candidates(model, table, run.recipe.block_candidates, remove, *texts, **settings)
+        divergences = [candidate["kl"] for candidate in candidates]
+        first = table.ranking()[divergences.index(min(divergences))]
+    trained = remove(model, first)
     gone = [layer for layer in before if layer not in get_lineage(model).kept]
     removals = [Removal(before.index(layer), layer, None) for layer in gone]
     removals[0].score, removals[0].table = table.scores[first], table
     record.phases.append(phase_entry(model, 0, removals, run.evaluation))
+    record.phases[-1].candidates = candidates
     record.finished = True
     return record, trained
 

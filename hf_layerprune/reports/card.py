@@ -17,6 +17,7 @@ from .plots import plot_record, plot_scores
 from .record import DISTILLED, Record
 from .tables import (
     EFFECTIVE_QUESTIONS,
+    candidate_rows,
     evaluation_rows,
     is_steady,
     markdown_table,
@@ -89,11 +90,14 @@ def write_card(
 
 def _tables(record: Record, base: str, name: str) -> dict[str, Any]:
     """Returns the tables of a card and what a reader has to know of them, as the template names them."""
-    table, texts = table_rows(record), text_rows(record)
+    table, texts, candidates = table_rows(record), text_rows(record), candidate_rows(record)
     tables = {
         "table": markdown_table(table),
         "texts": markdown_table(texts) if len(texts) > 1 else None,
         "healed_apart": any(head.endswith("healed") for head in table[0]),
+        "candidates": markdown_table(candidates) if len(candidates) > 1 else None,
+        "candidates_compared": len(candidates) - 1,
+        "reconstructed": any("reconstruction" in phase for phase in record["phases"]),
         "measured_by": qualities_of(record)[2],
         "measured": None,
         "explained": [],

@@ -91,6 +91,10 @@ class Phase:
         tokens (`int`, *optional*): the training tokens before the phase.
         qualities (`dict[str, float]`, *optional*): for `min_recovery`, the quality `before` the removals,
             right after them (`cut`), and at the end of the phase (`now`).
+        reconstruction (`dict`, *optional*): the result of [`reconstruct_layers`] after the removals, and its
+            `seconds`.
+        candidates (`list[dict]`, *optional*): the blocks that were compared by KL before the removals, with
+            their `layers` (original indices), `score` and `kl`.
     """
 
     step: int
@@ -102,10 +106,12 @@ class Phase:
     seconds: float = 0.0
     tokens: int | None = None
     qualities: dict[str, float] | None = None
+    reconstruction: dict[str, Any] | None = None
+    candidates: list[dict[str, Any]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the phase as plain values for JSON."""
-        values = _set_values(self, optional=("tokens", "qualities"))
+        values = _set_values(self, optional=("tokens", "qualities", "reconstruction", "candidates"))
         return values | {"removals": [removal.to_dict() for removal in self.removals]}
 
     @classmethod
@@ -137,7 +143,6 @@ class RunRecord:
         warnings (`list[str]`): what the run warned of.
         undone (`Phase`, *optional*): the phase whose layers were put back.
         recipe (`dict`, *optional*): the recipe of the run.
-        reconstruction (`dict`, *optional*): the result of [`reconstruct_layers`].
         evaluation (`dict`, *optional*): a comparison with the original model, made after the run.
         resumed_at (`str`, *optional*): the checkpoint from which a recipe was resumed.
     """
@@ -161,7 +166,6 @@ class RunRecord:
     warnings: list[str] = field(default_factory=list)
     undone: Phase | None = None
     recipe: dict[str, Any] | None = None
-    reconstruction: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None
     resumed_at: str | None = None
 
@@ -172,9 +176,7 @@ class RunRecord:
 
     def to_dict(self) -> Record:
         """Returns the record as plain values for JSON. Values that are not set are left out."""
-        values = _set_values(
-            self, optional=("warnings", "undone", "recipe", "reconstruction", "evaluation", "resumed_at")
-        )
+        values = _set_values(self, optional=("warnings", "undone", "recipe", "evaluation", "resumed_at"))
         values["phases"] = [phase.to_dict() for phase in self.phases]
         if self.undone is not None:
             values["undone"] = self.undone.to_dict()
@@ -184,7 +186,10 @@ class RunRecord:
     def from_dict(cls, values: Mapping[str, Any]) -> "RunRecord":
         """Returns the record that [`~RunRecord.to_dict`] gave, also of an earlier version."""
         values = {{"signs": "warnings"}.get(name, name): value for name, value in values.items()}
+        reconstruction = values.pop("reconstruction", None)
         values["phases"] = [Phase.from_dict(phase) for phase in values.get("phases", [])]
+        if reconstruction is not None:
+            values["phases"][-1].reconstruction = reconstruction
         if values.get("undone") is not None:
             values["undone"] = Phase.from_dict(values["undone"])
         return cls(**values)

@@ -27,28 +27,45 @@ def table_rows(record: Record) -> list[list[str]]:
             if cut and healed
             else [metric]
         )
-    heads += ["parameters", *(["tokens/s"] if speed else []), "seconds"]
+    heads += ["KL cut", "reconstructed", "parameters", *(["tokens/s"] if speed else []), "seconds"]
 
     def row(
-        layers: int, removed: str, score: str, found: tuple[Any, Any], parameters: int, seconds: str
+        layers: int,
+        removed: str,
+        score: str,
+        found: tuple[Any, Any],
+        reconstruction: Mapping[str, Any],
+        parameters: int,
+        seconds: str,
     ) -> list[str]:
         cells = [str(layers), removed, score]
         for metric in metrics:
             both = [_number(one, metric) for one in found]
             cells += both if cut and healed else [both[1] or both[0]]
+        cells += [_number(reconstruction, name) for name in ("kl_before", "kl_after")]
         cells += [f"{parameters / 1e6:.1f}M"]
         cells += [_number(found[1] or found[0], "tokens_per_second")] if speed else []
         return [*cells, seconds]
 
     model = record["model"]
-    rows = [heads, row(model["layers"], "", "", ({}, dense), model["parameters"], "")]
+    rows = [heads, row(model["layers"], "", "", ({}, dense), {}, model["parameters"], "")]
     for phase, found in zip(record["phases"], phases, strict=True):
         removed = ", ".join(str(removal["original"]) for removal in phase["removals"])
         scores = [removal["score"] for removal in phase["removals"]]
         score = ", ".join(f"{one:.3f}" for one in scores if one is not None)
         seconds = f"{phase['seconds']:.0f}"
-        rows.append(row(len(phase["kept"]), removed, score, found, phase["parameters"], seconds))
+        told = (phase.get("reconstruction", {}), phase["parameters"], seconds)
+        rows.append(row(len(phase["kept"]), removed, score, found, *told))
     return filled_columns(rows)
+
+
+def candidate_rows(record: Record) -> list[list[str]]:
+    """The blocks that were compared by KL as a table of text; only headings where there were none."""
+    rows = [["block", f"{record['pruning']['criterion']} score", "KL"]]
+    for candidate in (one for phase in record["phases"] for one in phase.get("candidates", [])):
+        layers = ", ".join(map(str, candidate["layers"]))
+        rows.append([layers, f"{candidate['score']:.3f}", _number(candidate, "kl")])
+    return rows
 
 
 def qualities_of(
@@ -243,7 +260,7 @@ def _with_error(value: float, error: float) -> str:
     return f"{value:.3f} ± {error:.3f}"
 
 
-def _number(values: dict[str, float] | None, name: str | None) -> str:
+def _number(values: Mapping[str, Any] | None, name: str | None) -> str:
     value = None if values is None or name is None else values.get(name)
     if value is None:
         return ""

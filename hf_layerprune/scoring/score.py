@@ -391,10 +391,22 @@ def _task_label(task: Any) -> str:
     return getattr(task, "__qualname__", type(task).__qualname__)
 
 
+# Fields of a config that saving and loading fill in: a model that was saved or loaded is the same model.
+SET_BY_SAVING = ("architectures", "dtype", "_name_or_path")
+
+
+def _without(fields: Any, names: tuple[str, ...]) -> Any:
+    """Returns a config as a mapping, without the fields of these names."""
+    if not isinstance(fields, dict):
+        return fields
+    return {name: _without(value, names) for name, value in fields.items() if name not in names}
+
+
 def fingerprint(models: list[Any], batches: list[Any], settings: list[Any]) -> str:
     """Returns a hash of configs, some weights of each tensor, the batches, and settings."""
     present = [model for model in models if model is not None]
-    digest = hashlib.sha256(repr((settings, [model.config.to_dict() for model in present])).encode())
+    configs = [_without(model.config.to_dict(), SET_BY_SAVING) for model in present]
+    digest = hashlib.sha256(repr((settings, configs)).encode())
     tensors = [tensor for model in present for tensor in model.state_dict().values()]
     samples = [tensor.flatten()[:: max(1, tensor.numel() // 1000)] for tensor in tensors]
     for tensor in [*samples, *(value for batch in batches for value in batch.values())]:

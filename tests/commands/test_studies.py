@@ -6,7 +6,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainingArguments, default_data_collator
 
-from hf_layerprune import LayerPruneError, evaluate_text, remove_layers, score_layers
+from hf_layerprune import (
+    LayerPruneError,
+    evaluate_text,
+    get_lineage,
+    reconstruct_layers,
+    remove_layers,
+    replace_by_linear_map,
+    score_layers,
+)
 from hf_layerprune.commands import study_setting
 from hf_layerprune.commands.cli import main
 from hf_layerprune.commands.studies import STUDIES, run_study
@@ -123,6 +131,35 @@ def test_a_schedule_for_each_phase_is_another_run(arguments):
     rows = run_study("iterative", StudyArguments(**arguments))
     assert len({round(row["healed"], 6) for row in rows}) == len(rows)
     assert [len(row["layers gone"]) for row in rows] == [2] * len(rows)
+
+
+def test_a_row_of_reconstruction_is_that_of_the_library(arguments, tokenizer):
+    """The linear map, then the layers on the first tokens of the shuffled text, then distillation."""
+    first, *rows = run_study("reconstruction", StudyArguments(**arguments))
+    assert first["reconstruction"] == "none"
+    assert "KL reconstructed" not in first
+    settings = [(row["layers"], row["epochs"], row["tokens"]) for row in rows]
+    assert settings[0] == (1, 4, 512)
+    assert len({*settings}) == len(settings) == 9
+    some, _, train = parts(tokenizer)
+    for row in (rows[0], rows[-2]):
+        model, calibration = make_model(), make_batches(some, 4)
+        table = score_layers(model, calibration, "block_influence", block_size=2, progress=False)
+        replace_by_linear_map(model, table.ranking()[0], 2, calibration)
+        read = make_batches(train.shuffle(seed=0).select(range(max(1, row["tokens"] // 32))), 4)
+        sides = dict.fromkeys(("layers_before", "layers_after"), row["layers"])
+        settings = {"epochs": row["epochs"], "autocast": torch.bfloat16, "progress": False}
+        result = reconstruct_layers(model, make_model(), read, **sides, **settings)
+        assert row["KL cut"] == pytest.approx(result.kl_before, rel=1e-4)
+        assert row["KL reconstructed"] == pytest.approx(result.kl_after, rel=1e-3)
+
+
+def test_models_without_a_linear_map_are_cut_without_it(arguments, tokenizer):
+    make_model("gemma3_text").save_pretrained("gemma")
+    tokenizer.save_pretrained("gemma")
+    setting = study_setting.Setting("baseline", StudyArguments(**arguments | {"models": ["gemma"]}))
+    model, found = setting.cut_block(2)
+    assert get_lineage(model).removed == found["layers gone"]
 
 
 def test_calibration_correlates_the_tables_of_two_texts(arguments, tokenizer):

@@ -40,8 +40,8 @@ run({settings!r}).accelerator.end_training()
 ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3}
 
 
-def pruning():
-    return LayerPruningCallback(target_layers=2, calibration=examples(4))
+def pruning(reconstruction):
+    return LayerPruningCallback(target_layers=2, calibration=examples(4), **reconstruction)
 
 
 def run(settings):
@@ -49,6 +49,7 @@ def run(settings):
     settings = dict(settings)
     resume, evaluated = settings.pop("resume", None), settings.pop("evaluated", ())
     kind, name = settings.pop("kind"), settings["output_dir"]
+    reconstruction = settings.pop("reconstruction", {})
     if settings.pop("sharded", False):
         shard()
     student, teacher = students()
@@ -65,11 +66,11 @@ def run(settings):
             args,
             train_dataset=dataset(),
             data_collator=default_data_collator,
-            callbacks=[callback := pruning()],
+            callbacks=[callback := pruning(reconstruction)],
         )
         callback.set_trainer(trainer)
     else:
-        callbacks = [pruning()] if kind == "pruned" else None
+        callbacks = [pruning(reconstruction)] if kind == "pruned" else None
         trainer = make_trainer(student, dataset(), teacher_model=teacher, callbacks=callbacks, **settings)
     start = {key: value.clone() for key, value in student.state_dict().items()}
     trainer.train(resume_from_checkpoint=resume)
@@ -133,6 +134,8 @@ def launch(settings):
         ("pruned", {"gradient_accumulation_steps": 2, "trainable": "around_cuts"}),
         ("pruned", {"activation_checkpointing": True, "save_strategy": "steps", "save_steps": 2}),
         ("plain", {}),
+        ("pruned", {"reconstruction": {"reconstruction_layers": 1}, "trainable": "around_cuts"}),
+        ("plain", {"reconstruction": {"reconstruction_layers": 1}}),
         ("pruned", {"sharded": True, "save_strategy": "steps", "save_steps": 2, **ADAMW}),
         ("plain", {"sharded": True, "save_strategy": "steps", "save_steps": 4}),
     ],
@@ -150,8 +153,9 @@ def test_two_processes_learn_what_one_does(kind, settings):
     assert theirs["kept"] == ours["kept"]
     assert len(ours["kept"]) == (4 if kind == "distilled" else 2)
     assert ours["moved"] > 1e-3
+    tolerance = 1e-2 if "reconstruction" in settings else 1e-3  # of AdamW, not SGD
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-3 * ours["moved"])
+        torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance * ours["moved"])
         assert torch.equal(other[name], found[name])
     terms = ("loss",) if kind == "plain" else ("loss", "kl", "ce", "hidden_mse")
     for one, other in zip(ours["log"], theirs["log"], strict=True):

@@ -69,6 +69,15 @@ def test_a_cut_that_the_teacher_has_too_is_none():
     assert windows([0, 1, 2, 5, 8, 9], teacher=[0, 1, 2, 5, 6, 7, 8, 9]) == [(3, 4, 3, 6)]
 
 
+def test_windows_of_some_cuts():
+    student, teacher = Lineage(10, [0, 1, 4, 5, 6, 9]), Lineage(10, list(range(10)))
+    assert find_windows(student, teacher, 1, 1, removed=[3]) == [Window(1, 2, 1, 4)]
+    assert find_windows(student, teacher, 1, 1, removed=[7]) == [Window(4, 5, 6, 9)]
+    assert len(find_windows(student, teacher, 1, 1, removed=[2, 8])) == 2
+    with pytest.raises(LayerPruneError, match="No layer was removed"):
+        find_windows(student, teacher, 1, 1, removed=[])
+
+
 @pytest.mark.parametrize(
     ("kept", "before", "after", "teacher", "message"),
     [

@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 
 from hf_layerprune import LayerPruneError, get_lineage, remove_layers
-from hf_layerprune.pruning.replacement import RIDGES, best_ridge, replace_block, replace_by_linear_map
+from hf_layerprune.pruning.replacement import (
+    RIDGES,
+    best_ridge,
+    check_linear_map,
+    replace_block,
+    replace_by_linear_map,
+)
 from hf_layerprune.surgery.decoder import find_decoder
 
 from ..conftest import CONFIGS, logits, make_model, tokens
@@ -257,3 +263,17 @@ def test_layers_of_other_kinds_cannot_be_inherited_and_nothing_changes():
         replace_block(model, 1, 3, "layer")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert len(get_lineage(model).kept) == len(find_decoder(model).layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_no_linear_map_fits_is_known_beforehand(family, dtype):
+    model = make_model(family).to(dtype)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    if family in ("gemma2", "gemma3_text"):  # which normalise what the part gives
+        with pytest.raises(LayerPruneError, match="is not simply added"):
+            check_linear_map(model)
+    else:
+        check_linear_map(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())

@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from hf_layerprune import (
+    DistillationTrainer,
     LayerPruneError,
     get_lineage,
     prune,
@@ -21,8 +22,11 @@ from hf_layerprune.commands.cli import main
 from hf_layerprune.data.batches import make_batches
 from hf_layerprune.data.sequences import split_sequences, token_sequences
 from hf_layerprune.data.texts import load_texts
+from hf_layerprune.distillation import window_training
+from hf_layerprune.distillation.reconstruction import mean_kl
 from hf_layerprune.evaluation.evaluate import evaluate_text
 from hf_layerprune.pruning.replacement import replace_block, replace_by_linear_map
+from hf_layerprune.recipes import run as recipe_run
 from hf_layerprune.recipes.recipe import SHIPPED, read_recipe, shipped_recipes
 from hf_layerprune.reports.record import RunRecord, read_record, write_record
 
@@ -531,7 +535,7 @@ def test_reconstruction_comes_between_cut_and_distillation(folder, tokenizer, tr
     settings = {"epochs": 3, "learning_rate": 2e-3, "seed": 42, "progress": False}
     expected = reconstruct_layers(reference, original, rows, **settings)
     model, record = result()
-    found = record["reconstruction"]
+    found = record["phases"][-1]["reconstruction"]
     assert found["tokens"] == 3 * 4 * 16
     assert found["kl_after"] == pytest.approx(expected.kl_after, rel=1e-3)
     assert found["windows"][0]["error_after"] < found["windows"][0]["error_before"]
@@ -546,9 +550,11 @@ def test_reconstruction_alone_trains_nothing_else(folder, tokenizer, trained):
     assert run("shortgpt", *DATA, *SMALL, *words) == 0
     model, record = result()
     whole, kept = trained(), record["phases"][-1]["kept"]
-    assert record["reconstruction"]["tokens"] == 256
+    assert record["phases"][-1]["reconstruction"]["tokens"] == 256
     assert not Path("out", "reconstruction").exists()
-    trained_layers = {layer for one in record["reconstruction"]["windows"] for layer in one["layers"]}
+    trained_layers = {
+        layer for one in record["phases"][-1]["reconstruction"]["windows"] for layer in one["layers"]
+    }
     for place, layer in enumerate(kept):
         pairs = zip(
             model.model.layers[place].parameters(), whole.model.layers[layer].parameters(), strict=True
@@ -562,7 +568,10 @@ def test_reconstruction_alone_trains_nothing_else(folder, tokenizer, trained):
     [
         (["default", "--reconstruction_layers", "-1"], "reconstruction_layers is -1"),
         (["default", *RECONSTRUCTED, "--reconstruction_tokens", "0"], "reconstruction_tokens is 0"),
-        (["iterative-small", *RECONSTRUCTED], "but select is phases"),
+        (["shortgpt", "--block_candidates", "2"], "set select to block"),
+        (["default", "--block_candidates", "0"], "block_candidates is 0"),
+        (["streamline", "--block_candidates", "2"], "trains its own layer"),
+        (["default", "--block_candidates", "2", "--streaming", "True"], "the data is streamed"),
         (["streamline", *RECONSTRUCTED], "trains its own layer"),
         (["default", *RECONSTRUCTED, "--streaming", "True"], "the data is streamed"),
         (["default", *RECONSTRUCTED, "--reconstruction_epochs", "0"], "at least 1 epoch"),
@@ -572,6 +581,100 @@ def test_reconstruction_that_cannot_be_is_told(folder, capsys, words, message):
     recipe, *flags = words
     assert run(recipe, *DATA, *SMALL, *SHORT, *flags) == 2
     assert message in capsys.readouterr().err
+
+
+def test_phases_are_reconstructed(folder):
+    flags = ["--steps_per_phase", "2", "--trainable", "all"]
+    short = [word for word in SHORT if word not in ("--max_steps", "6")]
+    assert run("iterative", *DATA, *SMALL, *short, *flags, *RECONSTRUCTED) == 0
+    _, record = result()
+    for phase in record["phases"]:
+        assert len(phase["reconstruction"]["windows"]) == 1
+        assert phase["reconstruction"]["tokens"] > 0
+    card = Path("out/README.md").read_text()
+    assert "| KL cut | reconstructed |" in " ".join(card.split())
+    assert "the layers next to the cut were trained on the hidden states" in card
+
+
+@pytest.mark.parametrize("moment", ["reconstruction", "training"])
+def test_a_stopped_run_with_reconstruction_resumes_to_the_same_bits(folder, monkeypatch, moment):
+    fields = FIELDS | {"reconstruction_layers": 1, "reconstruction_epochs": 3, "reconstruction_tokens": 256}
+    fields |= {"save_strategy": "steps", "save_steps": 2, "block_candidates": 2, "keep": 4}
+    expected, whole = prune("model", "text.txt", output_dir="whole", **fields)
+    save, epochs = window_training.WindowTraining._save, []
+
+    def stop(self, checkpoint, epoch, *others):
+        save(self, checkpoint, epoch, *others)
+        epochs.append(epoch)
+        if moment == "reconstruction" and epoch == 2 and len(epochs) == 2:
+            raise KeyboardInterrupt
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **others):
+            if moment == "training" and state.global_step == 3:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(window_training.WindowTraining, "_save", stop)
+    with monkeypatch.context() as patch:
+        train = DistillationTrainer.train
+
+        def stopping(self, *args, **settings):
+            self.add_callback(Stop())
+            return train(self, *args, **settings)
+
+        patch.setattr(DistillationTrainer, "train", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            prune("model", "text.txt", output_dir="out", **fields)
+    epochs_before = list(epochs)
+    assert epochs_before == ([1, 2] if moment == "reconstruction" else [1, 2, 3])
+    found, record = prune("model", "text.txt", output_dir="out", resume_from_checkpoint=True, **fields)
+    assert epochs[len(epochs_before) :] == ([3] if moment == "reconstruction" else [])
+    assert equal_weights(found, expected)
+    [one], [other] = record.phases, whole.phases
+    assert one.reconstruction["kl_after"] == other.reconstruction["kl_after"]
+    assert one.candidates == other.candidates
+
+
+def test_the_best_few_blocks_are_compared_by_kl(folder, tokenizer, trained):
+    words = [*SHORT, "--max_steps", "0", "--keep", "4", "--block_candidates", "3", "--criterion", "loss"]
+    assert run("default", *DATA, *SMALL, *words) == 0
+    model, record = result()
+    calibration, _, text = blocks(tokenizer)
+    batches, rows = make_batches(calibration, 4), make_batches(text.shuffle(seed=42), 4)
+    original = trained()
+    table = score_layers(original, batches, "loss", block_size=2, progress=False)
+    found = []
+    for first in table.ranking():
+        candidate = trained()
+        replace_by_linear_map(candidate, first, 2, batches)
+        reconstruct_layers(candidate, original, rows, epochs=1, seed=42, progress=False)
+        found.append(mean_kl(candidate, original, batches, 16_384))
+    [phase] = record["phases"]
+    assert [one["layers"][0] for one in phase["candidates"]] == table.ranking()
+    assert [one["kl"] for one in phase["candidates"]] == pytest.approx(found, rel=1e-3)
+    assert [one["score"] for one in phase["candidates"]] == pytest.approx(
+        [table.scores[i] for i in table.ranking()]
+    )
+    best = table.ranking()[found.index(min(found))]
+    assert get_lineage(model).removed == [best, best + 1]
+    expected = trained()
+    replace_by_linear_map(expected, best, 2, batches)
+    assert torch.equal(logits(model, tokens()), logits(expected, tokens()))
+    card = Path("out/README.md").read_text()
+    assert "The 3 blocks with the lowest scores were removed and briefly reconstructed" in card
+    assert "| block | loss score |" in " ".join(card.split())
+
+
+def test_models_into_which_no_linear_map_goes_are_told_before_scoring(tokenizer, capsys, monkeypatch):
+    make_model("gemma3_text").save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    Path("text.txt").write_text(TEXT)
+    monkeypatch.setattr(recipe_run, "score_present", None)  # never called
+    assert run("default", *DATA, *SMALL, *SHORT) == 2
+    error = capsys.readouterr().err
+    assert "In this gemma3_text model the output of the feed-forward part is not simply added" in error
+    assert "Use --replacement none, and --reconstruction_layers 3" in error
+    assert not Path("out/layer_pruning.json").exists()
 
 
 FIELDS = {
