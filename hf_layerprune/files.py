@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from .errors import LayerPruneError
+
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
@@ -32,3 +34,13 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def check_folder_of(path: str | None) -> None:
+    """Checks that a file can be written to `path`.
+
+    Raises:
+        LayerPruneError: its folder does not exist.
+    """
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise LayerPruneError(f"Cannot write {path}: its folder does not exist.")

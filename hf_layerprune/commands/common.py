@@ -131,16 +131,6 @@ def _parser(command: Command, kinds: list[Any], only_given: bool = False) -> Any
     return parser
 
 
-def check_folder_of(path: str | None) -> None:
-    """Checks that a file can be written to `path`.
-
-    Raises:
-        LayerPruneError: its folder does not exist.
-    """
-    if path is not None and not Path(path).absolute().parent.is_dir():
-        raise LayerPruneError(f"Cannot write {path}: its folder does not exist.")
-
-
 def write_json(path: str, values: Any) -> None:
     """Writes values to a JSON file."""
     with whole_file(path) as file:

@@ -6,6 +6,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from ..files import check_folder_of
+
 
 COMMON_FLAGS = ("config", "save_config", "quiet")
 
@@ -34,8 +36,6 @@ def common_flags(arguments: list[str]) -> Any:
 def write_config(path: str, values: Mapping[str, Any]) -> None:
     """Writes values of flags to a YAML file, and says so."""
     import yaml
-
-    from .common import check_folder_of
 
     check_folder_of(path)
     plain = {name: _plain(value) for name, value in values.items()}

@@ -7,8 +7,9 @@ from typing import Any
 
 from ..data.arguments import SequenceArguments
 from ..errors import LayerPruneError
+from ..files import check_folder_of
 from ..recipes.arguments import ModelArguments, TextArguments
-from .common import check_folder_of, parse, write_json
+from .common import parse, write_json
 from .flags import CardArguments, EvaluateArguments, OptionalDataArguments
 
 

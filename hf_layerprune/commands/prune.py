@@ -6,8 +6,9 @@ from typing import Any
 
 from ..data.arguments import SequenceArguments
 from ..errors import LayerPruneError
+from ..files import check_folder_of
 from ..recipes.arguments import CalibrationArguments, ModelArguments, SampleArguments, TextArguments
-from .common import check_folder_of, finish, parse, write_json
+from .common import finish, parse, write_json
 from .flags import DataArguments, InspectArguments, SaveArguments, ScoreArguments
 
 

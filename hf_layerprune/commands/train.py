@@ -49,7 +49,9 @@ def distill(arguments: list[str]) -> None:
     parsed = parse(distill, arguments, kinds)
     from ..recipes.inputs import precision_of_training
 
-    precision = precision_of_training(parse_given(distill, arguments, kinds, model=True))
+    config = common_flags(arguments).config
+    given = read_config(config, kinds, model=True) if config else {}
+    precision = precision_of_training(given | parse_given(distill, arguments, kinds, model=True))
     if precision:
         words = [word for setting, value in precision.items() for word in (f"--{setting}", str(value))]
         parsed = parse(distill, [*arguments, *words], kinds)
