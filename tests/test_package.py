@@ -129,13 +129,15 @@ def test_the_table_in_the_readme_is_that_of_the_recorded_run():
     assert table in (folder / "README.md").read_text()
 
 
-def test_the_figures_in_the_readme_are_those_of_the_records():
+def test_the_figures_in_readme_and_guides_are_those_of_the_records():
     path = ROOT / "examples" / "benchmarks" / "published.py"
     specification = importlib.util.spec_from_file_location("published", path)
     published = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(published)
-    readme = (ROOT / "README.md").read_text()
-    assert published.with_figures(readme) == readme
+    for page in published.PAGES:
+        text = (ROOT / page).read_text()
+        assert published.with_figures(text, page) == text
+        assert "<!-- end of " in text
     assert len(published.published_records()) >= 8
 
 

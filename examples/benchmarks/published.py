@@ -1,8 +1,8 @@
-"""Cards and records of the runs of published.sh into model_cards/, and README's figures from their records.
+"""Cards and records of the runs of published.sh into model_cards/, and the figures of README and guides from their records.
 
     python examples/benchmarks/published.py [OUTPUT EVALUATION.json...]
 
-Without arguments, README's figures alone: of the records in model_cards/, and of what the other scripts and
+Without arguments, the figures alone: of the records in model_cards/, and of what the other scripts and
 `hf-layerprune study` wrote into measured/ here.
 """
 
@@ -139,10 +139,22 @@ def gpu() -> str:
     return textwrap.fill(sentences, 120)
 
 
-def with_figures(readme: str) -> str:
-    """README with what was measured in its places."""
+SHORT = ("default-23", "shortgpt-23", "sleb-23", "iterative-23", "replaceme-23")  # the rows of README
+PAGES = (
+    "README.md",
+    "model_cards/README.md",
+    "examples/guides/choosing_layers.md",
+    "examples/guides/distillation.md",
+)
+
+
+def with_figures(text: str, page: str = "README.md") -> str:
+    """A page with what was measured in its places."""
+    records = published_records()
+    if page == "README.md":
+        records = {name: records[name] for name in SHORT}
     figures = {
-        "results": markdown_table(results_rows(published_records())),
+        "results": markdown_table(results_rows(records)),
         "seeds": seeds(),
         "scoring": scoring(),
         "distilling": distilling(),
@@ -150,12 +162,10 @@ def with_figures(readme: str) -> str:
         "gpu": gpu(),
     }
     for name, figure in figures.items():
-        place = re.compile(rf"^( *)<!-- {name} -->\n.*?<!-- end of {name} -->", re.M | re.S)
-        (indent,) = place.findall(readme)
-        lines = [f"<!-- {name} -->", *figure.splitlines(), f"<!-- end of {name} -->"]
-        text = "\n".join(indent + line for line in lines)
-        readme = place.sub(lambda _, text=text: text, readme)
-    return readme
+        place = re.compile(rf"^<!-- {name} -->\n.*?<!-- end of {name} -->", re.M | re.S)
+        shown = f"<!-- {name} -->\n{figure}\n<!-- end of {name} -->"
+        text = place.sub(lambda _, shown=shown: shown, text)
+    return text
 
 
 def add_card(folder: Path, evaluation: str) -> None:
@@ -174,8 +184,9 @@ def main(output: Path | None, evaluations: list[str]) -> None:
         for name in names:
             add_card(output / name, evaluation)
     plot_results(published_records(), CARDS / "results.png")
-    readme = ROOT / "README.md"
-    readme.write_text(with_figures(readme.read_text()))
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(with_figures(path.read_text(), page))
 
 
 if __name__ == "__main__":

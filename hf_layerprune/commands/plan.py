@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..errors import LayerPruneError
-from ..recipes.arguments import ModelArguments, TextArguments
+from ..recipes.arguments import ModelArguments
 from .common import parse
 from .flags import PlanArguments, TeacherArguments
 
@@ -12,20 +12,22 @@ def plan(arguments: list[str]) -> None:
     """Print memory, FLOPs and time of distilling MODEL, from its config alone."""
     import torch
 
+    from ..data.sequences import resolve_length
     from ..distillation.arguments import DistillationTrainingArguments
     from ..distillation.plan import check_device, measure_footprint, plan_training, settings_that_fit
     from ..pruning.arguments import PhaseSizeArguments
     from ..pruning.schedule import phase_sizes
     from ..reports.tables import markdown_table
 
-    kinds = [ModelArguments, TextArguments, TeacherArguments, PlanArguments, PhaseSizeArguments]
+    kinds = [ModelArguments, TeacherArguments, PlanArguments, PhaseSizeArguments]
     on_cpu = [] if torch.cuda.is_available() else ["--use_cpu", "True"]  # for bf16
     words = [*on_cpu, "--bf16", "True", *arguments]
     parsed = parse(plan, words, [*kinds, DistillationTrainingArguments])
-    name, source, text, teacher, output, removal, args = parsed
+    name, source, teacher, output, removal, args = parsed
     device = check_device(output.device)
     model = _meta_model(name, source.trust_remote_code, teacher.lora_rank)
-    length, batch = text.sequence_length, args.per_device_train_batch_size
+    length = resolve_length(args.sequence_length, model.config)
+    batch = args.per_device_train_batch_size
     footprint = measure_footprint(model, batch, length, args.bf16)
     if not 1 <= removal.target_layers < footprint.layers:
         raise LayerPruneError(

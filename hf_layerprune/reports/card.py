@@ -16,6 +16,7 @@ from ..surgery.peft import PRUNED_BASE, is_hub_id
 from .plots import plot_record, plot_scores
 from .record import DISTILLED, Record
 from .tables import (
+    ABOVE_CHANCE,
     EFFECTIVE_QUESTIONS,
     candidate_rows,
     evaluation_rows,
@@ -156,14 +157,14 @@ def _explanations(text: str, model: Mapping[str, Any], rows: Sequence[str]) -> l
     """What a reader of [`evaluation_rows`] has to know, for each measure that stands there."""
     tasks = model.get("tasks", {})
     sentences = {
-        "perplexity": f"Perplexity and copying are measured on {text}.",
+        "perplexity": f"Perplexity and copy accuracy are measured on {text}.",
         "mean of tasks": "The tasks are zero-shot, with the prompts of lm-evaluation-harness. "
         "± is one standard error.",
-        "kept above chance": "Kept above chance is the share of the dense model's mean accuracy above "
-        "chance, over the tasks in which the dense model is above chance by two standard errors. Its error "
+        ABOVE_CHANCE: "Accuracy above chance is the mean accuracy minus chance, as a share of the dense "
+        "model's, over the tasks in which the dense model is above chance by two standard errors. Its error "
         "is paired by question.",
-        "copied in one go": "Copied in one go is the share of a passage just read that greedy decoding "
-        "repeats before its first mistake. Copied token by token is the next-token accuracy on that passage.",
+        "copy accuracy": "Copy accuracy is the next-token accuracy on a passage the model has just read. "
+        "Copied before a mistake is the share of that passage that greedy decoding repeats.",
     }
     said = [sentence for head, sentence in sentences.items() if head in rows]
     if any("agreement" in task for task in tasks.values()):

@@ -13,6 +13,8 @@ from .record import Record
 
 EFFECTIVE_QUESTIONS = 30  # over how many the weights of a stability must spread
 
+ABOVE_CHANCE = "accuracy above chance (% of dense)"
+
 
 def table_rows(record: Record) -> list[list[str]]:
     """The run as a table of text: a row of headings, one for the dense model, one for each phase. A column
@@ -187,9 +189,10 @@ def _measures(found: Mapping[str, Any], speeds: bool, is_first: bool) -> dict[st
             "bits per byte": f"{found['bits_per_byte']:.3f}",
         }
     if "copying" in found:
+        copied = found["copying"]
         cells |= {
-            "copied in one go": _with_error(found["copying"]["copied"], found["copying"]["standard_error"]),
-            "copied token by token": f"{found['copying']['right']:.3f}",
+            "copied before a mistake": _with_error(copied["copied"], copied["standard_error"]),
+            "copy accuracy": f"{copied['right']:.3f}",
         }
     if speeds and "tokens_per_second" in found:
         cells |= {
@@ -200,9 +203,9 @@ def _measures(found: Mapping[str, Any], speeds: bool, is_first: bool) -> dict[st
     cells |= {name: _with_error(task["accuracy"], task["standard_error"]) for name, task in tasks.items()}
     if tasks:
         cells["mean of tasks"] = _with_error(found["mean"], found["standard_error"])
-        cells["less the first's"] = _with_error(*found["difference"].values())
+        cells["Δ accuracy"] = _with_error(*found["difference"].values())
     if "kept" in found:
-        cells["kept above chance"] = "{share:.1%} ± {standard_error:.1%}".format(**found["kept"])
+        cells[ABOVE_CHANCE] = "{share:.1%} ± {standard_error:.1%}".format(**found["kept"])
     if is_first:  # with which the others are compared
         return cells
     for name, task in tasks.items():
@@ -222,12 +225,12 @@ def is_steady(task: Mapping[str, Any]) -> bool:
 def results_rows(records: Mapping[str, Record]) -> list[list[str]]:
     """Runs of one dense model side by side as a table of text, from their records with an `evaluation` (see
     `hf-layerprune card`): a row for the dense model, one for each run, in the order given, and the tasks that
-    the dense model does ([`tasks_done`]). "Less the first's" is their mean less that of the first run of as
-    many layers, with the paired standard error."""
+    the dense model does ([`tasks_done`]). Δ accuracy is the difference of their mean from that of the first
+    run of as many layers, with the paired standard error."""
     first = next(iter(records.values()))
     dense = first["evaluation"]["dense"]
     done = tasks_done(dense)
-    heads = ["", "layers", "healing tokens", "perplexity", "copying", *done, "kept above chance"]
+    heads = ["", "layers", "healing tokens", "perplexity", "copy accuracy", *done, ABOVE_CHANCE]
     leaders: dict[int, tuple[str, Any]] = {}
 
     def row(name: str, tokens: str, found: Mapping[str, Any], less: str) -> list[str]:
@@ -243,7 +246,7 @@ def results_rows(records: Mapping[str, Record]) -> list[list[str]]:
         leader, best = leaders.setdefault(found["layers"], (name, found))
         less = "" if leader == name else "{:+.3f} ± {:.3f}".format(*mean_difference(best, found, done))
         rows.append(row(name, f"{healing_tokens(record):,}", found, less))
-    return [[*heads, "less the first's"], *rows]
+    return [[*heads, "Δ accuracy"], *rows]
 
 
 def healing_tokens(record: Record) -> int:

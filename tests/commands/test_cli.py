@@ -198,7 +198,7 @@ def test_evaluate_says_how_far_models_answer_alike(folder, capsys):
     assert f"{cut['agreement']['share']:.3f} ± " in printed
     assert "stability" not in printed  # of a few questions
     assert f"{dense['accuracy']:.3f} ± {dense['standard_error']:.3f}" in printed
-    assert ("kept above chance" in printed) == bool(tasks_done(found["model"]))
+    assert ("accuracy above chance (% of dense)" in printed) == bool(tasks_done(found["model"]))
 
 
 def test_a_run_resumes_by_a_flag(folder, tmp_path):

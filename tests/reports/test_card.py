@@ -271,7 +271,7 @@ def test_stability_is_shown_where_many_questions_decide(spread, steady, tmp_path
     assert json.dumps(record) == before
     assert "Agreement is the share" in card
     assert ("effective questions" in card) == steady
-    for absent in ("Perplexity and copying", "Copied in one go"):
+    for absent in ("Perplexity and copy accuracy", "Copied before"):
         assert absent not in card
 
 
