@@ -88,6 +88,7 @@ def save_config(path: str, values: dict[str, Any]) -> None:
     Raises:
         SystemExit: always, with code 0.
     """
+    check_folder_of(path)
     write_config(path, {name: value for name, value in values.items() if name not in COMMON_FLAGS})
     raise SystemExit(0)
 

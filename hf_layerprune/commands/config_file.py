@@ -35,9 +35,6 @@ def write_config(path: str, values: Mapping[str, Any]) -> None:
     """Writes values of flags to a YAML file, and says so."""
     import yaml
 
-    from .common import check_folder_of
-
-    check_folder_of(path)
     plain = {name: _plain(value) for name, value in values.items()}
     Path(path).write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
     print(f"Saved the settings in {path}. Nothing was run: `--config {path}` runs them.")

@@ -182,7 +182,8 @@ def copying(model: PreTrainedModel, batches: Iterable[Batch], given: int = 8) ->
 
     Args:
         model (`PreTrainedModel`): a causal language model; it is not changed.
-        batches (iterable of dict): `input_ids` `(batch, length)` of whole passages. Padding on the right is left out.
+        batches (iterable of dict): `input_ids` `(batch, length)` of whole passages. Padding on the right
+            is left out.
         given (`int`, *optional*, defaults to 8): number of tokens given of the second time.
 
     Returns:
