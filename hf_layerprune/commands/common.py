@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LayerPruneError
-from ..files import whole_file
+from ..files import check_folder_of, whole_file
 from .config_file import COMMON_FLAGS, add_common_flags, common_flags, write_config
 
 
@@ -88,6 +88,7 @@ def save_config(path: str, values: dict[str, Any]) -> None:
     Raises:
         SystemExit: always, with code 0.
     """
+    check_folder_of(path)
     write_config(path, {name: value for name, value in values.items() if name not in COMMON_FLAGS})
     raise SystemExit(0)
 

@@ -6,8 +6,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from ..files import check_folder_of
-
 
 COMMON_FLAGS = ("config", "save_config", "quiet")
 
@@ -37,7 +35,6 @@ def write_config(path: str, values: Mapping[str, Any]) -> None:
     """Writes values of flags to a YAML file, and says so."""
     import yaml
 
-    check_folder_of(path)
     plain = {name: _plain(value) for name, value in values.items()}
     Path(path).write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
     print(f"Saved the settings in {path}. Nothing was run: `--config {path}` runs them.")

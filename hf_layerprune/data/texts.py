@@ -148,7 +148,13 @@ def unknown_form(entry: Any) -> LayerPruneError:
 
 
 def _filled(template: str, row: Any) -> str:
-    names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise LayerPruneError(
+            f"The template {template!r} cannot be read: {error}. Name columns in braces, as {{question}}. "
+            "Double all other braces."
+        ) from error
     missing = [name for name in names if not isinstance(row, Mapping) or name not in row]
     if missing or not names:
         columns = list(row) if isinstance(row, Mapping) else f"a {type(row).__name__}"

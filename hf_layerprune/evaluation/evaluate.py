@@ -182,7 +182,8 @@ def copying(model: PreTrainedModel, batches: Iterable[Batch], given: int = 8) ->
 
     Args:
         model (`PreTrainedModel`): a causal language model; it is not changed.
-        batches (iterable of dict): `input_ids` `(batch, length)` of whole passages, without padding.
+        batches (iterable of dict): `input_ids` `(batch, length)` of whole passages. Padding on the right
+            is left out.
         given (`int`, *optional*, defaults to 8): number of tokens given of the second time.
 
     Returns:
@@ -198,7 +199,9 @@ def copying(model: PreTrainedModel, batches: Iterable[Batch], given: int = 8) ->
     correct: list[float] = []
     with undisturbed(model):
         for batch in batches:
-            ids = batch["input_ids"].to(model.device)
+            ids = _without_padding(batch, given).to(model.device)
+            if not len(ids):
+                continue
             length = ids.shape[1] if longest is None else min(ids.shape[1], longest // 2)
             if length <= given:
                 raise LayerPruneError(
@@ -215,6 +218,16 @@ def copying(model: PreTrainedModel, batches: Iterable[Batch], given: int = 8) ->
         raise LayerPruneError("There is no passage to copy. Give at least one row of tokens.")
     mean, error = mean_and_error(copied)
     return {"copied": mean, "standard_error": error, "right": statistics.fmean(correct)}
+
+
+def _without_padding(batch: Batch, given: int) -> torch.Tensor:
+    """Returns the rows of more than `given` tokens, cut to the shortest of these."""
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    if mask is None or bool(mask.all()):
+        return ids
+    lengths = mask.sum(1)
+    long = lengths > given
+    return ids[long, : int(lengths[long].min())] if long.any() else ids[:0]
 
 
 def generation_speed(model: Any, batch: Batch, new_tokens: int = 64, times: int = 3) -> float:

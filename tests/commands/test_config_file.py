@@ -48,7 +48,22 @@ def test_a_saved_config_runs_again(folder, capsys):
     assert main(["distill", "--config", "c.yaml"]) == 0
     assert_equal("out", "by-flags")
     # Flags override it; a target replaces any other.
-    assert main(["distill", "--config", "c.yaml", "--target_ratio", "0.5", "--output_dir", "half"]) == 0
+    assert (
+        main(
+            [
+                "distill",
+                "--config",
+                "c.yaml",
+                "--target_ratio",
+                "0.5",
+                "--max_steps",
+                "3",
+                "--output_dir",
+                "half",
+            ]
+        )
+        == 0
+    )
     assert AutoModelForCausalLM.from_pretrained("half").config.num_hidden_layers == 3
 
 

@@ -14,6 +14,7 @@ from hf_layerprune import (
     DistillationTrainingArguments,
     LayerPruneError,
     LayerPruningCallback,
+    evaluate_text,
     prepare_dataset,
     prune,
 )
@@ -186,6 +187,19 @@ def test_the_command_and_python_prune_with_chats_alike(folder, chatting):
         assert equal(pruned, expected), name
     assert json.loads(Path("out/layer_pruning.json").read_text())["recipe"]["data"] == "chats.parquet"
     assert record.recipe["loss_on"] == "completion"
+
+
+def test_padded_chats_are_evaluated(folder, chatting, capsys):
+    chatting.save_pretrained(folder)
+    Dataset.from_list(talks(6)).to_parquet("chats.parquet")
+    words = ["evaluate", folder, "--data", "chats.parquet", "--packing", "none", "--loss_on", "completion"]
+    assert main([*words, "--json", "e.json"]) == 0
+    found = json.loads(Path("e.json").read_text())["models"][folder]
+    rows = prepare_dataset(talks(6), chatting, 64, packing="none", loss_on="completion")
+    losses = [evaluate_text(make_model(), [row]) for row in rows]
+    total = sum(one["loss"] * one["tokens"] for one in losses)
+    assert found["loss"] == pytest.approx(total / sum(one["tokens"] for one in losses), rel=1e-5)
+    assert found["tokens"] == sum(one["tokens"] for one in losses)
 
 
 def test_a_list_of_file_names_is_refused(folder):
