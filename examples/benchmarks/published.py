@@ -1,4 +1,4 @@
-"""Cards and records of the runs of published.sh into model_cards/, and from them figures of README and guides.
+"""Cards and records of the runs of published.sh into model_cards/, and the figures of README and guides.
 
     python examples/benchmarks/published.py [OUTPUT EVALUATION.json...]
 

@@ -75,6 +75,8 @@ def save_model(
         return
     try:
         merged: Any = merged_copy(model)
+        if merged.device.type == "cpu" and _runs_flash_attention(merged):  # which has no CPU kernel
+            merged.set_attn_implementation("sdpa")
         with saving(merged, folder, verify=verify, legacy_rope=legacy_rope, dtype=dtype, live=model):
             _save_cast(merged, folder, dtype)
     except (LayerPruneError, torch.OutOfMemoryError) as error:
@@ -404,18 +406,18 @@ def _check_same(model: Any, again: Any, folder: Path, merged: bool = False) -> N
     base = base_of(model)
     text = text_config(base.config)
     length = min(16, getattr(text, "max_position_embeddings", None) or 16)
-    tokens = torch.arange(2 * length, device=base.device).view(2, length) % text.vocab_size
+    tokens = torch.arange(2 * length).view(2, length) % text.vocab_size
     there = dict(base_of(again).named_buffers())
     for name, buffer in base.named_buffers():
         if name in there:  # `.to(torch.bfloat16)` rounds rotary tables, which loading does not
             there[name].data = there[name].to(buffer.dtype)
     try:
-        autocast = torch.autocast(base.device.type, torch.bfloat16, enabled=_needs_autocast(base))
-        with undisturbed(model), autocast:
+        with undisturbed(model):
             # accelerate wraps `forward` in autocast and keeps the plain one under this private name. Its
             # public unwrapping changes the model, which is still in training here.
-            live = compared_output(model, tokens, getattr(model, "_original_forward", None))
-            saved = compared_output(again.eval().to(base.device), tokens)
+            live = _output(model, tokens, getattr(model, "_original_forward", None))
+            # Merged weights are compared where they are: a GPU may have no room for them.
+            saved = _output(again.eval() if merged else again.eval().to(base.device), tokens)
     except torch.OutOfMemoryError:
         logger.warning("What was saved in %s loads; there is no memory to compare its logits.", folder)
         clear_device_cache(garbage_collection=True)
@@ -425,11 +427,11 @@ def _check_same(model: Any, again: Any, folder: Path, merged: bool = False) -> N
             f"The model cannot be compared with what was saved, as it does not read tokens alone: "
             f"{one_line(error)} If that is right, save it without verify. {_ADVICE.format(folder=folder)}"
         ) from error
-    distance, limit = _distance(live.float(), saved.float()), 1e-3 if base.dtype == torch.float32 else 0.05
+    distance, limit = _distance(live, saved), 1e-3 if base.dtype == torch.float32 else 0.05
     if merged and _is_exact(base):
         limit = 1e-2  # merging rounds more than once
     elif merged:
-        distance, limit = _distance(live.float(), saved.float(), torch.median), 0.1
+        distance, limit = _distance(live, saved, torch.median), 0.1
     if not distance <= limit:
         raise LayerPruneError(
             f"What was saved is another model when loaded: its logits are off by {distance:.2g} of their "
@@ -439,11 +441,22 @@ def _check_same(model: Any, again: Any, folder: Path, merged: bool = False) -> N
         )
 
 
+def _output(model: Any, tokens: torch.Tensor, forward: Any = None) -> torch.Tensor:
+    """Returns the output of a model for tokens, in float32 on the CPU."""
+    base = base_of(model)
+    with torch.autocast(base.device.type, torch.bfloat16, enabled=_needs_autocast(base)):
+        return compared_output(model, tokens.to(base.device), forward).float().cpu()
+
+
 def _needs_autocast(base: PreTrainedModel) -> bool:
     """Returns whether a model runs under autocast alone: FlashAttention takes 16 bits only."""
+    return base.dtype == torch.float32 and _runs_flash_attention(base)
+
+
+def _runs_flash_attention(base: PreTrainedModel) -> bool:
+    """Returns whether a model attends by a kind of FlashAttention."""
     # transformers has no public name for the attention that a model uses.
-    attention = text_config(base.config)._attn_implementation
-    return base.dtype == torch.float32 and "flash" in str(attention)
+    return "flash" in str(text_config(base.config)._attn_implementation)
 
 
 def _distance(live: torch.Tensor, saved: torch.Tensor, summary: Any = torch.max) -> float:

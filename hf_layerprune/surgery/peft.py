@@ -177,7 +177,8 @@ def starts_from_weights(model: Any) -> bool:
 
 
 def merged_copy(model: Any) -> PreTrainedModel:
-    """Returns a copy of a `PeftModel` with its adapters merged into the weights.
+    """Returns a copy of a `PeftModel` with its adapters merged into the weights. The copy is on the CPU, so
+    that a GPU holds the model once; that of a quantised model is where the model is.
 
     Adapters on the LM head or the embeddings of a model that ties them may make the two differ. The copy is
     then untied, in its weights and its config.
@@ -185,7 +186,8 @@ def merged_copy(model: Any) -> PreTrainedModel:
     Raises:
         LayerPruneError: adapters of this type cannot be merged.
     """
-    copied = _copy(model)
+    is_quantised = getattr(base_of(model), "hf_quantizer", None) is not None
+    copied = _copy(model) if is_quantised else _copy(model, _cpu_tensors(model))
     base = copied.get_base_model()
     tied = getattr(base.config, "tie_word_embeddings", None)
     _untie(base)
@@ -216,12 +218,30 @@ def merged_copy(model: Any) -> PreTrainedModel:
 
 
 def bare_copy(model: Any) -> PreTrainedModel:
-    """Returns a copy of the model inside a `PeftModel`, without its adapters."""
-    return _copy(model).unload()
+    """Returns a copy of the model inside a `PeftModel`, without its adapters. It reads the same weights,
+    unless adapters that are loaded onto it may change them."""
+    configs = adapter_configs(model).values()
+    is_frozen = all(config.peft_type == "LORA" and config.bias == "none" for config in configs)
+    if not is_frozen or starts_from_weights(model):
+        return _copy(model).unload()
+    return _copy(model, {id(p): nn.Parameter(p.detach(), False) for p in model.parameters()}).unload()
 
 
-def _copy(model: Any) -> Any:
-    return copy.deepcopy(model, {id(tensor): tensor.detach() for tensor in _computed_tensors(model)})
+def _copy(model: Any, tensors: dict[int, torch.Tensor] | None = None) -> Any:
+    """Returns a copy of a model, with these tensors in place of its own, by `id`."""
+    computed = {id(tensor): tensor.detach() for tensor in _computed_tensors(model)}
+    return copy.deepcopy(model, computed | (tensors or {}))
+
+
+def _cpu_tensors(model: nn.Module) -> dict[int, torch.Tensor]:
+    """Returns copies on the CPU of the parameters and buffers of a model, by the `id` of the original."""
+    copies: dict[int, torch.Tensor] = {}
+    for parameter in model.parameters():
+        value = parameter.detach().to("cpu", copy=True)
+        copies[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
+    for buffer in model.buffers():
+        copies[id(buffer)] = buffer.detach().to("cpu", copy=True)
+    return copies
 
 
 def _computed_tensors(model: nn.Module) -> list[torch.Tensor]:

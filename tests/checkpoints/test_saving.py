@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from hf_layerprune import LayerPruneError, load_pruned_adapter, remove_layers, save_model
@@ -236,6 +237,50 @@ def test_merged_adapters_are_compared_with_the_live_ones(tmp_path, monkeypatch):
     again = load_pruned_adapter(str(tmp_path / "adapter"), base_model=make_model(tie_word_embeddings=True))
     assert torch.equal(logits(again.eval(), tokens()), logits(model, tokens()))
     save_model(model, tmp_path, verify=False)
+
+
+class CopiedBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that are copied where they are, and to the CPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = {"clone": 0, "_to_copy": 0}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name == "clone" or (name == "_to_copy" and (kwargs or {}).get("device") == torch.device("cpu")):
+            self.bytes[name] += output.nbytes
+        return output
+
+
+def untied_with_adapters():
+    model = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    return model.eval(), sum(p.nbytes for p in model.get_base_model().parameters())
+
+
+def test_adapters_are_merged_in_a_copy_on_the_cpu():
+    """A GPU has no room for a second model at the end of training."""
+    model, size = untied_with_adapters()
+    before = logits(model, tokens())
+    with CopiedBytes() as copied:
+        merged = adapters.merged_copy(model)
+    assert copied.bytes["_to_copy"] >= size
+    assert copied.bytes["clone"] < 0.1 * size
+    assert torch.equal(logits(model, tokens()), before)
+    torch.testing.assert_close(logits(merged, tokens()), before, rtol=0, atol=1e-4)
+
+
+def test_a_checkpoint_of_adapters_is_checked_without_a_copy_of_the_base():
+    model, size = untied_with_adapters()
+    frozen = [parameter.requires_grad for parameter in model.parameters()]
+    with CopiedBytes() as copied:
+        bare = adapters.bare_copy(model)
+    assert sum(copied.bytes.values()) < 0.1 * size
+    layers = bare.model.layers, model.get_base_model().model.layers
+    assert len({layer[1].mlp.up_proj.weight.data_ptr() for layer in layers}) == 1
+    assert not any("lora" in name for name in bare.state_dict())
+    assert [parameter.requires_grad for parameter in model.parameters()] == frozen
 
 
 def test_adapters_merged_in_half_precision_are_saved(tmp_path):
