@@ -44,6 +44,7 @@ ENDS = (0, -signal.SIGKILL, -signal.SIGXFSZ, 128 + signal.SIGTERM)
 MOMENTS = {
     "score_layers": "scoring",
     "remove_layers": "removal",
+    "reconstruct_layers": "reconstruction",
     "_save_checkpoint": "checkpoint",
     "on_save": "record",
 }
@@ -69,7 +70,14 @@ def train(folder, save_steps):
         args,
         train_dataset=examples(16),
         data_collator=default_data_collator,
-        callbacks=[LayerPruningCallback(target_layers=4, calibration=examples(4))],
+        callbacks=[
+            LayerPruningCallback(
+                target_layers=4,
+                calibration=examples(4),
+                reconstruction_layers=1,
+                reconstruction_epochs=3,
+            )
+        ],
     )
     trainer.train(resume_from_checkpoint=read_record(folder) is not None)
     save_file(trainer.model.state_dict(), f"{folder}/end.safetensors")
@@ -134,7 +142,13 @@ def check_termination():
     """A run that is told to end leaves a checkpoint of the step it is in; in scoring it ends at once."""
     torch.set_num_threads(1)
     attempt("whole", save_steps=3)
-    for part, step in (("checkpoint", 4), ("scoring", None), ("removal", 1), ("record", 4)):
+    for part, step in (
+        ("checkpoint", 4),
+        ("scoring", None),
+        ("removal", 1),
+        ("record", 4),
+        ("reconstruction", None),
+    ):
         doing, _ = attempt("told", part, 3, signal.SIGTERM, save_steps=3)
         assert doing[0] == part
         found = last_checkpoint("told")

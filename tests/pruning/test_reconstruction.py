@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from hf_layerprune import (
@@ -20,6 +20,7 @@ from hf_layerprune import (
 )
 from hf_layerprune.distillation import reconstruction as distillation
 from hf_layerprune.distillation import window_training
+from hf_layerprune.pruning import start
 from hf_layerprune.pruning.prune import prune_layers
 from hf_layerprune.reports.tables import table_rows
 
@@ -272,6 +273,20 @@ def test_layers_that_cannot_run_alone_are_refused_before_training(monkeypatch):
     with pytest.raises(LayerPruneError, match="hand on more than one hidden state"):
         run(model)
     assert not get_lineage(model).removed
+
+
+def test_sharded_models_are_refused_before_training(monkeypatch):
+    monkeypatch.setattr(start, "is_sharded", lambda model: True)
+    model = make_model()
+    with pytest.raises(LayerPruneError, match="the weights are sharded over processes"):
+        run(model)
+    assert not get_lineage(model).removed
+
+
+def test_a_plain_trainer_with_adapters_has_no_teacher():
+    model = get_peft_model(make_model(), LoraConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(LayerPruneError, match="Use DistillationTrainer with peft_config"):
+        run(model, "plain")
 
 
 def test_a_plain_trainer_says_that_its_teacher_is_gone():
