@@ -40,10 +40,10 @@ def test_score_prints_the_ranking_and_writes_table_and_plot(folder, capsys):
 def test_score_says_how_alike_two_texts_rank(folder, capsys):
     Path("other.txt").write_text(TEXT[::-1])
     flags = [*DATA, "--calibration_sequences", "4"]
-    assert main(["score", folder, *flags, "--json", "s.json", "--run", "2", "--racing", "0.9"]) == 0
+    assert main(["score", folder, *flags, "--json", "s.json", "--block_size", "2", "--racing", "0.9"]) == 0
     assert " +- " in capsys.readouterr().out
     for other, expected in (("s.json", "rank correlation 1.000"), ("other.txt", "rank correlation")):
-        assert main(["score", folder, *flags, "--run", "2", "--compare", other]) == 0
+        assert main(["score", folder, *flags, "--block_size", "2", "--compare", other]) == 0
         assert f"Compared with {other}: {expected}" in capsys.readouterr().out
     assert main(["score", folder, *flags, "--compare", "none.json"]) == 2
     assert "No score table can be read from none.json" in capsys.readouterr().err
@@ -87,7 +87,7 @@ def test_what_was_taught_is_learnt_without_the_teacher(folder, capsys):
     [
         (["cache-teacher", "model", *DATA, "--output_dir", "model"], "model holds no cached teacher logits"),
         (["cache-teacher", "model", *DATA, "--output_dir", "x", "--top_k", "999"], "top_k is 999"),
-        (["scroe"], "no command 'scroe': choose from quickstart, inspect, score"),
+        (["scroe"], "no command 'scroe': choose from quickstart, inspect, plan, score"),
         (["score", "nowhere", "--data", "text.txt"], "Cannot load a model from 'nowhere'"),
         (["score", ".", "--data", "text.txt"], "not a folder with a model"),
         (["score", "model", *DATA, "--data", "none.txt"], "No such file: none.txt"),
@@ -275,7 +275,7 @@ def test_a_task_is_asked_once(folder, capsys):
 
 def test_what_cannot_be_compared_costs_no_scores(folder, capsys, monkeypatch):
     words = ["score", folder, *DATA, "--calibration_sequences", "4"]
-    assert main([*words, "--run", "2", "--json", "runs.json"]) == 0
+    assert main([*words, "--block_size", "2", "--json", "runs.json"]) == 0
     assert main([*words, "--json", "one.json", "--compare", "runs.json"]) == 2
     assert "runs.json scores runs of 2 layers, not of 1" in capsys.readouterr().err
     assert json.loads(Path("one.json").read_text())["scores"]
