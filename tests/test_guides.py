@@ -11,7 +11,7 @@ from .conftest import TEXT
 
 GUIDES = sorted((Path(__file__).parents[1] / "examples" / "guides").glob("*.md"))
 # The numbers of a tiny model in the place of those of a large one.
-TINY = {r"(target_layers=|keep=|\"--target_layers\", \")2[34]": r"\g<1>4", r"max_steps=\d+": "max_steps=4"}
+TINY = {r"(target_layers=|keep=|\"--target_layers\",\s+\")2[34]": r"\g<1>4", r"max_steps=\d+": "max_steps=4"}
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)

@@ -372,13 +372,14 @@ def heal(options):
         "calibration_sequences": len(calibration),
         "heldout_sequences": len(heldout),
     }
-    model, record = prune(
+    model, run = prune(
         model,
         as_rows(rows),
         keep=4 if options.tiny else options.keep,
         recipe=recipe | settings(folder, max_steps=steps, **given),
         tokenizer=tokenizer or FakeTokenizer(),
     )
+    record = run.to_dict()
     batches = batches_of(as_rows(heldout), 8, DEVICE)
     return {
         "tokens": steps * batch * length,

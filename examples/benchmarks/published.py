@@ -112,12 +112,15 @@ def healing() -> str:
     """What each loss leaves after the same steps, from the study of losses."""
     found = measured("losses/study.json")
     rows, settings = found["rows"], found["settings"]
-    each = ", ".join(f"{row['losses']} {row['healed']:.3f}" for row in rows)
-    sentences = (
-        f"{settings['remove']} layers gone, {settings['tokens']:,} tokens, loss on {settings['heldout']} "
-        f"{rows[0]['cut']:.3f} when cut; healed by {each}."
+    table = [
+        ["loss", "loss per token after healing"],
+        *([row["losses"], f"{row['healed']:.3f}"] for row in rows),
+    ]
+    sentence = (
+        f"{settings['remove']} layers removed, {settings['tokens']:,} healing tokens, measured on "
+        f"{settings['heldout']} ({rows[0]['cut']:.3f} before healing)."
     )
-    return textwrap.fill(sentences, 120)
+    return f"{textwrap.fill(sentence, 120)}\n\n{markdown_table(table)}"
 
 
 def gpu() -> str:
@@ -144,7 +147,7 @@ PAGES = (
     "README.md",
     "model_cards/README.md",
     "examples/guides/choosing_layers.md",
-    "examples/guides/distillation.md",
+    "examples/benchmarks/README.md",
 )
 
 

@@ -327,7 +327,7 @@ def check_reload(model: Any, folder: Path) -> None:
     try:
         if not adapter_configs(model):
             again = load_again(model, folder)
-        elif base_name(model) and (not is_checkpoint or starts_from_weights(model)):
+        elif base_name(model) and (not is_checkpoint or starts_from_weights(model) or _is_quantised(model)):
             again = _load_with_base(model, folder)
         else:
             with undisturbed(model):
@@ -337,6 +337,11 @@ def check_reload(model: Any, folder: Path) -> None:
         clear_device_cache(garbage_collection=True)
         return
     _check_same(model, again, folder)
+
+
+def _is_quantised(model: Any) -> bool:
+    """Returns whether the base is quantised. A copy of its weights in memory would not run."""
+    return getattr(base_of(model), "hf_quantizer", None) is not None
 
 
 def _load_with_base(model: Any, folder: Path) -> Any:

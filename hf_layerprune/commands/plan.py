@@ -90,7 +90,7 @@ def _settings(args: Any, lora: bool, teacher: str | None) -> Any:
         activation_checkpointing=args.activation_checkpointing,
         optim=str(getattr(args.optim, "value", args.optim)),
         weight_bytes=4,
-        teacher_bytes=0 if lora or cached else 4,
+        teacher_bytes=0 if lora or cached else 2 if args.bf16 else 4,
         teacher_runs=not cached,
     )
 

@@ -32,7 +32,7 @@ def cache_teacher(arguments: list[str]) -> None:
 
 
 def distill(arguments: list[str]) -> None:
-    """Remove layers of MODEL while the original teaches what is left (2511.05085)."""
+    """Remove layers of MODEL while it is distilled from the original model (2511.05085)."""
     from ..distillation.arguments import DistillationTrainingArguments
     from ..pruning.arguments import PruningArguments
 

@@ -221,7 +221,7 @@ def plan_training(
     tile = LOGITS_PER_CHUNK_GPU  # a batch of few tokens has less
     memory = {
         "weights": parameters * settings.weight_bytes,
-        "teacher": footprint.parameters * settings.teacher_bytes,
+        "teacher": _teacher_memory(footprint, settings),
         "optimizer": trained * optimizer_bytes(settings.optim),
         "gradients": trained * settings.weight_bytes,
         "activations": activations,
@@ -247,6 +247,12 @@ def plan_training(
         step_flops=flops * settings.accumulation,
         step_tokens=settings.batch * settings.accumulation * length,
     )
+
+
+def _teacher_memory(footprint: Footprint, settings: TrainingSettings) -> float:
+    """Returns the bytes of the teacher. Autocast holds its linear layers in 16 bits, its embeddings in 32."""
+    embeddings = 2 * footprint.head_parameters * (settings.teacher_bytes == 2)
+    return footprint.parameters * settings.teacher_bytes + embeddings
 
 
 def optimizer_bytes(optim: str) -> int:

@@ -68,9 +68,9 @@ class RecipeArguments:
     replacement_loss: str = field(
         default="mse",
         metadata={
-            "help": "What trains them, and nothing else: the block's own output (mse), text (lm), or the "
-            "whole model's logits (kl). A linear map minimises mse already and is trained by kl. "
-            "With none, what is left is trained as after any other cut.",
+            "help": "Loss that trains the replacement alone: mse to the output of the block, lm on text, or "
+            "kl to the logits of the whole model. A linear map minimises mse already and is trained by kl. "
+            "With none, the whole pruned model is trained as after any removal.",
             "choices": [*REPLACEMENT_LOSSES, "none"],
         },
     )

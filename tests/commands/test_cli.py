@@ -277,7 +277,7 @@ def test_what_cannot_be_compared_costs_no_scores(folder, capsys, monkeypatch):
     words = ["score", folder, *DATA, "--calibration_sequences", "4"]
     assert main([*words, "--block_size", "2", "--json", "runs.json"]) == 0
     assert main([*words, "--json", "one.json", "--compare", "runs.json"]) == 2
-    assert "runs.json scores runs of 2 layers, not of 1" in capsys.readouterr().err
+    assert "runs.json scores blocks of 2 layers, not of 1" in capsys.readouterr().err
     assert json.loads(Path("one.json").read_text())["scores"]
     assert main([*words, "--json", "two.json", "--compare", "none.txt"]) == 2
     assert "No such file: none.txt" in capsys.readouterr().err

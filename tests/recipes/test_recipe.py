@@ -267,7 +267,7 @@ def test_a_recipe_of_ones_own_and_its_way_into_record_and_card(folder):
     assert len(get_lineage(model).kept) == 5
     recipe = record["recipe"]
     assert recipe["title"] == "Mine"
-    assert recipe["keep"] == 5
+    assert recipe["target_layers"] == 5
     assert recipe["protected"] == [0, 5]
     card = Path("out/README.md").read_text()
     text = card.partition("```yaml\n")[2].partition("```")[0]
@@ -291,7 +291,7 @@ def test_a_recipe_of_ones_own_and_its_way_into_record_and_card(folder):
         ("!!python/object/apply:os.system ['true']", "is no plain YAML"),
         ("just words", "is no recipe"),
         ("a: [", "is no plain YAML"),
-        ("select: greedy\nreplacement: layer", "set select to run"),
+        ("select: greedy\nreplacement: layer", "Set select to block"),
         ("select: block\nreplacement: layer\nreplacement_layers: 9", "replacement_layers is 9, of 3 layers"),
         ("select: block\nreplacement: ffn\nmax_steps: 0", "are gated, .* choose swiglu"),
         ("select: one_shot\ncriterion: positional\npattern: max-gap\nkeep: 1", "only 4 are not protected"),

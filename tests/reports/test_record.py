@@ -133,7 +133,7 @@ def test_a_record_is_read_back_and_a_broken_one_refused(tmp_path):
     values = json.loads((tmp_path / "layer_pruning.json").read_text())
     assert values == record.to_dict()
     assert values["warnings"] == ["Look at this."]
-    assert not {"warnings", "recipe", "evaluation"} & set(values)
+    assert not {"signs", "recipe", "evaluation"} & set(values)
     for content in ("{", '{"format": 9}', "[]", '{"format": 1, "unknown": 1}'):
         (tmp_path / "layer_pruning.json").write_text(content)
         with pytest.raises(LayerPruneError, match="not a record of this version"):

@@ -211,12 +211,12 @@ def summary():
     exact = [name for name, reasons in types.items() if not any(reasons)]
     refused = [name for name, reasons in types.items() if all(reasons)]
     return textwrap.fill(
-        f"Of the {len(TYPES)} causal language model types of transformers {transformers.__version__}, "
-        f"{len(exact)} are cut exactly in every place tried ({len(ALL_SETS)} sets of layers of a tiny "
-        "model each), "
-        f"{len(types) - len(exact) - len(refused)} in some places, the others refused with the reason, "
-        f"{len(refused)} are refused throughout, and of {len(NOT_BUILT)} no tiny model could be built. "
-        "[Which](tests/surgery/architectures.md), as the test run wrote it.",
+        f"transformers {transformers.__version__} has {len(TYPES)} causal language model types. "
+        f"{len(exact)} are pruned exactly in every place tried ({len(ALL_SETS)} sets of layers of a tiny "
+        "model each). "
+        f"{len(types) - len(exact) - len(refused)} are pruned in some places and refused with the reason in "
+        f"others. {len(refused)} are always refused, and for {len(NOT_BUILT)} no tiny model could be built "
+        "([list](tests/surgery/architectures.md)).",
         120,
     )
 
