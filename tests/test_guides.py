@@ -11,13 +11,21 @@ from .conftest import TEXT
 
 GUIDES = sorted((Path(__file__).parents[1] / "examples" / "guides").glob("*.md"))
 # The numbers of a tiny model in the place of those of a large one.
-TINY = {r"(target_layers=|keep=|\"--target_layers\",\s+\")2[34]": r"\g<1>4", r"max_steps=\d+": "max_steps=4"}
+TINY = {
+    r"(target_layers=|keep=|\"--target_layers\",\s+\")2[134]": r"\g<1>4",
+    r"max_steps=\d+": "max_steps=4",
+    r"length=1024": "length=64",
+}
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
 def test_the_block_of_a_guide_runs(guide, folder, capsys):
     rows = [{"text": TEXT[i : i + 400]} for i in range(0, len(TEXT) - 400, 40)]
     Path("text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    talk = [{"role": "user", "content": "Hello there."}, {"role": "assistant", "content": "Good day to you."}]
+    Path("chats.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 40)
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    Path("model/chat_template.jinja").write_text(template)
     [code] = re.findall(r"```python\n(.*?)```", guide.read_text(), re.S)
     for pattern, number in TINY.items():
         code = re.sub(pattern, number, code)

@@ -92,8 +92,8 @@ def scoring() -> str:
         f"threads, one run: full passes with the model's own loss {took['naive']['seconds']:.0f} s, cached "
         f"states {full['seconds']:.0f} s, racing {took['racing 0.95']['seconds']:.0f} s, block influence "
         f"{took['block influence']['seconds']:.0f} s (which chose {chose}). On {len(samples)} other samples "
-        f"racing chose the layer of the full scores {same} times, and one within a standard error of it "
-        f"{near} times, {raced:.1f} times as fast as cached states (median)."
+        f"racing was {raced:.1f} times as fast as cached states (median). It chose the same layer as the "
+        f"full scores {same} times, and in all {near} samples a layer within a standard error of it."
     )
     return textwrap.fill(sentences, 120)
 
@@ -131,13 +131,14 @@ def gpu() -> str:
     distil, plain = steps["distillation"], steps["plain Trainer"]
     kept = found["model"]["kept"]
     sentences = (
-        f"{healed['device']}: {agree} of {len(checks['checks'])} checks hold. A distillation step with "
-        f"Qwen2.5-3B's shape and {steps['batch']} x {steps['length']} tokens takes "
-        f"{distil['step_seconds']:.2f} s and {distil['peak_gib']:.0f} GiB (plain Trainer "
-        f"{plain['step_seconds']:.2f} s, {plain['peak_gib']:.0f} GiB). SmolLM2-135M with 23 of 30 layers, "
-        f"reconstructed around the cut and distilled on {run['tokens']:,} tokens in {run['seconds']:.0f} s: "
-        f"{100 * kept['share']:.1f}% ± {100 * kept['standard_error']:.1f}% kept above chance, copying "
-        f"{found['model']['copying']:.3f}."
+        f"Measured on an {healed['device']} ([script](examples/benchmarks/gpu.py)): {agree} of "
+        f"{len(checks['checks'])} correctness checks pass. A distillation step with the shape of "
+        f"Qwen2.5-3B and {steps['batch']} x {steps['length']} tokens takes {distil['step_seconds']:.2f} s "
+        f"and {distil['peak_gib']:.0f} GiB. A step of a plain Trainer, which holds all logits at once, takes "
+        f"{plain['step_seconds']:.2f} s and {plain['peak_gib']:.0f} GiB. SmolLM2-135M with 23 of 30 "
+        f"layers was distilled on {run['tokens']:,} tokens in {run['seconds']:.0f} s. It has "
+        f"{100 * kept['share']:.1f}% ± {100 * kept['standard_error']:.1f}% of the dense model's accuracy "
+        f"above chance, and a copy accuracy of {found['model']['copying']:.3f}."
     )
     return textwrap.fill(sentences, 120)
 
