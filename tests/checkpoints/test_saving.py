@@ -1,10 +1,11 @@
 import json
+import subprocess
+import sys
 import warnings
 from functools import partial
 
 import pytest
 import torch
-from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -397,12 +398,21 @@ def test_a_model_is_loaded_again_with_its_own_attention(tmp_path):
     assert saving.load_again(model, tmp_path).config._attn_implementation == "eager"
 
 
-def test_accelerate_keeps_the_plain_forward(tmp_path):
-    """Under a private name, while it wraps `forward` in autocast."""
-    model = make_model()
-    prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
-    plain = prepared._original_forward
-    with torch.no_grad():
-        assert plain(input_ids=tokens()).logits.dtype == torch.float32
-        exact, rounded = plain(input_ids=tokens()).logits, prepared(input_ids=tokens()).logits
-    assert not torch.equal(exact, rounded)
+def test_accelerate_keeps_the_plain_forward():
+    """Under a private name, while it wraps `forward` in autocast. In a process of its own, as the first
+    Accelerator of a process sets the precision of all."""
+    code = (
+        "import torch\n"
+        "from accelerate import Accelerator\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "sizes = {'hidden_size': 16, 'intermediate_size': 32, 'num_attention_heads': 2}\n"
+        "model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=2, **sizes)).eval()\n"
+        "prepared = Accelerator(cpu=True, mixed_precision='bf16').prepare(model)\n"
+        "ids = torch.arange(12)[None]\n"
+        "with torch.no_grad():\n"
+        "    exact = prepared._original_forward(input_ids=ids).logits\n"
+        "    rounded = prepared(input_ids=ids).logits\n"
+        "print(exact.dtype, torch.equal(exact, rounded))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["torch.float32", "False"]
