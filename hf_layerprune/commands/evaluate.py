@@ -17,7 +17,7 @@ def evaluate(arguments: list[str]) -> None:
     """What one or more MODELs can do on a text and in tasks, side by side; the first is the dense one."""
     kinds = [ModelArguments, OptionalDataArguments, TextArguments, SequenceArguments, EvaluateArguments]
     names, source, data, text, sequence, output = parse(evaluate, arguments, kinds, several=True)
-    from ..data.rows import names_of
+    from ..data.sources import names_of
     from ..evaluation.comparison import compare_models
     from ..reports.tables import evaluation_rows, markdown_table
 

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..errors import LayerPruneError
 from .arguments import LOSSES, PACKINGS
-from .rows import load_rows, names_of, unreadable
+from .sources import load_rows, names_of, unreadable
 from .texts import Text, iter_texts
 
 

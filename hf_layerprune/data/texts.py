@@ -9,7 +9,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..errors import LayerPruneError, one_line
-from .rows import load_rows, names_of
+from .sources import load_rows, names_of
 
 
 logger: Any = logging.get_logger(__name__)  # of transformers, as it has warning_once

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..data.rows import load_rows
+from ..data.sources import load_rows
 from ..errors import LayerPruneError
 from .multiple_choice import Question
 

@@ -14,8 +14,8 @@ from transformers.utils import is_torch_tf32_available
 from ..checkpoints.loading import load_class, load_model, load_tokenizer, stored_dtype
 from ..data.arguments import SequenceArguments
 from ..data.batches import make_batches, rows_of
-from ..data.rows import SUPPORTED, load_rows, names_of
 from ..data.sequences import prepare_dataset, resolve_length, split_sequences, stream_sequences
+from ..data.sources import SUPPORTED, load_rows, names_of
 from ..data.texts import holds_text
 from ..distillation.arguments import DTYPES, DistillationTrainingArguments
 from ..errors import LayerPruneError

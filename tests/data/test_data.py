@@ -161,7 +161,7 @@ def test_a_letter_between_two_parts_of_a_file_is_utf8():
     assert load_texts("a.txt")[0].endswith("ü")
 
 
-def test_rows_without_text_are_counted(tokenizer, caplog):
+def test_sources_without_text_are_counted(tokenizer, caplog):
     rows = [{"text": "word " * 9}, {"text": None}, {"text": " "}, {"other": "x"}, {"text": "more " * 9}]
     Path("a.jsonl").write_text("\n".join(map(json.dumps, rows)))
     expected = "a.jsonl: 3 of 5 rows have no text in 'text' and are skipped."

@@ -162,7 +162,7 @@ def test_every_other_form_is_refused_with_what_is_needed(form, message, llama):
             evaluate_text(llama, form)
 
 
-def test_rows_of_unequal_length_are_padded(llama):
+def test_sources_of_unequal_length_are_padded(llama):
     rows = [{"input_ids": row[:length].tolist()} for row, length in zip(IDS, (12, 5, 9, 7), strict=True)]
     (batch,) = make_batches(rows)
     assert batch["attention_mask"].sum(1).tolist() == [12, 5, 9, 7]

@@ -78,7 +78,7 @@ def files():
     return {name: f"{name}={name}.jsonl" for name in ROWS}
 
 
-def test_rows_are_asked_in_the_words_of_the_field(files):
+def test_sources_are_asked_in_the_words_of_the_field(files):
     bread = load_task(files["hellaswag"])[0]
     assert bread.context == "Baking bread: How to bake. Knead the dough. Then you"
     assert bread.choices[:2] == [" wait an hour.", " throw it away."]

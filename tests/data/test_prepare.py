@@ -97,7 +97,7 @@ def test_layers_are_scored_on_the_tokens_that_training_counts(chatting):
     assert scores(FORMS["messages"]) != pytest.approx(scores(every))
 
 
-def test_raw_rows_that_cannot_be_prepared_are_refused(chatting):
+def test_prepare_that_cannot_be_prepared_are_refused(chatting):
     with pytest.raises(LayerPruneError, match=r"train_dataset holds text, which needs a tokenizer"):
         make_trainer(None, FORMS["text"])
     with pytest.raises(LayerPruneError, match="sequence_length is 65, but the model reads 64"):

@@ -8,7 +8,7 @@ import sys
 import pytest
 from datasets import Dataset, DatasetDict
 
-from hf_layerprune.data.rows import load_rows, names_of
+from hf_layerprune.data.sources import load_rows, names_of
 from hf_layerprune.errors import LayerPruneError
 
 
