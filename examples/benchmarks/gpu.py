@@ -358,7 +358,7 @@ def heal(options):
     }
     seconds = measure_step(model, as_rows(train[: 8 * batch]), given, options)
     steps = max(2, int(options.seconds / seconds))
-    steps = min(steps, options.context_length // (batch * length)) if options.context_length else steps
+    steps = min(steps, options.most_tokens // (batch * length)) if options.most_tokens else steps
     print(f"{seconds:.3f} s a step: {steps} steps, {steps * batch * length} tokens", flush=True)
     folder = options.output / "healed"
     recipe = {
