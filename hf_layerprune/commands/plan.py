@@ -25,7 +25,7 @@ def plan(arguments: list[str]) -> None:
     parsed = parse(plan, words, [*kinds, DistillationTrainingArguments])
     name, source, teacher, output, removal, args = parsed
     device = check_device(output.device)
-    model = _meta_model(name, source.trust_remote_code, teacher.lora_rank)
+    model = _meta_model(name, source, teacher.lora_rank)
     length = resolve_length(args.sequence_length, model.config)
     batch = args.per_device_train_batch_size
     footprint = measure_footprint(model, batch, length, args.bf16)
@@ -35,7 +35,7 @@ def plan(arguments: list[str]) -> None:
             f"a value between 1 and {footprint.layers - 1}."
         )
     first = phase_sizes(footprint.layers, removal.target_layers, removal.layers_per_phase)[0]
-    settings = _settings(args, teacher.lora_rank is not None, teacher.teacher)
+    settings = _settings(args, model.dtype.itemsize, teacher)
     depths = removal.target_layers, footprint.layers - first
     planned = plan_training(footprint, settings, *depths, length)
     print(f"{name}: {footprint.layers} -> {removal.target_layers} layers, ", end="")
@@ -47,7 +47,7 @@ def plan(arguments: list[str]) -> None:
     else:
         changes = settings_that_fit(footprint, settings, *depths, length, device.memory)
         advice = (
-            f"Add {' '.join(changes)}." if changes else "Use LoRA (--lora_rank 16), FSDP2 or a shorter batch."
+            f"Add {' '.join(changes)}." if changes else "Use LoRA (--lora_rank 16), FSDP2 or a smaller batch."
         )
         print(f"\nThe peak does not fit {device.name} ({device.memory / 2**30:.1f} GiB). {advice}")
     seconds = planned.seconds(device.flops)
@@ -57,40 +57,53 @@ def plan(arguments: list[str]) -> None:
         print(f"{args.max_steps:,} steps take about {_duration(args.max_steps * seconds)}.")
 
 
-def _meta_model(name: str, trust_remote_code: bool, lora_rank: int | None) -> Any:
-    """Returns the model without weights, in the dtype of training, with its adapters."""
+def _meta_model(name: str, source: ModelArguments, lora_rank: int | None) -> Any:
+    """Returns the model without weights, in the dtype of training, with its adapters.
+
+    Raises:
+        LayerPruneError: the model cannot be trained so, or its quantised size is asked for.
+    """
     import torch
 
     from ..checkpoints.loading import load_meta_model
+    from ..recipes.inputs import check_loading_for_training
     from ..surgery.decoder import check_next_token
 
-    model: Any = load_meta_model(name, trust_remote_code)
+    check_loading_for_training(source, all_weights=lora_rank is None)
+    if source.quantized:
+        raise LayerPruneError(
+            f"{source.quantized} is set, but the memory of quantised weights is not planned. Leave it out: "
+            "the run needs less than the plan for bfloat16."
+        )
+    model: Any = load_meta_model(name, source.trust_remote_code, source.gguf_file)
     check_next_token(model, "plan")
+    model = model.to(torch.float32 if source.dtype == "auto" else getattr(torch, source.dtype))
     if lora_rank is None:
-        return model.to(torch.float32)
+        return model
     from peft import LoraConfig, get_peft_model
 
     with torch.device("meta"):
         return get_peft_model(model, LoraConfig(r=lora_rank, target_modules="all-linear"))
 
 
-def _settings(args: Any, lora: bool, teacher: str | None) -> Any:
+def _settings(args: Any, weight_bytes: int, teacher: TeacherArguments) -> Any:
     """Returns what decides the memory of a run. Adapters share the teacher's weights, and a folder of cached
-    logits needs no teacher."""
+    logits needs no teacher. Any other teacher is taken to be as large as the model."""
     from pathlib import Path
 
     from ..distillation.plan import TrainingSettings
     from ..distillation.teacher_cache import HEAD
 
-    cached = teacher is not None and (Path(teacher) / HEAD).is_file()
+    cached = teacher.teacher is not None and (Path(teacher.teacher) / HEAD).is_file()
+    shared = teacher.lora_rank is not None and teacher.teacher is None
     return TrainingSettings(
         batch=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
         bf16=args.bf16,
         activation_checkpointing=args.activation_checkpointing,
         optim=str(getattr(args.optim, "value", args.optim)),
-        weight_bytes=4,
-        teacher_bytes=0 if lora or cached else 2 if args.bf16 else 4,
+        weight_bytes=weight_bytes,
+        teacher_bytes=0 if shared or cached else 2 if args.bf16 else weight_bytes,
         teacher_runs=not cached,
     )
 

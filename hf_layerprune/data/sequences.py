@@ -218,7 +218,7 @@ def _encoded(
             yield ids + end, ids + end
         else:
             ids, labels = _completion_labels(text, tokenizer)
-            ends_in_completion = labels[-1] != IGNORED
+            ends_in_completion = labels[-1:] != [IGNORED]
             yield ids + end, labels + (end if ends_in_completion else [IGNORED] * len(end))
 
 

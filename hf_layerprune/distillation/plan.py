@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode  # private: torch has no public name for it
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
@@ -93,7 +93,8 @@ def measure_footprint(model: PreTrainedModel, batch: int, length: int, bf16: boo
     """Runs a model on tensors without values and counts what its backward pass would need.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): on the meta device, float32 or the dtype it is trained in.
+        model (`PreTrainedModel` or `PeftModel`): on the meta device, in the dtype it is trained in. It is
+            used up: its tensors become tensors without values.
         batch (`int`), length (`int`): sequences of a batch, and their tokens.
         bf16 (`bool`): run under bfloat16 autocast.
 
@@ -108,11 +109,14 @@ def measure_footprint(model: PreTrainedModel, batch: int, length: int, bf16: boo
             model.to_empty(device="cpu")
             base.tie_weights()  # which are apart now
             ids = torch.zeros(batch, length, dtype=torch.long)
-            with _saved_bytes(model) as saved, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                marks = _marks(decoder.layers, saved)
-                counter = FlopCounterMode(display=False, custom_mapping=_cpu_attention())
-                with counter:
-                    states = base.base_model(input_ids=ids, use_cache=False)[0]
+            counter = FlopCounterMode(display=False, custom_mapping=_cpu_attention())
+            with (
+                _saved_bytes(model) as saved,
+                _marks(decoder.layers, saved) as marks,
+                torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+                counter,
+            ):
+                states = base.base_model(input_ids=ids, use_cache=False)[0]
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         raise LayerPruneError(
             f"The memory of this {config.model_type} model cannot be planned: it does not run on tensors "
@@ -141,6 +145,7 @@ def measure_footprint(model: PreTrainedModel, batch: int, length: int, bf16: boo
 @contextmanager
 def _saved_bytes(model: nn.Module) -> Iterator[dict[Any, int]]:
     """Yields the bytes of each storage that autograd saves within this context, without parameters."""
+    # Private: storages without values have no public address. test_plan.py fails if it changes.
     own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
     kept: list[Any] = []  # or another storage could come to the same address
     saved: dict[Any, int] = {}
@@ -156,14 +161,20 @@ def _saved_bytes(model: nn.Module) -> Iterator[dict[Any, int]]:
         yield saved
 
 
-def _marks(layers: Any, saved: dict[Any, int]) -> list[tuple[int, int]]:
-    """Returns, once the layers have run, the saved bytes before and after each of them."""
+@contextmanager
+def _marks(layers: Any, saved: dict[Any, int]) -> Iterator[list[tuple[int, int]]]:
+    """Yields a list that gets, when a layer has run within this context, the saved bytes before and after."""
     marks: list[tuple[int, int]] = []
     begun: list[int] = []
+    hooks: list[Any] = []
     for layer in layers:
-        layer.register_forward_pre_hook(lambda *_: begun.append(sum(saved.values())))
-        layer.register_forward_hook(lambda *_: marks.append((begun[-1], sum(saved.values()))))
-    return marks
+        hooks.append(layer.register_forward_pre_hook(lambda *_: begun.append(sum(saved.values()))))
+        hooks.append(layer.register_forward_hook(lambda *_: marks.append((begun[-1], sum(saved.values())))))
+    try:
+        yield marks
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _cpu_attention() -> dict[Any, Any]:
@@ -265,22 +276,24 @@ def optimizer_bytes(optim: str) -> int:
 def settings_that_fit(
     footprint: Footprint, settings: TrainingSettings, target: int, start: int, length: int, memory: float
 ) -> list[str]:
-    """Returns the changes of settings, the mildest first, of which each makes a run fit into `memory` bytes,
-    alone or with those before it; none if even all together do not."""
-    steps: list[tuple[str, TrainingSettings]] = []
+    """Returns the changes of settings, the mildest first, that together make a run fit into `memory` bytes;
+    none if even all of them do not. Changes that save nothing are left out."""
+    chosen: list[str] = []
     present = settings
+    peak = plan_training(footprint, present, target, start, length).peak
     for words, changes in (
         ("--activation_checkpointing True", {"activation_checkpointing": True}),
         ("--optim adamw_8bit", {"optim": "adamw_8bit"}),
         ("--teacher DIR of cached logits", {"teacher_bytes": 0, "teacher_runs": False}),
     ):
         changed = replace(present, **changes)
-        if changed == present:
+        lower = plan_training(footprint, changed, target, start, length).peak
+        if lower >= peak:
             continue
-        present = changed
-        steps.append((words, present))
-        if plan_training(footprint, present, target, start, length).peak <= memory:
-            return [words for words, _ in steps]
+        chosen.append(words)
+        present, peak = changed, lower
+        if peak <= memory:
+            return chosen
     return []
 
 

@@ -29,8 +29,8 @@ from ..checkpoints.loading import load_lineage, load_model, runs_own_code
 from ..checkpoints.saving import check_configs, check_merge, check_writable
 from ..data.batches import model_columns
 from ..data.collator import padding_collator
-from ..data.prepare import prepare_rows
 from ..data.targets import targets_of
+from ..data.trainer_rows import prepare_rows
 from ..errors import LayerPruneError, one_line
 from ..forward.lm_head import router_losses
 from ..reports.card import write_card

@@ -104,15 +104,15 @@ def evaluate_text(
     """
     check_next_token(base_of(model), "evaluate_text")
     total, tokens, size, speeds = 0.0, 0, 0, []
-    reader: ChunkedLMHead | None = None
+    lm_head: ChunkedLMHead | None = None
     batches = _as_batches(model, batches, tokenizer)
     with undisturbed(model), output_dtypes(model) as dtypes:
         for batch in batches:
             on_device = {name: value.to(model.device) for name, value in batch.items()}
-            reader = reader or ChunkedLMHead(model, on_device["input_ids"])
+            lm_head = lm_head or ChunkedLMHead(model, on_device["input_ids"])
             began = time.perf_counter()
             mask, targets = targets_of(on_device)
-            loss, count = float(unit_losses(reader, on_device).sum()), int(mask.sum())
+            loss, count = float(unit_losses(lm_head, on_device).sum()), int(mask.sum())
             speeds.append(batch["input_ids"].numel() / (time.perf_counter() - began))
             total, tokens = total + loss, tokens + count
             if tokenizer is not None:
@@ -208,9 +208,9 @@ def copying(model: PreTrainedModel, batches: Iterable[Batch], given: int = 8) ->
                     f"A passage of {length} tokens is too short to copy: {given} are given. Use longer ones."
                 )
             twice = torch.cat([ids[:, :length], ids[:, :length]], 1)
-            reader = ChunkedLMHead(model, twice)
-            states = reader.states({"input_ids": twice})[:, length + given - 1 : -1]
-            predicted = torch.cat([logits.argmax(-1) for logits in reader.rows(states.flatten(0, 1))])
+            lm_head = ChunkedLMHead(model, twice)
+            states = lm_head.states({"input_ids": twice})[:, length + given - 1 : -1]
+            predicted = torch.cat([logits.argmax(-1) for logits in lm_head.rows(states.flatten(0, 1))])
             right = predicted.view(len(ids), -1) == twice[:, length + given :]
             copied += right.long().cumprod(1).cpu().double().mean(1).tolist()
             correct += right.cpu().double().mean(1).tolist()

@@ -145,21 +145,21 @@ class MultipleChoice:
         """Returns the share of right answers."""
         self.check_length(model)
         with torch.no_grad():
-            reader = ChunkedLMHead(model, self.example(model))
-            return torch.cat([right_answers(reader, batch) for batch in self.batches(reader)]).mean().item()
+            lm_head = ChunkedLMHead(model, self.example(model))
+            return torch.cat([right_answers(lm_head, batch) for batch in self.batches(lm_head)]).mean().item()
 
     def read(self, model: PreTrainedModel) -> list[Answer]:
         """Returns the answers of a model, in the order of the questions."""
         found: dict[int, Answer] = {}
         self.check_length(model)
         with torch.no_grad():
-            reader = ChunkedLMHead(model, self.example(model))
-            packed = _can_pack(reader, self.encoded[-1])
+            lm_head = ChunkedLMHead(model, self.example(model))
+            packed = _can_pack(lm_head, self.encoded[-1])
             for questions in self._groups(packed, model):
                 batch = (_packed if packed else _in_rows)(questions, model)
                 counts = torch.bincount(batch.owners).cpu()
                 sizes = [len(lengths) for lengths in batch.lengths]
-                likelihoods, greedy = log_likelihoods(reader, batch)
+                likelihoods, greedy = log_likelihoods(lm_head, batch)
                 right = _right(likelihoods, greedy, batch).tolist()
                 perplexities = (-likelihoods.cpu() / counts).exp().split(sizes)
                 for question, one, few in zip(questions, right, perplexities, strict=True):
@@ -184,11 +184,11 @@ class MultipleChoice:
         longest = self.encoded[-1]
         return torch.tensor([longest.shared + longest.rests[0]], device=model.device)
 
-    def batches(self, reader: ChunkedLMHead) -> list[Choices]:
-        """Returns all questions as the reader's model reads them."""
-        packed = _can_pack(reader, self.encoded[-1])
+    def batches(self, lm_head: ChunkedLMHead) -> list[Choices]:
+        """Returns all questions as the model reads them."""
+        packed = _can_pack(lm_head, self.encoded[-1])
         build = _packed if packed else _in_rows
-        batches = [build(questions, reader.model) for questions in self._groups(packed, reader.model)]
+        batches = [build(questions, lm_head.model) for questions in self._groups(packed, lm_head.model)]
         random.Random(0).shuffle(batches)
         return batches
 
@@ -205,13 +205,13 @@ class MultipleChoice:
         yield group
 
 
-def right_answers(reader: ChunkedLMHead, batch: Choices) -> torch.Tensor:
+def right_answers(lm_head: ChunkedLMHead, batch: Choices) -> torch.Tensor:
     """Returns 1 for each question that the model answers right, else 0, and NaN for NaN logits.
 
     Returns:
         `torch.Tensor`: `(questions,)`, float64.
     """
-    return _right(*log_likelihoods(reader, batch), batch)
+    return _right(*log_likelihoods(lm_head, batch), batch)
 
 
 def _right(likelihoods: torch.Tensor, greedy: torch.Tensor, batch: Choices) -> torch.Tensor:
@@ -226,14 +226,14 @@ def _right(likelihoods: torch.Tensor, greedy: torch.Tensor, batch: Choices) -> t
     return torch.tensor(found, dtype=torch.float64)
 
 
-def log_likelihoods(reader: ChunkedLMHead, batch: Choices) -> tuple[torch.Tensor, torch.Tensor]:
+def log_likelihoods(lm_head: ChunkedLMHead, batch: Choices) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the log-likelihood of each choice in nats, `(choices,)`, and whether greedy decoding
     gives it, `(choices,)`."""
     row, place = batch.places
-    logits = reader.rows(reader.states(batch.inputs)[row, place])
+    logits = lm_head.rows(lm_head.states(batch.inputs)[row, place])
     dtype = sum_dtype(row.device)
     found, missed = [], []
-    for few, said in zip(logits, batch.targets.split(reader.rows_at_once), strict=True):
+    for few, said in zip(logits, batch.targets.split(lm_head.rows_at_once), strict=True):
         found.append(few.float().log_softmax(-1).gather(-1, said[:, None])[:, 0].to(dtype))
         missed.append(few.argmax(-1) != said)
     sums = torch.zeros(sum(map(len, batch.lengths)), dtype=dtype, device=row.device)
@@ -340,22 +340,22 @@ def _choices(
     )
 
 
-def _can_pack(reader: ChunkedLMHead, question: _Encoded) -> bool:
+def _can_pack(lm_head: ChunkedLMHead, question: _Encoded) -> bool:
     """Returns whether the model gives the same states for a question in one row as for each choice alone.
 
     Other kinds of attention than [`PACKING`] take no such mask: FlashAttention reads it as lengths, which on
     a GPU ends the process.
     """
     # transformers has no public name for the attention that a model uses.
-    if text_config(base_of(reader.model).config)._attn_implementation not in PACKING:
+    if text_config(base_of(lm_head.model).config)._attn_implementation not in PACKING:
         return False
     found = []
     for build in (_packed, _in_rows):
-        batch = build([question], reader.model)
+        batch = build([question], lm_head.model)
         try:
-            found.append(reader.states(batch.inputs)[tuple(batch.places)].float())
+            found.append(lm_head.states(batch.inputs)[tuple(batch.places)].float())
         except Exception:  # a model that takes no such mask, or no positions
             return False
     packed, alone = found
     error = float((packed - alone).norm() / alone.norm())
-    return error < min(0.05, 1000 * torch.finfo(reader.model.dtype).eps)
+    return error < min(0.05, 1000 * torch.finfo(lm_head.model.dtype).eps)

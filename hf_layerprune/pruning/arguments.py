@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any, TypeVar
 
 from ..errors import LayerPruneError
-from ..scoring.criteria import CRITERIA
+from ..scoring.criteria import CRITERIA, find_criterion
 from ..surgery.lineage import plain_int
 
 
@@ -28,7 +28,9 @@ class ScoringArguments:
         metadata={
             "help": "What makes a layer important. Classifiers, encoders, reward and embedding models go "
             "with block_influence, angular, hidden_mse and positional.",
-            "choices": [name for name in CRITERIA if name != "task"],  # of the command line and recipes
+            "choices": [
+                name for name, one in CRITERIA.items() if not one.needs_task
+            ],  # of the command line and recipes
         },
     )
     racing: float | None = field(
@@ -223,7 +225,7 @@ class PruningArguments(ReconstructionArguments, PhaseSizeArguments):
         if self.steps_per_phase is not None and self.tokens_per_phase is not None:
             raise LayerPruneError("Give steps_per_phase or tokens_per_phase, not both.")
         for name in ("quality_floor", "min_recovery"):
-            if getattr(self, name) is not None and self.criterion not in ("loss", "task"):
+            if getattr(self, name) is not None and not find_criterion(self.criterion).measures_quality:
                 raise LayerPruneError(f"{self.criterion} measures no quality: leave {name} out.")
         if self.min_recovery is not None and not 0 < self.min_recovery < float("inf"):
             raise LayerPruneError(f"min_recovery is {self.min_recovery}: it is a share, as 0.5.")

@@ -9,8 +9,9 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 
 from ..data.targets import Batch
 from ..reports.record import Removal
+from ..scoring.criteria import find_criterion
 from ..scoring.leave_one_out import PrefixCache
-from ..scoring.score import LEAVE_ONE_OUT, reads_text
+from ..scoring.score import reads_text
 from ..scoring.table import ScoreTable
 from ..surgery.lineage import get_lineage
 from .arguments import PruningArguments
@@ -187,7 +188,7 @@ class PruningRun:
 
     def _check_cost(self, removals: list[Removal], model: PreTrainedModel) -> None:
         """Warns if the last removal was of an essential layer, where scores are the cost of a removal."""
-        if self.inputs.args.criterion not in (*LEAVE_ONE_OUT, "task"):
+        if not find_criterion(self.inputs.args.criterion).score_is_cost:
             return
         *earlier, cost = [one.score or 0.0 for one in self.recorder.record.removals + removals]
         left = len(get_lineage(model).kept)

@@ -7,7 +7,8 @@ from typing import Any
 
 from ..evaluation.comparison import share_kept
 from ..forward.token_losses import DIVERGENCES, HIDDEN_ERRORS
-from ..scoring.table import UNITS, ScoreTable
+from ..scoring.criteria import CRITERIA
+from ..scoring.table import ScoreTable
 from .record import Record
 from .tables import qualities_of
 
@@ -116,7 +117,7 @@ def plot_phases(tables: list[ScoreTable], path: str | Path) -> None:
     axes = figure.subplots()
     threshold = float(np.nanmedian(np.abs(grid))) or 1.0  # most scores are alike, a few very large
     picture = axes.imshow(grid, aspect="auto", cmap="viridis", norm=SymLogNorm(threshold))
-    figure.colorbar(picture, label=UNITS[tables[0].criterion])
+    figure.colorbar(picture, label=CRITERIA[tables[0].criterion].unit)
     chosen = [table.kept[table.ranking()[0]] for table in tables]
     axes.scatter(chosen, range(len(tables)), marker="x", color="red")
     axes.set_xticks(range(width))

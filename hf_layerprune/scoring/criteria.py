@@ -110,8 +110,8 @@ class Criterion:
         score (`Callable`): scores all candidates.
         unit (`str`): the unit of the scores, for the axis of a plot.
         reads_text (`bool`): whether calibration text is read. A task reads its own, or the calibration text.
-        leave_one_out (`bool`): whether the model is run without each candidate. Racing and the cache of
-            prefix_cache are for these.
+        leave_one_out (`bool`): whether the model is run without each candidate. Racing and the prefix
+            cache are for these.
         needs_next_token (`bool`): whether the model must be a causal language model.
         takes_teacher (`bool`): whether a teacher can be compared with.
         needs_task (`bool`): whether a task must be given.

@@ -34,8 +34,6 @@ from .table import ScoreTable
 
 logger = logging.getLogger(__name__)
 
-LEAVE_ONE_OUT = tuple(name for name, criterion in CRITERIA.items() if criterion.leave_one_out)
-
 
 def score_layers(
     model: Any,
@@ -325,9 +323,10 @@ def check_choices(
         raise LayerPruneError(f"Unknown pattern {pattern!r}: choose from {', '.join(PATTERNS)}, random.")
     by_question = bool(tasks) and all(isinstance(one, MultipleChoice) for one in tasks)
     if racing is not None and not ((by_question or kind.leave_one_out) and 0.5 < racing < 1):
+        names = ", ".join(name for name, one in CRITERIA.items() if one.leave_one_out)
         raise LayerPruneError(
             f"racing is {racing!r} with {criterion}: it is a confidence above 0.5 and below 1, as 0.99, for "
-            f"{', '.join(LEAVE_ONE_OUT)}, and for tasks of MultipleChoice."
+            f"{names}, and for tasks of MultipleChoice."
         )
     return tasks
 
@@ -373,7 +372,7 @@ def _as_list(task: Any) -> list[Any]:
 def _small_enough(stack: LayerStack, batches: list[Any], cache_mb: int) -> list[Any]:
     """Returns the batches in parts whose states after all layers fit into so many MiB, or of one row."""
     embeddings: Any = stack.base.get_input_embeddings().weight
-    # The original depth decides, so that the parts and their prefix_cache stay the same when layers go.
+    # The original depth decides, so that the parts and their prefixes stay the same when layers go.
     state = embeddings.shape[-1] * embeddings.element_size() * stack.lineage.original
     rows = [cache_mb * 2**20 // (state * batch["input_ids"].shape[1]) for batch in batches]
     return [part for batch, most in zip(batches, rows, strict=True) for part in _split(batch, most)]

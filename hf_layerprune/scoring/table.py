@@ -7,7 +7,6 @@ from typing import Any
 from .criteria import CRITERIA
 
 
-UNITS = {name: criterion.unit for name, criterion in CRITERIA.items()}
 BY_LAYER = ("scores", "refused", "errors", "seen")
 
 

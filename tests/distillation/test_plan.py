@@ -1,6 +1,7 @@
 """Memory and FLOPs of a run, planned from the config alone."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -88,17 +89,22 @@ def test_the_table_in_readme_is_planned(qwen, llama_8b):
             assert f"| {name}, all weights{flag} | {peak:.0f} | {fitting} |" in readme
 
 
-def test_lora_on_a_16_bit_base_needs_no_teacher_and_little_optimizer():
+@pytest.fixture(scope="module")
+def llama_8b_lora():
     base = on_meta(LlamaForCausalLM, LLAMA_8B, torch.bfloat16)
     with torch.device("meta"):
         model = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear"))
-    footprint = measure_footprint(model, batch=4, length=2048, bf16=True)
+    return measure_footprint(model, batch=4, length=2048, bf16=True)
+
+
+def test_lora_on_a_16_bit_base_needs_no_teacher_and_little_optimizer(llama_8b_lora):
+    footprint = llama_8b_lora
     lora = settings(activation_checkpointing=True, weight_bytes=2, teacher_bytes=0)
     plan = plan_training(footprint, lora, 32, 32, 2048)
     assert plan.peak / GIB == pytest.approx(20.5, rel=0.03)  # on an emulated GPU
     assert plan.memory["optimizer"] < 0.4 * GIB
     assert plan.memory["teacher"] == 0
-    assert plan.parameters_before == base.num_parameters() - footprint.trained == 8_030_261_248
+    assert plan.parameters_before == 8_030_261_248
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     row = f"| Llama-3.1-8B in bfloat16, LoRA with `--activation_checkpointing True` | {plan.peak / GIB:.0f} |"
     assert f"{row} l4-24gb |" in readme
@@ -158,6 +164,21 @@ def test_what_fits_is_said_in_order(qwen):
         assert found == changes[:count]
 
 
+def test_what_saves_nothing_is_not_advised(llama_8b_lora):
+    lora = settings(weight_bytes=2, teacher_bytes=0)
+    assert settings_that_fit(llama_8b_lora, lora, 31, 32, 2048, 22 * GIB) == [
+        "--activation_checkpointing True"
+    ]
+    assert settings_that_fit(llama_8b_lora, lora, 31, 32, 2048, 10 * GIB) == []
+
+
+def test_measuring_leaves_no_hook(qwen):
+    model = on_meta(LlamaForCausalLM, LlamaConfig(num_hidden_layers=2, hidden_size=64, vocab_size=100))
+    first = measure_footprint(model, batch=1, length=8, bf16=False)
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.model.layers)
+    assert measure_footprint(model, batch=1, length=8, bf16=False) == first
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adamw_bnb_8bit", "adafactor"])
 def test_optimizer_bytes(optim):
     assert optimizer_bytes(optim) == {"adamw_torch": 8, "sgd": 0, "adamw_bnb_8bit": 2, "adafactor": 0}[optim]
@@ -186,3 +207,30 @@ def test_the_command_plans_from_the_config_alone(folder, capsys):
     assert "--device is 'abacus'. Choose from l4-24gb" in capsys.readouterr().err
     assert main(["plan", folder, "--target_layers", "9"]) == 2
     assert "--target_layers is 9, but the model has 6 layers" in capsys.readouterr().err
+
+
+def peak_of(capsys, *words):
+    assert main(["plan", *words]) == 0
+    return float(re.search(r"peak \|\s+([\d.]+)", capsys.readouterr().out)[1])
+
+
+def test_the_command_knows_dtype_and_adapters(capsys):
+    config = LlamaConfig(num_hidden_layers=4, hidden_size=1024, intermediate_size=4096, vocab_size=32000)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained("large")
+    words = [
+        "large",
+        "--target_layers",
+        "3",
+        "--sequence_length",
+        "256",
+        "--per_device_train_batch_size",
+        "1",
+    ]
+    whole, lora = peak_of(capsys, *words), peak_of(capsys, *words, "--lora_rank", "8")
+    half = peak_of(capsys, *words, "--lora_rank", "8", "--dtype", "bfloat16")
+    assert whole > lora > half
+    assert main(["plan", *words, "--load_in_4bit", "True"]) == 2
+    assert "quantised weights cannot be trained" in capsys.readouterr().err
+    assert main(["plan", *words, "--load_in_4bit", "True", "--lora_rank", "8"]) == 2
+    assert "the memory of quantised weights is not planned" in capsys.readouterr().err
