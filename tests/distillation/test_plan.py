@@ -172,11 +172,10 @@ def test_what_saves_nothing_is_not_advised(llama_8b_lora):
     assert settings_that_fit(llama_8b_lora, lora, 31, 32, 2048, 10 * GIB) == []
 
 
-def test_measuring_leaves_no_hook(qwen):
+def test_measuring_leaves_no_hook():
     model = on_meta(LlamaForCausalLM, LlamaConfig(num_hidden_layers=2, hidden_size=64, vocab_size=100))
-    first = measure_footprint(model, batch=1, length=8, bf16=False)
+    measure_footprint(model, batch=1, length=8, bf16=False)
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.model.layers)
-    assert measure_footprint(model, batch=1, length=8, bf16=False) == first
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "sgd", "adamw_bnb_8bit", "adafactor"])
