@@ -164,7 +164,9 @@ def test_what_fits_is_said_in_order(qwen):
         assert found == changes[:count]
 
 
-def test_what_saves_nothing_is_not_advised(llama_8b_lora):
+def test_what_saves_nothing_is_not_advised(qwen, llama_8b_lora):
+    found = settings_that_fit(qwen, settings(optim="sgd"), 27, 36, 2048, 32 * GIB)
+    assert found == ["--activation_checkpointing True", "--teacher DIR of cached logits"]
     lora = settings(weight_bytes=2, teacher_bytes=0)
     assert settings_that_fit(llama_8b_lora, lora, 31, 32, 2048, 22 * GIB) == [
         "--activation_checkpointing True"
