@@ -33,9 +33,9 @@ from .evaluation.tasks import TASKS as TASKS
 from .evaluation.tasks import load_task as load_task
 from .pruning.arguments import PruningArguments as PruningArguments
 from .pruning.callback import LayerPruningCallback as LayerPruningCallback
+from .pruning.linear_map import replace_by_linear_map as replace_by_linear_map
 from .pruning.prune import prune_layers as prune_layers
 from .pruning.replacement import replace_block as replace_block
-from .pruning.replacement import replace_by_linear_map as replace_by_linear_map
 from .recipes.prune import PruneOutput as PruneOutput
 from .recipes.prune import prune as prune
 from .recipes.recipe import shipped_recipes as shipped_recipes

@@ -22,8 +22,8 @@ from ..distillation.reconstruction import reconstruct_layers
 from ..distillation.trainer import DistillationTrainer
 from ..errors import LayerPruneError
 from ..evaluation.evaluate import evaluate_text
+from ..pruning.linear_map import check_linear_map, replace_by_linear_map
 from ..pruning.prune import prune_layers
-from ..pruning.replacement import check_linear_map, replace_by_linear_map
 from ..scoring.journal import Journal
 from ..scoring.score import fingerprint, score_layers
 from ..surgery.lineage import get_lineage

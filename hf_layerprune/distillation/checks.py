@@ -10,12 +10,13 @@ from transformers import PreTrainedModel
 
 from ..checkpoints.legacy_rope import legacy_rotary
 from ..checkpoints.loading import last_checkpoint
+from ..data.batches import model_columns
 from ..data.targets import targets_of
 from ..errors import LayerPruneError
 from ..forward.hooks import undisturbed
 from ..surgery.decoder import check_next_token, text_config
 from ..surgery.lineage import get_lineage
-from ..surgery.peft import adapter_configs
+from ..surgery.peft import adapter_configs, base_of
 from .arguments import DistillationTrainingArguments, check_processes_joined
 from .teacher import TeacherLayers
 from .teacher_cache import CachedTeacherLogits
@@ -150,6 +151,21 @@ def check_finite(loss: torch.Tensor, input_ids: torch.Tensor, step: int, output_
             "hidden_weight or max_grad_norm. The last checkpoint: "
             f"{last_checkpoint(output_dir) or 'none'}."
         )
+
+
+def check_data(trainer: Any, student: Any) -> None:
+    """Checks the data of a Trainer before it trains. Streams are checked while they are read.
+
+    Raises:
+        LayerPruneError: a row is not in the teacher cache, or no token of the training data counts.
+    """
+    args, collate, columns = trainer.args, trainer.data_collator, None
+    if args.remove_unused_columns:
+        columns = model_columns(base_of(student)) | set(trainer.label_names)
+    evaluated = [] if args.eval_strategy == "no" else [trainer.eval_dataset]
+    check_rows_are_cached(trainer.teacher, [trainer.train_dataset, *evaluated], columns, collate)
+    batch_size = args.per_device_train_batch_size
+    check_some_token_counts(trainer.train_dataset, columns, collate, batch_size, student)
 
 
 def check_rows_are_cached(

@@ -41,6 +41,30 @@ class LossLog:
         for name, total in {**terms, "tokens": tokens}.items():
             self._sums[mode][name] += total.detach() / divisor
 
+    def training_logs(self, loss: float, settings: Any) -> dict[str, float]:
+        """Returns what a training log says since the last: the mean of each term per token, and the mean loss
+        over the steps with tokens. Starts again.
+
+        Args:
+            loss (`float`): the mean loss over all steps since the last log.
+            settings ([`DistillationTrainingArguments`]): the settings. Warns if one loss term dominates.
+        """
+        terms = self.means("train")
+        mean = self._mean_over_steps_with_tokens(loss)
+        self.clear_steps()
+        if not settings.balance_hidden:
+            _warn_of_dominating_hidden_loss(terms, settings)
+        return {"loss": mean, **terms}
+
+    def evaluation_metrics(self, prefix: str) -> dict[str, float]:
+        """Returns the mean of each term of an evaluation per token, and `{prefix}_loss`, which is the
+        cross-entropy. Starts again."""
+        terms = self.means("eval", f"{prefix}_")
+        if f"{prefix}_ce" in terms:
+            terms[f"{prefix}_loss"] = terms[f"{prefix}_ce"]
+        _warn_of_evaluation_without_tokens(terms)
+        return terms
+
     def means(self, mode: str, prefix: str = "") -> dict[str, float]:
         """Returns the mean of each term per token over all processes, and starts again. Means over no token
         are nan."""
@@ -75,7 +99,7 @@ class LossLog:
                 step,
             )
 
-    def mean_over_steps_with_tokens(self, loss: float) -> float:
+    def _mean_over_steps_with_tokens(self, loss: float) -> float:
         """Returns the mean loss over the steps with tokens, from the mean over all steps since the last log;
         nan if there are none."""
         if not self._steps_without_tokens:
@@ -84,7 +108,7 @@ class LossLog:
         return loss * self._steps / steps if steps else float("nan")
 
 
-def warn_of_dominating_hidden_loss(terms: dict[str, float], settings: LossSettings) -> None:
+def _warn_of_dominating_hidden_loss(terms: dict[str, float], settings: LossSettings) -> None:
     """Warns if the weighted hidden-state error is much larger than the other loss terms."""
     hidden = settings.hidden_weight * terms.get(f"hidden_{settings.hidden_loss}", 0.0)
     divergence = settings.kl_weight * terms.get(settings.divergence, 0.0)
@@ -93,7 +117,7 @@ def warn_of_dominating_hidden_loss(terms: dict[str, float], settings: LossSettin
         logger.warning(warning)
 
 
-def warn_of_evaluation_without_tokens(metrics: dict[str, float]) -> None:
+def _warn_of_evaluation_without_tokens(metrics: dict[str, float]) -> None:
     """Warns if all losses of an evaluation are nan."""
     if metrics and all(map(math.isnan, metrics.values())):
         logger.warning(

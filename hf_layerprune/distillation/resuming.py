@@ -1,13 +1,29 @@
-"""Resuming from a checkpoint: which one, and its weights."""
+"""Where a run starts: the student, and the checkpoint with its layers and weights."""
 
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoints.loading import is_whole, last_checkpoint
+from ..checkpoints.loading import is_whole, last_checkpoint, load_lineage, load_model, runs_own_code
 from ..errors import LayerPruneError
 from ..reports.record import checkpoint_of, read_record
+from ..surgery.lineage import Lineage
+from ..surgery.peft import base_of
+from ..surgery.removal import keep_lineage
+from .teacher import find_tokenizer
+
+
+def load_student(model: Any, processing_class: Any, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Returns the student and its tokenizer or processor. A folder or hub id is loaded in float32, with its
+    tokenizer if none was given."""
+    if not isinstance(model, (str, Path)):
+        return model, processing_class
+    student = load_model(str(model), dtype="float32", trust_remote_code=trust_remote_code)
+    if processing_class is None:
+        processing_class = find_tokenizer(str(model), trust_remote_code)
+    return student, processing_class
 
 
 def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) -> str | None:
@@ -32,19 +48,27 @@ def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) 
     return resume_from_checkpoint
 
 
-def check_teacher_is_original(checkpoint: str, teacher_layers: int) -> None:
-    """Checks that a teacher copied from the student has all layers of the original model. It has not if
-    the student was loaded from a checkpoint.
+def remove_as_in_checkpoint(student: Any, checkpoint: str, copied_teacher: Lineage | None) -> None:
+    """Removes the layers from `student`, in place, that a checkpoint lacks.
+
+    Args:
+        student (`PreTrainedModel` or `PeftModel`): the model that goes on training.
+        checkpoint (`str`): the checkpoint.
+        copied_teacher ([`Lineage`], *optional*): the layers of a teacher copied from the student.
 
     Raises:
-        LayerPruneError: it has not.
+        LayerPruneError: the student lacks layers of the checkpoint, or a copied teacher lacks layers of the
+            original model. It does if the student was loaded from a checkpoint.
     """
     record = read_record(checkpoint)
-    if record is not None and teacher_layers < record.model["layers"]:
-        raise LayerPruneError(
-            f"The run began with a model of {record.model['layers']} layers, but the teacher has "
-            f"{teacher_layers}: start from the original model, or give it as teacher_model."
-        )
+    if record is not None and copied_teacher is not None:
+        began, copied = record.model["layers"], len(copied_teacher.kept)
+        if copied < began:
+            raise LayerPruneError(
+                f"The run began with a model of {began} layers, but the teacher has {copied}: start from "
+                "the original model, or give it as teacher_model."
+            )
+    keep_lineage(student, load_lineage(checkpoint, runs_own_code(base_of(student))))
 
 
 def load_weights(student: Any, folder: str) -> None:

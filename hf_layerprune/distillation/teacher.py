@@ -147,6 +147,15 @@ def hold_in_autocast_dtype(teacher: PreTrainedModel | CachedTeacherLogits, accel
             parameter.data = parameter.data.to(dtype)
 
 
+def place_teacher(teacher: PreTrainedModel | CachedTeacherLogits, accelerator: Accelerator) -> Any:
+    """Returns the teacher on the accelerator's device, and sharded as the accelerator says."""
+    if not isinstance(teacher, PreTrainedModel):
+        return teacher
+    # Under FSDP accelerate leaves a model where it is by default. A quantised one must stay there.
+    place = None if getattr(teacher, "is_quantized", False) else True
+    return accelerator.prepare_model(teacher, device_placement=place, evaluation_mode=True)
+
+
 def _is_linear(module: nn.Module) -> bool:
     return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 

@@ -25,26 +25,20 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from ..checkpoints.loading import load_lineage, load_model, runs_own_code
 from ..checkpoints.saving import check_configs, check_merge, check_writable
-from ..data.batches import model_columns
 from ..data.collator import padding_collator
 from ..data.targets import targets_of
 from ..data.trainer_rows import prepare_rows
 from ..errors import LayerPruneError, one_line
 from ..forward.lm_head import router_losses
-from ..reports.card import write_card
-from ..reports.record import read_record
 from ..surgery.decoder import is_sharded
 from ..surgery.lineage import get_lineage
-from ..surgery.peft import adapter_configs, base_of
-from ..surgery.removal import keep_lineage
+from ..surgery.peft import adapter_configs
 from .arguments import DistillationTrainingArguments, quieten_replicas
 from .checks import (
     check_arguments,
+    check_data,
     check_finite,
-    check_rows_are_cached,
-    check_some_token_counts,
     check_student,
     check_teacher,
     check_trained_dtype,
@@ -53,19 +47,20 @@ from .compiled_layers import CompiledLayers
 from .distributed import count_distinct_rows, reinitialize_ddp
 from .forward_pass import ForwardPass
 from .hidden_balance import HiddenBalance
-from .loss_log import LossLog, warn_of_dominating_hidden_loss, warn_of_evaluation_without_tokens
+from .loss_log import LossLog
 from .objective import distillation_loss
-from .resuming import check_teacher_is_original, find_checkpoint, load_weights
+from .resuming import find_checkpoint, load_student, load_weights, remove_as_in_checkpoint
 from .shared_prefix import SharedPrefix
 from .teacher import (
     add_adapters,
     describe_teacher,
-    find_tokenizer,
     hold_in_autocast_dtype,
     make_teacher,
+    place_teacher,
 )
 from .trainable import TrainedParameters, forget_parameters
 from .trainer_saving import (
+    card_from_record,
     checked_saving,
     checkpoint_errors,
     export_adapters,
@@ -146,11 +141,7 @@ class DistillationTrainer(Trainer):
         args = args or DistillationTrainingArguments()
         check_arguments(args, {"compute_loss_func": compute_loss_func, "model_init": model_init})
         quieten_replicas(args)
-        student: Any = model
-        if isinstance(model, (str, Path)):
-            student = load_model(str(model), dtype="float32", trust_remote_code=trust_remote_code)
-            if processing_class is None:
-                processing_class = find_tokenizer(str(model), trust_remote_code)
+        student, processing_class = load_student(model, processing_class, trust_remote_code)
         check_student(student, args)
         compares_layers, shares_weights = args.hidden_weight > 0, peft_config is not None
         teacher = make_teacher(
@@ -187,17 +178,11 @@ class DistillationTrainer(Trainer):
         student.add_model_tags(["hf_layerprune", "knowledge-distillation"])
         if args.torch_compile:  # layer by layer instead, as a compiled model would keep its removed layers
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
-        # The teacher is never part of self.model, which is trained, saved and broadcast.
-        self.teacher: Any = teacher
         if teacher is not teacher_model and not shares_weights:
             hold_in_autocast_dtype(teacher, self.accelerator)
         logger.info("Teacher: %s.", describe_teacher(teacher, student))
-        if isinstance(teacher, PreTrainedModel):
-            # Under FSDP accelerate leaves a model where it is by default. A quantised one must stay there.
-            place = None if getattr(teacher, "is_quantized", False) else True
-            self.teacher = self.accelerator.prepare_model(
-                teacher, device_placement=place, evaluation_mode=True
-            )
+        # The teacher is never part of self.model, which is trained, saved and broadcast.
+        self.teacher: Any = place_teacher(teacher, self.accelerator)
         self._compiled_layers = CompiledLayers(
             args.torch_compile, backend=args.torch_compile_backend, mode=args.torch_compile_mode
         )
@@ -332,12 +317,7 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """See [`~transformers.Trainer.log`]. Adds the mean of each loss term per token."""
         if "loss" in logs:
-            terms = self._loss_log.means("train")
-            logs["loss"] = self._loss_log.mean_over_steps_with_tokens(logs["loss"])
-            self._loss_log.clear_steps()
-            logs |= terms
-            if not self.args.balance_hidden:
-                warn_of_dominating_hidden_loss(terms, self.args)
+            logs |= self._loss_log.training_logs(logs["loss"], self.args)
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -345,10 +325,7 @@ class DistillationTrainer(Trainer):
         depends on neither the batch size nor the number of processes."""
         self._loss_log.clear("eval")
         output = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
-        terms = self._loss_log.means("eval", f"{prefix}_")
-        terms |= {f"{prefix}_loss": terms[f"{prefix}_ce"]} if f"{prefix}_ce" in terms else {}
-        warn_of_evaluation_without_tokens(terms)
+        terms = self._loss_log.evaluation_metrics(kwargs.get("metric_key_prefix", "eval"))
         return output._replace(metrics={**(output.metrics or {}), **terms})
 
     def train(
@@ -364,28 +341,17 @@ class DistillationTrainer(Trainer):
         student, output_dir = self.accelerator.unwrap_model(self.model), str(self.args.output_dir)
         checkpoint = find_checkpoint(resume_from_checkpoint, output_dir)
         if checkpoint:
-            if self._copied_teacher:
-                check_teacher_is_original(checkpoint, len(self._teacher_layers.lineage.kept))
-            keep_lineage(student, load_lineage(checkpoint, runs_own_code(base_of(student))))
+            copied = self._teacher_layers.lineage if self._copied_teacher else None
+            remove_as_in_checkpoint(student, checkpoint, copied)
             if self.optimizer is not None:  # made by the user
                 forget_parameters(self.optimizer, student)
-        self._check_data(student)
+        check_data(self, student)
         self._loss_log.clear_steps()
         check_writable(output_dir)
         try:
             return super().train(checkpoint, *args, **kwargs)
         finally:
             self.is_in_train = False  # which the Trainer leaves True after an error
-
-    def _check_data(self, student: Any) -> None:
-        columns = None
-        if self.args.remove_unused_columns:
-            columns = model_columns(base_of(student)) | set(self.label_names)
-        evaluated = [] if self.args.eval_strategy == "no" else [self.eval_dataset]
-        data, collate = [self.train_dataset, *evaluated], self.data_collator
-        check_rows_are_cached(self.teacher, data, columns, collate)
-        batch_size = self.args.per_device_train_batch_size
-        check_some_token_counts(self.train_dataset, columns, collate, batch_size, student)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # Private: the Trainer has no public way to load a checkpoint, and its own rounds weights of a model
@@ -443,12 +409,8 @@ class DistillationTrainer(Trainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes the model card: of the run record if [`LayerPruningCallback`] wrote one, else as
         [`~transformers.Trainer.create_model_card`] does."""
-        record = read_record(str(self.args.output_dir))
-        if record is None:
+        if not card_from_record(self, *args, **kwargs):
             super().create_model_card(*args, **kwargs)
-        elif self.is_world_process_zero():
-            folder = Path(str(self.args.output_dir))
-            write_card(record.to_dict(), folder, self.hub_model_id, *args, **kwargs)
 
 
 class _ConfigCheck(TrainerCallback):

@@ -78,6 +78,16 @@ def export_adapters(
         tokenizer.save_pretrained(folder)
 
 
+def card_from_record(trainer: Any, *args: Any, **kwargs: Any) -> bool:
+    """Writes the model card of the run record in the output folder, with the arguments of
+    [`~transformers.Trainer.create_model_card`]. Returns whether there is a record."""
+    record = read_record(str(trainer.args.output_dir))
+    if record is not None and trainer.is_world_process_zero():
+        folder = Path(str(trainer.args.output_dir))
+        write_card(record.to_dict(), folder, trainer.hub_model_id, *args, **kwargs)
+    return record is not None
+
+
 def not_pushed(error: Exception, folder: Any) -> LayerPruneError:
     """Returns the error of a push that failed, after the model was saved in `folder`."""
     return LayerPruneError(

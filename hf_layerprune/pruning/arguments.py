@@ -191,7 +191,7 @@ class PruningArguments(ReconstructionArguments, PhaseSizeArguments):
             Stop removing when the model's score is below this at the start of a phase: the task's
             score, or for `"loss"` minus the loss in nats per token.
         min_recovery (`float`, *optional*):
-            For `"loss"` and `"task"`: the share of what its removals cost that a phase must win back, by its
+            For `"loss"` and `"task"`: the share of the cost of its removals that a phase must recover, by its
             end, on the calibration data. Otherwise the run ends with the model as it was before that phase,
             layers put back; until then a copy of it lies in the output folder.
 

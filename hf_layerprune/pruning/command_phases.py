@@ -86,8 +86,8 @@ def run_phases(
     lacking = [place for place in PLACES if not any(place in word for word in command)]
     if lacking or shutil.which(command[0]) is None:  # an empty command lacks both places
         raise LayerPruneError(
-            f"The command {' '.join(command)!r} must be a program, and name {' and '.join(PLACES)}, for the "
-            "model that it is to train and the folder where to leave it."
+            f"The command is {' '.join(command)!r}. It must begin with a program and contain "
+            f"{' and '.join(PLACES)}: the model to train, and the folder to save it in."
         )
     folder = Path(output_dir)
     args = make_arguments(PhaseSizeArguments, args, settings)
@@ -163,8 +163,8 @@ def _train(command: Sequence[str], here: Path, number: int) -> None:
     done = subprocess.run(words)
     if done.returncode:
         raise LayerPruneError(
-            f"The command ended with exit code {done.returncode}: {' '.join(words)}. Called again, the run "
-            "goes on with this phase."
+            f"The command ended with exit code {done.returncode}: {' '.join(words)}. Call `phases` again to "
+            "continue with this phase."
         )
 
 
@@ -173,6 +173,6 @@ def _check_layers(model: PreTrainedModel, healed: Path, kept: list[int]) -> None
     lineage = get_lineage(model)
     if lineage.kept != kept:
         raise LayerPruneError(
-            f"The command was to leave a model with the layers {kept} in {healed}, but left one with "
-            f"{lineage.kept}: does it load the model that {{model}} names?"
+            f"The model in {healed} has the layers {lineage.kept}, but the command was given a model with "
+            f"layers {kept}. Check that the command loads {{model}}."
         )

@@ -10,8 +10,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from ..distillation.arguments import DistillationTrainingArguments, check_processes_joined
 from ..distillation.trainable import forget_parameters
 from ..errors import LayerPruneError
-from ..surgery.lineage import get_lineage
-from ..surgery.removal import possible_cuts
+from ..surgery.layer_stack import LayerStack
 
 
 # Optimizers that keep state of a parameter elsewhere, or step inside backward.
@@ -58,38 +57,40 @@ def check_compatibility(args: TrainingArguments, model: PreTrainedModel, optimiz
     flat = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
     if flat or isinstance(optimizer, DeepSpeedOptimizerWrapper):
         raise LayerPruneError(
-            f"{'FSDP1' if flat else 'DeepSpeed'} holds parameters in ways that do not let layers go in "
-            "training: leave it out (each process then holds a whole model), take FSDP2, or start it anew "
-            "for each phase (`hf-layerprune phases`)."
+            f"{'FSDP1' if flat else 'DeepSpeed'} stores parameters in a form from which layers cannot be "
+            "removed in training. Use FSDP2 or plain data parallelism, or `hf-layerprune phases`, which "
+            "starts your training command again in each phase."
         )
     waits = args.ddp_find_unused_parameters is False or (
         args.ddp_find_unused_parameters is None and args.activation_checkpointing
     )
     if args.world_size > 1 and waits and not isinstance(args, DistillationTrainingArguments):
         raise LayerPruneError(
-            "With several processes a plain Trainer would wait for the gradients of removed layers: set "
+            "With several processes a plain Trainer would wait for the gradients of removed layers. Set "
             "ddp_find_unused_parameters=True, or use DistillationTrainer."
         )
     if args.enable_jit_checkpoint:
         # It may save between backward and the optimizer step, before this callback has ended its phase, and
         # training then ends as if it were finished: a resumed run would not be the same.
         raise LayerPruneError(
-            "enable_jit_checkpoint: leave it out, LayerPruningCallback itself writes a checkpoint at SIGTERM."
+            "enable_jit_checkpoint is set, but LayerPruningCallback writes a checkpoint at SIGTERM itself. "
+            "Leave enable_jit_checkpoint out."
         )
     if args.load_best_model_at_end and not isinstance(args, DistillationTrainingArguments):
         raise LayerPruneError(
-            "load_best_model_at_end: a plain Trainer does not see when weights do not fit. Switch it off, "
-            "the checkpoints of all phases stay on disk, or use DistillationTrainer."
+            "load_best_model_at_end is set, but a plain Trainer may load the weights of a model with other "
+            "layers. Use DistillationTrainer, or leave it out: the checkpoints of all phases stay on disk."
         )
     if args.auto_find_batch_size:
         raise LayerPruneError(
-            "auto_find_batch_size starts again with a model already cut: set the batch size yourself."
+            "auto_find_batch_size is set, but it would start again with a model that has lost layers. Set "
+            "per_device_train_batch_size instead."
         )
     inner, name = getattr(optimizer, "optimizer", optimizer), str(getattr(args.optim, "value", args.optim))
     if name.startswith(UNFIT_OPTIMIZERS):
         raise LayerPruneError(
-            f"optim={name} holds more of a parameter than a removal could take out of it: use adamw_torch or "
-            "adamw_bnb_8bit, or give each phase an optimizer of its own (`hf-layerprune phases`)."
+            f"optim is {name}, whose state cannot be removed with a layer. Use adamw_torch or "
+            "adamw_bnb_8bit, or `hf-layerprune phases`, which starts each phase with a new optimizer."
         )
     held = {id(p) for group in inner.param_groups for p in group["params"]}
     trained = {id(p) for p in model.parameters() if p.requires_grad}
@@ -97,8 +98,8 @@ def check_compatibility(args: TrainingArguments, model: PreTrainedModel, optimiz
     if not exactly or inner.state is not vars(inner).get("state"):  # made of several optimizers
         raise LayerPruneError(
             f"The optimizer ({type(inner).__name__}, optim={name}) does not hold exactly the model's "
-            "parameters and their state, so removed layers could not be taken out of it. Use AdamW, or give "
-            "each phase an optimizer of its own (`hf-layerprune phases`)."
+            "parameters and their state, so removed layers would stay in it. Use AdamW, or "
+            "`hf-layerprune phases`, which starts each phase with a new optimizer."
         )
 
 
@@ -109,11 +110,12 @@ def check_parameters_stay(model: PreTrainedModel) -> None:
         LayerPruneError: naming such a parameter, and what to do instead.
     """
     before = {id(parameter) for parameter in model.parameters()}
-    cuts, _ = possible_cuts(model, range(len(get_lineage(model).kept)))
+    cuts, _ = LayerStack(model).removable()
     with next(iter(cuts.values())):
         made = [name for name, parameter in model.named_parameters() if id(parameter) not in before]
     if made:
         raise LayerPruneError(
-            f"{made[0]} holds a part for every layer; cut in training, the optimizer would lose its state. "
-            "Remove layers first (`hf-layerprune prune`), then train with the original as teacher_model."
+            f"{made[0]} holds values for all layers, so each removal replaces it, and its optimizer state "
+            "would be lost. Remove the layers first (`hf-layerprune prune`), then train with the original as "
+            "teacher_model."
         )

@@ -1,4 +1,4 @@
-"""Warnings that a run goes wrong, while something can be done about it."""
+"""Warnings about a run that goes wrong: costly removals, no recovery, a diverging loss."""
 
 from collections.abc import Sequence
 from math import isfinite
@@ -28,14 +28,14 @@ def removal_too_costly(earlier: Sequence[float], cost: float, layer: int, left: 
     if not cost > COSTLY * usual > 0:
         return None
     return (
-        f"Layer {layer} cost {cost:.3f}, where removals before it cost {usual:.3f} (median): no layer that "
-        f"is left is unimportant. Consider to stop with {left + 1} layers (target_layers, quality_floor), or "
-        "to heal longer before the next removal (steps_per_phase)."
+        f"The removal of layer {layer} cost {cost:.3f}, and earlier removals cost {usual:.3f} (median). All "
+        f"layers left are important. Stop with {left + 1} layers (target_layers, quality_floor), or train "
+        "longer before the next removal (steps_per_phase)."
     )
 
 
 def no_recovery(before: float, cut: float, now: float) -> str | None:
-    """Returns a warning if the training after a removal won back next to nothing of its cost.
+    """Returns a warning if the training after a removal recovered hardly any of its cost.
 
     Args:
         before, cut, now (`float`): the quality before the removal, right after it, and after the training.
@@ -44,9 +44,9 @@ def no_recovery(before: float, cut: float, now: float) -> str | None:
         return None
     share = 100 * (now - cut) / (before - cut)
     return (
-        f"The last phase won back {share:.0f} % of what its removal cost ({before:.3f} before it, {cut:.3f} "
-        f"cut, {now:.3f} now): it trained too little, too slowly or too few parameters. Raise "
-        "steps_per_phase or learning_rate, give more text, or set trainable='all'."
+        f"The last phase recovered {share:.0f} % of what its removal cost ({before:.3f} before the removal, "
+        f"{cut:.3f} after it, {now:.3f} now). Raise steps_per_phase or learning_rate, give more text, or set "
+        "trainable='all'."
     )
 
 
@@ -64,9 +64,9 @@ def loss_diverged(losses: Sequence[float], grad_norm: float, in_nats: bool = Tru
     if isfinite(loss) and isfinite(grad_norm) and not grew:
         return None
     return (
-        f"The loss is {loss:.3g}, where it was {lowest:.3g} before in this phase, and the gradient's norm is "
-        f"{grad_norm:.3g}: training runs away. Lower learning_rate or max_grad_norm, warm up (warmup_steps), "
-        "or lower the weight of the term that grew (hidden_weight)."
+        f"The loss is {loss:.3g}, up from {lowest:.3g} in this phase, and the gradient norm is "
+        f"{grad_norm:.3g}: training diverges. Lower learning_rate or max_grad_norm, raise warmup_steps, or "
+        "lower the weight of the term that grew (hidden_weight)."
     )
 
 

@@ -77,9 +77,9 @@ def trainer_warnings(trainer: Trainer, callback: TrainerCallback, model: PreTrai
     holding = callbacks_holding_parameters(others, model)
     if holding:
         yield (
-            f"{', '.join(holding)} keeps parameters of the model, or copies of them. It is not told when "
-            "layers go, so that what it makes of them would be of another depth, or of no use: look at "
-            "what it does, or begin it after the last removal."
+            f"{', '.join(holding)} keeps parameters of the model or copies of them, and does not know when "
+            "layers are removed. Check that it works with a model that loses layers, or start it after the "
+            "last removal."
         )
     # trl takes the model without its adapters for the reference, as for DPO and GRPO.
     shares = adapter_configs(model) and getattr(trainer, "ref_model", trainer) is None

@@ -18,8 +18,9 @@ from ..reports.texts import describe_texts
 from ..scoring.leave_one_out import PrefixCache
 from ..scoring.score import check_choices, check_criterion_fits, reads_text, score_layers
 from ..scoring.table import ScoreTable
+from ..surgery.layer_stack import LayerStack
 from ..surgery.lineage import get_lineage, plain_int
-from ..surgery.removal import check_layers, possible_cuts, remove_layers
+from ..surgery.removal import remove_layers
 from .arguments import RemovalArguments, ScoringArguments, make_arguments, record_settings
 from .target import resolve_target
 
@@ -124,16 +125,17 @@ def check_plan(
             model cannot be cut exactly, or its configs cannot be saved.
     """
     check_configs(model)
-    kept, target_layers = get_lineage(model).kept, plain_int(target_layers)
+    stack, target_layers = LayerStack(model), plain_int(target_layers)
+    kept = stack.lineage.kept
     if type(target_layers) is not int or not 1 <= target_layers < len(kept):
         raise LayerPruneError(
             f"target_layers is {target_layers!r}, but the model has {len(kept)} layers: it must be "
             f"between 1 and {len(kept) - 1}."
         )
     ends = {0, len(kept) - 1}
-    fixed = ends if protected is None else check_layers(model, protected)
+    fixed = ends if protected is None else stack.check_layers(protected)
     free = [layer for layer in range(len(kept)) if layer not in fixed]
-    cuts, refused = possible_cuts(model, free)
+    cuts, refused = stack.removable(free)
     if len(cuts) < len(kept) - target_layers:
         why = (
             f" Layers {sorted(refused)} cannot be removed: {next(iter(refused.values()))}" if refused else ""

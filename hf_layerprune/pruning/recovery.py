@@ -50,7 +50,10 @@ class Recovery:
         """
         copy = self._copy(number)
         if number and not copy.is_dir():
-            raise LayerPruneError(f"{copy} is gone, and min_recovery may have to go back to it.")
+            raise LayerPruneError(
+                f"{copy} is missing, but min_recovery may have to restore it. Resume without min_recovery, "
+                "or start again in a new output_dir."
+            )
 
     def go_back(self, model: PreTrainedModel, phase: Phase, number: int) -> str | None:
         """Restores `model`, in place, at the end of a phase that recovered too little.
@@ -73,9 +76,9 @@ class Recovery:
         put_back(model, load_again(model, self._copy(number)))
         removed = [removal.original for removal in phase.removals]
         return (
-            f"Phase {number} did not win back {self._share:.0%} of what the removal of {removed} cost "
-            f"(quality {before:.4f} before it, {cut:.4f} cut, {now:.4f} at its end): the model is as it was "
-            f"before it, with these layers, as in {self._copy(number).name}."
+            f"Phase {number} recovered less than {self._share:.0%} of what the removal of layers {removed} "
+            f"cost (quality {before:.4f} before the removal, {cut:.4f} after it, {now:.4f} at the end of the "
+            f"phase). The model with these layers is restored, as in {self._copy(number).name}."
         )
 
     def forget(self, phases: int) -> None:

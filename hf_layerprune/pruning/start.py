@@ -55,7 +55,7 @@ def check_start(
         )
     if inputs.args.min_recovery is not None and (adapter_configs(model) or is_sharded(model)):
         raise LayerPruneError(
-            "min_recovery puts layers back, but not under adapters or in sharded models: leave it out."
+            "min_recovery cannot restore layers under adapters or in a sharded model. Leave it out."
         )
     if trainer is None:
         logger.warning(
@@ -65,7 +65,7 @@ def check_start(
         )
     elif trainer.state is not state:
         raise LayerPruneError(
-            "set_trainer got another Trainer than the one that trains: call it again with this Trainer."
+            "set_trainer was called with another Trainer than the one that trains. Call it with this Trainer."
         )
 
 

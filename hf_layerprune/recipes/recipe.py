@@ -64,7 +64,7 @@ class RecipeArguments:
         default="none",
         metadata={"help": "For select block: what replaces the block.", "choices": list(KINDS)},
     )
-    replacement_layers: int = field(default=1, metadata={"help": "How many layers stand in."})
+    replacement_layers: int = field(default=1, metadata={"help": "The number of layers in the replacement."})
     replacement_loss: str = field(
         default="mse",
         metadata={

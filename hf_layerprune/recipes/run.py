@@ -25,8 +25,9 @@ from ..errors import LayerPruneError
 from ..evaluation.evaluate import HeldOutText
 from ..pruning.arguments import PruningArguments, RemovalArguments, narrowed
 from ..pruning.callback import LayerPruningCallback
+from ..pruning.linear_map import check_linear_map, replace_by_linear_map
 from ..pruning.prune import check_plan, phase_entry, prune_layers, run_evaluation, score_present
-from ..pruning.replacement import check_linear_map, replace_block, replace_by_linear_map
+from ..pruning.replacement import replace_block
 from ..reports.card import write_card
 from ..reports.machine import peak_memory_mb
 from ..reports.record import (
@@ -301,17 +302,17 @@ def _check_same(begun: RunRecord, run: Run) -> None:
 
 
 def _replace(run: Run) -> tuple[RunRecord, list[nn.Parameter]]:
-    """Replaces the block of layers that matters least; returns the record and the parameters to train.
+    """Replaces the least important block of layers. Returns the record and the parameters to train.
 
     Raises:
-        LayerPruneError: more layers are to stand in than are kept.
+        LayerPruneError: the replacement would have as many layers as are kept, or more.
     """
     model, kind, pruning = run.model, run.recipe.replacement, run.pruning
-    before, standing = get_lineage(model).kept, run.recipe.replacement_layers
-    if not 1 <= standing < pruning.target_layers:
+    before, replacing = get_lineage(model).kept, run.recipe.replacement_layers
+    if not 1 <= replacing < pruning.target_layers:
         raise LayerPruneError(
-            f"replacement_layers is {standing}, of {pruning.target_layers} layers to keep: let at least one "
-            "stand in, and fewer than are kept."
+            f"replacement_layers is {replacing}: it must be at least 1, and below target_layers "
+            f"({pruning.target_layers})."
         )
     fixed = check_plan(model, pruning.target_layers, pruning.protected)
     names = ("target_layers", "criterion", "racing", "pattern")
@@ -322,13 +323,13 @@ def _replace(run: Run) -> tuple[RunRecord, list[nn.Parameter]]:
     record.texts = describe_texts(run.calibration, batches, run.evaluation)
     record.dense = run_evaluation(run.evaluation, model)
     if kind in ("none", "linear"):  # a map is part of the layer before
-        standing = 0
-    length = len(before) - pruning.target_layers + standing
+        replacing = 0
+    length = len(before) - pruning.target_layers + replacing
 
     def remove(pruned: PreTrainedModel, first: int) -> list[nn.Parameter]:
         if kind == "linear":
             return [replace_by_linear_map(pruned, first, length, batches)]
-        return replace_block(pruned, first, length, kind, standing)
+        return replace_block(pruned, first, length, kind, replacing)
 
     scoring: Any = {"block_size": length, "racing": pruning.racing, "pattern": pruning.pattern}
     table = score_present(model, batches, pruning.criterion, fixed, **scoring, seed=pruning.scoring_seed)

@@ -97,15 +97,3 @@ def without_layers(model: Any, layers: int | Iterable[int]) -> LayerCut:
         LayerPruneError: as [`remove_layers`], before the context is entered.
     """
     return LayerStack(model).without(layers)
-
-
-def possible_cuts(
-    model: Any, layers: Iterable[int], block_size: int = 1
-) -> tuple[dict[int, LayerCut], dict[int, str]]:
-    """See [`LayerStack.removable`]."""
-    return LayerStack(model).removable(layers, block_size)
-
-
-def check_layers(model: Any, layers: int | Iterable[int]) -> set[int]:
-    """See [`LayerStack.check_layers`]."""
-    return LayerStack(model).check_layers(layers)

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_layerprune import MultipleChoice, score_layers
 from hf_layerprune.forward import token_losses
-from hf_layerprune.pruning.replacement import replace_by_linear_map
+from hf_layerprune.pruning.linear_map import replace_by_linear_map
 from hf_layerprune.scoring.criteria import CRITERIA
 
 from ..conftest import make_model, tokens

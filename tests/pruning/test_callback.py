@@ -447,7 +447,7 @@ def test_a_layer_that_cannot_go_stays(caplog):
 
 def test_tables_packed_over_the_layers_are_not_cut_in_training():
     model = tiny_model("gemma3n_text")
-    with pytest.raises(LayerPruneError, match=r"embed_tokens_per_layer.*holds a part for every layer"):
+    with pytest.raises(LayerPruneError, match=r"embed_tokens_per_layer.*holds values for all layers"):
         plain_trainer(model, pruning()).train()
     assert len(find_decoder(model).layers) == 7
     record = prune_layers(model, target_layers=5, calibration=calibration())  # without training they are

@@ -80,7 +80,7 @@ def test_each_phase_is_trained_by_the_command(layers_per_phase, sizes):
 def test_a_run_goes_on_with_the_phase_in_which_the_command_failed():
     Path("fail").write_text("2")
     with pytest.raises(
-        LayerPruneError, match=r"exit code 3: .*phase_2/cut out/phase_2/healed 2\. Called again"
+        LayerPruneError, match=r"exit code 3: .*phase_2/cut out/phase_2/healed 2\. Call `phases` again"
     ):
         run()
     before = read_record("out").phases
@@ -98,16 +98,16 @@ def test_a_run_goes_on_with_the_phase_in_which_the_command_failed():
 
 def test_a_command_that_trains_another_model_is_found_out():
     make_model().save_pretrained("elsewhere")
-    with pytest.raises(LayerPruneError, match=r"was to leave a model with the layers \[.*\{model\} names"):
+    with pytest.raises(LayerPruneError, match=r"given a model with layers \[.*loads \{model\}"):
         run()
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"command": [sys.executable, "{model}"]}, r"must be a program, and name .*\{output_dir\}"),
-        ({"command": ["no-such-program", "{model}", "{output_dir}"]}, "must be a program"),
-        ({"command": []}, "must be a program"),
+        ({"command": [sys.executable, "{model}"]}, r"must begin with a program and contain .*\{output_dir\}"),
+        ({"command": ["no-such-program", "{model}", "{output_dir}"]}, "must begin with a program"),
+        ({"command": []}, "must begin with a program"),
         ({"target_layers": 6}, "target_layers is 6"),
         ({"target_layers": 1}, "only 4 are not protected"),
         ({"criterion": "luck"}, "Unknown criterion 'luck'"),
@@ -161,4 +161,4 @@ def test_the_example_of_a_phase_under_the_command_line(tokenizer, capfd):
     assert record["phases"][0]["healed"]["perplexity"] != record["phases"][0]["cut"]["perplexity"]
     assert "healed in each phase by a command of its own" in Path("out/README.md").read_text()
     assert main(["phases", "model", *flags, "--output_dir", "new"]) == 2
-    assert "must be a program" in capfd.readouterr().err
+    assert "must begin with a program" in capfd.readouterr().err

@@ -12,7 +12,7 @@ from .test_callback import plain_trainer, pruning
 
 
 @pytest.mark.parametrize(
-    ("earlier", "fall", "told"),
+    ("earlier", "cost", "warns"),
     [
         ([], 5.0, False),
         ([0.1, 0.12, 0.11], 0.3, False),
@@ -20,32 +20,32 @@ from .test_callback import plain_trainer, pruning
         ([-0.1], 0.2, False),
     ],
 )
-def test_an_essential_layer_is_named(earlier, fall, told):
-    sign = removal_too_costly(earlier, fall, 17, 20)
-    assert (sign is not None) == told
-    if told:
-        assert sign.startswith(f"Layer 17 cost {fall:.3f}")
-        assert "stop with 21 layers" in sign
+def test_warns_of_an_essential_layer(earlier, cost, warns):
+    warning = removal_too_costly(earlier, cost, 17, 20)
+    assert (warning is not None) == warns
+    if warns:
+        assert warning.startswith(f"The removal of layer 17 cost {cost:.3f}")
+        assert "Stop with 21 layers" in warning
 
 
 @pytest.mark.parametrize(
-    ("now", "told"),
+    ("now", "warns"),
     [(-3.2, "-20 %"), (-3.0, "0 %"), (-2.92, "8 %"), (-2.89, None), (-1.9, None)],
 )
-def test_a_phase_that_wins_back_nothing_is_told(now, told):
-    sign = no_recovery(-2.0, -3.0, now)
-    assert sign is None if told is None else f"won back {told} of" in sign
+def test_warns_of_a_phase_that_recovers_nothing(now, warns):
+    warning = no_recovery(-2.0, -3.0, now)
+    assert warning is None if warns is None else f"recovered {warns} of" in warning
     assert no_recovery(-2.0, -2.0, now) is None  # nothing was lost
 
 
-def test_hidden_states_that_drown_the_rest_are_told():
+def test_warns_of_a_dominating_hidden_loss():
     assert hidden_loss_dominates(9.0, 1.0) is None
     assert hidden_loss_dominates(0.0, 0.0) is None
     assert "12 of the loss, the other terms 1:" in hidden_loss_dominates(12.0, 1.0)
 
 
 @pytest.mark.parametrize(
-    ("losses", "norm", "told"),
+    ("losses", "norm", "warns"),
     [
         ([2.0, 1.0, 0.1, 0.6], 1.0, False),  # above the lowest, below where the phase began
         ([2.0, 1.0, 4.9], 1.0, False),
@@ -55,38 +55,41 @@ def test_hidden_states_that_drown_the_rest_are_told():
         ([1.0, 1.0], float("inf"), True),
     ],
 )
-def test_a_loss_that_runs_away_is_told(losses, norm, told):
-    sign = loss_diverged(losses, norm)
-    assert (sign is not None) == told
-    if told:
-        assert f"The loss is {losses[-1]:.3g}, where it was" in sign
+def test_warns_of_a_diverging_loss(losses, norm, warns):
+    warning = loss_diverged(losses, norm)
+    assert (warning is not None) == warns
+    if warns:
+        assert f"The loss is {losses[-1]:.3g}, up from" in warning
 
 
 @pytest.mark.parametrize("kind", ["plain", "distillation"])
-def test_a_run_that_runs_away_says_so_once_a_phase(kind, caplog):
+def test_a_diverging_run_warns_once_in_a_phase(kind, caplog):
     callback = pruning()
     settings = {"max_steps": 8, "learning_rate": 20.0, "optim": "sgd", "max_grad_norm": 0.0}
     if kind == "plain":
         plain_trainer(make_model(), callback, **settings).train()
     else:
         make_trainer(make_model(), callbacks=[callback], **settings).train()
-    signs = [sign for sign in callback.record.warnings if "training runs away" in sign]
-    assert 1 <= len(signs) <= 2
+    warnings = [warning for warning in callback.record.warnings if "training diverges" in warning]
+    assert 1 <= len(warnings) <= 2
     caplog.clear()
     callback = pruning()
     plain_trainer(make_model(), callback, output_dir="calm", max_steps=8).train()
-    assert not any("runs away" in sign for sign in callback.record.warnings)
+    assert not any("diverges" in warning for warning in callback.record.warnings)
 
 
-def test_a_run_tells_its_signs(caplog):
+def test_warnings_are_logged_and_recorded(caplog):
     with caplog.at_level(logging.WARNING, "hf_layerprune"):
         # The second removal costs far more than the first, and nothing brings it back.
         worth = {6: 10.0, 5: 9.0, 4: 1.0}
         callback = pruning(criterion="task", task=lambda model: worth[model.config.num_hidden_layers])
         make_trainer(make_model(), max_steps=4, callbacks=[callback]).train()
-    assert "won back 0 % of what its removal cost" in caplog.text
-    assert "cost 8.000, where removals before it cost 1.000" in caplog.text
-    assert [sign[:14] for sign in read_record("out").warnings] == ["The last phase", "Layer 3 cost 8"]
+    assert "recovered 0 % of what its removal cost" in caplog.text
+    assert "cost 8.000, and earlier removals cost 1.000" in caplog.text
+    assert [warning[:26] for warning in read_record("out").warnings] == [
+        "The last phase recovered 0",
+        "The removal of layer 3 cos",
+    ]
     caplog.clear()
     with caplog.at_level(logging.WARNING, "hf_layerprune"):
         settings = {"max_steps": 2, "learning_rate": 1e-2, "output_dir": "other"}
@@ -98,10 +101,10 @@ def test_a_run_tells_its_signs(caplog):
 
 
 def test_a_place_costs_nothing(monkeypatch):
-    told = []
-    monkeypatch.setattr("hf_layerprune.pruning.run.removal_too_costly", lambda *args: told.append(args))
+    warns = []
+    monkeypatch.setattr("hf_layerprune.pruning.run.removal_too_costly", lambda *args: warns.append(args))
     make_trainer(make_model(), max_steps=4, callbacks=[pruning(criterion="positional")]).train()
-    assert told == []
+    assert warns == []
     callback = pruning()
     make_trainer(make_model(), max_steps=4, output_dir="other", callbacks=[callback]).train()
-    assert len(told) == 2
+    assert len(warns) == 2

@@ -25,7 +25,8 @@ from hf_layerprune.data.texts import load_texts
 from hf_layerprune.distillation import window_training
 from hf_layerprune.distillation.reconstruction import mean_kl
 from hf_layerprune.evaluation.evaluate import evaluate_text
-from hf_layerprune.pruning.replacement import replace_block, replace_by_linear_map
+from hf_layerprune.pruning.linear_map import replace_by_linear_map
+from hf_layerprune.pruning.replacement import replace_block
 from hf_layerprune.recipes import run as recipe_run
 from hf_layerprune.recipes.recipe import SHIPPED, read_recipe, shipped_recipes
 from hf_layerprune.reports.record import RunRecord, read_record, write_record

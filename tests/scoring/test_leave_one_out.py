@@ -19,7 +19,7 @@ from hf_layerprune.scoring.leave_one_out import (
 )
 from hf_layerprune.scoring.score import _small_enough
 from hf_layerprune.surgery.layer_stack import LayerStack
-from hf_layerprune.surgery.removal import possible_cuts, without_layers
+from hf_layerprune.surgery.removal import without_layers
 
 from ..conftest import LAYERS, logits, make_model, tokens
 from ..tiny_models import tiny_model
@@ -44,7 +44,7 @@ def losses(model, given, cuts=None, confidence=None, ticks=None):
             given,
             metric,
             given[0]["input_ids"][:1],
-            cuts or possible_cuts(model, range(LAYERS))[0],
+            cuts or LayerStack(model).removable(range(LAYERS))[0],
             confidence,
             (lambda done: None) if ticks is None else ticks.append,
             Journal(None, ""),
@@ -53,7 +53,7 @@ def losses(model, given, cuts=None, confidence=None, ticks=None):
 
 @pytest.mark.parametrize("block_size", [1, 2])
 def test_computing_only_what_comes_after_is_exact_to_the_bit(model, block_size):
-    cuts, _ = possible_cuts(model, range(LAYERS - block_size + 1), block_size)
+    cuts, _ = LayerStack(model).removable(range(LAYERS - block_size + 1), block_size)
     found = losses(model, batches(), cuts)
     with torch.no_grad():
         reader = ChunkedLMHead(model, tokens())
@@ -66,7 +66,7 @@ def test_computing_only_what_comes_after_is_exact_to_the_bit(model, block_size):
 
 def test_layers_that_hand_on_more_get_full_passes():
     model = tiny_model("gemma3n_text")
-    cuts, _ = possible_cuts(model, range(7))
+    cuts, _ = LayerStack(model).removable(range(7))
     found = losses(model, batches(), cuts)
     with torch.no_grad():
         reader = ChunkedLMHead(model, tokens())

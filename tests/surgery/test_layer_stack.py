@@ -15,7 +15,7 @@ from hf_layerprune.scoring.criteria import CRITERIA
 from hf_layerprune.surgery import exact_cut, layer_stack, peft
 from hf_layerprune.surgery.decoder import find_decoder
 from hf_layerprune.surgery.layer_stack import LayerStack
-from hf_layerprune.surgery.removal import possible_cuts, put_back, without_layers
+from hf_layerprune.surgery.removal import put_back, without_layers
 
 from ..conftest import LAYERS, logits, make_model, tokens
 from ..tiny_models import tiny_model
@@ -87,7 +87,7 @@ def test_the_layers_that_can_be_removed_are_computed_once_per_state(llama, build
     for layer in cuts:
         with cuts[layer]:
             pass
-    assert possible_cuts(llama, range(2))[0].keys() == {0, 1}  # of another handle
+    assert LayerStack(llama).removable(range(2))[0].keys() == {0, 1}  # of another handle
     without_layers(llama, 3)
     remove_layers(llama, 2)
     assert len(builds) == LAYERS

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, BartConfig, BitsAndBytesConfig
 
 from hf_layerprune import LayerPruneError, get_lineage, remove_layers, save_model, score_layers
 from hf_layerprune.surgery.decoder import find_decoder, layer_count, text_config
+from hf_layerprune.surgery.layer_stack import LayerStack
 from hf_layerprune.surgery.lineage import Lineage
-from hf_layerprune.surgery.removal import keep_lineage, possible_cuts, without_layers
+from hf_layerprune.surgery.removal import keep_lineage, without_layers
 
 from ..conftest import CONFIGS, LAYERS, logits, make_model, tokens
 from ..tiny_models import TYPES, tiny_model
@@ -253,7 +254,7 @@ def test_tables_packed_over_the_layers_are_cut():
 
 def test_refused_layers_say_why_and_the_others_go():
     model = tiny_model("gemma3n_text")
-    cuts, refused = possible_cuts(model, range(7))
+    cuts, refused = LayerStack(model).removable(range(7))
     assert cuts.keys() == {0, 1, 3, 5, 6}
     assert "Cannot remove layers [2]" in refused[2]
     with pytest.raises(LayerPruneError, match="store_full_length_kv"):

@@ -1,0 +1,214 @@
+"""A linear map in place of a block of layers (ReplaceMe, 2505.02819)."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..data.batches import iterate_batches
+from ..data.targets import Batch, token_mask
+from ..errors import LayerPruneError
+from ..forward.hooks import captured, hidden, undisturbed
+from ..forward.token_losses import float64_device
+from ..surgery.layer_stack import LayerStack
+from .layer_parts import FEED_FORWARD, OUTPUTS, part_of
+
+
+RIDGES = [10.0**power for power in range(-6, 4)]
+
+
+def replace_by_linear_map(
+    model: PreTrainedModel, first: int, count: int, batches: Iterable[Batch], ridge: float | None = None
+) -> nn.Parameter:
+    """Replaces a block of layers by a linear map, in place and without training (ReplaceMe, 2505.02819,
+    section 3).
+
+    The map is fitted by least squares: from the output of the feed-forward part before the block it predicts
+    the output of the block. It is multiplied into the last weight of that feed-forward part.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model.
+        first, count (`int`): the first layer of the block, at least 1, and the number of its layers.
+        batches (iterable of dict): calibration text, read batch by batch. Only sums are kept.
+        ridge (`float`, *optional*): how strongly the map is drawn to the identity, as a share of the mean
+            square of the inputs. Default: the value in `RIDGES` with which the map fitted on either half of
+            the text has the least error on the other half. On little text a map without ridge is worse than
+            none.
+
+    Returns:
+        `nn.Parameter`: the weight that holds the map.
+
+    Raises:
+        LayerPruneError: there is no such block, or the model does not simply add the output of the
+            feed-forward part to the hidden state.
+    """
+    stack, block = LayerStack(model), range(first, first + count)
+    stack.check_layers(block)
+    if first < 1:
+        raise LayerPruneError(
+            "The block begins with layer 0, but a linear map is multiplied into the layer before the block. "
+            "Let it begin with layer 1 or later."
+        )
+    stack.without(block)  # refuses before a weight is changed
+    part = part_of(stack.layers[first - 1], FEED_FORWARD, model)
+    output = _output_projection(part, model)
+    width: int = output.weight.shape[0 if isinstance(output, nn.Linear) else 1]
+    device = float64_device(model.device)
+    grams, crosses = torch.zeros((2, 2, width, width), dtype=torch.float64, device=device)  # of each half
+    part_outputs: list[torch.Tensor] = []
+    handle = part.register_forward_hook(lambda module, args, found: part_outputs.append(hidden(found)))
+    batch: Batch = {}
+    try:
+        with undisturbed(model):
+            for batch in iterate_batches(batches):
+                inputs, rest, targets = _around(model, batch, first, count, part_outputs)
+                halves = inputs.tensor_split(2), (targets - rest - inputs).tensor_split(2)
+                for half, (some_inputs, missing) in enumerate(zip(*halves, strict=True)):
+                    grams[half] += some_inputs.T @ some_inputs
+                    crosses[half] += some_inputs.T @ missing
+            if not batch:
+                raise LayerPruneError("There are no calibration batches to fit a linear map on.")
+            size = best_ridge(grams, crosses) if ridge is None else ridge
+            solution = least_squares(grams.sum(0), crosses.sum(0), size)
+            solution.diagonal().add_(1)
+            before = {name: value.clone() for name, value in output.state_dict().items()}
+            _multiply(output, solution)
+            expected = rest + inputs @ solution
+            inputs, rest, _ = _around(model, batch, first, count, part_outputs)
+            found = inputs + rest
+    finally:
+        handle.remove()
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
+    if not float((found - expected).norm()) <= tolerance * float(expected.norm()):
+        output.load_state_dict(before)
+        raise _not_added(model)
+    stack.remove(block)
+    weight: Any = output.weight
+    return weight
+
+
+def _output_projection(part: Any, model: PreTrainedModel) -> Any:
+    """Returns the linear layer that ends a feed-forward part.
+
+    Raises:
+        LayerPruneError: it ends with another kind of module.
+    """
+    output = part_of(part, OUTPUTS, model)
+    if not isinstance(output, (nn.Linear, Conv1D)):
+        raise LayerPruneError(
+            f"The feed-forward part ends with a {type(output).__name__}, into which a linear map cannot be "
+            "multiplied. Use another replacement."
+        )
+    return output
+
+
+def check_linear_map(model: PreTrainedModel) -> None:
+    """Checks, before any long work, that a linear map can replace a block of layers. Runs the model on a few
+    tokens, and looks at one layer of each kind.
+
+    Raises:
+        LayerPruneError: there is no kind of layer into which it can be multiplied.
+    """
+    layers = LayerStack(model).layers
+    kinds = {tuple(name for name, _ in layer.named_modules()): place for place, layer in enumerate(layers)}
+    errors: list[LayerPruneError] = []
+    for place in kinds.values():
+        try:
+            _check_feed_forward_is_added(model, layers[place], place)
+        except LayerPruneError as error:
+            errors.append(error)
+    if len(errors) == len(kinds):
+        raise errors[0]
+
+
+def _check_feed_forward_is_added(model: PreTrainedModel, module: nn.Module, layer: int) -> None:
+    """Checks that a layer's output grows by the output of its feed-forward part if that is doubled.
+
+    Raises:
+        LayerPruneError: it does not.
+    """
+    part = part_of(module, FEED_FORWARD, model)
+    _output_projection(part, model)
+    ids = torch.arange(8, device=model.device)[None]
+    outputs: list[torch.Tensor] = []
+
+    def double(module: Any, args: Any, output: Any) -> Any:
+        outputs.append(hidden(output).clone())
+        return (2 * output[0], *output[1:]) if isinstance(output, tuple) else 2 * output
+
+    states: list[torch.Tensor] = []
+    with undisturbed(model):
+        for hooks in ([], [double]):
+            handles = [part.register_forward_hook(hook) for hook in hooks]
+            try:
+                with captured(model, [layer]) as found:
+                    model.base_model(input_ids=ids, use_cache=False)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            states.append(hidden(found[layer][1]).clone())
+    # The first position is left out: its state may be so large that the difference is rounded away.
+    given, change = outputs[0].view_as(states[0])[:, 1:].float(), (states[1] - states[0])[:, 1:].float()
+    tolerance = 0.1 if model.dtype == torch.float32 else 0.5
+    if not float((change - given).norm()) <= tolerance * float(given.norm()):
+        raise _not_added(model)
+
+
+def _not_added(model: PreTrainedModel) -> LayerPruneError:
+    return LayerPruneError(
+        f"In this {model.config.model_type} model the output of the feed-forward part is not simply added to "
+        "the hidden state, so a linear map cannot be multiplied into it. Use replacement='none', and "
+        "reconstruction_layers=3 to train the layers next to the cut instead."
+    )
+
+
+def best_ridge(grams: torch.Tensor, crosses: torch.Tensor) -> float:
+    """Returns the value in `RIDGES` with which the fit of either half of a text has the least error on the
+    other half.
+
+    Args:
+        grams, crosses (`torch.Tensor`): `(2, width, width)`, for each half the products of inputs with inputs
+            and of inputs with targets.
+    """
+
+    def error(ridge: float) -> float:
+        fits = [least_squares(grams[half], crosses[half], ridge) for half in (0, 1)]
+        others = zip(fits, grams.flip(0), crosses.flip(0), strict=True)
+        return sum(float((fit * (gram @ fit - 2 * cross)).sum()) for fit, gram, cross in others)
+
+    return min(RIDGES, key=error)
+
+
+def least_squares(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Returns the matrix `(width, width)` that maps inputs to targets, from their sums of products."""
+    size = ridge * gram.diagonal().mean() + torch.finfo(torch.float64).tiny
+    return torch.linalg.solve(gram + size * torch.eye(len(gram)).to(gram), cross)
+
+
+def _around(
+    model: PreTrainedModel, batch: Batch, first: int, count: int, part_outputs: list[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns three parts of the hidden states of the tokens that count, each `(tokens, hidden)` in float64:
+    the output of the feed-forward part before a block, the rest of that layer's output, and the block's
+    output. A hook appends the first to `part_outputs`."""
+    inputs = {name: value.to(model.device) for name, value in batch.items()}
+    device = float64_device(model.device)
+    real = token_mask(inputs["input_ids"], None, inputs.get("attention_mask"))
+    part_outputs.clear()
+    with captured(model, [first - 1, first + count - 1]) as states:
+        model(**{k: v for k, v in inputs.items() if k != "labels"}, use_cache=False)
+    parts = [part_outputs[0], hidden(states[first - 1][1]), hidden(states[first + count - 1][1])]
+    part, before, after = (each[:, :-1][real].to(device).double() for each in parts)
+    return part, before - part, after
+
+
+def _multiply(output: Any, matrix: torch.Tensor) -> None:
+    """Multiplies the output of a linear layer by a matrix `(hidden, hidden)`, in place."""
+    weight = output.weight.to(matrix.device).double()
+    weight = matrix.T @ weight if isinstance(output, nn.Linear) else weight @ matrix
+    output.weight.copy_(weight.to(output.weight.dtype))
+    if output.bias is not None:
+        output.bias.copy_((output.bias.to(matrix.device).double() @ matrix).to(output.bias.dtype))
