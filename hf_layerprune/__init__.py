@@ -1,4 +1,4 @@
-"""Make Hugging Face causal language models shallower, inside the Trainer.
+"""Makes Hugging Face causal language models shallower, inside the Trainer.
 
 The public names are imported when they are first used, so that `import hf_layerprune` is light. They are
 declared in `__init__.pyi`, where type checkers and editors look for them.

@@ -1,4 +1,4 @@
-"""The one error that speaks to the person at the keyboard."""
+"""The error class of this package."""
 
 
 class LayerPruneError(ValueError):
@@ -6,5 +6,5 @@ class LayerPruneError(ValueError):
 
 
 def one_line(error: Exception, length: int = 300) -> str:
-    """What an error says, fit to stand in the middle of a sentence."""
+    """Returns the message of an error as one line."""
     return " ".join(str(error).split())[:length]

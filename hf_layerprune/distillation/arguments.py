@@ -115,7 +115,8 @@ class DistillationTrainingArguments(SequenceArguments, TrainingArguments):
     divergence: str = field(
         default="kl",
         metadata={
-            "help": "KL(teacher || student), KL(student || teacher), or Jensen-Shannon between them.",
+            "help": "Divergence from the teacher: KL(teacher || student), KL(student || teacher) or "
+            "Jensen-Shannon.",
             "choices": list(DIVERGENCES),
         },
     )
@@ -195,13 +196,17 @@ class DistillationTrainingArguments(SequenceArguments, TrainingArguments):
             if not 0 <= value < float("inf"):
                 raise LayerPruneError(f"{name} is {value}: it must be a number of at least 0.")
         if not any(weights.values()):
-            raise LayerPruneError("All loss weights are 0: nothing would be trained.")
+            raise LayerPruneError(
+                "kl_weight, hidden_weight and ce_weight are all 0. Set one of them above 0."
+            )
         if self.balance_hidden and not (self.hidden_weight and (self.kl_weight or self.ce_weight)):
             raise LayerPruneError(
                 "balance_hidden needs a hidden_weight, and kl_weight or ce_weight to be relative to."
             )
         if self.hidden_weight and self.hidden_layers == []:
-            raise LayerPruneError("hidden_layers names none, and hidden_weight compares them: leave one out.")
+            raise LayerPruneError(
+                "hidden_weight is set, but hidden_layers is empty. Name layers, or leave one of the two out."
+            )
         check_trainable(self.trainable)
         choices_of = {"divergence": DIVERGENCES, "hidden_loss": HIDDEN_ERRORS, "export": EXPORTS}
         for name, choices in choices_of.items():

@@ -71,7 +71,8 @@ def trained_parameters(model: Any, what: str) -> list[nn.Parameter]:
         parameters += [parameter for parameter in head.parameters() if id(parameter) not in embeddings]
     if not parameters:
         raise LayerPruneError(
-            "trainable='around_cuts', but this model has not been cut: nothing would be trained."
+            "trainable is 'around_cuts', but the model has lost no layer, so nothing would be trained. "
+            "Remove layers first, or set trainable to 'all'."
         )
     return parameters
 

@@ -17,17 +17,17 @@ class ScoringArguments:
 
     Args:
         criterion (`str`, *optional*, defaults to `"loss"`): see [`score_layers`].
-        racing (`float`, *optional*): confidence at which [`score_layers`] stops to score a layer.
+        racing (`float`, *optional*): the confidence at which [`score_layers`] stops scoring a layer.
         pattern (`str`, *optional*, defaults to `"output"`): for `criterion="positional"`.
         scoring_seed (`int`, *optional*, defaults to 0): for `pattern="random"`.
-        protected (`list[int]`, *optional*): layers that stay; left out, the first and the last.
+        protected (`list[int]`, *optional*): layers to keep. Default: the first and the last.
     """
 
     criterion: str = field(
         default="loss",
         metadata={
-            "help": "What makes a layer important. Classifiers, encoders, reward and embedding models go "
-            "with block_influence, angular, hidden_mse and positional.",
+            "help": "How the importance of a layer is measured. Classifiers, encoders, reward and embedding "
+            "models work with block_influence, angular, hidden_mse and positional.",
             "choices": [
                 name for name, one in CRITERIA.items() if not one.needs_task
             ],  # of the command line and recipes
@@ -35,7 +35,7 @@ class ScoringArguments:
     )
     racing: float | None = field(
         default=None,
-        metadata={"help": "Confidence, as 0.99, to stop scoring layers that surely matter more."},
+        metadata={"help": "Stop scoring a layer that is more important with this confidence, such as 0.99."},
     )
     pattern: str = field(
         default="output",
@@ -43,7 +43,7 @@ class ScoringArguments:
     )
     scoring_seed: int = field(default=0, metadata={"help": "Seed of pattern random."})
     protected: list[int] | None = field(
-        default=None, metadata={"help": "Layers that stay. Default: the first and the last."}
+        default=None, metadata={"help": "Layers to keep. Default: the first and the last."}
     )
 
     def __post_init__(self) -> None:
@@ -53,7 +53,7 @@ class ScoringArguments:
 
 @dataclass(kw_only=True)
 class RemovalArguments(ScoringArguments):
-    """How layers are scored, and how many stay. Give exactly one target.
+    """How layers are scored, and how many are kept. Give exactly one target.
 
     Args:
         target_layers (`int`, *optional*): number of layers to keep.
@@ -100,8 +100,9 @@ class PhaseSizeArguments(RemovalArguments):
 
     Args:
         layers_per_phase (`int` or `float`, *optional*, defaults to 1):
-            Layers to remove before training goes on, or a share of those present, as 0.3 (Minitron,
-            2407.14679); all are scored again after each. As many as shall go make one phase.
+            Layers to remove in each phase, or a share of the present layers, such as 0.3 (Minitron,
+            2407.14679). The layers are scored again after each removal. If it is the number of all layers to
+            remove, there is one phase.
     """
 
     layers_per_phase: float = field(
@@ -127,7 +128,7 @@ class ReconstructionArguments:
             in the output folder until training ends. [`DistillationTrainer`] uses its own teacher.
         reconstruction_tokens (`int`, *optional*):
             Training tokens to reconstruct layers on. Default: as many as the training after the removal
-            reads. If the training data is a stream, all calibration tokens, or so many of them.
+            reads. If the training data is a stream, calibration tokens are read instead.
         reconstruction_epochs (`int`, *optional*, defaults to 4):
             Passes over these tokens.
         reconstruction_learning_rate (`float`, *optional*, defaults to 1e-3):
@@ -147,9 +148,7 @@ class ReconstructionArguments:
             "help": "Training tokens to reconstruct layers on. Default: as many as the other training reads."
         },
     )
-    reconstruction_epochs: int = field(
-        default=4, metadata={"help": "How often reconstruction reads these tokens."}
-    )
+    reconstruction_epochs: int = field(default=4, metadata={"help": "Epochs of reconstruction."})
     reconstruction_learning_rate: float = field(
         default=1e-3, metadata={"help": "Peak learning rate of reconstruction."}
     )
@@ -180,39 +179,43 @@ class PruningArguments(ReconstructionArguments, PhaseSizeArguments):
 
     Args:
         steps_per_phase (`int`, *optional*):
-            Training steps after each removal; left out, all steps are shared out equally. Steps that
+            Training steps after each removal. Default: all phases have the same number of steps. Steps that
             remain go to the last phase.
         tokens_per_phase (`int`, *optional*):
-            Instead, so many tokens of all processes, without padding.
+            Training tokens after each removal instead, over all processes and without padding.
         restart_learning_rate (`bool`, *optional*, defaults to `False`):
-            Each phase runs through the whole learning rate schedule, warm-up included; otherwise the run
-            does once.
+            Each phase runs through the whole learning rate schedule, warm-up included. By default the
+            schedule runs once over all phases.
         quality_floor (`float`, *optional*):
-            Stop removing when the model's score is below this at the start of a phase: the task's
-            score, or for `"loss"` minus the loss in nats per token.
+            Stop removing layers when the quality of the model is below this value at the start of a phase.
+            Quality is the score of the task, or for `"loss"` minus the loss in nats per token.
         min_recovery (`float`, *optional*):
-            For `"loss"` and `"task"`: the share of the cost of its removals that a phase must recover, by its
-            end, on the calibration data. Otherwise the run ends with the model as it was before that phase,
-            layers put back; until then a copy of it lies in the output folder.
+            For `"loss"` and `"task"`: the share of the cost of its removals that a phase must recover, on the
+            calibration data. If it recovers less, the run ends and restores the model from before that phase.
+            The output folder holds a copy of that model during the phase.
 
     Raises:
         LayerPruneError: a setting that cannot work.
     """
 
     steps_per_phase: int | None = field(
-        default=None, metadata={"help": "Steps after each removal. Default: all shared out equally."}
+        default=None,
+        metadata={"help": "Training steps after each removal. Default: the same number in each phase."},
     )
-    tokens_per_phase: int | None = field(default=None, metadata={"help": "Instead, so many tokens."})
+    tokens_per_phase: int | None = field(
+        default=None, metadata={"help": "Training tokens after each removal, instead of steps."}
+    )
     restart_learning_rate: bool = field(
         default=False, metadata={"help": "Run through the whole learning rate schedule in each phase."}
     )
     quality_floor: float | None = field(
-        default=None, metadata={"help": "Stop removing when minus the calibration loss is below this."}
+        default=None,
+        metadata={"help": "Stop removing layers when minus the calibration loss is below this value."},
     )
     min_recovery: float | None = field(
         default=None,
         metadata={
-            "help": "End, and put layers back, when a phase wins back less than this share of their cost."
+            "help": "Stop and restore the layers if a phase recovers less than this share of their cost."
         },
     )
 
@@ -226,9 +229,13 @@ class PruningArguments(ReconstructionArguments, PhaseSizeArguments):
             raise LayerPruneError("Give steps_per_phase or tokens_per_phase, not both.")
         for name in ("quality_floor", "min_recovery"):
             if getattr(self, name) is not None and not find_criterion(self.criterion).measures_quality:
-                raise LayerPruneError(f"{self.criterion} measures no quality: leave {name} out.")
+                raise LayerPruneError(
+                    f"{name} is set, but criterion {self.criterion} measures no quality. Leave {name} out."
+                )
         if self.min_recovery is not None and not 0 < self.min_recovery < float("inf"):
-            raise LayerPruneError(f"min_recovery is {self.min_recovery}: it is a share, as 0.5.")
+            raise LayerPruneError(
+                f"min_recovery is {self.min_recovery}. Choose a share above 0, such as 0.5."
+            )
 
 
 TARGETS = ("target_layers", "target_ratio", "target_parameters")

@@ -1,4 +1,4 @@
-"""Whether layers can be removed while this optimizer, these processes and these settings train a model."""
+"""Checks that layers can be removed with this optimizer, these processes and these settings."""
 
 from typing import Any
 

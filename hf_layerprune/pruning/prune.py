@@ -107,8 +107,8 @@ def _check_selection(
     fits = args.criterion == "positional" and select == "one_shot" and args.protected is None
     if args.pattern == MAX_GAP and not fits:
         raise LayerPruneError(
-            f"pattern={MAX_GAP!r} goes with criterion='positional' and select='one_shot', as it is of all "
-            "layers together, and protects the first and the last."
+            f"pattern is {MAX_GAP!r}, which places all layers together. Set criterion to 'positional' and "
+            "select to 'one_shot', and leave protected out: the first and the last layer are kept."
         )
 
 
@@ -129,7 +129,7 @@ def check_plan(
     kept = stack.lineage.kept
     if type(target_layers) is not int or not 1 <= target_layers < len(kept):
         raise LayerPruneError(
-            f"target_layers is {target_layers!r}, but the model has {len(kept)} layers: it must be "
+            f"target_layers is {target_layers!r}, but the model has {len(kept)} layers. Choose a value "
             f"between 1 and {len(kept) - 1}."
         )
     ends = {0, len(kept) - 1}
@@ -141,8 +141,8 @@ def check_plan(
             f" Layers {sorted(refused)} cannot be removed: {next(iter(refused.values()))}" if refused else ""
         )
         raise LayerPruneError(
-            f"{len(kept) - target_layers} layers shall go, but only {len(cuts)} are not protected: "
-            f"raise target_layers or protect fewer.{why}"
+            f"target_layers is {target_layers}, so {len(kept) - target_layers} layers must be removed, but "
+            f"only {len(cuts)} can be. Raise target_layers or protect fewer layers.{why}"
         )
     if refused:
         logger.warning("Layers %s stay: %s", sorted(refused), next(iter(refused.values())))

@@ -1,4 +1,4 @@
-"""Whether a phase recovers what its removals cost, and how to undo a phase that does not."""
+"""Measures how much of the cost of its removals a phase recovers, and undoes a phase that fails."""
 
 import shutil
 from collections.abc import Sequence

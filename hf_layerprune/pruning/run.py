@@ -36,7 +36,7 @@ from .termination import Termination
 
 @dataclass
 class PruningInputs:
-    """What the user gave [`LayerPruningCallback`].
+    """The inputs of [`LayerPruningCallback`].
 
     Args:
         args ([`PruningArguments`]): the settings.

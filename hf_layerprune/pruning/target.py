@@ -1,4 +1,4 @@
-"""How deep the pruned model is: from a share of the layers, or from a number of parameters."""
+"""The number of layers to keep, from a share of the layers or a number of parameters."""
 
 from dataclasses import replace
 

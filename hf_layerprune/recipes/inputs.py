@@ -1,4 +1,4 @@
-"""What a run begins with: its model, its text in three parts, and checks before any long work."""
+"""The inputs of a run: its model, its text in three parts, and checks before any long work."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -121,11 +121,11 @@ def has_bf16() -> bool:
 
 
 def precision_of_training(given: Mapping[str, Any]) -> dict[str, bool]:
-    """Returns the settings of precision with which a GPU trains fast: bfloat16 autocast and TF32, as far as
-    the GPU has them; none on a CPU.
+    """Returns the precision settings with which a GPU trains fast: bfloat16 autocast and TF32, if the GPU has
+    them. There are none on a CPU.
 
     Args:
-        given (mapping): the settings that the user gives, which stay.
+        given (mapping): the settings that the user gave. They are not changed.
     """
     if not torch.cuda.is_available() or given.get("use_cpu") or "ACCELERATE_MIXED_PRECISION" in os.environ:
         return {}
@@ -147,10 +147,10 @@ def keep_stored_dtype(args: DistillationTrainingArguments, name: str, source: Mo
 
 
 def check_reporters(report_to: str | list[str]) -> None:
-    """Checks that the services that shall show the logs are known and installed.
+    """Checks that the services in `report_to` are known and installed.
 
     Raises:
-        LayerPruneError: one is not.
+        LayerPruneError: a service is unknown or not installed.
     """
     names = [report_to] if isinstance(report_to, str) else report_to
     try:
@@ -295,13 +295,13 @@ def check_text_is_left(train: Any, sample: SampleArguments) -> None:
     if isinstance(train, Dataset) and not len(train):
         taken = sample.calibration_sequences + sample.heldout_sequences
         raise LayerPruneError(
-            f"Calibration and evaluation take all {taken} sequences of the text, none is left to train on. "
-            "Give more text, or set calibration_sequences and heldout_sequences lower."
+            f"Calibration and evaluation take all {taken} sequences of the text, so none is left to train "
+            "on. Give more text, or lower calibration_sequences and heldout_sequences."
         )
 
 
 def text_name(sources: Iterable[str | Path], text: TextArguments) -> str:
-    """Returns what a card calls a text: the names of its files, or its id and configuration on the hub."""
+    """Returns the name of a text for a card: its files, or its id and configuration on the hub."""
     name = names_of(sources)
     return f"{name}, {text.data_config}" if text.data_config else name
 

@@ -1,4 +1,4 @@
-"""Published methods as files: which layers go, what stands in for them, how the pruned model is trained."""
+"""Recipes: YAML files that say which layers go, what replaces them, and how the model is trained."""
 
 import dataclasses
 import re
@@ -39,7 +39,7 @@ _Loader.add_implicit_resolver(
 
 @dataclass
 class RecipeArguments:
-    """What a recipe says beside how layers are scored, removed and trained."""
+    """The fields of a recipe beside those of scoring, removal and training."""
 
     model: str | None = field(default=None, metadata={"help": "Folder or hub id of the model."})
     data: list[str] | None = field(default=None, metadata={"help": DATA_HELP})
@@ -48,16 +48,16 @@ class RecipeArguments:
     select: str = field(
         default="phases",
         metadata={
-            "help": "Which layers go: phase by phase with training between; greedy, one by one; those that "
-            "score least in one shot; or the block that scores least.",
+            "help": "How layers are removed: in phases with training between them; greedy, one by one; "
+            "one_shot, all at once; or as the block of layers with the lowest score.",
             "choices": ["phases", *SELECTIONS],
         },
     )
     block_candidates: int = field(
         default=1,
         metadata={
-            "help": "For select block: remove and briefly reconstruct this many of the blocks that score "
-            "least, and keep the one with the lowest KL on the calibration text. Default: 1, no comparison."
+            "help": "For select block: briefly reconstruct this many of the blocks with the lowest scores, "
+            "and choose the one with the lowest KL on the calibration text. Default: 1, no comparison."
         },
     )
     replacement: str = field(
@@ -188,12 +188,12 @@ def _check_phases_are_used(select: str, pruning: PruningArguments) -> None:
 
 
 def resolved_fields(parts: Sequence[Any], args: DistillationTrainingArguments) -> dict[str, Any]:
-    """Returns the fields of a run that are not at their default, as a recipe file holds them, without
-    folders and what is of this machine.
+    """Returns the fields of a run that are not at their default, as in a recipe file, without folders and
+    settings of this machine.
 
     Args:
         parts (sequence of dataclasses): filled ones of `RECIPE_KINDS`, without the training arguments.
-        args ([`DistillationTrainingArguments`]): these.
+        args ([`DistillationTrainingArguments`]): the training arguments.
     """
     resolved: dict[str, Any] = {}
     for part in parts:
@@ -208,7 +208,7 @@ def resolved_fields(parts: Sequence[Any], args: DistillationTrainingArguments) -
 
 
 def _without_folders(value: str | list[str]) -> str | list[str]:
-    """Returns the name of a file or folder, and an id of the hub as it is. One name is no list."""
+    """Returns the names of files and folders without their parents, and hub ids as they are."""
     names = [
         Path(one).name if Path(one).exists() else one
         for one in ([value] if isinstance(value, str) else value)

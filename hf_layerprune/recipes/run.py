@@ -1,4 +1,4 @@
-"""Makes a model what a recipe says: removes layers, trains, saves model, record and card."""
+"""Runs a recipe: removes layers, trains the pruned model, saves it with its record and card."""
 
 import copy
 import time
@@ -50,13 +50,14 @@ from .recipe import REPLACEMENT_LOSSES, RecipeArguments, check_recipe
 
 @dataclass
 class Run:
-    """Everything that a run of a recipe is made with.
+    """The inputs of a run of a recipe.
 
     Args:
-        model (`PreTrainedModel`): what is pruned, in place.
+        model (`PreTrainedModel`): the model to prune, in place.
         recipe ([`RecipeArguments`]): how layers are selected, and what replaces them.
         pruning ([`PruningArguments`]): how layers are scored, and how many stay.
-        args ([`DistillationTrainingArguments`]): how the pruned model is trained; `max_steps=0`: not.
+        args ([`DistillationTrainingArguments`]): how the pruned model is trained.
+            With `max_steps=0` it is not trained.
         calibration, heldout, train (`Dataset`): rows of tokens to score on, to measure on and to train on.
     """
 
@@ -74,7 +75,7 @@ class Run:
 
     @property
     def trains_only_replacement(self) -> bool:
-        """Whether the replacement is all that is trained."""
+        """Whether only the replacement is trained."""
         return self.recipe.replacement != "none" and self.recipe.replacement_loss != "none"
 
 
@@ -89,13 +90,13 @@ def run_recipe(
     resume: str | bool | None = None,
     resolved: dict[str, Any] | None = None,
 ) -> RunRecord:
-    """Makes `model`, in place, what a recipe says, and saves it with its card in `args.output_dir`.
+    """Runs a recipe on `model`, in place, and saves the pruned model with its card in `args.output_dir`.
 
     Args:
         model, recipe, pruning, args: see [`Run`].
         tokenizer (`PreTrainedTokenizerBase`): saved beside the model.
         parts (tuple of three `Dataset`): rows of tokens to score on, to measure on and to train on.
-        resume (*optional*): see [`~transformers.Trainer.train`]; not for a replacement that is trained alone.
+        resume (*optional*): see [`~transformers.Trainer.train`]. Training of a replacement cannot be resumed.
         resolved (`dict`, *optional*): the recipe's fields, for record and card.
 
     Returns:
@@ -138,7 +139,7 @@ def pruning_callback(pruning: PruningArguments, **settings: Any) -> LayerPruning
 
 
 def _check(run: Run, resume: str | bool | None) -> None:
-    """Checks what can be checked before any long work.
+    """Checks a run before any long work.
 
     Raises:
         LayerPruneError: settings that cannot work.
@@ -146,20 +147,21 @@ def _check(run: Run, resume: str | bool | None) -> None:
     reconstructs = run.pruning.reconstruction_layers or run.recipe.block_candidates > 1
     if (run.args.max_steps or reconstructs) and isinstance(run.train, Dataset) and not len(run.train):
         raise LayerPruneError(
-            "Calibration and evaluation take all sequences of the text, none is left to train on. Give more "
-            "text, or set calibration_sequences and heldout_sequences lower."
+            "Calibration and evaluation take all sequences of the text, so none is left to train on. Give "
+            "more text, or lower calibration_sequences and heldout_sequences."
         )
     if run.args.eval_strategy != "no":
         raise LayerPruneError(
-            "A recipe measures before, between and after training: leave eval_strategy out."
+            f"eval_strategy is {run.args.eval_strategy}, but a recipe evaluates before, between and after "
+            "training itself. Leave eval_strategy out."
         )
     if resume and run.trains_only_replacement:
         raise LayerPruneError(
-            "Training of a replacement does not resume. Start again in a new output_dir, or leave resume out."
+            "Training of a replacement cannot be resumed. Start again in a new output_dir, without resume."
         )
     check_recipe(run.recipe, run.pruning, streaming=not isinstance(run.train, Dataset))
     if run.recipe.select == "phases" and not run.args.max_steps:
-        raise LayerPruneError("select phases trains between removals: set max_steps or steps_per_phase.")
+        raise LayerPruneError("select phases trains between removals. Set max_steps or steps_per_phase.")
     if run.recipe.replacement == "linear":
         check_linear_map(run.model)
     if reconstructs and run.recipe.select != "phases":
@@ -167,11 +169,11 @@ def _check(run: Run, resume: str | bool | None) -> None:
 
 
 def _remove_and_heal(run: Run, checkpoint: str | None) -> RunRecord:
-    """Removes all layers first and trains the pruned model after that; returns the record.
+    """Removes all layers, then trains the pruned model. Returns the record.
 
     Args:
-        run ([`Run`]): everything it is made with.
-        checkpoint (`str`, *optional*): goes on with training from there.
+        run ([`Run`]): the inputs of the run.
+        checkpoint (`str`, *optional*): the checkpoint to resume training from.
     """
     model, recipe, args = run.model, run.recipe, run.args
     check_plan(model, run.pruning.target_layers, run.pruning.protected)
@@ -202,11 +204,11 @@ def _remove_and_heal(run: Run, checkpoint: str | None) -> RunRecord:
 
 
 def _remove(run: Run, checkpoint: str | None) -> tuple[RunRecord, list[nn.Parameter]]:
-    """Removes the layers, those of the record where a run is resumed; returns the record and the parameters
+    """Removes the layers, or the layers in the record of a resumed run. Returns the record and the parameters
     of a replacement."""
     model, pruning = run.model, run.pruning
     begun = read_record(run.folder) if checkpoint else None
-    if begun is not None:  # the weights are the checkpoint's, but not the depth
+    if begun is not None:  # a checkpoint holds weights, and the record the layers
         _check_same(begun, run)
         kept = begun.phases[-1].kept
         present = get_lineage(model).kept
@@ -227,13 +229,13 @@ def _heal(
     replaced: list[nn.Parameter],
     checkpoint: str | None,
 ) -> None:
-    """Trains the pruned model and adds to the record, in place, what came of it."""
+    """Trains the pruned model and adds the result to the record, in place."""
     model, args = run.model, run.args
     if run.trains_only_replacement:
         for parameter in model.parameters():
             parameter.requires_grad_(any(parameter is one for one in replaced))
     with ExitStack() as shortened:
-        if run.trains_only_replacement and args.hidden_weight:  # later layers have no say in its output
+        if run.trains_only_replacement and args.hidden_weight:  # its output does not depend on later layers
             last = _last_replaced(record)
             args.hidden_layers, args.save_strategy = [last], "no"
             for one in filter(None, (model, teacher)):
@@ -248,7 +250,7 @@ def _heal(
 
 
 def _reconstruct(run: Run, teacher: PreTrainedModel) -> dict[str, Any]:
-    """Trains the layers next to the cuts on the teacher's hidden states; returns its entry in the record."""
+    """Trains the layers next to the cuts on the teacher's hidden states. Returns the entry for the record."""
     began, args = time.monotonic(), run.args
     folder = run.folder / "reconstruction"
     found = reconstruct_layers(
@@ -265,7 +267,7 @@ def _reconstruct(run: Run, teacher: PreTrainedModel) -> dict[str, Any]:
 
 
 def _training_batches(run: Run, tokens: int | None) -> list[Batch]:
-    """Returns batches of the first training rows, with so many tokens. Default: all rows."""
+    """Returns batches of the first training rows with this number of tokens. Default: all rows."""
     rows = len(run.train)
     if tokens is not None:
         rows = min(rows, max(1, tokens // len(run.train[0]["input_ids"])))
@@ -295,7 +297,7 @@ def _rows_read(run: Run) -> Dataset:
 
 
 def _check_same(begun: RunRecord, run: Run) -> None:
-    """Checks that a run goes on with the settings it began with."""
+    """Checks that a resumed run has the settings it began with."""
     settings = {name: getattr(run.pruning, name) for name in ("target_layers", "criterion")}
     settings |= {"select": run.recipe.select, "replacement": run.recipe.replacement}
     check_same_settings({"replacement": "none", "select": "phases"} | begun.pruning, settings, run.folder)
@@ -363,8 +365,8 @@ def _train(
     callback: LayerPruningCallback | None = None,
     checkpoint: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Trains with a teacher where the losses need one, else on the labels alone, and takes the Trainer's
-    mixed precision off the model again; returns the log.
+    """Trains the model, with a teacher if the losses need one, and removes the Trainer's mixed precision from
+    it. Returns the log.
 
     Raises:
         LayerPruneError: the Trainer refuses an argument.

@@ -109,7 +109,7 @@ def test_a_command_that_trains_another_model_is_found_out():
         ({"command": ["no-such-program", "{model}", "{output_dir}"]}, "must begin with a program"),
         ({"command": []}, "must begin with a program"),
         ({"target_layers": 6}, "target_layers is 6"),
-        ({"target_layers": 1}, "only 4 are not protected"),
+        ({"target_layers": 1}, "only 4 can be"),
         ({"criterion": "luck"}, "Unknown criterion 'luck'"),
     ],
 )

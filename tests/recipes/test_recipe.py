@@ -295,14 +295,14 @@ def test_a_recipe_of_ones_own_and_its_way_into_record_and_card(folder):
         ("select: greedy\nreplacement: layer", "Set select to block"),
         ("select: block\nreplacement: layer\nreplacement_layers: 9", "replacement_layers is 9, of 3 layers"),
         ("select: block\nreplacement: ffn\nmax_steps: 0", "are gated, .* choose swiglu"),
-        ("select: one_shot\ncriterion: positional\npattern: max-gap\nkeep: 1", "only 4 are not protected"),
+        ("select: one_shot\ncriterion: positional\npattern: max-gap\nkeep: 1", "only 4 can be"),
         ("select: greedy\ncriterion: positional\npattern: max-gap", "goes with .* --select one_shot"),
         ("select: block\nkeep: 7", "--target_layers is 7"),
         ("select: phases\nmax_steps: 0", "select phases trains between"),
         ("select: phases\nlora_rank: 4", "there is no field 'lora_rank'"),
         ("select: greedy\nsteps_per_phase: 4", "no use for --steps_per_phase with --select greedy"),
         ("select: one_shot\nlayers_per_phase: 0.3", "no use for --layers_per_phase with --select one_shot"),
-        ("select: block\nreplacement: layer\nresume_from_checkpoint: 'True'", "does not resume"),
+        ("select: block\nreplacement: layer\nresume_from_checkpoint: 'True'", "cannot be resumed"),
     ],
 )
 def test_mistakes_in_a_recipe_are_told(folder, capsys, text, message):
