@@ -97,8 +97,8 @@ def _feed_forward_only(stack: LayerStack, layer: int, kind: str) -> list[nn.Para
     gated = any(hasattr(part, name) for name in GATES)
     if gated != (kind == "swiglu"):
         raise LayerPruneError(
-            f"kind is {kind!r}, but the feed-forward parts of this {model_type} model are "
-            f"{'' if gated else 'not '}gated. Use {'swiglu' if gated else 'ffn'}."
+            f"A replacement of kind {kind!r} does not fit: the feed-forward parts of this {model_type} model "
+            f"are {'' if gated else 'not '}gated. Use {'swiglu' if gated else 'ffn'}."
         )
     stack.without(layer)  # refuses before a weight is changed
     attention = part_of(module, ATTENTION, model)

@@ -341,7 +341,7 @@ def test_a_plain_trainer_does_not_resume_at_another_depth(llama):
         ({"target_layers": 2.0}, "target_layers is 2.0"),
         ({"layers_per_phase": 0}, "layers_per_phase is 0"),
         ({"steps_per_phase": -1}, "steps_per_phase is -1"),
-        ({"criterion": "block_influence", "quality_floor": 1.0}, "leave quality_floor out"),
+        ({"criterion": "block_influence", "quality_floor": 1.0}, "Leave quality_floor out"),
         ({"target_layers": 6}, "target_layers is 6, but the model has 6 layers"),
         ({"target_layers": 30}, "target_layers is 30, but the model has 6 layers"),
         ({"protected": [7]}, r"No layers \[7\]"),
