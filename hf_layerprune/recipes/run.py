@@ -71,11 +71,6 @@ class Run:
         self.evaluation = HeldOutText(self.heldout, self.args.per_device_eval_batch_size)
         self.folder = Path(str(self.args.output_dir))
 
-    @property
-    def trains_only_replacement(self) -> bool:
-        """Whether the replacement is all that is trained."""
-        return self.recipe.replacement != "none" and self.recipe.replacement_loss != "none"
-
 
 def run_recipe(
     model: PreTrainedModel,
@@ -152,7 +147,7 @@ def _check(run: Run, resume: str | bool | None) -> None:
         raise LayerPruneError(
             "A recipe measures before, between and after training: leave eval_strategy out."
         )
-    if resume and run.trains_only_replacement:
+    if resume and run.recipe.trains_only_replacement:
         raise LayerPruneError(
             "Training of a replacement does not resume. Start again in a new output_dir, or leave resume out."
         )
@@ -177,7 +172,7 @@ def _remove_and_heal(run: Run, checkpoint: str | None) -> RunRecord:
     if run.pruning.reconstruction_layers or recipe.block_candidates > 1:
         run.train = _rows_read(run)
     began = time.monotonic()
-    if run.trains_only_replacement:
+    if run.recipe.trains_only_replacement:
         for name, value in REPLACEMENT_LOSSES[recipe.replacement_loss].items():
             setattr(args, name, value)
     distills = bool(args.max_steps and (args.kl_weight or args.hidden_weight))
@@ -228,11 +223,13 @@ def _heal(
 ) -> None:
     """Trains the pruned model and adds to the record, in place, what came of it."""
     model, args = run.model, run.args
-    if run.trains_only_replacement:
+    if run.recipe.trains_only_replacement:
         for parameter in model.parameters():
             parameter.requires_grad_(any(parameter is one for one in replaced))
     with ExitStack() as shortened:
-        if run.trains_only_replacement and args.hidden_weight:  # later layers have no say in its output
+        if (
+            run.recipe.trains_only_replacement and args.hidden_weight
+        ):  # later layers have no say in its output
             last = _last_replaced(record)
             args.hidden_layers, args.save_strategy = [last], "no"
             for one in filter(None, (model, teacher)):
