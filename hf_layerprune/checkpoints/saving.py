@@ -1,48 +1,39 @@
-"""Saves models and adapters, and checks them by loading them again."""
+"""Saves models and adapters, so that a failure leaves their weights."""
 
 import json
-import logging
 import os
-import re
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import safetensors.torch
 import torch
-from accelerate.utils.memory import clear_device_cache
 from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import LayerPruneError, one_line
 from ..files import whole_file
-from ..forward.hooks import compared_output, undisturbed
-from ..surgery.decoder import is_sharded, text_config
+from ..forward.hooks import undisturbed
 from ..surgery.fresh_model import quiet
 from ..surgery.peft import (
     adapter_configs,
-    adapter_folder,
-    bare_copy,
     base_name,
     base_of,
     keep_base_known,
     merged_copy,
     save_with_base,
-    starts_from_weights,
 )
 from .legacy_rope import legacy_rotary
-from .loading import load_pruned_adapter
-
-
-logger = logging.getLogger(__name__)
-
-_ADVICE = (
-    "The weights as they were in memory are safe in {folder}, but do not use them as they are. Please report "
-    "this with the model's config."
+from .verification import (
+    check_same_adapters,
+    check_same_model,
+    dtype_in_file,
+    load_with_base,
+    runs_flash_attention,
+    unchecked,
 )
 
 
@@ -57,11 +48,12 @@ def save_model(
     """Saves `model` as a plain transformers model, and checks that the reloaded model is the same.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): the model. Adapters are merged in a copy. The check compares
-            the reloaded model with `model`, adapters included.
+        model (`PreTrainedModel` or `PeftModel`): the model. Adapters are merged in a copy on the CPU, and
+            kept in the folder `adapter` until that is done. The check compares the reloaded model with
+            `model`, adapters included.
         folder (`str` or `Path`): the folder to save in.
-        verify (`bool`, *optional*, defaults to `True`): load the saved model, as a second one in memory, and
-            compare the logits of a few tokens.
+        verify (`bool`, *optional*, defaults to `True`): load the saved model on the CPU, and compare its
+            weights and the logits of a few tokens. A GPU holds the weights once.
         legacy_rope (`bool`, *optional*, defaults to `False`): see [`saving`].
         dtype (`str` or `torch.dtype`, *optional*): see [`saving`].
 
@@ -73,20 +65,35 @@ def save_model(
         with saving(model, folder, verify=verify, legacy_rope=legacy_rope, dtype=dtype):
             _save_cast(model, folder, dtype)
         return
-    try:
+    with _adapters_kept(model, Path(folder) / "adapter"):
         merged: Any = merged_copy(model)
-        if merged.device.type == "cpu" and _runs_flash_attention(merged):  # which has no CPU kernel
+        if merged.device.type == "cpu" and runs_flash_attention(merged):  # which has no CPU kernel
             merged.set_attn_implementation("sdpa")
         with saving(merged, folder, verify=verify, legacy_rope=legacy_rope, dtype=dtype, live=model):
             _save_cast(merged, folder, dtype)
+
+
+@contextmanager
+def _adapters_kept(model: Any, folder: Path) -> Iterator[None]:
+    """Within this context the adapters are in `folder`, so that no failure or kill loses them. Afterwards a
+    new folder is deleted, unless the block failed.
+
+    Raises:
+        LayerPruneError: the block failed. The error says where the adapters are.
+    """
+    where, is_new = f"The adapters are saved in {folder}.", not folder.exists()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT tells which whole layers it adds
+            save_with_base(model, folder)
+    except (OSError, safetensors.SafetensorError):
+        where = "There is no room for the adapters either: they are in memory alone."
+    try:
+        yield
     except (LayerPruneError, torch.OutOfMemoryError) as error:
-        adapters = Path(folder) / "adapter"
-        try:
-            save_with_base(model, adapters)
-            where = f"The adapters are saved in {adapters}."
-        except (OSError, safetensors.SafetensorError):
-            where = "There is no room for the adapters either: they are in memory alone."
         raise LayerPruneError(f"{one_line(error, 1000)} {where}") from error
+    if is_new:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_merge(model: Any) -> None:
@@ -137,7 +144,7 @@ def save_adapter(
     keep_base_known(model)
     save_with_base(model, folder)
     if verify:
-        _check_same(model, _load_with_base(model, folder), folder)
+        check_same_adapters(model, load_with_base(model, folder), folder)
 
 
 @contextmanager
@@ -153,7 +160,7 @@ def saving(
     """Guards a block that saves `model` in `folder`: rescues the weights if it fails, else checks the result.
 
     Args:
-        verify (`bool`): load the saved model and compare the logits of a few tokens.
+        verify (`bool`): load the saved model, and compare its weights and the logits of a few tokens.
         legacy_rope (`bool`): write the rotary settings into config.json under their old names as well
             (`rope_theta`, `rope_scaling`), for transformers 4 and converters.
         dtype (`str` or `torch.dtype`, *optional*): dtype of the saved weights, see [`cast_state`]. Default:
@@ -169,7 +176,7 @@ def saving(
     old_names = legacy_rotary(model.config) if legacy_rope else {}
     try:
         check_writable(folder)
-        with _unchecked(model):
+        with unchecked(model):
             yield
     except Exception as error:
         rescue = _rescue(model, folder)
@@ -185,11 +192,7 @@ def saving(
     if saved_dtype != model.dtype:
         _name_dtype(folder / "config.json", str(saved_dtype).removeprefix("torch."))
     if verify:
-        again = load_again(model, folder)
-        _put_back_precision(model, again, saved_dtype, folder)
-        _check_same(model, again, folder)
-        if live is not None:
-            _check_same(live, again, folder, merged=True)
+        check_same_model(model, folder, saved_dtype, live)
 
 
 def _save_cast(model: PreTrainedModel, folder: str | Path, dtype: str | torch.dtype | None) -> None:
@@ -213,7 +216,8 @@ def cast_state(model: PreTrainedModel, dtype: str | torch.dtype | None) -> dict[
     for name, tensor in model.state_dict().items():
         place = tensor.data_ptr(), tensor.shape
         if place not in cast:
-            cast[place] = tensor.to(_dtype_of(model, name, tensor, saved_dtype))
+            # On the CPU: a GPU may have no room for the cast weights.
+            cast[place] = tensor.to("cpu", dtype_in_file(model, name, tensor, saved_dtype))
         state[name] = cast[place]
     return state
 
@@ -223,33 +227,6 @@ def _saved_dtype(model: PreTrainedModel, dtype: str | torch.dtype | None) -> tor
     if dtype is None or getattr(model, "hf_quantizer", None) is not None:
         return model.dtype
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
-
-
-def _dtype_of(model: PreTrainedModel, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
-    # The rule by which `from_pretrained` keeps some modules in float32 has no public name.
-    kept = any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in model._get_dtype_plan(dtype))
-    return tensor.dtype if kept or not tensor.is_floating_point() else dtype
-
-
-def _put_back_precision(
-    model: PreTrainedModel, again: PreTrainedModel, dtype: torch.dtype, folder: Path
-) -> None:
-    """Checks that the weights of `again` are those of `model`, rounded to `dtype`, and undoes the rounding.
-
-    The logits of both then compare to the last digits.
-    """
-    if dtype == model.dtype:
-        return
-    exact = model.state_dict()
-    for name, tensor in again.state_dict().items():
-        whole = exact[name].to(tensor.device)
-        rounded = whole.to(_dtype_of(model, name, whole, dtype)).to(tensor.dtype)
-        if not torch.allclose(tensor, rounded, rtol=0, atol=0, equal_nan=True):
-            raise LayerPruneError(
-                f"What was saved is another model when loaded: {name} is not the weight in memory, rounded "
-                f"to {dtype}. {_ADVICE.format(folder=folder)}"
-            )
-    again.load_state_dict(exact)
 
 
 def check_writable(folder: str | Path) -> None:
@@ -300,188 +277,6 @@ def _rescue(model: PreTrainedModel, folder: Path) -> Path | None:
         else:
             return rescue
     return None
-
-
-def check_reload(model: Any, folder: Path) -> None:
-    """Checks that the model in `folder` loads, and gives the logits of `model` for a few tokens.
-
-    Adapters in a checkpoint, or for a base without a name, are loaded on a copy of the base in memory, unless
-    adding the adapters changed the base.
-
-    Raises:
-        LayerPruneError: it does not.
-    """
-    is_checkpoint = re.fullmatch(PREFIX_CHECKPOINT_DIR + r"-\d+", folder.name)
-    if adapter_configs(model):
-        active = list(model.active_adapters)
-        if len(active) != 1:  # PEFT saves each by itself, and only together they are this model
-            logger.warning(
-                "%d adapters are active (%s). Each is saved in its own folder, so the model is not compared "
-                "with what was saved in %s.",
-                len(active),
-                ", ".join(active),
-                folder,
-            )
-            return
-        folder = adapter_folder(folder, active[0])
-    try:
-        if not adapter_configs(model):
-            again = load_again(model, folder)
-        elif base_name(model) and (not is_checkpoint or starts_from_weights(model) or _is_quantised(model)):
-            again = _load_with_base(model, folder)
-        else:
-            with undisturbed(model):
-                again = load_pruned_adapter(str(folder), base_model=bare_copy(model))
-    except torch.OutOfMemoryError:
-        logger.warning("There is no memory to load what was saved in %s again and check it.", folder)
-        clear_device_cache(garbage_collection=True)
-        return
-    _check_same(model, again, folder)
-
-
-def _is_quantised(model: Any) -> bool:
-    """Returns whether the base is quantised. A copy of its weights in memory would not run."""
-    return getattr(base_of(model), "hf_quantizer", None) is not None
-
-
-def _load_with_base(model: Any, folder: Path) -> Any:
-    """Returns the adapters in `folder` on the base that they name, with the dtype of `model`'s base."""
-    base = base_of(model)
-    quantised = getattr(base.config, "quantization_config", None)
-    options: dict[str, Any] = {"quantization_config": quantised} if quantised else {}
-    with undisturbed(model):
-        return load_pruned_adapter(str(folder), dtype=base.dtype, **options)
-
-
-def check_saves(model: Any) -> None:
-    """Makes every `save_pretrained` of `model` by a Trainer reload and compare what it saved.
-
-    The check is a method of this object, like accelerate's `forward`, so that copies of the model have it.
-    """
-    vars(model)["save_pretrained"] = MethodType(_save_and_check, model)
-
-
-@contextmanager
-def _unchecked(model: Any) -> Iterator[None]:
-    """Within this context [`check_saves`] has no effect: the caller checks, or was told not to."""
-    method = vars(model).get("save_pretrained")
-    ours = getattr(method, "__func__", None) is _save_and_check
-    if ours:
-        del vars(model)["save_pretrained"]
-    try:
-        yield
-    finally:
-        if ours:
-            vars(model)["save_pretrained"] = method
-
-
-def _save_and_check(model: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-    """See `PreTrainedModel.save_pretrained`."""
-    save = save_with_base if adapter_configs(model) else type(model).save_pretrained
-    save(model, save_directory, *args, **kwargs)
-    by_trainer = not args and kwargs.keys() <= {"state_dict", "is_main_process"}
-    writes = kwargs.get("is_main_process", True)
-    if by_trainer and writes and not is_sharded(model):  # one process cannot read with a sharded model
-        check_reload(model, Path(save_directory))
-
-
-def load_again(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Returns the model in `folder`, loaded with the class, dtype and attention of `model`.
-
-    Raises:
-        LayerPruneError: it does not load, or its weights do not fit its config.
-    """
-    advice = _ADVICE.format(folder=folder)
-    # transformers has no public name for the attention that a model uses.
-    options = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
-    cls: Any = type(model)
-    try:
-        with undisturbed(model):  # building a model may draw random numbers
-            again, report = cls.from_pretrained(str(folder), output_loading_info=True, **options)
-    except Exception as error:
-        raise LayerPruneError(f"What was saved does not load: {one_line(error)} {advice}") from error
-    wrong = {what: sorted(map(str, names))[:3] for what, names in report.items() if names}
-    if wrong:
-        raise LayerPruneError(f"What was saved does not fit its config: {wrong}. {advice}")
-    again.config.name_or_path = model.config.name_or_path
-    return again
-
-
-def _check_same(model: Any, again: Any, folder: Path, merged: bool = False) -> None:
-    base = base_of(model)
-    text = text_config(base.config)
-    length = min(16, getattr(text, "max_position_embeddings", None) or 16)
-    tokens = torch.arange(2 * length).view(2, length) % text.vocab_size
-    there = dict(base_of(again).named_buffers())
-    for name, buffer in base.named_buffers():
-        if name in there:  # `.to(torch.bfloat16)` rounds rotary tables, which loading does not
-            there[name].data = there[name].to(buffer.dtype)
-    try:
-        with undisturbed(model):
-            # accelerate wraps `forward` in autocast and keeps the plain one under this private name. Its
-            # public unwrapping changes the model, which is still in training here.
-            live = _output(model, tokens, getattr(model, "_original_forward", None))
-            # Merged weights are compared where they are: a GPU may have no room for them.
-            saved = _output(again.eval() if merged else again.eval().to(base.device), tokens)
-    except torch.OutOfMemoryError:
-        logger.warning("What was saved in %s loads; there is no memory to compare its logits.", folder)
-        clear_device_cache(garbage_collection=True)
-        return
-    except Exception as error:
-        raise LayerPruneError(
-            f"The model cannot be compared with what was saved, as it does not read tokens alone: "
-            f"{one_line(error)} If that is right, save it without verify. {_ADVICE.format(folder=folder)}"
-        ) from error
-    distance, limit = _distance(live, saved), 1e-3 if base.dtype == torch.float32 else 0.05
-    if merged and _is_exact(base):
-        limit = 1e-2  # merging rounds more than once
-    elif merged:
-        distance, limit = _distance(live, saved, torch.median), 0.1
-    if not distance <= limit:
-        raise LayerPruneError(
-            f"What was saved is another model when loaded: its logits are off by {distance:.2g} of their "
-            "standard deviation. (A model cast by hand, as with .bfloat16(), may be: load it with dtype= "
-            "instead.) "
-            f"{_ADVICE.format(folder=folder)}"
-        )
-
-
-def _output(model: Any, tokens: torch.Tensor, forward: Any = None) -> torch.Tensor:
-    """Returns the output of a model for tokens, in float32 on the CPU."""
-    base = base_of(model)
-    with torch.autocast(base.device.type, torch.bfloat16, enabled=_needs_autocast(base)):
-        return compared_output(model, tokens.to(base.device), forward).float().cpu()
-
-
-def _needs_autocast(base: PreTrainedModel) -> bool:
-    """Returns whether a model runs under autocast alone: FlashAttention takes 16 bits only."""
-    return base.dtype == torch.float32 and _runs_flash_attention(base)
-
-
-def _runs_flash_attention(base: PreTrainedModel) -> bool:
-    """Returns whether a model attends by a kind of FlashAttention."""
-    # transformers has no public name for the attention that a model uses.
-    return "flash" in str(text_config(base.config)._attn_implementation)
-
-
-def _distance(live: torch.Tensor, saved: torch.Tensor, summary: Any = torch.max) -> float:
-    """Returns the distance of logits in standard deviations. NaN and infinity equal themselves."""
-    equal = (live == saved) | (live.isnan() & saved.isnan())
-    apart = torch.where(equal, 0.0, (live - saved).abs())
-    finite = live[live.isfinite()]
-    scale = float(finite.std()) if len(finite) > 1 else 0.0
-    return float(summary(apart)) / (scale or 1.0)
-
-
-def _is_exact(base: PreTrainedModel) -> bool:
-    """Returns whether merging adapters changes no more than the last digits of the logits.
-
-    In bfloat16 it changes some logits by a standard deviation, as rounding of activations does, but the
-    median by less than 0.05.
-    """
-    highest = torch.get_float32_matmul_precision() == "highest"
-    is_float32 = base.dtype == torch.float32 and not _needs_autocast(base)
-    return is_float32 and highest and getattr(base, "hf_quantizer", None) is None
 
 
 def _name_dtype(path: Path, dtype: str) -> None:

@@ -97,7 +97,7 @@ class SaveArguments:
 
     output_dir: str = field(metadata={"help": "A new folder for the model."})
     verify_save: bool = field(
-        default=True, metadata={"help": "Load the saved model again and compare its logits."}
+        default=True, metadata={"help": "Load the saved model again and compare its weights and logits."}
     )
     legacy_rope: bool = field(
         default=False, metadata={"help": "Write rotary settings as transformers 4 reads them, too."}

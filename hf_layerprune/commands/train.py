@@ -68,6 +68,7 @@ def distill(arguments: list[str]) -> None:
         split_text,
     )
     from ..recipes.run import pruning_callback
+    from ..recipes.run_plan import announce_plan
     from ..reports.record import check_folder_is_free
 
     resume = resuming.resume or args.resume_from_checkpoint == "True" or args.resume_from_checkpoint
@@ -82,6 +83,8 @@ def distill(arguments: list[str]) -> None:
         data.sources, text, args, sample, config, tokenizer, args.max_steps
     )
     check_text_is_left(train, sample)
+    taught: Any = {"teacher": teacher.teacher, "lora_rank": teacher.lora_rank}
+    announce_plan(name, source, pruning, args, train, **taught)
     model = load_on_device(name, source, dtype="float32")
     evaluation = HeldOutText(heldout, args.per_device_eval_batch_size)
     callback = pruning_callback(pruning, calibration=calibration, evaluation=evaluation)

@@ -98,8 +98,8 @@ class DistillationTrainingArguments(SequenceArguments, TrainingArguments):
             How to save a model with adapters, except in checkpoints: `"merged"`, a plain model; or
             `"adapter"`, the adapters and the list of kept layers, see [`save_adapter`].
         verify_save (`bool`, *optional*, defaults to `True`):
-            Load each saved model again, as a second model in memory, and stop if its logits differ. The
-            saved weights are kept.
+            Load each saved model again on the CPU, and stop if its weights or logits differ. The saved
+            weights are kept. A GPU holds the weights once.
         save_dtype (`str`, *optional*):
             Dtype of the saved model: `"float32"`, `"bfloat16"` or `"float16"`. Default: that of the model.
             Checkpoints and adapters have the dtype of training.
@@ -165,7 +165,7 @@ class DistillationTrainingArguments(SequenceArguments, TrainingArguments):
         metadata={"help": "How to save a model with adapters.", "choices": list(EXPORTS)},
     )
     verify_save: bool = field(
-        default=True, metadata={"help": "Load each saved model again and compare its logits."}
+        default=True, metadata={"help": "Load each saved model again and compare its weights and logits."}
     )
     save_dtype: str | None = field(
         default=None,

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..errors import LayerPruneError
 from ..surgery.decoder import find_decoder, text_config
 from ..surgery.peft import base_of
-from .tiled_loss import LOGITS_PER_CHUNK_GPU
+from .tiled_loss import LOGITS_PER_CHUNK_CPU, LOGITS_PER_CHUNK_GPU
 
 
 GIB = 2**30
@@ -48,6 +48,7 @@ class Footprint:
         layer_parameters (`float`), trained_by_layer (`float`): of one layer, on average.
         parameters (`int`), trained (`int`): of the whole model.
         head_parameters (`int`), trains_head (`bool`): of the output head.
+        logits (`int`): logits of the batch.
     """
 
     layers: int
@@ -62,6 +63,7 @@ class Footprint:
     trained: int
     head_parameters: int
     trains_head: bool
+    logits: int
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ def measure_footprint(model: PreTrainedModel, batch: int, length: int, bf16: boo
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         head_parameters=head,
         trains_head=any(p.requires_grad for p in base.get_output_embeddings().parameters()),
+        logits=config.vocab_size * batch * length,
     )
 
 
@@ -197,6 +200,8 @@ class TrainingSettings:
         weight_bytes (`int`), teacher_bytes (`int`): of one parameter of the student, and of the teacher. 0
             for a teacher whose logits are cached, or that shares the student's weights (LoRA).
         teacher_runs (`bool`): the teacher computes its logits in each step.
+        teacher ([`Footprint`], *optional*): of the teacher, with the same batch. Default: that of the model.
+        on_cpu (`bool`): the run is on a CPU, where the loss takes fewer logits at once.
     """
 
     batch: int
@@ -207,6 +212,8 @@ class TrainingSettings:
     weight_bytes: int = 4
     teacher_bytes: int = 4
     teacher_runs: bool = True
+    teacher: Footprint | None = None
+    on_cpu: bool = False
 
 
 def plan_training(
@@ -229,10 +236,11 @@ def plan_training(
     else:
         activations = start_layers * layer
     activations += footprint.saved_elsewhere
-    tile = LOGITS_PER_CHUNK_GPU  # a batch of few tokens has less
+    tile = min(footprint.logits, LOGITS_PER_CHUNK_CPU if settings.on_cpu else LOGITS_PER_CHUNK_GPU)
+    teacher = settings.teacher or footprint
     memory = {
         "weights": parameters * settings.weight_bytes,
-        "teacher": _teacher_memory(footprint, settings),
+        "teacher": _teacher_memory(teacher, settings),
         "optimizer": trained * optimizer_bytes(settings.optim),
         "gradients": trained * settings.weight_bytes,
         "activations": activations,
@@ -245,7 +253,7 @@ def plan_training(
     student = start_layers * footprint.layer_flops + footprint.head_flops
     flops = student * (1 + backward + settings.activation_checkpointing)
     if settings.teacher_runs:
-        flops += footprint.layers * footprint.layer_flops + footprint.head_flops
+        flops += teacher.layers * teacher.layer_flops + teacher.head_flops
     removed = footprint.layers - target_layers
     before, per_layer = footprint.parameters, footprint.layer_parameters
     if footprint.trained < footprint.parameters:  # adapters, which are merged in the end
@@ -260,10 +268,10 @@ def plan_training(
     )
 
 
-def _teacher_memory(footprint: Footprint, settings: TrainingSettings) -> float:
-    """Returns the bytes of the teacher. Autocast holds its linear layers in 16 bits, its embeddings in 32."""
-    embeddings = 2 * footprint.head_parameters * (settings.teacher_bytes == 2)
-    return footprint.parameters * settings.teacher_bytes + embeddings
+def _teacher_memory(teacher: Footprint, settings: TrainingSettings) -> float:
+    """Returns the bytes of the teacher. Autocast holds its float32 weights in 16 bits, but no embeddings."""
+    embeddings = 2 * teacher.head_parameters * (settings.teacher_bytes == 2 < settings.weight_bytes)
+    return teacher.parameters * settings.teacher_bytes + embeddings
 
 
 def optimizer_bytes(optim: str) -> int:

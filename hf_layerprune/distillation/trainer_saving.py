@@ -11,7 +11,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..checkpoints.loading import last_checkpoint
-from ..checkpoints.saving import cast_state, check_reload, save_adapter, save_model, saving
+from ..checkpoints.saving import cast_state, save_adapter, save_model, saving
+from ..checkpoints.verification import check_reload
 from ..errors import LayerPruneError, one_line
 from ..reports.card import write_card
 from ..reports.record import read_record, write_record

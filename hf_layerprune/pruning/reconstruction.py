@@ -12,7 +12,8 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-from ..checkpoints.saving import load_again, save_model
+from ..checkpoints.saving import save_model
+from ..checkpoints.verification import load_again
 from ..data.targets import Batch
 from ..distillation.reconstruction import check_can_reconstruct, reconstruct_layers
 from ..distillation.teacher_cache import CachedTeacherLogits

@@ -9,7 +9,8 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
-from ..checkpoints.saving import load_again, save_model
+from ..checkpoints.saving import save_model
+from ..checkpoints.verification import load_again
 from ..data.targets import Batch
 from ..errors import LayerPruneError
 from ..evaluation.evaluate import measure_quality

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
 
-from ..checkpoints.saving import check_saves
+from ..checkpoints.verification import check_saves
 from ..data.targets import Batch
 from ..distillation.arguments import DistillationTrainingArguments
 from ..distillation.teacher import check_tokens

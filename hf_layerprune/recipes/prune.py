@@ -27,6 +27,7 @@ from .inputs import (
 )
 from .recipe import RECIPE_KINDS, RecipeArguments, check_recipe, read_recipe, resolved_fields
 from .run import run_recipe
+from .run_plan import announce_plan
 
 
 class PruneOutput(NamedTuple):
@@ -114,6 +115,9 @@ def prune(
     _set_steps(chosen, pruning, args, layer_count(text_config(config)))
     read = [Path(one) for one in chosen.data or []] or None if data is None or is_source else data
     rows = split_text(read, text, args, sample, config, tokenizer, args.max_steps)
+    distills = args.max_steps and (args.kl_weight or args.hidden_weight)
+    if distills and not in_memory and not chosen.trains_only_replacement:
+        announce_plan(chosen.model, source, pruning, args, rows[2], select=chosen.select)
     pruned: Any = model if in_memory else load_on_device(chosen.model, source, dtype="float32")
     frozen = {id(parameter) for parameter in pruned.parameters() if not parameter.requires_grad}
     resolved = resolved_fields([chosen, text, sample, pruning], args)

@@ -88,6 +88,11 @@ class RecipeArguments:
         if self.replacement == "linear" and self.replacement_loss == "mse":
             self.replacement_loss = "kl"  # the map is the least of mse already
 
+    @property
+    def trains_only_replacement(self) -> bool:
+        """Whether the replacement is all that is trained."""
+        return self.replacement != "none" and self.replacement_loss != "none"
+
 
 # A recipe file is a mapping of the fields of these.
 RECIPE_KINDS = (

@@ -73,11 +73,6 @@ class Run:
         self.evaluation = HeldOutText(self.heldout, self.args.per_device_eval_batch_size)
         self.folder = Path(str(self.args.output_dir))
 
-    @property
-    def trains_only_replacement(self) -> bool:
-        """Whether only the replacement is trained."""
-        return self.recipe.replacement != "none" and self.recipe.replacement_loss != "none"
-
 
 def run_recipe(
     model: PreTrainedModel,
@@ -155,7 +150,7 @@ def _check(run: Run, resume: str | bool | None) -> None:
             f"eval_strategy is {run.args.eval_strategy}, but a recipe evaluates before, between and after "
             "training itself. Leave eval_strategy out."
         )
-    if resume and run.trains_only_replacement:
+    if resume and run.recipe.trains_only_replacement:
         raise LayerPruneError(
             "Training of a replacement cannot be resumed. Start again in a new output_dir, without resume."
         )
@@ -180,7 +175,7 @@ def _remove_and_heal(run: Run, checkpoint: str | None) -> RunRecord:
     if run.pruning.reconstruction_layers or recipe.block_candidates > 1:
         run.train = _rows_read(run)
     began = time.monotonic()
-    if run.trains_only_replacement:
+    if run.recipe.trains_only_replacement:
         for name, value in REPLACEMENT_LOSSES[recipe.replacement_loss].items():
             setattr(args, name, value)
     distills = bool(args.max_steps and (args.kl_weight or args.hidden_weight))
@@ -231,11 +226,12 @@ def _heal(
 ) -> None:
     """Trains the pruned model and adds the result to the record, in place."""
     model, args = run.model, run.args
-    if run.trains_only_replacement:
+    if run.recipe.trains_only_replacement:
         for parameter in model.parameters():
             parameter.requires_grad_(any(parameter is one for one in replaced))
     with ExitStack() as shortened:
-        if run.trains_only_replacement and args.hidden_weight:  # its output does not depend on later layers
+        # The output of a replacement does not depend on later layers.
+        if run.recipe.trains_only_replacement and args.hidden_weight:
             last = _last_replaced(record)
             args.hidden_layers, args.save_strategy = [last], "no"
             for one in filter(None, (model, teacher)):

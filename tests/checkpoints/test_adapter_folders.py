@@ -27,7 +27,7 @@ from hf_layerprune import (
     save_adapter,
     save_model,
 )
-from hf_layerprune.checkpoints import saving
+from hf_layerprune.checkpoints import verification
 from hf_layerprune.commands.cli import main
 
 from ..conftest import logits, make_model, tokens
@@ -108,7 +108,7 @@ def test_a_plain_trainer_compares_what_it_saves_with_the_live_model(what, monkey
     trainer.train()
     checked = []
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "_check_same", lambda *args: checked.append(args[2]))
+        patch.setattr(verification, "compare_logits", lambda *args: checked.append(args[2]))
         trainer.save_model("final")
         model.save_pretrained("mine", max_shard_size="1GB")  # with arguments of the user's own
     assert checked == [Path("final")]
@@ -126,7 +126,7 @@ def test_a_model_of_a_plain_trainer_is_saved_by_hand(monkeypatch):
     save_model(model, "half", dtype="bfloat16")
     assert AutoModelForCausalLM.from_pretrained("half").dtype == torch.bfloat16
     checked = []
-    monkeypatch.setattr(saving, "_check_same", lambda *args, **kwargs: checked.append(args[2]))
+    monkeypatch.setattr(verification, "compare_logits", lambda *args, **kwargs: checked.append(args[2]))
     save_model(model, "unchecked", verify=False)
     assert checked == []
     for _ in range(2):
@@ -136,7 +136,7 @@ def test_a_model_of_a_plain_trainer_is_saved_by_hand(monkeypatch):
 
 
 def test_without_verify_save_a_plain_trainer_checks_nothing(monkeypatch):
-    monkeypatch.setattr(saving, "_check_same", lambda *args: pytest.fail("checked"))
+    monkeypatch.setattr(verification, "compare_logits", lambda *args: pytest.fail("checked"))
     trainer = plain_trainer(get_peft_model(stored_llama(), lora()), verify_save=False)
     trainer.train()
     trainer.save_model()
@@ -146,7 +146,7 @@ def test_without_verify_save_a_plain_trainer_checks_nothing(monkeypatch):
 def test_a_checkpoint_of_adapters_is_compared_with_the_live_model(monkeypatch):
     """Also where nobody knows where the base is from: on a copy of the one in memory."""
     compared = []
-    monkeypatch.setattr(saving, "_check_same", lambda live, again, folder: compared.append(again))
+    monkeypatch.setattr(verification, "compare_logits", lambda live, again, folder: compared.append(again))
     trainer = adapted_trainer(make_model(), save_strategy="steps", save_steps=1)
     remove_layers(trainer.model, [2])
     trainer.train()

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from hf_layerprune import LayerPruneError, load_pruned_adapter, remove_layers, save_model
-from hf_layerprune.checkpoints import saving
+from hf_layerprune import LayerPruneError, load_pruned_adapter, remove_layers, save_adapter, save_model
+from hf_layerprune.checkpoints import saving, verification
 from hf_layerprune.pruning.prune import prune_layers
 from hf_layerprune.surgery import peft as adapters
 
@@ -20,6 +20,10 @@ from ..conftest import logits, make_model, tokens
 from ..distillation.test_trainer import make_trainer
 from ..pruning.test_callback import calibration, plain_trainer, pruning
 from ..tiny_models import tiny_model
+
+
+def addresses(model):
+    return {parameter.data_ptr() for parameter in model.parameters()}
 
 
 def tensors(model):
@@ -46,6 +50,41 @@ def test_another_model_when_loaded_is_refused_and_its_weights_kept(llama, tmp_pa
     saved = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(saved[name], tensor) for name, tensor in tensors(llama).items())
     save_model(llama, tmp_path, verify=False)
+
+
+def test_a_weight_that_logits_do_not_tell_is_compared(llama, tmp_path, monkeypatch):
+    save = llama.save_pretrained
+
+    def save_another(folder):
+        state = llama.state_dict()
+        save(folder, state_dict=state | {"model.norm.weight": state["model.norm.weight"] * (1 + 1e-6)})
+
+    monkeypatch.setattr(llama, "save_pretrained", save_another)
+    with pytest.raises(LayerPruneError, match=r"model\.norm\.weight is not the weight in memory.*1 tensors"):
+        save_model(llama, tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_saved_model_is_compared_with_the_live_weights_in_it(family, dtype, tmp_path, monkeypatch):
+    """A GPU has no room for a second model. What is compared shares all its weights with the live model."""
+    model, pairs = make_model(family), []
+    monkeypatch.setattr(verification, "compare_logits", lambda *args: pairs.append(args[:2]))
+    save_model(model, tmp_path, dtype=dtype)
+    ((live, again),) = pairs
+    assert live is model
+    assert again is not model
+    assert addresses(again) == addresses(model)
+
+
+def test_reloaded_adapters_are_compared_with_the_live_weights_in_them(tmp_path, monkeypatch):
+    make_model().save_pretrained(tmp_path / "base")
+    model, _ = untied_with_adapters()
+    compared = []
+    monkeypatch.setattr(verification, "compare_logits", lambda live, again, folder: compared.append(again))
+    save_adapter(model, tmp_path / "adapter", base_model=str(tmp_path / "base"))
+    (again,) = compared
+    assert addresses(again) == addresses(model)
 
 
 def test_missing_tensors_are_refused(llama, tmp_path):
@@ -179,7 +218,7 @@ def test_without_memory_for_a_second_model_the_save_stands(llama, tmp_path, monk
 
     again = make_model()
     monkeypatch.setattr(again, "to", full)
-    monkeypatch.setattr(saving, "load_again", lambda *args: again)
+    monkeypatch.setattr(verification, "load_again", lambda *args: again)
     save_model(llama, tmp_path / "saved")
     assert "there is no memory to compare its logits" in caplog.text
     assert (tmp_path / "saved" / "model.safetensors").is_file()
@@ -284,6 +323,28 @@ def test_a_checkpoint_of_adapters_is_checked_without_a_copy_of_the_base():
     assert [parameter.requires_grad for parameter in model.parameters()] == frozen
 
 
+def test_adapters_are_on_disk_before_they_are_merged(tmp_path, monkeypatch):
+    model = with_adapters()
+
+    def kill(model):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "merged_copy", kill)
+        with pytest.raises(KeyboardInterrupt):
+            save_model(model, tmp_path)
+    again = load_pruned_adapter(str(tmp_path / "adapter"), base_model=make_model(tie_word_embeddings=True))
+    assert torch.equal(logits(again.eval(), tokens()), logits(model, tokens()))
+    save_model(model, tmp_path / "whole")
+    assert not (tmp_path / "whole" / "adapter").exists()
+
+
+def test_weights_are_cast_on_the_cpu(llama):
+    with CopiedBytes() as copied:
+        saving.cast_state(llama, "bfloat16")
+    assert copied.bytes["_to_copy"] == sum(parameter.nbytes for parameter in llama.parameters()) // 2
+
+
 def test_adapters_merged_in_half_precision_are_saved(tmp_path):
     model = with_adapters().to(torch.bfloat16)
     save_model(model, tmp_path)
@@ -350,9 +411,9 @@ def test_what_a_model_keeps_in_float32_is_saved_so(llama, tmp_path):
 
 def test_logits_that_can_never_be_said_do_not_hide_a_difference(llama):
     here = torch.tensor([[0.0, 1.0, float("-inf"), float("nan")]])
-    assert saving._distance(here, here.clone()) == 0
-    assert saving._distance(here, here + torch.tensor([[0.0, 1.0, 0.0, 0.0]])) > 1
-    assert not saving._distance(here, here.nan_to_num(neginf=0.0)) <= 1
+    assert verification._distance(here, here.clone()) == 0
+    assert verification._distance(here, here + torch.tensor([[0.0, 1.0, 0.0, 0.0]])) > 1
+    assert not verification._distance(here, here.nan_to_num(neginf=0.0)) <= 1
 
 
 @pytest.mark.parametrize("kind", ["distillation", "callback", "prune"])
@@ -395,7 +456,7 @@ def test_a_model_is_loaded_again_with_its_own_attention(tmp_path):
     model.set_attn_implementation("eager")
     assert model.config._attn_implementation == "eager"
     model.save_pretrained(tmp_path)
-    assert saving.load_again(model, tmp_path).config._attn_implementation == "eager"
+    assert verification.load_again(model, tmp_path).config._attn_implementation == "eager"
 
 
 def test_accelerate_keeps_the_plain_forward():

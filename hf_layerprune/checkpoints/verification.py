@@ -1,0 +1,326 @@
+"""Saved models and adapters, loaded again and compared with the live model.
+
+The weights are compared one by one. The reloaded model then reads the live weights, so that its logits can be
+compared without a second model on the device.
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache
+from transformers import PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..errors import LayerPruneError, one_line
+from ..forward.hooks import compared_output, undisturbed
+from ..surgery.decoder import is_sharded, text_config
+from ..surgery.peft import (
+    adapter_configs,
+    adapter_folder,
+    bare_copy,
+    base_name,
+    base_of,
+    save_with_base,
+    starts_from_weights,
+)
+from .loading import load_pruned_adapter
+
+
+logger = logging.getLogger(__name__)
+
+_ADVICE = (
+    "The weights as they were in memory are safe in {folder}, but do not use them as they are. Please report "
+    "this with the model's config."
+)
+
+
+def load_again(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Returns the model in `folder`, loaded on the CPU with the class, dtype and attention of `model`.
+
+    If it was saved in this dtype, its weights are views of the files and take no memory.
+
+    Raises:
+        LayerPruneError: it does not load, or its weights do not fit its config.
+    """
+    advice = _ADVICE.format(folder=folder)
+    # transformers has no public name for the attention that a model uses.
+    options = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
+    cls: Any = type(model)
+    try:
+        with undisturbed(model):  # building a model may draw random numbers
+            again, report = cls.from_pretrained(str(folder), output_loading_info=True, **options)
+    except Exception as error:
+        raise LayerPruneError(f"What was saved does not load: {one_line(error)} {advice}") from error
+    wrong = {what: sorted(map(str, names))[:3] for what, names in report.items() if names}
+    if wrong:
+        raise LayerPruneError(f"What was saved does not fit its config: {wrong}. {advice}")
+    again.config.name_or_path = model.config.name_or_path
+    return again
+
+
+def check_same_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype, live: Any = None) -> None:
+    """Checks that the model in `folder` loads, has the weights of `model`, rounded to `dtype`, and with the
+    exact weights the logits of `model` for a few tokens.
+
+    Args:
+        model (`PreTrainedModel`): the model that was saved.
+        folder (`Path`): where it was saved.
+        dtype (`torch.dtype`): the dtype that it was saved in.
+        live (`PeftModel`, *optional*): the model whose adapters were merged into `model`, compared as well.
+
+    Raises:
+        LayerPruneError: it does not.
+    """
+    again = load_again(model, folder)
+    different = share_equal_weights(model, again, dtype)
+    if different:
+        raise LayerPruneError(
+            f"What was saved is another model when loaded: {different[0]} is not the weight in memory, "
+            f"rounded to {dtype}. {len(different)} tensors differ. {_ADVICE.format(folder=folder)}"
+        )
+    compare_logits(model, again, folder)
+    if live is not None:
+        compare_logits(live, again, folder, merged=True)
+
+
+def share_equal_weights(model: Any, again: Any, dtype: torch.dtype | None = None) -> list[str]:
+    """Makes a reloaded model read the live weights wherever its own are equal. Both models then take the
+    memory of one.
+
+    Each weight is compared alone, where the live weight is. Weights of a quantised model, or of one on
+    several devices, are not compared.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): the live model.
+        again (`PreTrainedModel` or `PeftModel`): the reloaded model, changed in place.
+        dtype (`torch.dtype`, *optional*): the dtype that the model was saved in. Live weights are rounded to
+            it before they are compared. Default: their own.
+
+    Returns:
+        `list[str]`: the names of the tensors that differ.
+    """
+    devices = {parameter.device for parameter in model.parameters()}
+    if is_quantised(model) or len(devices) > 1:
+        return []
+    live, equal, different = model.state_dict(), {}, []
+    for name, saved in again.state_dict().items():
+        if name not in live:  # the report of loading tells what is missing
+            continue
+        exact = live[name]
+        if _equal(exact, saved, exact.dtype if dtype is None else dtype_in_file(model, name, exact, dtype)):
+            equal[name] = exact
+        else:
+            different.append(name)
+    again.load_state_dict(equal, strict=False, assign=True)
+    return different
+
+
+def _equal(live: torch.Tensor, saved: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Returns whether a live tensor, saved in `dtype`, equals the tensor that was loaded. NaN equals NaN."""
+    if live.device == saved.device and live.data_ptr() == saved.data_ptr():
+        return live.shape == saved.shape and live.dtype == saved.dtype
+    if live.shape != saved.shape:
+        return False
+    rounded, saved = live.to(dtype).to(saved.dtype), saved.to(live.device)
+    if not saved.is_floating_point():
+        return torch.equal(rounded, saved)
+    return torch.allclose(rounded, saved, rtol=0, atol=0, equal_nan=True)
+
+
+def dtype_in_file(model: PreTrainedModel, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of a tensor in the file of a model that is saved in `dtype`. Integers, and weights
+    that transformers keeps in float32, keep their own."""
+    # The rule by which `from_pretrained` keeps some modules in float32 has no public name.
+    kept = any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in model._get_dtype_plan(dtype))
+    return tensor.dtype if kept or not tensor.is_floating_point() else dtype
+
+
+def check_reload(model: Any, folder: Path) -> None:
+    """Checks that the model in `folder` loads, and gives the logits of `model` for a few tokens.
+
+    Adapters in a checkpoint, or for a base without a name, are loaded on a copy of the base in memory, unless
+    adding the adapters changed the base.
+
+    Raises:
+        LayerPruneError: it does not.
+    """
+    is_checkpoint = re.fullmatch(PREFIX_CHECKPOINT_DIR + r"-\d+", folder.name)
+    if adapter_configs(model):
+        active = list(model.active_adapters)
+        if len(active) != 1:  # PEFT saves each by itself, and only together they are this model
+            logger.warning(
+                "%d adapters are active (%s). Each is saved in its own folder, so the model is not compared "
+                "with what was saved in %s.",
+                len(active),
+                ", ".join(active),
+                folder,
+            )
+            return
+        folder = adapter_folder(folder, active[0])
+    try:
+        if not adapter_configs(model):
+            check_same_model(model, folder, model.dtype)
+            return
+        if base_name(model) and (not is_checkpoint or starts_from_weights(model) or is_quantised(model)):
+            again = load_with_base(model, folder)
+        else:
+            with undisturbed(model):
+                again = load_pruned_adapter(str(folder), base_model=bare_copy(model))
+    except torch.OutOfMemoryError:
+        logger.warning("There is no memory to load what was saved in %s again and check it.", folder)
+        clear_device_cache(garbage_collection=True)
+        return
+    check_same_adapters(model, again, folder)
+
+
+def check_same_adapters(model: Any, again: Any, folder: Path) -> None:
+    """Checks that reloaded adapters on their base give the logits of `model` for a few tokens.
+
+    Base weights may differ in the last digits, as those that PiSSA computes again.
+
+    Raises:
+        LayerPruneError: they do not.
+    """
+    share_equal_weights(model, again)
+    compare_logits(model, again, folder)
+
+
+def is_quantised(model: Any) -> bool:
+    """Returns whether the base is quantised. A copy of its weights in memory would not run."""
+    return getattr(base_of(model), "hf_quantizer", None) is not None
+
+
+def load_with_base(model: Any, folder: Path) -> Any:
+    """Returns the adapters in `folder` on the base that they name, with the dtype of `model`'s base."""
+    base = base_of(model)
+    quantised = getattr(base.config, "quantization_config", None)
+    options: dict[str, Any] = {"quantization_config": quantised} if quantised else {}
+    with undisturbed(model):
+        return load_pruned_adapter(str(folder), dtype=base.dtype, **options)
+
+
+def check_saves(model: Any) -> None:
+    """Makes every `save_pretrained` of `model` by a Trainer reload and compare what it saved.
+
+    The check is a method of this object, like accelerate's `forward`, so that copies of the model have it.
+    """
+    vars(model)["save_pretrained"] = MethodType(_save_and_check, model)
+
+
+@contextmanager
+def unchecked(model: Any) -> Iterator[None]:
+    """Within this context [`check_saves`] has no effect: the caller checks, or was told not to."""
+    method = vars(model).get("save_pretrained")
+    ours = getattr(method, "__func__", None) is _save_and_check
+    if ours:
+        del vars(model)["save_pretrained"]
+    try:
+        yield
+    finally:
+        if ours:
+            vars(model)["save_pretrained"] = method
+
+
+def _save_and_check(model: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    """See `PreTrainedModel.save_pretrained`."""
+    save = save_with_base if adapter_configs(model) else type(model).save_pretrained
+    save(model, save_directory, *args, **kwargs)
+    by_trainer = not args and kwargs.keys() <= {"state_dict", "is_main_process"}
+    writes = kwargs.get("is_main_process", True)
+    if by_trainer and writes and not is_sharded(model):  # one process cannot read with a sharded model
+        check_reload(model, Path(save_directory))
+
+
+def compare_logits(model: Any, again: Any, folder: Path, merged: bool = False) -> None:
+    """Checks that a reloaded model gives the logits of the live model for a few tokens.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): the live model.
+        again (`PreTrainedModel` or `PeftModel`): the reloaded model. It is moved to the device of the live
+            model, where weights that both share already are.
+        folder (`Path`): where it was saved.
+        merged (`bool`, *optional*, defaults to `False`): the adapters of the live model are merged into the
+            reloaded one, which stays where it is: a GPU may have no room for it.
+
+    Raises:
+        LayerPruneError: the logits differ.
+    """
+    base = base_of(model)
+    text = text_config(base.config)
+    length = min(16, getattr(text, "max_position_embeddings", None) or 16)
+    tokens = torch.arange(2 * length).view(2, length) % text.vocab_size
+    there = dict(base_of(again).named_buffers())
+    for name, buffer in base.named_buffers():
+        if name in there:  # `.to(torch.bfloat16)` rounds rotary tables, which loading does not
+            there[name].data = there[name].to(buffer.dtype)
+    try:
+        with undisturbed(model):
+            # accelerate wraps `forward` in autocast and keeps the plain one under this private name. Its
+            # public unwrapping changes the model, which is still in training here.
+            live = _output(model, tokens, getattr(model, "_original_forward", None))
+            saved = _output(again.eval() if merged else again.eval().to(base.device), tokens)
+    except torch.OutOfMemoryError:
+        logger.warning("What was saved in %s loads; there is no memory to compare its logits.", folder)
+        clear_device_cache(garbage_collection=True)
+        return
+    except Exception as error:
+        raise LayerPruneError(
+            f"The model cannot be compared with what was saved, as it does not read tokens alone: "
+            f"{one_line(error)} If that is right, save it without verify. {_ADVICE.format(folder=folder)}"
+        ) from error
+    distance, limit = _distance(live, saved), 1e-3 if base.dtype == torch.float32 else 0.05
+    if merged and _is_exact(base):
+        limit = 1e-2  # merging rounds more than once
+    elif merged:
+        distance, limit = _distance(live, saved, torch.median), 0.1
+    if not distance <= limit:
+        raise LayerPruneError(
+            f"What was saved is another model when loaded: its logits are off by {distance:.2g} of their "
+            "standard deviation. (A model cast by hand, as with .bfloat16(), may be: load it with dtype= "
+            "instead.) "
+            f"{_ADVICE.format(folder=folder)}"
+        )
+
+
+def _output(model: Any, tokens: torch.Tensor, forward: Any = None) -> torch.Tensor:
+    """Returns the output of a model for tokens, in float32 on the CPU."""
+    base = base_of(model)
+    with torch.autocast(base.device.type, torch.bfloat16, enabled=_needs_autocast(base)):
+        return compared_output(model, tokens.to(base.device), forward).float().cpu()
+
+
+def _needs_autocast(base: PreTrainedModel) -> bool:
+    """Returns whether a model runs under autocast alone: FlashAttention takes 16 bits only."""
+    return base.dtype == torch.float32 and runs_flash_attention(base)
+
+
+def runs_flash_attention(base: PreTrainedModel) -> bool:
+    """Returns whether a model attends by a kind of FlashAttention."""
+    # transformers has no public name for the attention that a model uses.
+    return "flash" in str(text_config(base.config)._attn_implementation)
+
+
+def _distance(live: torch.Tensor, saved: torch.Tensor, summary: Any = torch.max) -> float:
+    """Returns the distance of logits in standard deviations. NaN and infinity equal themselves."""
+    equal = (live == saved) | (live.isnan() & saved.isnan())
+    apart = torch.where(equal, 0.0, (live - saved).abs())
+    finite = live[live.isfinite()]
+    scale = float(finite.std()) if len(finite) > 1 else 0.0
+    return float(summary(apart)) / (scale or 1.0)
+
+
+def _is_exact(base: PreTrainedModel) -> bool:
+    """Returns whether merging adapters changes no more than the last digits of the logits.
+
+    In bfloat16 it changes some logits by a standard deviation, as rounding of activations does, but the
+    median by less than 0.05.
+    """
+    highest = torch.get_float32_matmul_precision() == "highest"
+    is_float32 = base.dtype == torch.float32 and not _needs_autocast(base)
+    return is_float32 and highest and getattr(base, "hf_quantizer", None) is None

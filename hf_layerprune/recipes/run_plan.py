@@ -1,0 +1,245 @@
+"""What a training run needs, planned from the configs before any weights are loaded."""
+
+import logging
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from ..checkpoints.loading import load_meta_model
+from ..data.sequences import resolve_length
+from ..distillation.arguments import DistillationTrainingArguments
+from ..distillation.plan import (
+    GIB,
+    Footprint,
+    TrainingPlan,
+    TrainingSettings,
+    check_device,
+    measure_footprint,
+    plan_training,
+    settings_that_fit,
+)
+from ..distillation.teacher_cache import HEAD
+from ..errors import LayerPruneError
+from ..pruning.arguments import PruningArguments
+from ..pruning.schedule import phase_sizes
+from ..pruning.target import resolve_target
+from ..surgery.decoder import check_next_token, layer_count, text_config
+from .arguments import ModelArguments
+from .inputs import check_loading_for_training
+
+
+logger = logging.getLogger(__name__)
+
+CPU_SHARE = 0.5  # of the speed of matrix products, that a distillation step reaches on a CPU
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run needs on one device.
+
+    Args:
+        footprint ([`Footprint`]): of the model with all its layers.
+        settings ([`TrainingSettings`]): what decides the memory of the run.
+        target_layers (`int`), start_layers (`int`): layers of the pruned model, and when training begins.
+        length (`int`): tokens of a sequence.
+    """
+
+    footprint: Footprint
+    settings: TrainingSettings
+    target_layers: int
+    start_layers: int
+    length: int
+
+    @property
+    def training(self) -> TrainingPlan:
+        """Memory, FLOPs and tokens of a step."""
+        depths = self.target_layers, self.start_layers
+        return plan_training(self.footprint, self.settings, *depths, self.length)
+
+    def advice(self, memory: float) -> str:
+        """Returns the settings that make the run fit into `memory` bytes, as a sentence."""
+        depths = self.target_layers, self.start_layers
+        changes = settings_that_fit(self.footprint, self.settings, *depths, self.length, memory)
+        if changes:
+            return f"Add {' '.join(changes)}."
+        return "Use a smaller batch, FSDP2, or LoRA (`distill --lora_rank 16`)."
+
+
+def planned_model(name: str, source: ModelArguments, lora_rank: int | None) -> Any:
+    """Returns a model without weights, in the dtype of training, with its adapters.
+
+    Raises:
+        LayerPruneError: the model cannot be trained so, or its quantised size is asked for.
+    """
+    check_loading_for_training(source, all_weights=lora_rank is None)
+    if source.quantized:
+        raise LayerPruneError(
+            f"{source.quantized} is set, but the memory of quantised weights is not planned. Leave it out: "
+            "the run needs less than the plan for bfloat16."
+        )
+    model: Any = load_meta_model(name, source.trust_remote_code, source.gguf_file)
+    check_next_token(model, "plan")
+    model = model.to(torch.float32 if source.dtype == "auto" else getattr(torch, source.dtype))
+    if lora_rank is None:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    with torch.device("meta"):
+        return get_peft_model(model, LoraConfig(r=lora_rank, target_modules="all-linear"))
+
+
+def plan_run(
+    model: PreTrainedModel,
+    args: DistillationTrainingArguments,
+    target_layers: int,
+    start_layers: int,
+    *,
+    teacher: str | None = None,
+    trust_remote_code: bool = False,
+    on_cpu: bool = False,
+) -> RunPlan:
+    """Plans a distillation run.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): see [`planned_model`]. It is used up.
+        args ([`DistillationTrainingArguments`]): the settings of the run.
+        target_layers, start_layers (`int`): see [`RunPlan`].
+        teacher (`str`, *optional*): folder (also of [`cache_teacher_logits`]) or hub id of the teacher.
+            Default: the model itself, whose weights adapters share.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): run the code that comes with the teacher.
+        on_cpu (`bool`, *optional*, defaults to `False`): the run is on a CPU.
+
+    Raises:
+        LayerPruneError: there is no such teacher, or a model cannot run without values.
+    """
+    weight_bytes, with_adapters = model.dtype.itemsize, hasattr(model, "peft_config")
+    batch, length = args.per_device_train_batch_size, resolve_length(args.sequence_length, model.config)
+    is_cached = teacher is not None and (Path(teacher) / HEAD).is_file()
+    other = None
+    if teacher is not None and not is_cached:
+        meta_teacher: Any = load_meta_model(teacher, trust_remote_code)
+        other = measure_footprint(meta_teacher.to(model.dtype), batch, length, args.bf16)
+    # Adapters share the weights of a teacher that is the model itself; any other stays as it is loaded.
+    is_held_in_16_bits = args.bf16 and not with_adapters
+    teacher_bytes = 2 if is_held_in_16_bits else weight_bytes
+    if is_cached or (with_adapters and teacher is None):
+        teacher_bytes = 0
+    settings = TrainingSettings(
+        batch=batch,
+        accumulation=args.gradient_accumulation_steps,
+        bf16=args.bf16,
+        activation_checkpointing=bool(args.activation_checkpointing),
+        optim=str(getattr(args.optim, "value", args.optim)),
+        weight_bytes=weight_bytes,
+        teacher_bytes=teacher_bytes,
+        teacher_runs=not is_cached,
+        teacher=other,
+        on_cpu=on_cpu,
+    )
+    footprint = measure_footprint(model, batch, length, args.bf16)
+    return RunPlan(footprint, settings, target_layers, start_layers, length)
+
+
+def announce_plan(
+    name: str,
+    source: ModelArguments,
+    pruning: PruningArguments,
+    args: DistillationTrainingArguments,
+    train: Any,
+    *,
+    select: str = "phases",
+    teacher: str | None = None,
+    lora_rank: int | None = None,
+) -> None:
+    """Logs what a distillation run will need, before its weights are loaded. See [`log_plan`].
+
+    Nothing is logged of what is not planned: quantised weights, and weights that several processes share.
+    Wrong settings are left to the checks of the run.
+
+    Args:
+        name (`str`): folder or hub id of the model.
+        source ([`ModelArguments`]): how it is loaded.
+        pruning ([`PruningArguments`]): how many layers go.
+        args ([`DistillationTrainingArguments`]): the settings of the run.
+        train (`Dataset` or stream): the rows to train on.
+        select (`str`, *optional*, defaults to `"phases"`): which layers go, see [`RecipeArguments`].
+        teacher, lora_rank (*optional*): see [`plan_run`] and [`planned_model`].
+    """
+    on_cpu = not torch.cuda.is_available() or args.use_cpu
+    shares = bool(
+        args.fsdp or args.deepspeed or {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & {*os.environ}
+    )
+    is_heard = logger.isEnabledFor(logging.INFO if on_cpu else logging.WARNING)
+    if shares or source.quantized or not is_heard or args.local_process_index:
+        return
+    try:
+        model = planned_model(name, source, lora_rank)
+        layers, target = layer_count(text_config(model.config)), resolve_target(pruning, model).target_layers
+        sizes = phase_sizes(layers, target, pruning.layers_per_phase) if select == "phases" else []
+        start = layers - sizes[0] if sizes else target
+        trust = source.trust_remote_code
+        plan = plan_run(model, args, target, start, teacher=teacher, trust_remote_code=trust, on_cpu=on_cpu)
+    except LayerPruneError as error:
+        logger.debug("The run is not planned: %s", error)
+        return
+    log_plan(plan, args, len(train) if isinstance(train, Dataset) else None)
+
+
+def log_plan(plan: RunPlan, args: DistillationTrainingArguments, rows: int | None) -> None:
+    """Logs three lines: memory, time, and what to change if the memory does not suffice. They are warnings on
+    a GPU that is too small.
+
+    Args:
+        plan ([`RunPlan`]): the plan.
+        args ([`DistillationTrainingArguments`]): the settings of the run.
+        rows (`int`, *optional*): sequences to train on, if they are counted.
+    """
+    training, settings = plan.training, plan.settings
+    if settings.on_cpu:
+        name, free = "of RAM", psutil.virtual_memory().available
+        speed = CPU_SHARE * matmul_speed(torch.bfloat16 if settings.bf16 else torch.float32)
+    else:
+        device = check_device(None)
+        name, free, speed = f"on {device.name}", torch.cuda.mem_get_info()[0], device.flops
+    fits = training.peak <= free
+    level = logging.INFO if fits or settings.on_cpu else logging.WARNING
+    steps = args.max_steps
+    if steps <= 0 and rows is not None:
+        batches = math.ceil(rows / (settings.batch * args.world_size))
+        steps = math.ceil(args.num_train_epochs * math.ceil(batches / settings.accumulation))
+    words = f"{steps:,} step{'s' * (steps > 1)}" if steps > 0 else "A step"
+    words += f" of {training.step_tokens:,} tokens"
+    if settings.on_cpu or settings.bf16 or args.fp16:  # the speed of a GPU is known in 16 bits
+        words += f", about {duration(max(1, steps) * training.seconds(speed))}"
+    memory = f"about {training.peak / GIB:.1f} GiB, {free / GIB:.1f} GiB {name} are free"
+    logger.log(level, "Memory: training needs %s.", memory)
+    logger.log(level, "Time: %s.", words)
+    logger.log(level, "The run should fit." if fits else f"The run may not fit. {plan.advice(free)}")
+
+
+def matmul_speed(dtype: torch.dtype) -> float:
+    """Returns the FLOP/s of matrix products on this CPU, measured in a fraction of a second."""
+    size = 512
+    with torch.random.fork_rng(devices=[]):
+        factor = torch.rand(size, size).to(dtype)
+    factor @ factor  # the first one is slower
+    began, products = time.perf_counter(), 0
+    while time.perf_counter() - began < 0.05:
+        factor @ factor
+        products += 1
+    return products * 2 * size**3 / (time.perf_counter() - began)
+
+
+def duration(seconds: float) -> str:
+    """Returns a time as people write it."""
+    if seconds < 120:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
