@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.processes import check_same, read_all
 from ..data.sequences import context_length
 from ..data.targets import Batch
 from ..errors import LayerPruneError
 from ..forward.lm_head import ChunkedLMHead
 from ..forward.token_losses import sum_dtype
-from ..surgery.decoder import text_config
+from ..surgery.decoder import is_sharded, text_config
 from ..surgery.peft import base_of
 
 
@@ -143,28 +144,50 @@ class MultipleChoice:
 
     def __call__(self, model: PreTrainedModel) -> float:
         """Returns the share of right answers."""
-        self.check_length(model)
+        self._check(model)
         with torch.no_grad():
             lm_head = ChunkedLMHead(model, self.example(model))
-            return torch.cat([right_answers(lm_head, batch) for batch in self.batches(lm_head)]).mean().item()
+
+            def read(number: int, batch: Choices) -> list[float]:
+                return right_answers(lm_head, batch).tolist()
+
+            results = read_all(self.batches(lm_head), read, is_sharded(model))
+            return (
+                torch.tensor([one for right in results for one in right], dtype=torch.float64).mean().item()
+            )
 
     def read(self, model: PreTrainedModel) -> list[Answer]:
         """Returns the answers of a model, in the order of the questions."""
-        found: dict[int, Answer] = {}
-        self.check_length(model)
+        self._check(model)
         with torch.no_grad():
             lm_head = ChunkedLMHead(model, self.example(model))
             packed = _can_pack(lm_head, self.encoded[-1])
-            for questions in self._groups(packed, model):
+
+            def read(number: int, questions: list[_Encoded]) -> dict[int, Answer]:
                 batch = (_packed if packed else _in_rows)(questions, model)
                 counts = torch.bincount(batch.owners).cpu()
                 sizes = [len(lengths) for lengths in batch.lengths]
                 likelihoods, greedy = log_likelihoods(lm_head, batch)
                 right = _right(likelihoods, greedy, batch).tolist()
                 perplexities = (-likelihoods.cpu() / counts).exp().split(sizes)
-                for question, one, few in zip(questions, right, perplexities, strict=True):
-                    found[question.number] = Answer(one == 1, few.tolist())
+                return {
+                    question.number: Answer(one == 1, few.tolist())
+                    for question, one, few in zip(questions, right, perplexities, strict=True)
+                }
+
+            groups = list(self._groups(packed, model))
+            results = list(read_all(groups, read, is_sharded(model)))
+        found = {number: answer for result in results for number, answer in result.items()}
         return [found[number] for number in sorted(found)]
+
+    def _check(self, model: PreTrainedModel) -> None:
+        """Checks that all processes ask the same questions, and that they fit into the context of `model`.
+
+        Raises:
+            LayerPruneError: they do not.
+        """
+        check_same((self.batch_tokens, self.encoded), "The questions")
+        self.check_length(model)
 
     def check_length(self, model: PreTrainedModel) -> None:
         """Checks that the longest question fits into the context of `model`.

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..data.batches import iterate_batches
+from ..data.processes import process_count, process_index, run_together, sum_over_processes
 from ..data.targets import Batch, token_mask
 from ..errors import LayerPruneError
 from ..forward.hooks import captured, hidden, undisturbed
@@ -97,7 +98,8 @@ def replace_by_linear_map(
     Args:
         model (`PreTrainedModel`): a causal language model.
         first, count (`int`): the block, which another layer must come before.
-        batches (iterable of dict): calibration text, read batch by batch; only sums are kept.
+        batches (iterable of dict): calibration text, read batch by batch; only sums are kept. Of several
+            processes each reads a part, and all must be given the same.
         ridge (`float`, *optional*): how strongly the map is drawn to the identity, which leaves the block
             out, as a share of the inputs' mean square. Left out, that of `RIDGES` with which the map of
             either half of the text fits the other best: of little text a free fit is worse than none.
@@ -124,29 +126,46 @@ def replace_by_linear_map(
     grams, crosses = torch.zeros((2, 2, width, width), dtype=torch.float64, device=device)
     said: list[torch.Tensor] = []
     handle = part.register_forward_hook(lambda module, args, found: said.append(hidden(found)))
-    batch: Batch = {}
+    last: list[tuple[Batch, torch.Tensor, torch.Tensor]] = []  # batch of this process, and what gave what
+
+    def add_products() -> int:
+        """Adds the products of the states of this process's batches. Returns the number of all batches."""
+        number = -1
+        for number, batch in enumerate(iterate_batches(batches)):
+            if number % process_count() != process_index():
+                continue
+            gave, rest, wanted = _around(model, batch, first, count, said)
+            parts = gave.tensor_split(2), (wanted - rest - gave).tensor_split(2)
+            for half, (few, missing) in enumerate(zip(*parts, strict=True)):
+                grams[half] += few.T @ few
+                crosses[half] += few.T @ missing
+            last[:] = [(batch, gave, rest)]
+        return number + 1
+
+    def is_added(solution: torch.Tensor) -> bool:
+        """Returns whether the layer, with the map in it, gives what the map makes of what it gave before."""
+        for batch, gave, rest in last:
+            expected = rest + gave @ solution
+            gave, rest, _ = _around(model, batch, first, count, said)
+            tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
+            if not float((gave + rest - expected).norm()) <= tolerance * float(expected.norm()):
+                return False
+        return True
+
     try:
         with undisturbed(model):
-            for batch in iterate_batches(batches):
-                gave, rest, wanted = _around(model, batch, first, count, said)
-                parts = gave.tensor_split(2), (wanted - rest - gave).tensor_split(2)
-                for half, (few, missing) in enumerate(zip(*parts, strict=True)):
-                    grams[half] += few.T @ few
-                    crosses[half] += few.T @ missing
-            if not batch:
+            if not max(run_together(add_products)):
                 raise LayerPruneError("No calibration batches to fit a linear map on.")
+            sum_over_processes((grams, crosses))
             size = best_ridge(grams, crosses) if ridge is None else ridge
             solution = least_squares(grams.sum(0), crosses.sum(0), size)
             solution.diagonal().add_(1)
             kept = {name: value.clone() for name, value in output.state_dict().items()}
             _multiply(output, solution)
-            expected = rest + gave @ solution
-            gave, rest, _ = _around(model, batch, first, count, said)
-            found = gave + rest
+            fits = all(run_together(lambda: is_added(solution)))
     finally:
         handle.remove()
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
-    if not float((found - expected).norm()) <= tolerance * float(expected.norm()):
+    if not fits:
         output.load_state_dict(kept)
         raise _not_added(model)
     remove_layers(model, range(first, first + count))
