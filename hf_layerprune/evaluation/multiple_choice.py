@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.processes import check_same, read_all
@@ -232,21 +233,24 @@ def right_answers(lm_head: ChunkedLMHead, batch: Choices) -> torch.Tensor:
     """Returns 1 for each question that the model answers right, else 0, and NaN for NaN logits.
 
     Returns:
-        `torch.Tensor`: `(questions,)`, float64.
+        `torch.Tensor`: `(questions,)`, see [`sum_dtype`].
     """
     return _right(*log_likelihoods(lm_head, batch), batch)
 
 
 def _right(likelihoods: torch.Tensor, greedy: torch.Tensor, batch: Choices) -> torch.Tensor:
     sizes = [len(lengths) for lengths in batch.lengths]
-    parts = zip(likelihoods.split(sizes), greedy.split(sizes), batch.lengths, batch.answers, strict=True)
-    found = [
-        math.nan
-        if one.isnan().any()
-        else int((one / lengths).argmax()) == answer and (len(one) > 1 or bool(sure))
-        for one, sure, lengths, answer in parts
-    ]
-    return torch.tensor(found, dtype=torch.float64)
+    # All questions at once: the CPU waits for a GPU at each number that it reads.
+    ranked = _by_question(likelihoods / torch.cat(batch.lengths), sizes, -math.inf)
+    right = ranked.argmax(1) == torch.tensor(batch.answers, device=ranked.device)
+    sure = _by_question(greedy, sizes, True).all(1)
+    right &= sure | (torch.tensor(sizes, device=ranked.device) > 1)
+    return torch.where(ranked.isnan().any(1), math.nan, right.to(ranked.dtype))
+
+
+def _by_question(values: torch.Tensor, sizes: list[int], padding: float) -> torch.Tensor:
+    """Returns values of all choices as `(questions, most choices)`."""
+    return pad_sequence(list(values.split(sizes)), batch_first=True, padding_value=padding)
 
 
 def log_likelihoods(lm_head: ChunkedLMHead, batch: Choices) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data.processes import process_count, process_index, read_all, run_together, sum_over_processes
-from ..data.targets import Batch, targets_of
+from ..data.targets import Batch, Positions, targets_of
 from ..errors import LayerPruneError
 from ..evaluation.evaluate import Task
 from ..evaluation.multiple_choice import Choices, MultipleChoice, right_answers
@@ -172,10 +172,11 @@ def loss(context: ScoringContext) -> CriterionResult:
     LLaMA, 2402.02834). The quality is minus the loss."""
 
     def refer(lm_head: ChunkedLMHead, batch: Batch) -> tuple[Any, torch.Tensor]:
-        return None, unit_losses(lm_head, batch)
+        positions = Positions.of(targets_of(batch)[0])
+        return positions, unit_losses(lm_head, batch, positions)
 
     def compare(lm_head: ChunkedLMHead, batch: Batch, reference: Any) -> torch.Tensor:
-        return unit_losses(lm_head, batch)
+        return unit_losses(lm_head, batch, reference)
 
     return CriterionResult.of(_read_without_each(context, refer, compare), quality=True)
 
@@ -191,17 +192,18 @@ def kl(context: ScoringContext) -> CriterionResult:
         teacher = ChunkedLMHead(context.teacher, context.batches[0]["input_ids"])
 
     def refer(lm_head: ChunkedLMHead, batch: Batch) -> tuple[Any, torch.Tensor]:
-        reference = (teacher or lm_head).states(batch)
+        positions = Positions.of(targets_of(batch)[0])
+        reference = positions, positions.select((teacher or lm_head).states(batch))
         if teacher is None:
-            return reference, torch.zeros_like(_count_tokens(batch))
+            return reference, sum_by_unit(positions, torch.zeros_like(positions.rows))
         return reference, compare(lm_head, batch, reference)
 
     def compare(lm_head: ChunkedLMHead, batch: Batch, reference: Any) -> torch.Tensor:
-        mask, _ = targets_of(batch)
-        own = lm_head.rows(lm_head.states(batch)[:, :-1][mask])
-        theirs = (teacher or lm_head).rows(reference[:, :-1][mask])
+        positions, expected = reference
+        own = lm_head.rows(positions.select(lm_head.states(batch)))
+        theirs = (teacher or lm_head).rows(expected)
         divergences = [_kl_at_positions(a, b) for a, b in zip(own, theirs, strict=True)]
-        return sum_by_unit(mask, joined(divergences, mask))
+        return sum_by_unit(positions, joined(divergences, positions))
 
     return CriterionResult.of(_read_without_each(context, refer, compare), quality=teacher is not None)
 
@@ -213,18 +215,17 @@ def hidden_mse(context: ScoringContext) -> CriterionResult:
     places = _predicting_positions if predicts_next_token(context.model) else _without_padding
 
     def tokens(batch: Batch) -> torch.Tensor:
-        mask = places(batch)
-        return sum_by_unit(mask, torch.ones(int(mask.sum()), device=mask.device))
+        return _count_by_unit(places(batch))
 
     def refer(lm_head: ChunkedLMHead, batch: Batch) -> tuple[Any, torch.Tensor]:
-        return lm_head.states(batch), torch.zeros_like(tokens(batch))
+        positions = Positions.of(places(batch))
+        own = positions.select(lm_head.states(batch)).float()
+        return (positions, own), sum_by_unit(positions, torch.zeros_like(positions.rows))
 
     def compare(lm_head: ChunkedLMHead, batch: Batch, reference: Any) -> torch.Tensor:
-        mask = places(batch)
-        length = mask.shape[1]
-        own = reference[:, :length][mask].float()
-        error = (lm_head.states(batch)[:, :length][mask].float() - own).square().sum(-1)
-        return sum_by_unit(mask, error / own.square().sum(-1))
+        positions, own = reference
+        error = (positions.select(lm_head.states(batch)).float() - own).square().sum(-1)
+        return sum_by_unit(positions, error / own.square().sum(-1))
 
     example = context.batches[0]["input_ids"][:1]
     return CriterionResult.of(_leave_out(context, context.batches, Metric(tokens, refer, compare), example))
@@ -394,8 +395,13 @@ def _kl_at_positions(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tens
 
 def _count_tokens(batch: Batch) -> torch.Tensor:
     """Returns how many tokens of each unit count, `(units,)`."""
-    mask, _ = targets_of(batch)
-    return sum_by_unit(mask, torch.ones(int(mask.sum()), device=mask.device))
+    return _count_by_unit(targets_of(batch)[0])
+
+
+def _count_by_unit(mask: torch.Tensor) -> torch.Tensor:
+    """Returns how many positions of each unit are true in a mask."""
+    positions = Positions.of(mask)
+    return sum_by_unit(positions, torch.ones_like(positions.rows))
 
 
 def _predicting_positions(batch: Batch) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 
 from ..data.processes import process_count, read_turn
 from ..errors import LayerPruneError
+from ..forward.attention_masks import masks_made_once
 from ..forward.hooks import can_replay, captured, check_all_ran, replayed
 from ..forward.lm_head import ChunkedLMHead
 from ..surgery.decoder import is_sharded
@@ -187,13 +188,14 @@ def leave_out(
     scores = PerUnitScores(without={layer: [] for layer in cuts})
     lm_head = ChunkedLMHead(stack.base, example)
     alive, kept = sorted(cuts), stack.lineage.kept
-    replay = can_replay(stack, example[:, :8], max(cuts))
+    with masks_made_once(stack.base):
+        replay = can_replay(stack, example[:, :8], max(cuts))
     if not replay:
         logger.info("Layers of this model hand on more than their outputs: each score takes a full pass.")
     in_step = is_sharded(stack.base)
 
-    def read(number: int, batch: Any) -> tuple[list[float], dict[int, list[float]]]:
-        """Returns the sums of the whole model, and without each candidate that is left."""
+    def sums_of(number: int, batch: Any) -> list[torch.Tensor]:
+        """Returns each unit's sum of the whole model, and without each candidate that is left."""
         known = prefix_cache.known(number, kept)[: max(cuts)] if prefix_cache and replay else []
         with replayed(stack, known), captured(stack, range(max(alive))) as states:
             reference, whole = metric.refer(lm_head, batch)
@@ -206,9 +208,13 @@ def leave_out(
             with cuts[layer], replayed(stack, outputs[: layer if replay else 0]):
                 sums.append(metric.compare(lm_head, batch, reference))
             tick(min(process_count(), len(batches) - number))
-        # In one transfer: each makes a GPU wait.
-        values, *without = torch.stack(sums).tolist()
-        return values, dict(zip(alive, without, strict=True))
+        return sums
+
+    def read(number: int, batch: Any) -> tuple[list[float], dict[int, list[float]]]:
+        """Returns these sums as plain values, in one transfer: the CPU waits for a GPU at each."""
+        with masks_made_once(stack.base):
+            whole, *without = torch.stack(sums_of(number, batch)).tolist()
+        return whole, dict(zip(alive, without, strict=True))
 
     results: list[tuple[list[float], dict[int, list[float]]]] = []  # of this turn, not yet looked at
 
