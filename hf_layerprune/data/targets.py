@@ -1,6 +1,7 @@
 """Which positions of a batch predict a token that counts."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -52,6 +53,30 @@ def targets_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     labels = batch.get("labels")
     mask = token_mask(batch["input_ids"], labels, batch.get("attention_mask"))
     return mask, batch["input_ids"] if labels is None else labels
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The positions of a batch that count, looked up once: the CPU waits for a GPU to find them.
+
+    Args:
+        rows, places (`torch.Tensor`): `(positions,)`, row and place of each.
+        shape (`torch.Size`): of the mask, `(batch, places)`.
+    """
+
+    rows: torch.Tensor
+    places: torch.Tensor
+    shape: torch.Size
+
+    @classmethod
+    def of(cls, mask: torch.Tensor) -> "Positions":
+        """Returns the positions that are true in a mask `(batch, places)`."""
+        rows, places = mask.nonzero(as_tuple=True)
+        return cls(rows, places, mask.shape)
+
+    def select(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns the values `(batch, places or more, ...)` at these positions, `(positions, ...)`."""
+        return values[self.rows, self.places]
 
 
 def check_token_labels(batches: Iterable[Batch]) -> None:

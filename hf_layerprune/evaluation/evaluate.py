@@ -5,18 +5,20 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.batches import make_batches, model_columns
+from ..data.processes import check_same_batches, read_all
 from ..data.sequences import context_length
 from ..data.targets import Batch, check_token_labels, targets_of
 from ..errors import LayerPruneError
 from ..forward.hooks import undisturbed
 from ..forward.lm_head import ChunkedLMHead, unit_losses
-from ..surgery.decoder import check_next_token
+from ..surgery.decoder import check_next_token, is_sharded
 from ..surgery.lineage import get_lineage
 from ..surgery.peft import base_of
 from .comparison import mean_and_error, task_scores
@@ -82,6 +84,9 @@ def evaluate_text(
 ) -> dict[str, Any]:
     """Returns the perplexity of `model` on text, and how fast it reads.
 
+    In a distributed run all processes must call this, with the same model and batches. Each reads a part of
+    the batches, and all get the same result.
+
     Args:
         model (`PreTrainedModel`): a causal language model; it is not changed.
         batches: `input_ids` `(batch, length)`, where needed `attention_mask`, `labels`. Or another form that
@@ -103,22 +108,29 @@ def evaluate_text(
         LayerPruneError: no token has a label.
     """
     check_next_token(base_of(model), "evaluate_text")
-    total, tokens, size, speeds = 0.0, 0, 0, []
-    lm_head: ChunkedLMHead | None = None
     batches = _as_batches(model, batches, tokenizer)
+    lm_head: ChunkedLMHead | None = None
+
+    def read(number: int, batch: Batch) -> tuple[float, int, int, float]:
+        """Returns the loss, its tokens, their bytes as text, and the speed of reading."""
+        nonlocal lm_head
+        on_device = {name: value.to(model.device) for name, value in batch.items()}
+        lm_head = lm_head or ChunkedLMHead(model, on_device["input_ids"])
+        began = time.perf_counter()
+        mask, targets = targets_of(on_device)
+        loss, count = float(unit_losses(lm_head, on_device).sum()), int(mask.sum())
+        speed = batch["input_ids"].numel() / (time.perf_counter() - began)
+        size = 0
+        if tokenizer is not None:
+            rows = (row[wanted].tolist() for row, wanted in zip(targets[:, 1:], mask, strict=True))
+            texts = (str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows)
+            size = sum(len(text.encode()) for text in texts)
+        return loss, count, size, speed
+
     with undisturbed(model), output_dtypes(model) as dtypes:
-        for batch in batches:
-            on_device = {name: value.to(model.device) for name, value in batch.items()}
-            lm_head = lm_head or ChunkedLMHead(model, on_device["input_ids"])
-            began = time.perf_counter()
-            mask, targets = targets_of(on_device)
-            loss, count = float(unit_losses(lm_head, on_device).sum()), int(mask.sum())
-            speeds.append(batch["input_ids"].numel() / (time.perf_counter() - began))
-            total, tokens = total + loss, tokens + count
-            if tokenizer is not None:
-                rows = (row[wanted].tolist() for row, wanted in zip(targets[:, 1:], mask, strict=True))
-                texts = (str(tokenizer.decode(row, skip_special_tokens=True)) for row in rows)
-                size += sum(len(text.encode()) for text in texts)
+        results = list(read_all(batches, read, is_sharded(model)))
+    total, tokens, size = (sum(result[i] for result in results) for i in range(3))
+    speeds = [speed for *_, speed in results]
     if not tokens:
         raise LayerPruneError(
             "There is no token to predict in the evaluation text. Give text of two tokens or more."
@@ -138,6 +150,7 @@ def _as_batches(model: PreTrainedModel, data: Any, tokenizer: Any) -> list[Batch
     columns = model_columns(base_of(model))
     batches = make_batches(data, tokenizer=tokenizer, sequence_length=length, columns=columns)
     check_token_labels(batches)
+    check_same_batches(batches)
     return batches
 
 
@@ -195,25 +208,30 @@ def copying(model: PreTrainedModel, batches: Iterable[Batch], given: int = 8) ->
     """
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     check_next_token(base_of(model), "copying")
-    copied: list[float] = []
-    correct: list[float] = []
+    batches = list(batches)
+    check_same_batches(batches)
+
+    def read(number: int, batch: Batch) -> tuple[list[float], list[float]]:
+        """Returns for each passage the share that is repeated before the first mistake, and the accuracy."""
+        ids = _without_padding(batch, given).to(model.device)
+        if not len(ids):
+            return [], []
+        length = ids.shape[1] if longest is None else min(ids.shape[1], longest // 2)
+        if length <= given:
+            raise LayerPruneError(
+                f"A passage of {length} tokens is too short to copy: {given} are given. Use longer ones."
+            )
+        twice = torch.cat([ids[:, :length], ids[:, :length]], 1)
+        lm_head = ChunkedLMHead(model, twice)
+        states = lm_head.states({"input_ids": twice})[:, length + given - 1 : -1]
+        predicted = torch.cat([logits.argmax(-1) for logits in lm_head.rows(states.flatten(0, 1))])
+        right = (predicted.view(len(ids), -1) == twice[:, length + given :]).cpu()
+        return right.long().cumprod(1).double().mean(1).tolist(), right.double().mean(1).tolist()
+
     with undisturbed(model):
-        for batch in batches:
-            ids = _without_padding(batch, given).to(model.device)
-            if not len(ids):
-                continue
-            length = ids.shape[1] if longest is None else min(ids.shape[1], longest // 2)
-            if length <= given:
-                raise LayerPruneError(
-                    f"A passage of {length} tokens is too short to copy: {given} are given. Use longer ones."
-                )
-            twice = torch.cat([ids[:, :length], ids[:, :length]], 1)
-            lm_head = ChunkedLMHead(model, twice)
-            states = lm_head.states({"input_ids": twice})[:, length + given - 1 : -1]
-            predicted = torch.cat([logits.argmax(-1) for logits in lm_head.rows(states.flatten(0, 1))])
-            right = predicted.view(len(ids), -1) == twice[:, length + given :]
-            copied += right.long().cumprod(1).cpu().double().mean(1).tolist()
-            correct += right.cpu().double().mean(1).tolist()
+        results = list(read_all(batches, read, is_sharded(model)))
+    copied = [share for shares, _ in results for share in shares]
+    correct = [accuracy for _, accuracies in results for accuracy in accuracies]
     if not copied:
         raise LayerPruneError("There is no passage to copy. Give at least one row of tokens.")
     mean, error = mean_and_error(copied)
@@ -277,15 +295,18 @@ def next_token_metric(metric: Any, batches: Sequence[Batch]) -> Task:
     """
 
     def score(model: PreTrainedModel) -> float:
-        predictions: list[int] = []
-        references: list[int] = []
-        for batch in batches:
-            mask, tokens = targets_of(batch)
-            inputs = {name: value for name, value in batch.items() if name != "labels"}
-            best = model(**inputs, use_cache=False).logits[:, :-1].argmax(-1)
-            predictions += best[mask].tolist()
-            references += tokens[:, 1:][mask].tolist()
+        results = list(read_all(batches, partial(_predict, model), is_sharded(model)))
+        predictions = [token for predicted, _ in results for token in predicted]
+        references = [token for _, followed in results for token in followed]
         result: Mapping[str, float] = metric.compute(predictions=predictions, references=references)
         return next(iter(result.values()))
 
     return score
+
+
+def _predict(model: PreTrainedModel, number: int, batch: Batch) -> tuple[list[int], list[int]]:
+    """Returns the likeliest and the true next token at each position that counts."""
+    mask, tokens = targets_of(batch)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    best = model(**inputs, use_cache=False).logits[:, :-1].argmax(-1)
+    return best[mask].tolist(), tokens[:, 1:][mask].tolist()

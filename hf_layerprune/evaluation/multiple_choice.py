@@ -6,14 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.processes import check_same, read_all
 from ..data.sequences import context_length
 from ..data.targets import Batch
 from ..errors import LayerPruneError
 from ..forward.lm_head import ChunkedLMHead
 from ..forward.token_losses import sum_dtype
-from ..surgery.decoder import text_config
+from ..surgery.decoder import is_sharded, text_config
 from ..surgery.peft import base_of
 
 
@@ -143,28 +145,50 @@ class MultipleChoice:
 
     def __call__(self, model: PreTrainedModel) -> float:
         """Returns the share of right answers."""
-        self.check_length(model)
+        self._check(model)
         with torch.no_grad():
             lm_head = ChunkedLMHead(model, self.example(model))
-            return torch.cat([right_answers(lm_head, batch) for batch in self.batches(lm_head)]).mean().item()
+
+            def read(number: int, batch: Choices) -> list[float]:
+                return right_answers(lm_head, batch).tolist()
+
+            results = read_all(self.batches(lm_head), read, is_sharded(model))
+            return (
+                torch.tensor([one for right in results for one in right], dtype=torch.float64).mean().item()
+            )
 
     def read(self, model: PreTrainedModel) -> list[Answer]:
         """Returns the answers of a model, in the order of the questions."""
-        found: dict[int, Answer] = {}
-        self.check_length(model)
+        self._check(model)
         with torch.no_grad():
             lm_head = ChunkedLMHead(model, self.example(model))
             packed = _can_pack(lm_head, self.encoded[-1])
-            for questions in self._groups(packed, model):
+
+            def read(number: int, questions: list[_Encoded]) -> dict[int, Answer]:
                 batch = (_packed if packed else _in_rows)(questions, model)
                 counts = torch.bincount(batch.owners).cpu()
                 sizes = [len(lengths) for lengths in batch.lengths]
                 likelihoods, greedy = log_likelihoods(lm_head, batch)
                 right = _right(likelihoods, greedy, batch).tolist()
                 perplexities = (-likelihoods.cpu() / counts).exp().split(sizes)
-                for question, one, few in zip(questions, right, perplexities, strict=True):
-                    found[question.number] = Answer(one == 1, few.tolist())
+                return {
+                    question.number: Answer(one == 1, few.tolist())
+                    for question, one, few in zip(questions, right, perplexities, strict=True)
+                }
+
+            groups = list(self._groups(packed, model))
+            results = list(read_all(groups, read, is_sharded(model)))
+        found = {number: answer for result in results for number, answer in result.items()}
         return [found[number] for number in sorted(found)]
+
+    def _check(self, model: PreTrainedModel) -> None:
+        """Checks that all processes ask the same questions, and that they fit into the context of `model`.
+
+        Raises:
+            LayerPruneError: they do not.
+        """
+        check_same((self.batch_tokens, self.encoded), "The questions")
+        self.check_length(model)
 
     def check_length(self, model: PreTrainedModel) -> None:
         """Checks that the longest question fits into the context of `model`.
@@ -209,21 +233,24 @@ def right_answers(lm_head: ChunkedLMHead, batch: Choices) -> torch.Tensor:
     """Returns 1 for each question that the model answers right, else 0, and NaN for NaN logits.
 
     Returns:
-        `torch.Tensor`: `(questions,)`, float64.
+        `torch.Tensor`: `(questions,)`, see [`sum_dtype`].
     """
     return _right(*log_likelihoods(lm_head, batch), batch)
 
 
 def _right(likelihoods: torch.Tensor, greedy: torch.Tensor, batch: Choices) -> torch.Tensor:
     sizes = [len(lengths) for lengths in batch.lengths]
-    parts = zip(likelihoods.split(sizes), greedy.split(sizes), batch.lengths, batch.answers, strict=True)
-    found = [
-        math.nan
-        if one.isnan().any()
-        else int((one / lengths).argmax()) == answer and (len(one) > 1 or bool(sure))
-        for one, sure, lengths, answer in parts
-    ]
-    return torch.tensor(found, dtype=torch.float64)
+    # All questions at once: the CPU waits for a GPU at each number that it reads.
+    ranked = _by_question(likelihoods / torch.cat(batch.lengths), sizes, -math.inf)
+    right = ranked.argmax(1) == torch.tensor(batch.answers, device=ranked.device)
+    sure = _by_question(greedy, sizes, True).all(1)
+    right &= sure | (torch.tensor(sizes, device=ranked.device) > 1)
+    return torch.where(ranked.isnan().any(1), math.nan, right.to(ranked.dtype))
+
+
+def _by_question(values: torch.Tensor, sizes: list[int], padding: float) -> torch.Tensor:
+    """Returns values of all choices as `(questions, most choices)`."""
+    return pad_sequence(list(values.split(sizes)), batch_first=True, padding_value=padding)
 
 
 def log_likelihoods(lm_head: ChunkedLMHead, batch: Choices) -> tuple[torch.Tensor, torch.Tensor]:

@@ -120,15 +120,17 @@ def can_replay(model: Any, input_ids: torch.Tensor, deepest: int) -> bool:
         expected = compared_output(stack.model, input_ids)
     check_all_ran(states, range(deepest))
     outputs = [states[layer][1] for layer in range(deepest)]
+    same: list[torch.Tensor] = []
     for count in range(1, deepest + 1):
         with replayed(stack, outputs[:count]):
             try:
                 output = compared_output(stack.model, input_ids)
             except Exception:  # a layer missed what an earlier one should have left for it
                 return False
-        if not torch.allclose(output, expected, rtol=0, atol=0, equal_nan=True):
+        if output.shape != expected.shape:
             return False
-    return True
+        same.append(((output == expected) | (output.isnan() & expected.isnan())).all())
+    return not same or bool(torch.stack(same).all())  # read once: the CPU waits for a GPU each time
 
 
 def hidden(output: Any) -> torch.Tensor:

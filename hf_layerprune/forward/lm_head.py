@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..data.targets import Batch, targets_of
+from ..data.targets import Batch, Positions, targets_of
 from ..errors import LayerPruneError
 from ..surgery.decoder import describe_class, is_sharded, predicts_next_token, text_config
 from ..surgery.peft import base_of
@@ -229,14 +229,19 @@ class _StandingStill:
         return None
 
 
-def unit_losses(lm_head: ChunkedLMHead, batch: Batch) -> torch.Tensor:
-    """Returns the next-token loss of each [`UNIT`] of the batch, in nats, `(units,)`, see [`sum_dtype`]."""
+def unit_losses(lm_head: ChunkedLMHead, batch: Batch, positions: Positions | None = None) -> torch.Tensor:
+    """Returns the next-token loss of each [`UNIT`] of the batch, in nats, `(units,)`, see [`sum_dtype`].
+
+    Args:
+        positions ([`Positions`], *optional*): those of the batch that count, where they are known.
+    """
     mask, tokens = targets_of(batch)
-    logits = lm_head.rows(lm_head.states(batch)[:, :-1][mask])
-    targets = tokens[:, 1:][mask].split(lm_head.rows_at_once)
+    positions = positions or Positions.of(mask)
+    logits = lm_head.rows(positions.select(lm_head.states(batch)))
+    targets = positions.select(tokens[:, 1:]).split(lm_head.rows_at_once)
     # Without positions there is one empty part of targets, and none of logits.
     losses = [
         F.cross_entropy(rows.float(), tokens_after.long(), reduction="none").to(sum_dtype(mask.device))
         for rows, tokens_after in zip(logits, targets, strict=bool(len(targets[0])))
     ]
-    return sum_by_unit(mask, joined(losses, mask))
+    return sum_by_unit(positions, joined(losses, positions))

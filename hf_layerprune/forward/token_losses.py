@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from ..data.targets import Positions
+
 
 UNIT = 64  # tokens of a sequence whose sum is one observation, for standard errors and racing
 LOWEST = -1e4
@@ -24,17 +26,20 @@ def float64_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
 
 
-def sum_by_unit(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Returns the sum over each unit of the values at the positions in `mask` `(batch, places)`."""
-    units = -(-mask.shape[1] // UNIT)
-    row, place = mask.nonzero(as_tuple=True)
-    sums = torch.zeros(len(mask) * units, dtype=sum_dtype(mask.device), device=mask.device)
-    return sums.index_add_(0, row * units + place // UNIT, values.to(sums.dtype))
+def sum_by_unit(positions: Positions, values: torch.Tensor) -> torch.Tensor:
+    """Returns the sum over each unit of the values at these positions."""
+    rows, length = positions.shape
+    units = -(-length // UNIT)
+    device = positions.rows.device
+    sums = torch.zeros(rows * units, dtype=sum_dtype(device), device=device)
+    unit = positions.rows * units + positions.places // UNIT
+    return sums.index_add_(0, unit, values.to(sums.dtype))
 
 
-def joined(parts: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+def joined(parts: list[torch.Tensor], positions: Positions) -> torch.Tensor:
     """Returns the values of all parts; there may be none."""
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=sum_dtype(mask.device), device=mask.device)
+    device = positions.rows.device
+    return torch.cat(parts) if parts else torch.zeros(0, dtype=sum_dtype(device), device=device)
 
 
 def logit_spread(logits: torch.Tensor) -> float:

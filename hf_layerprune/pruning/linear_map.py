@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..data.batches import iterate_batches
+from ..data.processes import process_count, process_index, run_together, sum_over_processes
 from ..data.targets import Batch, token_mask
 from ..errors import LayerPruneError
 from ..forward.hooks import captured, hidden, undisturbed
@@ -32,7 +33,8 @@ def replace_by_linear_map(
     Args:
         model (`PreTrainedModel`): a causal language model.
         first, count (`int`): the first layer of the block, at least 1, and the number of its layers.
-        batches (iterable of dict): calibration text, read batch by batch. Only sums are kept.
+        batches (iterable of dict): calibration text, read batch by batch. Only sums are kept. Each of
+            several processes reads a part, and all must get the same batches.
         ridge (`float`, *optional*): how strongly the map is drawn to the identity, as a share of the mean
             square of the inputs. Default: the value in `RIDGES` with which the map fitted on either half of
             the text has the least error on the other half. On little text a map without ridge is worse than
@@ -60,29 +62,46 @@ def replace_by_linear_map(
     grams, crosses = torch.zeros((2, 2, width, width), dtype=torch.float64, device=device)  # of each half
     part_outputs: list[torch.Tensor] = []
     handle = part.register_forward_hook(lambda module, args, found: part_outputs.append(hidden(found)))
-    batch: Batch = {}
+    last: list[tuple[Batch, torch.Tensor, torch.Tensor]] = []  # of this process: batch, inputs and rest
+
+    def add_products() -> int:
+        """Adds the products of this process's batches. Returns the number of all batches."""
+        number = -1
+        for number, batch in enumerate(iterate_batches(batches)):
+            if number % process_count() != process_index():
+                continue
+            inputs, rest, targets = _around(model, batch, first, count, part_outputs)
+            halves = inputs.tensor_split(2), (targets - rest - inputs).tensor_split(2)
+            for half, (some_inputs, missing) in enumerate(zip(*halves, strict=True)):
+                grams[half] += some_inputs.T @ some_inputs
+                crosses[half] += some_inputs.T @ missing
+            last[:] = [(batch, inputs, rest)]
+        return number + 1
+
+    def is_added(solution: torch.Tensor) -> bool:
+        """Returns whether the output of the layer with the map is as predicted, on the last batch."""
+        for batch, inputs, rest in last:
+            expected = rest + inputs @ solution
+            inputs, rest, _ = _around(model, batch, first, count, part_outputs)
+            tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
+            if not float((inputs + rest - expected).norm()) <= tolerance * float(expected.norm()):
+                return False
+        return True
+
     try:
         with undisturbed(model):
-            for batch in iterate_batches(batches):
-                inputs, rest, targets = _around(model, batch, first, count, part_outputs)
-                halves = inputs.tensor_split(2), (targets - rest - inputs).tensor_split(2)
-                for half, (some_inputs, missing) in enumerate(zip(*halves, strict=True)):
-                    grams[half] += some_inputs.T @ some_inputs
-                    crosses[half] += some_inputs.T @ missing
-            if not batch:
+            if not max(run_together(add_products)):
                 raise LayerPruneError("There are no calibration batches to fit a linear map on.")
+            sum_over_processes((grams, crosses))
             size = best_ridge(grams, crosses) if ridge is None else ridge
             solution = least_squares(grams.sum(0), crosses.sum(0), size)
             solution.diagonal().add_(1)
             before = {name: value.clone() for name, value in output.state_dict().items()}
             _multiply(output, solution)
-            expected = rest + inputs @ solution
-            inputs, rest, _ = _around(model, batch, first, count, part_outputs)
-            found = inputs + rest
+            fits = all(run_together(lambda: is_added(solution)))
     finally:
         handle.remove()
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.05
-    if not float((found - expected).norm()) <= tolerance * float(expected.norm()):
+    if not fits:
         output.load_state_dict(before)
         raise _not_added(model)
     stack.remove(block)

@@ -2,9 +2,9 @@
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 from ..data.targets import Batch
@@ -13,6 +13,7 @@ from ..scoring.criteria import find_criterion
 from ..scoring.leave_one_out import PrefixCache
 from ..scoring.score import reads_text
 from ..scoring.table import ScoreTable
+from ..surgery.decoder import is_sharded
 from ..surgery.lineage import get_lineage
 from .arguments import PruningArguments
 from .compatibility import drop_removed_parameters
@@ -30,8 +31,10 @@ from .reconstruction import PhaseReconstruction
 from .recorder import Recorder
 from .recovery import Recovery
 from .schedule import PhaseSchedule
-from .shared_journal import shared_journal
 from .termination import Termination
+
+
+JOURNAL_NAME = "scoring.jsonl"  # the scores so far, while a phase begins
 
 
 @dataclass
@@ -151,8 +154,10 @@ class PruningRun:
         is_first: bool,
     ) -> ScoreTable:
         """Scores the layers. The first scoring of a phase comes right after a checkpoint."""
-        with self.termination.immediate(is_first), shared_journal(args, model) as journal:
-            table = score_present(
+        # A journal is named by samples of whole weights, which no process has of a sharded model.
+        journal = None if is_sharded(model) else Path(str(args.output_dir)) / JOURNAL_NAME
+        with self.termination.immediate(is_first):
+            return score_present(
                 model,
                 self.batches,
                 self.inputs.args.criterion,
@@ -164,8 +169,6 @@ class PruningRun:
                 progress=not args.disable_tqdm and state.is_local_process_zero,
                 **scoring_settings(self.inputs.args),
             )
-        [table] = broadcast_object_list([table])  # of one process, as all must remove the same
-        return table
 
     def _is_below_floor(self, quality: float | None, state: TrainerState) -> bool:
         floor = self.inputs.args.quality_floor

@@ -11,17 +11,19 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data.targets import Batch, targets_of
+from ..data.processes import process_count, process_index, read_all, run_together, sum_over_processes
+from ..data.targets import Batch, Positions, targets_of
 from ..errors import LayerPruneError
 from ..evaluation.evaluate import Task
 from ..evaluation.multiple_choice import Choices, MultipleChoice, right_answers
 from ..forward.hooks import captured, check_all_ran, hidden
 from ..forward.lm_head import ChunkedLMHead, unit_losses
 from ..forward.token_losses import cross_entropy, joined, scaled_logits, sum_by_unit, sum_dtype
-from ..surgery.decoder import predicts_next_token, text_config
+from ..surgery.decoder import is_sharded, predicts_next_token, text_config
 from ..surgery.layer_stack import LayerStack
 from .journal import Journal
 from .leave_one_out import Cuts, Metric, PerUnitScores, PrefixCache, leave_out
@@ -170,10 +172,11 @@ def loss(context: ScoringContext) -> CriterionResult:
     LLaMA, 2402.02834). The quality is minus the loss."""
 
     def refer(lm_head: ChunkedLMHead, batch: Batch) -> tuple[Any, torch.Tensor]:
-        return None, unit_losses(lm_head, batch)
+        positions = Positions.of(targets_of(batch)[0])
+        return positions, unit_losses(lm_head, batch, positions)
 
     def compare(lm_head: ChunkedLMHead, batch: Batch, reference: Any) -> torch.Tensor:
-        return unit_losses(lm_head, batch)
+        return unit_losses(lm_head, batch, reference)
 
     return CriterionResult.of(_read_without_each(context, refer, compare), quality=True)
 
@@ -189,17 +192,18 @@ def kl(context: ScoringContext) -> CriterionResult:
         teacher = ChunkedLMHead(context.teacher, context.batches[0]["input_ids"])
 
     def refer(lm_head: ChunkedLMHead, batch: Batch) -> tuple[Any, torch.Tensor]:
-        reference = (teacher or lm_head).states(batch)
+        positions = Positions.of(targets_of(batch)[0])
+        reference = positions, positions.select((teacher or lm_head).states(batch))
         if teacher is None:
-            return reference, torch.zeros_like(_count_tokens(batch))
+            return reference, sum_by_unit(positions, torch.zeros_like(positions.rows))
         return reference, compare(lm_head, batch, reference)
 
     def compare(lm_head: ChunkedLMHead, batch: Batch, reference: Any) -> torch.Tensor:
-        mask, _ = targets_of(batch)
-        own = lm_head.rows(lm_head.states(batch)[:, :-1][mask])
-        theirs = (teacher or lm_head).rows(reference[:, :-1][mask])
+        positions, expected = reference
+        own = lm_head.rows(positions.select(lm_head.states(batch)))
+        theirs = (teacher or lm_head).rows(expected)
         divergences = [_kl_at_positions(a, b) for a, b in zip(own, theirs, strict=True)]
-        return sum_by_unit(mask, joined(divergences, mask))
+        return sum_by_unit(positions, joined(divergences, positions))
 
     return CriterionResult.of(_read_without_each(context, refer, compare), quality=teacher is not None)
 
@@ -211,18 +215,17 @@ def hidden_mse(context: ScoringContext) -> CriterionResult:
     places = _predicting_positions if predicts_next_token(context.model) else _without_padding
 
     def tokens(batch: Batch) -> torch.Tensor:
-        mask = places(batch)
-        return sum_by_unit(mask, torch.ones(int(mask.sum()), device=mask.device))
+        return _count_by_unit(places(batch))
 
     def refer(lm_head: ChunkedLMHead, batch: Batch) -> tuple[Any, torch.Tensor]:
-        return lm_head.states(batch), torch.zeros_like(tokens(batch))
+        positions = Positions.of(places(batch))
+        own = positions.select(lm_head.states(batch)).float()
+        return (positions, own), sum_by_unit(positions, torch.zeros_like(positions.rows))
 
     def compare(lm_head: ChunkedLMHead, batch: Batch, reference: Any) -> torch.Tensor:
-        mask = places(batch)
-        length = mask.shape[1]
-        own = reference[:, :length][mask].float()
-        error = (lm_head.states(batch)[:, :length][mask].float() - own).square().sum(-1)
-        return sum_by_unit(mask, error / own.square().sum(-1))
+        positions, own = reference
+        error = (positions.select(lm_head.states(batch)).float() - own).square().sum(-1)
+        return sum_by_unit(positions, error / own.square().sum(-1))
 
     example = context.batches[0]["input_ids"][:1]
     return CriterionResult.of(_leave_out(context, context.batches, Metric(tokens, refer, compare), example))
@@ -232,43 +235,60 @@ def taylor(context: ScoringContext) -> CriterionResult:
     """First-order estimate of the change of the loss without the layers' weights: the sum of `|gradient x
     weight|` over them, the gradient that of the mean loss (Shortened LLaMA, 2402.02834, section 3.1)."""
     model, layers = context.model, context.stack.layers
+    if is_sharded(model):
+        raise LayerPruneError(
+            "criterion='taylor' needs the gradients of whole weights, but the weights are sharded over "
+            "processes. Score layers before the model is sharded, or choose criterion='loss'."
+        )
     wanted = {i for layer in context.cuts for i in range(layer, layer + context.block)}
     parameters = {i: list(layers[i].parameters()) for i in sorted(wanted)}
     flat = [parameter for layer in parameters.values() for parameter in layer]
     flags = [parameter.requires_grad for parameter in model.parameters()]
     gradients = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in flat]
-    tokens = 0
     try:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for parameter in flat:
             parameter.requires_grad_(True)
-        for batch in context.batches:
-            with torch.enable_grad():
-                mask, targets = targets_of(batch)
-                inputs = {name: value for name, value in batch.items() if name != "labels"}
-                logits = model(**inputs, use_cache=False).logits
-                total = cross_entropy(logits[:, :-1][mask], targets[:, 1:][mask])
-            tokens += int(mask.sum())
-            batch_gradients = torch.autograd.grad(total, flat, allow_unused=True)
-            for gradient, batch_gradient in zip(gradients, batch_gradients, strict=True):
-                if batch_gradient is not None:
-                    gradient += batch_gradient
-            for _ in context.cuts:
-                context.bar.update()
+        tokens = sum(run_together(lambda: _add_gradients(context, flat, gradients)))
     finally:
         for parameter, flag in zip(model.parameters(), flags, strict=True):
             parameter.requires_grad_(flag)
+    sum_over_processes(gradients)
     if not tokens:
         raise LayerPruneError("No token of the calibration counts: all are masked or labelled -100.")
-    importance = iter(
-        (g / tokens * p.detach()).abs().sum(dtype=sum_dtype(g.device)).item()
+    sums = [
+        (g / tokens * p.detach()).abs().sum(dtype=sum_dtype(g.device))
         for g, p in zip(gradients, flat, strict=True)
-    )
+    ]
+    importance = iter(torch.stack([one.to(model.device) for one in sums]).tolist())
     by_layer = {i: sum(next(importance) for _ in layer) for i, layer in parameters.items()}
     return CriterionResult(
         {layer: sum(by_layer[layer + i] for i in range(context.block)) for layer in context.cuts}
     )
+
+
+def _add_gradients(
+    context: ScoringContext, parameters: list[nn.Parameter], gradients: list[torch.Tensor]
+) -> int:
+    """Adds the gradients of the loss, summed over the tokens of this process's batches. Returns how many
+    tokens these are."""
+    tokens = 0
+    batches = context.batches[process_index() :: process_count()]
+    for number, batch in enumerate(batches):
+        with torch.enable_grad():
+            mask, targets = targets_of(batch)
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            logits = context.model(**inputs, use_cache=False).logits
+            total = cross_entropy(logits[:, :-1][mask], targets[:, 1:][mask])
+        tokens += int(mask.sum())
+        batch_gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+        for gradient, batch_gradient in zip(gradients, batch_gradients, strict=True):
+            if batch_gradient is not None:
+                gradient += batch_gradient
+        read = min(process_count(), len(context.batches) - number * process_count())
+        context.bar.update(read * len(context.cuts))
+    return tokens
 
 
 def task(context: ScoringContext) -> CriterionResult:
@@ -375,8 +395,13 @@ def _kl_at_positions(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tens
 
 def _count_tokens(batch: Batch) -> torch.Tensor:
     """Returns how many tokens of each unit count, `(units,)`."""
-    mask, _ = targets_of(batch)
-    return sum_by_unit(mask, torch.ones(int(mask.sum()), device=mask.device))
+    return _count_by_unit(targets_of(batch)[0])
+
+
+def _count_by_unit(mask: torch.Tensor) -> torch.Tensor:
+    """Returns how many positions of each unit are true in a mask."""
+    positions = Positions.of(mask)
+    return sum_by_unit(positions, torch.ones_like(positions.rows))
 
 
 def _predicting_positions(batch: Batch) -> torch.Tensor:
@@ -420,19 +445,26 @@ def _compare_states(
     per_unit = PerUnitScores(without={layer: [] for layer in context.cuts})
     ends = {end for layer in context.cuts for end in (layer, layer + context.block - 1)}
     lm_head = ChunkedLMHead(context.model, context.batches[0]["input_ids"])
-    for batch in context.batches:
+
+    def read(number: int, batch: Batch) -> list[list[float]]:
+        """Returns how many tokens of each unit count, and the distances of each candidate."""
         with captured(context.stack, ends) as states:
             lm_head.states(batch)
         check_all_ran(states, ends)
         real = _without_padding(batch)
-        counts = tokens(real).float().tolist()
-        per_unit.tokens += counts
-        per_unit.whole += [0.0] * len(counts)
-        for layer, sums in per_unit.without.items():
+        rows = [tokens(real)]
+        for layer in context.cuts:
             before = _by_position(states[layer][0], real)
             after = _by_position(hidden(states[layer + context.block - 1][1]), real)
-            sums += distance(before, after, real).tolist()
-            context.bar.update()
+            rows.append(distance(before, after, real))
+            context.bar.update(min(process_count(), len(context.batches) - number))
+        return torch.stack([row.float() for row in rows]).tolist()
+
+    for counts, *distances in read_all(context.batches, read, is_sharded(context.model)):
+        per_unit.tokens += counts
+        per_unit.whole += [0.0] * len(counts)
+        for sums, values in zip(per_unit.without.values(), distances, strict=True):
+            sums += values
     return CriterionResult.of(per_unit)
 
 

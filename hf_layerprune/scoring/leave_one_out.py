@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 
+from ..data.processes import process_count, read_turn
 from ..errors import LayerPruneError
+from ..forward.attention_masks import masks_made_once
 from ..forward.hooks import can_replay, captured, check_all_ran, replayed
 from ..forward.lm_head import ChunkedLMHead
+from ..surgery.decoder import is_sharded
 from ..surgery.layer_stack import LayerCut, LayerStack
 from .journal import Journal
 
@@ -165,7 +168,7 @@ def leave_out(
     The layers before the missing one return what they returned in the whole model: the same numbers as one
     full pass for each candidate, to the bit, in about half the time. Where layers hand on more than their
     outputs (Gemma's shared keys and values), each candidate gets its full pass. A candidate without which a
-    sum is not finite is dropped.
+    sum is not finite is dropped. Several processes share the batches, and all return the same.
 
     Args:
         stack ([`LayerStack`]): the layers of a model in eval mode, without gradients.
@@ -185,40 +188,58 @@ def leave_out(
     scores = PerUnitScores(without={layer: [] for layer in cuts})
     lm_head = ChunkedLMHead(stack.base, example)
     alive, kept = sorted(cuts), stack.lineage.kept
-    replay = can_replay(stack, example[:, :8], max(cuts))
+    with masks_made_once(stack.base):
+        replay = can_replay(stack, example[:, :8], max(cuts))
     if not replay:
         logger.info("Layers of this model hand on more than their outputs: each score takes a full pass.")
+    in_step = is_sharded(stack.base)
 
-    def read(number: int, batch: Any) -> list[list[float]]:
-        """Returns the sums of the whole model, and without each candidate that is left."""
+    def sums_of(number: int, batch: Any) -> list[torch.Tensor]:
+        """Returns each unit's sum of the whole model, and without each candidate that is left."""
         known = prefix_cache.known(number, kept)[: max(cuts)] if prefix_cache and replay else []
         with replayed(stack, known), captured(stack, range(max(alive))) as states:
-            reference, sums = metric.refer(lm_head, batch)
+            reference, whole = metric.refer(lm_head, batch)
         check_all_ran(states, range(max(alive)))
         outputs = [states[layer][1] for layer in range(max(alive))]
         if prefix_cache and replay:
             prefix_cache.keep(number, kept, outputs)
-        all_sums = [sums.tolist()]
+        sums = [whole]
         for layer in alive:
             with cuts[layer], replayed(stack, outputs[: layer if replay else 0]):
-                all_sums.append(metric.compare(lm_head, batch, reference).tolist())
-            tick(1)
-        return all_sums
+                sums.append(metric.compare(lm_head, batch, reference))
+            tick(min(process_count(), len(batches) - number))
+        return sums
 
-    units = sum(len(metric.tokens(batch)) for batch in batches)
+    def read(number: int, batch: Any) -> tuple[list[float], dict[int, list[float]]]:
+        """Returns these sums as plain values, in one transfer: the CPU waits for a GPU at each."""
+        with masks_made_once(stack.base):
+            whole, *without = torch.stack(sums_of(number, batch)).tolist()
+        return whole, dict(zip(alive, without, strict=True))
+
+    results: list[tuple[list[float], dict[int, list[float]]]] = []  # of this turn, not yet looked at
+
+    def next_result(number: int) -> list[list[float]]:
+        """Returns the sums of a batch. Each process reads one batch of those that come next."""
+        if not results:
+            results.extend(read_turn(batches, number, read, in_step))
+        whole, without = results.pop(0)
+        return [whole, *(without[layer] for layer in alive)]
+
+    tokens = [metric.tokens(batch).tolist() for batch in batches]
+    units = sum(map(len, tokens))
     looks = max(1, math.ceil(math.log(max(2, units / FIRST_LOOK), NEXT_LOOK)))
     next_look: float = FIRST_LOOK
-    for number, batch in enumerate(batches):
+    for number in range(len(batches)):
         left = len(batches) - number - 1
         if journal.is_ahead:
             tick(len(alive))
-        whole, *without = journal.once(partial(read, number, batch))
+        whole, *without = journal.once(partial(next_result, number))
         if not all(map(math.isfinite, whole)):
             raise LayerPruneError(
                 f"The model's own score on calibration batch {number + 1} is not a finite number: "
                 "check the model and the calibration data."
             )
-        scores.tokens += metric.tokens(batch).tolist()
+        scores.tokens += tokens[number]
         scores.whole += whole
         for layer, sums in zip(alive, without, strict=True):
             scores.without[layer] += sums
@@ -227,10 +248,11 @@ def leave_out(
             possible = scores.possible(possible, confidence, looks, units)
             while next_look <= len(scores.tokens):
                 next_look *= NEXT_LOOK
-        tick((len(alive) - len(possible)) * left)
+        unread = left - len(results)
+        tick((len(alive) - len(possible)) * unread)
         alive = possible
         if not alive or (confidence is not None and len(alive) == 1):
-            tick(len(alive) * left)
+            tick(len(alive) * unread)
             break
     return scores
 

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data.batches import make_batches, model_columns
+from ..data.processes import check_same_batches, gather, process_index, split_for_processes, split_rows
 from ..data.sequences import context_length
 from ..data.targets import Batch, check_token_labels
 from ..errors import LayerPruneError
@@ -54,6 +55,9 @@ def score_layers(
     progress: bool = True,
 ) -> ScoreTable:
     """Scores how much each decoder layer of `model` matters. The model is not changed.
+
+    In a distributed run all processes must call this, with the same model and batches. Each reads a part of
+    the batches, and all get the same table.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): a causal language model; with adapters as they are. Other
@@ -107,7 +111,8 @@ def score_layers(
     given = _calibration(stack.base, batches, tokenizer) if reads_text(criterion, tasks) else []
     if reads_text(criterion, tasks) and not given:
         raise LayerPruneError("No calibration batches to score with.")
-    given = _on_device(stack.base, given)
+    check_same_batches(given)
+    given = split_for_processes(_on_device(stack.base, given))
     tasks = [next_token_metric(one, given) if hasattr(one, "compute") else one for one in tasks]
     if kind.leave_one_out:
         given = _small_enough(stack, given, cache_mb)
@@ -130,12 +135,14 @@ def score_layers(
             )
             break
         except RuntimeError as error:
-            halves = [part for batch in given for part in _split(batch, -(-len(batch["input_ids"]) // 2))]
+            halves = [part for batch in given for part in split_rows(batch, -(-len(batch["input_ids"]) // 2))]
             if not should_reduce_batch_size(error) or len(halves) == len(given):
                 raise
             logger.warning("Out of memory in scoring: it goes on with batches of half the size.")
             given, prefix_cache = halves, None
             clear_device_cache(garbage_collection=True)
+    # Of one process: a task may give each process another score, and all must remove the same layers.
+    [result, *_] = gather(result)
     table = _table(criterion, result, kept, block, list(cuts), refused)
     notes.finish()
     return table
@@ -155,10 +162,9 @@ def _score_batches(
     """Scores all candidates, with the models in eval mode and a progress bar."""
     kind = CRITERIA[criterion]
     passes = 1 if kind.needs_task else len(batches) if kind.reads_text else 0
+    shows = progress and process_index() == 0
     with (
-        tqdm(
-            total=passes * len(cuts), desc=f"scoring ({criterion})", disable=not progress, leave=False
-        ) as bar,
+        tqdm(total=passes * len(cuts), desc=f"scoring ({criterion})", disable=not shows, leave=False) as bar,
         undisturbed(stack.base),
         nullcontext() if teacher is None else undisturbed(teacher),
     ):
@@ -375,13 +381,7 @@ def _small_enough(stack: LayerStack, batches: list[Any], cache_mb: int) -> list[
     # The original depth decides, so that the parts and their prefixes stay the same when layers go.
     state = embeddings.shape[-1] * embeddings.element_size() * stack.lineage.original
     rows = [cache_mb * 2**20 // (state * batch["input_ids"].shape[1]) for batch in batches]
-    return [part for batch, most in zip(batches, rows, strict=True) for part in _split(batch, most)]
-
-
-def _split(batch: Any, rows: int) -> list[Any]:
-    """Returns a batch in parts of at most so many rows, but at least one."""
-    split = {name: value.split(max(1, rows)) for name, value in batch.items()}
-    return [dict(zip(split, values, strict=True)) for values in zip(*split.values(), strict=True)]
+    return [part for batch, most in zip(batches, rows, strict=True) for part in split_rows(batch, most)]
 
 
 def _task_label(task: Any) -> str:

@@ -1,14 +1,19 @@
 import contextlib
 import math
 import random
+import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import masking_utils
 
-from hf_layerprune import LayerPruneError, remove_layers, score_layers
+from hf_layerprune import LayerPruneError, MultipleChoice, remove_layers, score_layers
+from hf_layerprune.forward.attention_masks import masks_made_once
 from hf_layerprune.forward.hooks import replayed
 from hf_layerprune.forward.lm_head import ChunkedLMHead, unit_losses
-from hf_layerprune.scoring.criteria import _count_tokens
+from hf_layerprune.scoring import score
+from hf_layerprune.scoring.criteria import CriterionResult, _count_tokens
 from hf_layerprune.scoring.journal import Journal
 from hf_layerprune.scoring.leave_one_out import (
     Metric,
@@ -22,6 +27,7 @@ from hf_layerprune.surgery.layer_stack import LayerStack
 from hf_layerprune.surgery.removal import without_layers
 
 from ..conftest import LAYERS, logits, make_model, tokens
+from ..evaluation.test_multiple_choice import QUESTIONS
 from ..tiny_models import tiny_model
 
 
@@ -316,3 +322,60 @@ def test_prefixes_are_of_the_same_parts_when_layers_have_gone(llama):
     remove_layers(llama, 3)
     found = score_layers(llama, given, prefix_cache=prefix_cache, **settings)
     assert found == score_layers(llama, given, **settings)
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the CPU wait for a GPU: numbers that it reads, and indexing by masks."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        indices = args[1] if function == aten.index.Tensor else ()
+        by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
+        reads = function in (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default)
+        self.count += by_mask or reads
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("criterion", ["loss", "hidden_mse", "block_influence", "task"])
+def test_what_a_gpu_waits_for_does_not_grow_with_the_candidates(criterion, tokenizer, monkeypatch):
+    reads, tolist = Reads(), torch.Tensor.tolist
+
+    def counted(self):
+        reads.count += 1
+        return tolist(self)
+
+    def count(layers):
+        model, task = make_model(num_hidden_layers=layers), None
+        if criterion == "task":
+            task = MultipleChoice(QUESTIONS, tokenizer, batch_tokens=10**6)
+        cuts, _ = possible_cuts(model, range(layers))
+        monkeypatch.setattr(score, "_candidates", lambda *args: (cuts, {}))  # a look at the model alone
+        reads.count = 0
+        with reads:
+            score_layers(model, [{"input_ids": tokens()}], criterion, task=task, progress=False)
+        return reads.count
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    # Means of numbers that were read.
+    monkeypatch.setattr(CriterionResult, "of", lambda *args, **kwargs: CriterionResult({0: 1.0}))
+    assert count(12) == count(4) <= 20
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+def test_masks_are_made_once_and_are_those_of_the_model(family, monkeypatch):
+    model, calls, own = make_model(family), [], masking_utils.find_packed_sequence_indices
+    monkeypatch.setattr(
+        masking_utils, "find_packed_sequence_indices", lambda ids: (calls.append(1), own(ids))[1]
+    )
+    expected = logits(model, tokens())
+    each = len(calls)
+    maker = sys.modules[type(model.model).__module__].create_causal_mask
+    with masks_made_once(model):
+        assert all(torch.equal(logits(model, tokens()), expected) for _ in range(3))
+        assert len(calls) == 2 * each > 0
+        # With a cache, the mask grows from pass to pass.
+        found = model.generate(tokens(), max_new_tokens=4, do_sample=False)
+    assert sys.modules[type(model.model).__module__].create_causal_mask is maker
+    assert torch.equal(found, model.generate(tokens(), max_new_tokens=4, do_sample=False))
