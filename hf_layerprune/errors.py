@@ -6,5 +6,5 @@ class LayerPruneError(ValueError):
 
 
 def one_line(error: Exception, length: int = 300) -> str:
-    """What an error says, fit to stand in the middle of a sentence."""
-    return " ".join(str(error).split())[:length]
+    """What an error says, or its name if it says nothing, fit to stand in the middle of a sentence."""
+    return " ".join(str(error).split())[:length] or type(error).__name__
