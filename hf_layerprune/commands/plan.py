@@ -66,7 +66,7 @@ def _meta_model(name: str, source: ModelArguments, lora_rank: int | None) -> Any
     import torch
 
     from ..checkpoints.loading import load_meta_model
-    from ..recipes.inputs import check_loading_for_training
+    from ..recipes.inputs import check_loading_for_training, check_stored_weights
     from ..surgery.decoder import check_next_token
 
     check_loading_for_training(source, all_weights=lora_rank is None)
@@ -77,6 +77,8 @@ def _meta_model(name: str, source: ModelArguments, lora_rank: int | None) -> Any
         )
     model: Any = load_meta_model(name, source.trust_remote_code, source.gguf_file)
     check_next_token(model, "plan")
+    if lora_rank is None:
+        check_stored_weights(model.config, name)
     model = model.to(torch.float32 if source.dtype == "auto" else getattr(torch, source.dtype))
     if lora_rank is None:
         return model

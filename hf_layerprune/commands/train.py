@@ -62,6 +62,7 @@ def distill(arguments: list[str]) -> None:
         check_loading_for_training,
         check_model,
         check_reporters,
+        check_stored_weights,
         check_text_is_left,
         keep_stored_dtype,
         load_on_device,
@@ -78,6 +79,8 @@ def distill(arguments: list[str]) -> None:
         check_folder_is_free(args.output_dir, resume="--resume")
     keep_stored_dtype(args, name, source)
     config, tokenizer = check_model(name, source, "distill")
+    if teacher.lora_rank is None:
+        check_stored_weights(config, name)
     calibration, heldout, train = split_text(
         data.sources, text, args, sample, config, tokenizer, args.max_steps
     )

@@ -151,7 +151,7 @@ class DistillationTrainer(Trainer):
             student = load_model(str(model), dtype="float32", trust_remote_code=trust_remote_code)
             if processing_class is None:
                 processing_class = find_tokenizer(str(model), trust_remote_code)
-        check_student(student, args)
+        check_student(student, args, all_weights=peft_config is None)
         compares_layers, shares_weights = args.hidden_weight > 0, peft_config is not None
         teacher = make_teacher(
             teacher_model, student, compares_layers, shares_weights, processing_class, trust_remote_code

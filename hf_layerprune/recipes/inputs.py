@@ -18,6 +18,7 @@ from ..data.sequences import prepare_dataset, resolve_length, split_sequences, s
 from ..data.sources import SUPPORTED, load_rows, names_of
 from ..data.texts import holds_text
 from ..distillation.arguments import DTYPES, DistillationTrainingArguments
+from ..distillation.checks import quantised_weights
 from ..errors import LayerPruneError
 from ..scoring.score import check_criterion_fits
 from ..surgery.decoder import check_next_token
@@ -75,6 +76,16 @@ def check_loading_for_training(source: ModelArguments, all_weights: bool = True)
             "dtype is float16, but float16 weights cannot be trained: small gradients and updates become 0. "
             "Set dtype to float32, with bf16 or fp16 for the precision of the forward pass."
         )
+
+
+def check_stored_weights(config: PreTrainedConfig, name: str) -> None:
+    """Checks, before weights are loaded, that those of a stored model can be trained.
+
+    Raises:
+        LayerPruneError: they are quantised.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        raise quantised_weights(config, name)
 
 
 def load_on_device(name: str, source: ModelArguments, dtype: str = "auto") -> Any:

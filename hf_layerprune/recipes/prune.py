@@ -20,6 +20,7 @@ from .inputs import (
     check_loading_for_training,
     check_model,
     check_reporters,
+    check_stored_weights,
     keep_stored_dtype,
     load_on_device,
     precision_of_training,
@@ -108,6 +109,8 @@ def prune(
         config, own_tokenizer = check_model(chosen.model, source, "prune")
         tokenizer = tokenizer or own_tokenizer
         keep_stored_dtype(args, chosen.model, source)
+    if args.max_steps != 0:
+        check_stored_weights(config, chosen.model or "the model")
     if pruning.target_layers is None:
         whole = model if isinstance(model, PreTrainedModel) else load_meta_model(chosen.model, trust)
         pruning = resolve_target(pruning, whole)
