@@ -3,9 +3,9 @@
 from typing import Any
 
 from ..errors import LayerPruneError
-from ..recipes.arguments import ModelArguments
+from ..recipes.arguments import ModelArguments, TeacherArguments
 from .common import parse
-from .flags import PlanArguments, TeacherArguments
+from .flags import LoraArguments, PlanArguments
 
 
 def plan(arguments: list[str]) -> None:
@@ -19,13 +19,13 @@ def plan(arguments: list[str]) -> None:
     from ..pruning.schedule import phase_sizes
     from ..reports.tables import markdown_table
 
-    kinds = [ModelArguments, TeacherArguments, PlanArguments, PhaseSizeArguments]
+    kinds = [ModelArguments, TeacherArguments, LoraArguments, PlanArguments, PhaseSizeArguments]
     on_cpu = [] if torch.cuda.is_available() else ["--use_cpu", "True"]  # for bf16
     words = [*on_cpu, "--bf16", "True", *arguments]
     parsed = parse(plan, words, [*kinds, DistillationTrainingArguments])
-    name, source, teacher, output, removal, args = parsed
+    name, source, teacher, lora, output, removal, args = parsed
     device = check_device(output.device)
-    model = _meta_model(name, source, teacher.lora_rank)
+    model = _meta_model(name, source, lora.lora_rank)
     length = resolve_length(args.sequence_length, model.config)
     batch = args.per_device_train_batch_size
     footprint = measure_footprint(model, batch, length, args.bf16)
@@ -35,7 +35,7 @@ def plan(arguments: list[str]) -> None:
             f"a value between 1 and {footprint.layers - 1}."
         )
     first = phase_sizes(footprint.layers, removal.target_layers, removal.layers_per_phase)[0]
-    settings = _settings(args, model.dtype.itemsize, teacher)
+    settings = _settings(args, model.dtype.itemsize, teacher.teacher, lora.lora_rank)
     depths = removal.target_layers, footprint.layers - first
     planned = plan_training(footprint, settings, *depths, length)
     print(f"{name}: {footprint.layers} -> {removal.target_layers} layers, ", end="")
@@ -88,7 +88,7 @@ def _meta_model(name: str, source: ModelArguments, lora_rank: int | None) -> Any
         return get_peft_model(model, LoraConfig(r=lora_rank, target_modules="all-linear"))
 
 
-def _settings(args: Any, weight_bytes: int, teacher: TeacherArguments) -> Any:
+def _settings(args: Any, weight_bytes: int, teacher: str | None, lora_rank: int | None) -> Any:
     """Returns what decides the memory of a run. Adapters share the teacher's weights, and a folder of cached
     logits needs no teacher. Any other teacher is taken to be as large as the model."""
     from pathlib import Path
@@ -96,8 +96,8 @@ def _settings(args: Any, weight_bytes: int, teacher: TeacherArguments) -> Any:
     from ..distillation.plan import TrainingSettings
     from ..distillation.teacher_cache import HEAD
 
-    cached = teacher.teacher is not None and (Path(teacher.teacher) / HEAD).is_file()
-    shared = teacher.lora_rank is not None and teacher.teacher is None
+    cached = teacher is not None and (Path(teacher) / HEAD).is_file()
+    shared = lora_rank is not None and teacher is None
     return TrainingSettings(
         batch=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,

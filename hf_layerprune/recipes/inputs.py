@@ -19,6 +19,7 @@ from ..data.sources import SUPPORTED, load_rows, names_of
 from ..data.texts import holds_text
 from ..distillation.arguments import DTYPES, DistillationTrainingArguments
 from ..distillation.checks import quantised_weights
+from ..distillation.teacher_cache import HEAD
 from ..errors import LayerPruneError
 from ..scoring.score import check_criterion_fits
 from ..surgery.decoder import check_next_token
@@ -86,6 +87,16 @@ def check_stored_weights(config: PreTrainedConfig, name: str) -> None:
     """
     if getattr(config, "quantization_config", None) is not None:
         raise quantised_weights(config, name)
+
+
+def check_teacher_exists(name: str | None, trust_remote_code: bool) -> None:
+    """Checks, before any text is read, that there is a teacher of this name. None is no teacher.
+
+    Raises:
+        LayerPruneError: there is none, or it does not predict next tokens.
+    """
+    if name is not None and not (Path(name) / HEAD).is_file():
+        check_next_token(load_class(name, trust_remote_code)[1], "The teacher")
 
 
 def load_on_device(name: str, source: ModelArguments, dtype: str = "auto") -> Any:
