@@ -6,5 +6,5 @@ class LayerPruneError(ValueError):
 
 
 def one_line(error: Exception, length: int = 300) -> str:
-    """Returns the message of an error as one line."""
-    return " ".join(str(error).split())[:length]
+    """Returns the message of an error as one line, or its type if it has no message."""
+    return " ".join(str(error).split())[:length] or type(error).__name__

@@ -17,16 +17,19 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import (
     CHAT_TEMPLATE_FILE,
+    CONFIG_NAME,
     FEATURE_EXTRACTOR_NAME,
     LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE,
     PROCESSOR_NAME,
     VIDEO_PROCESSOR_NAME,
     cached_file,
 )
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from ..errors import LayerPruneError, one_line
 from ..surgery.decoder import check_reads_text, find_decoder
@@ -34,6 +37,7 @@ from ..surgery.fresh_model import quiet
 from ..surgery.lineage import Lineage, get_lineage, read_lineage
 from ..surgery.peft import PRUNED_BASE, keep_base_known
 from ..surgery.removal import keep_lineage
+from .adapter_folder import adapter_base, load_adapter, merge_exactly
 
 
 logger = logging.getLogger(__name__)
@@ -53,17 +57,19 @@ COMPANIONS = (
 
 def load_model(name: str, **options: Any) -> PreTrainedModel:
     """Loads a model as the class that its config names in `architectures`: a causal language model,
-    classifier, encoder, embedding or vision-language model.
+    classifier, encoder, embedding or vision-language model. PEFT adapters are merged into their base model.
 
     Args:
-        name (`str`): folder or hub id of the model.
+        name (`str`): folder or hub id of the model, or of adapters.
         options: arguments of `from_pretrained`. Code that comes with a model runs only with
             `trust_remote_code=True`.
 
     Raises:
-        LayerPruneError: there is no such model, it cannot be reached, its kind is not supported, or its
-            weights do not fit its config.
+        LayerPruneError: there is no such model, it cannot be reached, its kind is not supported, its weights
+            do not fit its config, or adapters cannot be merged exactly.
     """
+    if adapter_base(name) is not None:
+        return _load_merged(name, options)
     trust = options.get("trust_remote_code", False)
     config, cls = load_class(name, trust, options.get("gguf_file"))
     # Report tensors of another shape like missing ones, without a traceback.
@@ -101,6 +107,25 @@ def load_model(name: str, **options: Any) -> PreTrainedModel:
     return model
 
 
+def _load_merged(name: str, options: dict[str, Any]) -> PreTrainedModel:
+    """Returns the base of the adapters in `name` with the adapters merged into its weights."""
+    load_class(name, options.get("trust_remote_code", False))  # for what it refuses, before weights
+    quantization: Any = options.get("quantization_config")
+    if quantization is not None and not getattr(quantization, "dequantize", False):
+        raise LayerPruneError(
+            f"{name} holds adapters, which cannot be merged exactly into a base model that is quantised on "
+            "loading. Load it without load_in_4bit and load_in_8bit, or save the merged model first."
+        )
+    if (Path(name) / PRUNED_BASE).is_file():
+        adapted = load_pruned_adapter(name, **options)
+    else:
+        adapted = load_adapter(load_model(str(adapter_base(name)), **options), name)
+    logger.info("%s holds adapters: they are merged into %s.", name, adapter_base(name))
+    merged = merge_exactly(adapted, name)
+    merged.config.name_or_path = merged.name_or_path = name
+    return merged
+
+
 def stored_dtype(name: str, trust_remote_code: bool = False) -> torch.dtype:
     """Returns the dtype in which a model is stored: that of its config, else of its weights.
 
@@ -108,6 +133,7 @@ def stored_dtype(name: str, trust_remote_code: bool = False) -> torch.dtype:
         LayerPruneError: there is no such model, or it cannot be reached.
     """
     config, cls = load_class(name, trust_remote_code)
+    name = adapter_base(name) or name
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     trust = {"trust_remote_code": trust_remote_code}
@@ -132,6 +158,9 @@ def load_class(
     Raises:
         LayerPruneError: there is no config, or the kind of the model is not supported.
     """
+    base = adapter_base(name)
+    if base is not None:
+        return _load_class_of_base(name, base, trust_remote_code)
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
     config = _load(AutoConfig, name, "model", trust_remote_code=trust_remote_code, **options)
     names = getattr(config, "architectures", None)
@@ -147,6 +176,27 @@ def load_class(
         cls = next((getattr(transformers, auto) for auto in autos if hasattr(transformers, auto)), cls)
     check_reads_text(cls, config, name)
     get_lineage(config)  # refuses a hostile number of layers before anything is built
+    return config, cls
+
+
+def _load_class_of_base(name: str, base: str, trust_remote_code: bool) -> tuple[PreTrainedConfig, Any]:
+    """Returns the config and the class of the base of the adapters in `name`, without its removed layers."""
+    try:
+        config, cls = load_class(base, trust_remote_code)
+    except LayerPruneError as error:
+        raise LayerPruneError(
+            f"{name} holds adapters for {base}. {error} If the base model is somewhere else, set "
+            f"base_model_name_or_path in {ADAPTER_CONFIG_NAME} to its folder or hub id."
+        ) from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise LayerPruneError(
+            f"{name} holds adapters for {base}, which is quantised, so that they cannot be merged exactly. "
+            f"Set base_model_name_or_path in {ADAPTER_CONFIG_NAME} to the model before quantisation."
+        )
+    if (Path(name) / PRUNED_BASE).is_file():
+        pruned = load_meta_model(base, trust_remote_code)
+        keep_lineage(pruned, _read_pruned_base(name)[0])
+        config = pruned.config
     return config, cls
 
 
@@ -183,6 +233,9 @@ def load_tokenizer(
     Raises:
         LayerPruneError: there is none, or it cannot be reached.
     """
+    base = adapter_base(name)
+    if base is not None and _companion(name, TOKENIZER_CONFIG_FILE) is None:
+        return load_tokenizer(base, trust_remote_code)
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
     return _load(AutoTokenizer, name, "tokenizer", trust_remote_code=trust_remote_code, **options)
 
@@ -197,6 +250,7 @@ def copy_companions(name: str, folder: str | Path) -> list[str]:
     Returns:
         `list[str]`: the names of the copied files.
     """
+    name = adapter_base(name) or name
     modules = _companion(name, "modules.json")
     parts = [] if modules is None else json.loads(modules.read_text(encoding="utf-8"))
     # Other modules, such as the pooling of an embedding model, have folders of their own.
@@ -278,8 +332,6 @@ def load_pruned_adapter(name: str, base_model: PreTrainedModel | None = None, **
     Raises:
         LayerPruneError: there is no `pruned_base.json`, or `base_model` has other layers than it says.
     """
-    from peft import PeftModel
-
     lineage, base_name = _read_pruned_base(name)
     if base_model is None:
         if not base_name:
@@ -293,10 +345,7 @@ def load_pruned_adapter(name: str, base_model: PreTrainedModel | None = None, **
             f"The adapters are for {lineage} of {base_name}, but base_model has "
             f"{get_lineage(base_model)}: leave it out, or cut it first."
         )
-    try:
-        model = PeftModel.from_pretrained(base_model, name)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise LayerPruneError(f"Cannot load the adapters in {name}: {one_line(error)}") from error
+    model = load_adapter(base_model, name)
     keep_base_known(model)
     return model
 
@@ -335,20 +384,13 @@ def _load(auto_class: Any, name: str, what: str, **options: Any) -> Any:
         LayerPruneError: it fails, with the reason and what to do.
     """
     path = Path(name)
-    if (path / PRUNED_BASE).is_file():
-        raise LayerPruneError(f"{name} holds adapters for a cut model: use load_pruned_adapter({name!r}).")
-    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
-        raise LayerPruneError(
-            f"{name} holds adapters of PEFT and no model: merge them into their base (merge_and_unload), "
-            "save that with save_pretrained, and give its folder."
-        )
     gguf_file = options.get("gguf_file")
     if path.exists() and gguf_file is not None:
         if not (path / gguf_file).is_file():
             raise LayerPruneError(
                 f"gguf_file is {gguf_file}, but {name} has no such file. Give the name of a file there."
             )
-    elif path.exists() and not (path / "config.json").is_file():
+    elif path.exists() and not any((path / file).is_file() for file in (CONFIG_NAME, ADAPTER_CONFIG_NAME)):
         raise LayerPruneError(f"{name} is not a folder with a model: it has no config.json.")
     try:
         return auto_class.from_pretrained(name, **options)

@@ -13,6 +13,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from ..errors import LayerPruneError, one_line
 from ..files import whole_file
@@ -27,12 +28,12 @@ from ..surgery.peft import (
     save_with_base,
 )
 from .legacy_rope import legacy_rotary
+from .sample_logits import runs_flash_attention
 from .verification import (
     check_same_adapters,
     check_same_model,
     dtype_in_file,
     load_with_base,
-    runs_flash_attention,
     unchecked,
 )
 
@@ -244,12 +245,22 @@ def check_writable(folder: str | Path) -> None:
 
 
 def check_configs(model: Any) -> None:
-    """Checks, before any long work, that transformers saves the configs of `model`. It refuses some values.
+    """Checks, before any long work, that transformers can save `model`. It refuses some values of configs,
+    and the weights of some quantised checkpoints.
 
     Raises:
         LayerPruneError: it does not.
     """
     base = base_of(model)
+    try:
+        if not adapter_configs(model):  # else only the adapters are saved
+            revert_weight_conversion(base, {})
+    except NotImplementedError as error:
+        raise LayerPruneError(
+            f"{base.name_or_path} holds quantised weights, which transformers loads but cannot save again. "
+            "Give the model before quantisation, and quantise the pruned model. LoRA can be trained on "
+            "quantised weights: `distill --lora_rank 16 --export adapter`."
+        ) from error
     configs: dict[str, Any] = {"config": base.config}
     configs |= {"generation_config": base.generation_config} if base.can_generate() else {}
     with tempfile.TemporaryDirectory() as folder, quiet():

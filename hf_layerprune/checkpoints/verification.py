@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import LayerPruneError, one_line
-from ..forward.hooks import compared_output, undisturbed
-from ..surgery.decoder import is_sharded, text_config
+from ..forward.hooks import undisturbed
+from ..surgery.decoder import is_sharded
 from ..surgery.peft import (
     adapter_configs,
     adapter_folder,
@@ -29,7 +29,8 @@ from ..surgery.peft import (
     save_with_base,
     starts_from_weights,
 )
-from .loading import load_pruned_adapter
+from .loading import load_class, load_pruned_adapter, runs_own_code
+from .sample_logits import difference_beyond_rounding, sample_logits
 
 
 logger = logging.getLogger(__name__)
@@ -200,9 +201,17 @@ def load_with_base(model: Any, folder: Path) -> Any:
     """Returns the adapters in `folder` on the base that they name, with the dtype of `model`'s base."""
     base = base_of(model)
     quantised = getattr(base.config, "quantization_config", None)
-    options: dict[str, Any] = {"quantization_config": quantised} if quantised else {}
+    options: dict[str, Any] = {}
+    if quantised and not _is_stored_quantised(model):
+        options["quantization_config"] = quantised
     with undisturbed(model):
         return load_pruned_adapter(str(folder), dtype=base.dtype, **options)
+
+
+def _is_stored_quantised(model: Any) -> bool:
+    """Returns whether the stored base is quantised already, not on loading."""
+    config, _ = load_class(base_name(model), runs_own_code(base_of(model)))
+    return getattr(config, "quantization_config", None) is not None
 
 
 def check_saves(model: Any) -> None:
@@ -252,9 +261,6 @@ def compare_logits(model: Any, again: Any, folder: Path, merged: bool = False) -
         LayerPruneError: the logits differ.
     """
     base = base_of(model)
-    text = text_config(base.config)
-    length = min(16, getattr(text, "max_position_embeddings", None) or 16)
-    tokens = torch.arange(2 * length).view(2, length) % text.vocab_size
     there = dict(base_of(again).named_buffers())
     for name, buffer in base.named_buffers():
         if name in there:  # `.to(torch.bfloat16)` rounds rotary tables, which loading does not
@@ -263,8 +269,8 @@ def compare_logits(model: Any, again: Any, folder: Path, merged: bool = False) -
         with undisturbed(model):
             # accelerate wraps `forward` in autocast and keeps the plain one under this private name. Its
             # public unwrapping changes the model, which is still in training here.
-            live = _output(model, tokens, getattr(model, "_original_forward", None))
-            saved = _output(again.eval() if merged else again.eval().to(base.device), tokens)
+            live = sample_logits(model, getattr(model, "_original_forward", None))
+            saved = sample_logits(again.eval() if merged else again.eval().to(base.device))
     except torch.OutOfMemoryError:
         logger.warning("What was saved in %s loads; there is no memory to compare its logits.", folder)
         clear_device_cache(garbage_collection=True)
@@ -274,53 +280,11 @@ def compare_logits(model: Any, again: Any, folder: Path, merged: bool = False) -
             f"The model cannot be compared with what was saved, as it does not read tokens alone: "
             f"{one_line(error)} If that is right, save it without verify. {_ADVICE.format(folder=folder)}"
         ) from error
-    distance, limit = _distance(live, saved), 1e-3 if base.dtype == torch.float32 else 0.05
-    if merged and _is_exact(base):
-        limit = 1e-2  # merging rounds more than once
-    elif merged:
-        distance, limit = _distance(live, saved, torch.median), 0.1
-    if not distance <= limit:
+    distance = difference_beyond_rounding(live, saved, model, merged)
+    if distance is not None:
         raise LayerPruneError(
             f"What was saved is another model when loaded: its logits are off by {distance:.2g} of their "
             "standard deviation. (A model cast by hand, as with .bfloat16(), may be: load it with dtype= "
             "instead.) "
             f"{_ADVICE.format(folder=folder)}"
         )
-
-
-def _output(model: Any, tokens: torch.Tensor, forward: Any = None) -> torch.Tensor:
-    """Returns the output of a model for tokens, in float32 on the CPU."""
-    base = base_of(model)
-    with torch.autocast(base.device.type, torch.bfloat16, enabled=_needs_autocast(base)):
-        return compared_output(model, tokens.to(base.device), forward).float().cpu()
-
-
-def _needs_autocast(base: PreTrainedModel) -> bool:
-    """Returns whether a model runs under autocast alone: FlashAttention takes 16 bits only."""
-    return base.dtype == torch.float32 and runs_flash_attention(base)
-
-
-def runs_flash_attention(base: PreTrainedModel) -> bool:
-    """Returns whether a model attends by a kind of FlashAttention."""
-    # transformers has no public name for the attention that a model uses.
-    return "flash" in str(text_config(base.config)._attn_implementation)
-
-
-def _distance(live: torch.Tensor, saved: torch.Tensor, summary: Any = torch.max) -> float:
-    """Returns the distance of logits in standard deviations. NaN and infinity equal themselves."""
-    equal = (live == saved) | (live.isnan() & saved.isnan())
-    apart = torch.where(equal, 0.0, (live - saved).abs())
-    finite = live[live.isfinite()]
-    scale = float(finite.std()) if len(finite) > 1 else 0.0
-    return float(summary(apart)) / (scale or 1.0)
-
-
-def _is_exact(base: PreTrainedModel) -> bool:
-    """Returns whether merging adapters changes no more than the last digits of the logits.
-
-    In bfloat16 it changes some logits by a standard deviation, as rounding of activations does, but the
-    median by less than 0.05.
-    """
-    highest = torch.get_float32_matmul_precision() == "highest"
-    is_float32 = base.dtype == torch.float32 and not _needs_autocast(base)
-    return is_float32 and highest and getattr(base, "hf_quantizer", None) is None

@@ -126,9 +126,9 @@ class _Measurement:
 
             results |= run_lm_eval(model, tokenizer, output.tasks, output.limit)
         results["fingerprint"] = mark
-        if Path(name).is_dir():
-            size = sum(file.stat().st_size for file in Path(name).glob("*.safetensors"))
-            results["file_mb"] = round(size / 2**20, 1)
+        weights = list(Path(name).glob("model*.safetensors"))  # not those of adapters
+        if weights:
+            results["file_mb"] = round(sum(file.stat().st_size for file in weights) / 2**20, 1)
         return results
 
 

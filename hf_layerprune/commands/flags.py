@@ -105,15 +105,9 @@ class SaveArguments:
 
 
 @dataclass
-class TeacherArguments:
-    """The teacher and the adapters of `distill`."""
+class LoraArguments:
+    """The adapters of `distill`."""
 
-    teacher: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder (also of `cache-teacher`) or hub id of the teacher. Default: the model itself."
-        },
-    )
     lora_rank: int | None = field(
         default=None,
         metadata={"help": "Train LoRA adapters of this rank; the teacher then shares the model's weights."},

@@ -1,9 +1,9 @@
 """The command plan: memory, FLOPs and time of a run, from the config alone."""
 
 from ..errors import LayerPruneError
-from ..recipes.arguments import ModelArguments
+from ..recipes.arguments import ModelArguments, TeacherArguments
 from .common import parse
-from .flags import PlanArguments, TeacherArguments
+from .flags import LoraArguments, PlanArguments
 
 
 def plan(arguments: list[str]) -> None:
@@ -19,13 +19,13 @@ def plan(arguments: list[str]) -> None:
     from ..reports.tables import markdown_table
     from ..surgery.decoder import layer_count, text_config
 
-    kinds = [ModelArguments, TeacherArguments, PlanArguments, PhaseSizeArguments]
+    kinds = [ModelArguments, TeacherArguments, LoraArguments, PlanArguments, PhaseSizeArguments]
     on_cpu = [] if torch.cuda.is_available() else ["--use_cpu", "True"]  # for bf16
     words = [*on_cpu, "--bf16", "True", *arguments]
     parsed = parse(plan, words, [*kinds, DistillationTrainingArguments])
-    name, source, teacher, output, removal, args = parsed
+    name, source, teacher, lora, output, removal, args = parsed
     device = check_device(output.device)
-    model = planned_model(name, source, teacher.lora_rank)
+    model = planned_model(name, source, lora.lora_rank)
     layers, target = layer_count(text_config(model.config)), resolve_target(removal, model).target_layers
     if not 1 <= target < layers:
         raise LayerPruneError(

@@ -5,10 +5,10 @@ from typing import Any
 
 from ..data.arguments import SequenceArguments
 from ..errors import LayerPruneError
-from ..recipes.arguments import ModelArguments, SampleArguments, TextArguments
+from ..recipes.arguments import ModelArguments, SampleArguments, TeacherArguments, TextArguments
 from .common import OUTPUT_DIR, parse, parse_given, print_table, read_config, save_config
 from .config_file import COMMON_FLAGS, common_flags
-from .flags import CacheTeacherArguments, DataArguments, ResumeArguments, TeacherArguments
+from .flags import CacheTeacherArguments, DataArguments, LoraArguments, ResumeArguments
 
 
 def cache_teacher(arguments: list[str]) -> None:
@@ -42,6 +42,7 @@ def distill(arguments: list[str]) -> None:
         TextArguments,
         SampleArguments,
         TeacherArguments,
+        LoraArguments,
         ResumeArguments,
         PruningArguments,
         DistillationTrainingArguments,
@@ -55,13 +56,15 @@ def distill(arguments: list[str]) -> None:
     if precision:
         words = [word for setting, value in precision.items() for word in (f"--{setting}", str(value))]
         parsed = parse(distill, [*arguments, *words], kinds)
-    name, source, data, text, sample, teacher, resuming, pruning, args = parsed
+    name, source, data, text, sample, teacher, lora, resuming, pruning, args = parsed
     from ..checkpoints.loading import copy_companions
     from ..evaluation.evaluate import HeldOutText
     from ..recipes.inputs import (
         check_loading_for_training,
         check_model,
         check_reporters,
+        check_stored_weights,
+        check_teacher_exists,
         check_text_is_left,
         keep_stored_dtype,
         load_on_device,
@@ -73,17 +76,20 @@ def distill(arguments: list[str]) -> None:
 
     resume = resuming.resume or args.resume_from_checkpoint == "True" or args.resume_from_checkpoint
     trust = source.trust_remote_code
-    check_loading_for_training(source, all_weights=teacher.lora_rank is None)
+    check_loading_for_training(source, all_weights=lora.lora_rank is None)
     check_reporters(args.report_to)
     if not resume:
         check_folder_is_free(args.output_dir, resume="--resume")
     keep_stored_dtype(args, name, source)
     config, tokenizer = check_model(name, source, "distill")
+    if lora.lora_rank is None:
+        check_stored_weights(config, name)
+    check_teacher_exists(teacher.teacher, trust)
     calibration, heldout, train = split_text(
         data.sources, text, args, sample, config, tokenizer, args.max_steps
     )
     check_text_is_left(train, sample)
-    taught: Any = {"teacher": teacher.teacher, "lora_rank": teacher.lora_rank}
+    taught: Any = {"teacher": teacher.teacher, "lora_rank": lora.lora_rank}
     announce_plan(name, source, pruning, args, train, **taught)
     model = load_on_device(name, source, dtype="float32")
     evaluation = HeldOutText(heldout, args.per_device_eval_batch_size)
@@ -96,7 +102,7 @@ def distill(arguments: list[str]) -> None:
         train_dataset=train,
         eval_dataset=heldout,
         processing_class=tokenizer,
-        peft_config=_lora_config(teacher.lora_rank),
+        peft_config=_lora_config(lora.lora_rank),
         callbacks=[callback],
     )
     trainer.train(resume_from_checkpoint=resume)

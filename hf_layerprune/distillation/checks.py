@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..checkpoints.legacy_rope import legacy_rotary
 from ..checkpoints.loading import last_checkpoint
@@ -53,8 +53,14 @@ def check_arguments(args: Any, unused: dict[str, Any]) -> None:
     check_processes_joined(args)
 
 
-def check_student(model: Any, args: DistillationTrainingArguments) -> None:
+def check_student(model: Any, args: DistillationTrainingArguments, all_weights: bool = True) -> None:
     """Checks that `model` can be distilled and saved.
+
+    Args:
+        model (`PreTrainedModel`): the student.
+        args ([`DistillationTrainingArguments`]): the settings.
+        all_weights (`bool`, *optional*, defaults to `True`): whether its own weights are trained, not
+            adapters.
 
     Raises:
         LayerPruneError: it cannot.
@@ -69,6 +75,25 @@ def check_student(model: Any, args: DistillationTrainingArguments) -> None:
         check_next_token(model, "DistillationTrainer")
     if adapter_configs(model):
         raise LayerPruneError("Give the model without its adapters, and these as peft_config=.")
+    if all_weights and getattr(model, "is_quantized", False):
+        raise quantised_weights(model.config, "the model")
+
+
+def quantised_weights(config: PreTrainedConfig, name: str) -> LayerPruneError:
+    """Returns the error of a model whose quantised weights shall be trained.
+
+    Args:
+        config (`PreTrainedConfig`): of the model.
+        name (`str`): what the user calls the model.
+    """
+    quantization: Any = config.quantization_config
+    entry = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = getattr(entry.get("quant_method"), "value", entry.get("quant_method"))
+    return LayerPruneError(
+        f"The weights of {name} are stored quantised ({method}), but quantised weights cannot be trained. "
+        "Train LoRA adapters with `distill --lora_rank 16` (peft_config= in Python), or give the model "
+        "before quantisation."
+    )
 
 
 STOCHASTIC = ("adamw_torch_4bit", "adamw_torch_8bit")  # which may round up or down by chance

@@ -142,7 +142,7 @@ class DistillationTrainer(Trainer):
         check_arguments(args, {"compute_loss_func": compute_loss_func, "model_init": model_init})
         quieten_replicas(args)
         student, processing_class = load_student(model, processing_class, trust_remote_code)
-        check_student(student, args)
+        check_student(student, args, all_weights=peft_config is None)
         compares_layers, shares_weights = args.hidden_weight > 0, peft_config is not None
         teacher = make_teacher(
             teacher_model, student, compares_layers, shares_weights, processing_class, trust_remote_code

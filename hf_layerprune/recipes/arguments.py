@@ -69,6 +69,19 @@ class ModelArguments:
 
 
 @dataclass
+class TeacherArguments:
+    """The model that the pruned model learns from."""
+
+    teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder (also of `cache-teacher`) or hub id of the teacher. It may have more layers, as "
+            "the original of a pruned MODEL. Default: the model itself."
+        },
+    )
+
+
+@dataclass
 class TextArguments:
     """How text is read."""
 

@@ -18,6 +18,8 @@ from ..data.sequences import prepare_dataset, resolve_length, split_sequences, s
 from ..data.sources import SUPPORTED, load_rows, names_of
 from ..data.texts import holds_text
 from ..distillation.arguments import DTYPES, DistillationTrainingArguments
+from ..distillation.checks import quantised_weights
+from ..distillation.teacher_cache import HEAD
 from ..errors import LayerPruneError
 from ..scoring.score import check_criterion_fits
 from ..surgery.decoder import check_next_token
@@ -75,6 +77,26 @@ def check_loading_for_training(source: ModelArguments, all_weights: bool = True)
             "dtype is float16, but float16 weights cannot be trained: small gradients and updates become 0. "
             "Set dtype to float32, with bf16 or fp16 for the precision of the forward pass."
         )
+
+
+def check_stored_weights(config: PreTrainedConfig, name: str) -> None:
+    """Checks, before weights are loaded, that those of a stored model can be trained.
+
+    Raises:
+        LayerPruneError: they are quantised.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        raise quantised_weights(config, name)
+
+
+def check_teacher_exists(name: str | None, trust_remote_code: bool) -> None:
+    """Checks, before any text is read, that there is a teacher of this name. None is no teacher.
+
+    Raises:
+        LayerPruneError: there is none, or it does not predict next tokens.
+    """
+    if name is not None and not (Path(name) / HEAD).is_file():
+        check_next_token(load_class(name, trust_remote_code)[1], "The teacher")
 
 
 def load_on_device(name: str, source: ModelArguments, dtype: str = "auto") -> Any:

@@ -20,6 +20,8 @@ from .inputs import (
     check_loading_for_training,
     check_model,
     check_reporters,
+    check_stored_weights,
+    check_teacher_exists,
     keep_stored_dtype,
     load_on_device,
     precision_of_training,
@@ -48,6 +50,7 @@ def prune(
     keep: int | None = None,
     recipe: str | Path | Mapping[str, Any] = "default",
     *,
+    teacher: str | Path | PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     resume_from_checkpoint: str | bool | None = None,
     **fields: Any,
@@ -67,6 +70,9 @@ def prune(
             may be given instead. Default: that of the recipe.
         recipe (`str`, `Path` or mapping, *optional*, defaults to `"default"`): the name of a recipe that
             comes with the package, a YAML file, or a mapping of its fields.
+        teacher (`str`, `Path` or `PreTrainedModel`, *optional*): folder (also of [`cache_teacher_logits`]) or
+            hub id of the teacher, or the teacher itself, which is frozen in place. It may have more layers,
+            as the original of a pruned model. Default: a copy of the model.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): default: the one in the model's folder.
         resume_from_checkpoint (`str` or `bool`, *optional*): as for [`~transformers.Trainer.train`].
         fields: other fields of a recipe, which replace the recipe's own: those of [`PruningArguments`],
@@ -93,11 +99,13 @@ def prune(
         isinstance(data, (list, tuple)) and bool(data) and all(isinstance(one, Path) for one in data)
     )
     named |= {"data": data} if is_source else {}
+    named |= {} if isinstance(teacher, PreTrainedModel) else {"teacher": teacher}
     values = _values(recipe, named | {"keep": keep}, fields)
-    chosen, source, text, sample, pruning, args = fill(RECIPE_KINDS, values)
+    chosen, source, taught, text, sample, pruning, args = fill(RECIPE_KINDS, values)
     trust = source.trust_remote_code
     check_recipe(chosen, pruning, text.streaming)
     check_reporters(args.report_to)
+    check_teacher_exists(taught.teacher, trust)
     resume = resume_from_checkpoint or args.resume_from_checkpoint
     if not resume:
         check_folder_is_free(args.output_dir, resume="resume_from_checkpoint=True")
@@ -109,6 +117,8 @@ def prune(
         config, own_tokenizer = check_model(chosen.model, source, "prune")
         tokenizer = tokenizer or own_tokenizer
         keep_stored_dtype(args, chosen.model, source)
+    if args.max_steps != 0:
+        check_stored_weights(config, chosen.model or "the model")
     if pruning.target_layers is None:
         whole = model if isinstance(model, PreTrainedModel) else load_meta_model(chosen.model, trust)
         pruning = resolve_target(pruning, whole)
@@ -117,11 +127,15 @@ def prune(
     rows = split_text(read, text, args, sample, config, tokenizer, args.max_steps)
     distills = args.max_steps and (args.kl_weight or args.hidden_weight)
     if distills and not in_memory and not chosen.trains_only_replacement:
-        announce_plan(chosen.model, source, pruning, args, rows[2], select=chosen.select)
+        announce_plan(
+            chosen.model, source, pruning, args, rows[2], select=chosen.select, teacher=taught.teacher
+        )
     pruned: Any = model if in_memory else load_on_device(chosen.model, source, dtype="float32")
     frozen = {id(parameter) for parameter in pruned.parameters() if not parameter.requires_grad}
-    resolved = resolved_fields([chosen, text, sample, pruning], args)
+    given = teacher if isinstance(teacher, PreTrainedModel) else taught.teacher
+    resolved = resolved_fields([chosen, taught, text, sample, pruning], args)
     run: dict[str, Any] = {"resume": True if resume == "True" else resume, "resolved": resolved}
+    run |= {"teacher": given, "trust_remote_code": trust}
     record = run_recipe(pruned, tokenizer, chosen, pruning, args, rows, **run)
     if not in_memory:
         copy_companions(chosen.model, args.output_dir)

@@ -15,7 +15,7 @@ from ..pruning.arguments import PruningArguments, ReconstructionArguments, Remov
 from ..pruning.prune import SELECTIONS
 from ..pruning.replacement import KINDS
 from ..reports.record import changed_settings
-from .arguments import DATA_HELP, ModelArguments, SampleArguments, TextArguments
+from .arguments import DATA_HELP, ModelArguments, SampleArguments, TeacherArguments, TextArguments
 from .fields import check_fields
 
 
@@ -98,6 +98,7 @@ class RecipeArguments:
 RECIPE_KINDS = (
     RecipeArguments,
     ModelArguments,
+    TeacherArguments,
     TextArguments,
     SampleArguments,
     PruningArguments,
@@ -206,7 +207,7 @@ def resolved_fields(parts: Sequence[Any], args: DistillationTrainingArguments) -
             value = getattr(part, one.name)
             if value != one.default:
                 resolved[one.name] = value
-    for name in ("model", "data"):
+    for name in ("model", "teacher", "data"):
         if name in resolved:
             resolved[name] = _without_folders(resolved[name])
     return resolved | {k: v for k, v in changed_settings(args).items() if k not in OF_THE_MACHINE}

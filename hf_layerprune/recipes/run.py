@@ -18,7 +18,8 @@ from ..data.collator import PaddingCollator
 from ..data.targets import Batch
 from ..distillation.arguments import DistillationTrainingArguments
 from ..distillation.reconstruction import check_can_reconstruct, reconstruct_layers
-from ..distillation.teacher import hold_in_autocast_dtype
+from ..distillation.teacher import hold_in_autocast_dtype, make_teacher
+from ..distillation.teacher_cache import CachedTeacherLogits
 from ..distillation.trainable import trained_parameters
 from ..distillation.trainer import DistillationTrainer
 from ..errors import LayerPruneError
@@ -59,6 +60,10 @@ class Run:
         args ([`DistillationTrainingArguments`]): how the pruned model is trained.
             With `max_steps=0` it is not trained.
         calibration, heldout, train (`Dataset`): rows of tokens to score on, to measure on and to train on.
+        teacher (`PreTrainedModel` or `str`, *optional*): what teaches, a model or a folder of cached logits.
+            Default: a copy of `model`.
+        owns_teacher (`bool`, *optional*, defaults to `True`): whether no one else uses the teacher, so that
+            its weights may be cast.
     """
 
     model: PreTrainedModel
@@ -68,10 +73,17 @@ class Run:
     calibration: Dataset
     heldout: Dataset
     train: Any
+    teacher: Any = None
+    owns_teacher: bool = True
 
     def __post_init__(self) -> None:
         self.evaluation = HeldOutText(self.heldout, self.args.per_device_eval_batch_size)
         self.folder = Path(str(self.args.output_dir))
+
+    @property
+    def distills(self) -> bool:
+        """Whether the pruned model learns from a teacher."""
+        return bool(self.args.max_steps and (self.args.kl_weight or self.args.hidden_weight))
 
 
 def run_recipe(
@@ -84,6 +96,8 @@ def run_recipe(
     *,
     resume: str | bool | None = None,
     resolved: dict[str, Any] | None = None,
+    teacher: PreTrainedModel | str | None = None,
+    trust_remote_code: bool = False,
 ) -> RunRecord:
     """Runs a recipe on `model`, in place, and saves the pruned model with its card in `args.output_dir`.
 
@@ -93,6 +107,9 @@ def run_recipe(
         parts (tuple of three `Dataset`): rows of tokens to score on, to measure on and to train on.
         resume (*optional*): see [`~transformers.Trainer.train`]. Training of a replacement cannot be resumed.
         resolved (`dict`, *optional*): the recipe's fields, for record and card.
+        teacher (`PreTrainedModel` or `str`, *optional*): a model, or the folder or hub id of a model or of
+            cached logits. Default: a copy of `model`.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): run the code that comes with the teacher.
 
     Returns:
         [`RunRecord`]: the run record.
@@ -100,13 +117,17 @@ def run_recipe(
     Raises:
         LayerPruneError: settings that cannot work, before any long work.
     """
-    run = Run(model, recipe, pruning, args, *parts)
+    run = Run(model, recipe, pruning, args, *parts, owns_teacher=not isinstance(teacher, PreTrainedModel))
+    if teacher is not None:
+        _check_teaches(run)
+        found: Any = make_teacher(teacher, model, args.hidden_weight > 0, False, tokenizer, trust_remote_code)
+        run.teacher = str(teacher) if isinstance(found, CachedTeacherLogits) else found.to(model.device)
     _check(run, resume)
     checkpoint = checkpoint_of(str(args.output_dir)) if resume is True else resume or None
     cache_setting = getattr(model.config, "use_cache", None)  # which training may switch off
     if recipe.select == "phases":
         callback = pruning_callback(pruning, calibration=run.calibration, evaluation=run.evaluation)
-        _train(run, None, callback, checkpoint)
+        _train(run, run.teacher, callback, checkpoint)
         record = callback.record
     else:
         record = _remove_and_heal(run, checkpoint)
@@ -160,7 +181,27 @@ def _check(run: Run, resume: str | bool | None) -> None:
     if run.recipe.replacement == "linear":
         check_linear_map(run.model)
     if reconstructs and run.recipe.select != "phases":
-        check_can_reconstruct(run.model, run.model, make_batches(run.train.select(range(1)), 1))
+        teacher = run.teacher if run.teacher and run.pruning.reconstruction_layers else run.model
+        if isinstance(teacher, str):
+            raise LayerPruneError(
+                f"reconstruction_layers is set, but {teacher} holds cached logits and no hidden states. Give "
+                "the original model as teacher, or set reconstruction_layers to 0."
+            )
+        check_can_reconstruct(run.model, teacher, make_batches(run.train.select(range(1)), 1))
+
+
+def _check_teaches(run: Run) -> None:
+    """Checks that a run has use for a teacher.
+
+    Raises:
+        LayerPruneError: it has none.
+    """
+    reconstructs = run.pruning.reconstruction_layers and run.recipe.select != "phases"
+    if not run.distills and not reconstructs:
+        raise LayerPruneError(
+            "teacher is given, but nothing learns from it: training is off (max_steps is 0), or is on the "
+            "labels alone (kl_weight and hidden_weight are 0). Leave teacher out, or change these settings."
+        )
 
 
 def _remove_and_heal(run: Run, checkpoint: str | None) -> RunRecord:
@@ -178,9 +219,10 @@ def _remove_and_heal(run: Run, checkpoint: str | None) -> RunRecord:
     if run.recipe.trains_only_replacement:
         for name, value in REPLACEMENT_LOSSES[recipe.replacement_loss].items():
             setattr(args, name, value)
-    distills = bool(args.max_steps and (args.kl_weight or args.hidden_weight))
     reconstructs = run.pruning.reconstruction_layers > 0 and not checkpoint
-    teacher = copy.deepcopy(model) if distills or reconstructs else None
+    teacher = run.teacher
+    if teacher is None and (run.distills or reconstructs):
+        teacher = copy.deepcopy(model)
     record, replaced = _remove(run, checkpoint)
     if reconstructs:
         assert teacher is not None
@@ -219,7 +261,7 @@ def _remove(run: Run, checkpoint: str | None) -> tuple[RunRecord, list[nn.Parame
 
 def _heal(
     run: Run,
-    teacher: PreTrainedModel | None,
+    teacher: PreTrainedModel | str | None,
     record: RunRecord,
     replaced: list[nn.Parameter],
     checkpoint: str | None,
@@ -234,7 +276,7 @@ def _heal(
         if run.recipe.trains_only_replacement and args.hidden_weight:
             last = _last_replaced(record)
             args.hidden_layers, args.save_strategy = [last], "no"
-            for one in filter(None, (model, teacher)):
+            for one in (each for each in (model, teacher) if isinstance(each, PreTrainedModel)):
                 kept = get_lineage(one).kept
                 after = [place for place, layer in enumerate(kept) if layer > last]
                 shortened.enter_context(without_layers(one, after))
@@ -357,7 +399,7 @@ def _last_replaced(record: RunRecord) -> int:
 
 def _train(
     run: Run,
-    teacher: PreTrainedModel | None,
+    teacher: PreTrainedModel | str | None,
     callback: LayerPruningCallback | None = None,
     checkpoint: str | None = None,
 ) -> list[dict[str, Any]]:
@@ -386,7 +428,7 @@ def _train(
         raise LayerPruneError(str(error)) from error
     if callback is not None:
         callback.set_trainer(trainer)
-    if teacher is not None:  # a copy of the model, made for this run
+    if isinstance(teacher, PreTrainedModel) and run.owns_teacher:
         hold_in_autocast_dtype(teacher, trainer.accelerator)
     count_tokens(args, run.train)
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -33,7 +33,7 @@ from ..pruning.schedule import phase_sizes
 from ..pruning.target import resolve_target
 from ..surgery.decoder import check_next_token, layer_count, text_config
 from .arguments import ModelArguments
-from .inputs import check_loading_for_training
+from .inputs import check_loading_for_training, check_stored_weights
 
 
 logger = logging.getLogger(__name__)
@@ -87,6 +87,8 @@ def planned_model(name: str, source: ModelArguments, lora_rank: int | None) -> A
         )
     model: Any = load_meta_model(name, source.trust_remote_code, source.gguf_file)
     check_next_token(model, "plan")
+    if lora_rank is None:
+        check_stored_weights(model.config, name)
     model = model.to(torch.float32 if source.dtype == "auto" else getattr(torch, source.dtype))
     if lora_rank is None:
         return model

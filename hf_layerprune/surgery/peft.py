@@ -188,21 +188,32 @@ def merged_copy(model: Any) -> PreTrainedModel:
     """
     is_quantised = getattr(base_of(model), "hf_quantizer", None) is not None
     copied = _copy(model) if is_quantised else _copy(model, _cpu_tensors(model))
-    base = copied.get_base_model()
+    try:
+        return merge_adapters(copied)
+    except LayerPruneError as error:
+        raise LayerPruneError(f"{error} Set export='adapter', or use save_adapter.") from error
+
+
+def merge_adapters(model: Any) -> PreTrainedModel:
+    """Merges the adapters of a `PeftModel` into its weights, in place, and returns the model without them.
+
+    Weights that the adapters make differ are untied, see [`merged_copy`].
+
+    Raises:
+        LayerPruneError: adapters of this type cannot be merged.
+    """
+    base = model.get_base_model()
     tied = getattr(base.config, "tie_word_embeddings", None)
     _untie(base)
     try:
         with warnings.catch_warnings():  # of ties, which are seen to here
             warnings.filterwarnings("ignore", message=".*tie")
-            merged = copied.merge_and_unload()
+            merged = model.merge_and_unload()
     except (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         reason = " ".join(str(error).split())[:200]
-        raise LayerPruneError(
-            f"These adapters cannot be merged into the model: {reason} Set export='adapter', or use "
-            "save_adapter."
-        ) from error
+        raise LayerPruneError(f"These adapters cannot be merged into the model: {reason}") from error
     if tied is not None:
         merged.config.tie_word_embeddings = tied
     pairs = merged.get_expanded_tied_weights_keys(all_submodels=True)

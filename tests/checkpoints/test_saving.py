@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_layerprune import LayerPruneError, load_pruned_adapter, remove_layers, save_adapter, save_model
 from hf_layerprune.checkpoints import saving, verification
+from hf_layerprune.checkpoints.sample_logits import logits_distance
 from hf_layerprune.pruning.prune import prune_layers
 from hf_layerprune.surgery import peft as adapters
 
@@ -411,9 +412,9 @@ def test_what_a_model_keeps_in_float32_is_saved_so(llama, tmp_path):
 
 def test_logits_that_can_never_be_said_do_not_hide_a_difference(llama):
     here = torch.tensor([[0.0, 1.0, float("-inf"), float("nan")]])
-    assert verification._distance(here, here.clone()) == 0
-    assert verification._distance(here, here + torch.tensor([[0.0, 1.0, 0.0, 0.0]])) > 1
-    assert not verification._distance(here, here.nan_to_num(neginf=0.0)) <= 1
+    assert logits_distance(here, here.clone()) == 0
+    assert logits_distance(here, here + torch.tensor([[0.0, 1.0, 0.0, 0.0]])) > 1
+    assert not logits_distance(here, here.nan_to_num(neginf=0.0)) <= 1
 
 
 @pytest.mark.parametrize("kind", ["distillation", "callback", "prune"])

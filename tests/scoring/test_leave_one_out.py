@@ -350,7 +350,7 @@ def test_what_a_gpu_waits_for_does_not_grow_with_the_candidates(criterion, token
         model, task = make_model(num_hidden_layers=layers), None
         if criterion == "task":
             task = MultipleChoice(QUESTIONS, tokenizer, batch_tokens=10**6)
-        cuts, _ = possible_cuts(model, range(layers))
+        cuts, _ = LayerStack(model).removable(range(layers))
         monkeypatch.setattr(score, "_candidates", lambda *args: (cuts, {}))  # a look at the model alone
         reads.count = 0
         with reads:
