@@ -15,7 +15,7 @@ from ..errors import LayerPruneError
 from ..forward.hooks import undisturbed
 from ..surgery.decoder import check_next_token, text_config
 from ..surgery.lineage import get_lineage
-from ..surgery.peft import adapter_configs
+from ..surgery.peft import adapter_configs, base_of, check_adapter_type
 from .arguments import DistillationTrainingArguments, check_processes_joined
 from .teacher import TeacherLayers
 from .teacher_cache import CachedTeacherLogits
@@ -52,8 +52,13 @@ def check_arguments(args: Any, unused: dict[str, Any]) -> None:
     check_processes_joined(args)
 
 
-def check_student(model: Any, args: DistillationTrainingArguments) -> None:
+def check_student(model: Any, args: DistillationTrainingArguments, peft_config: Any = None) -> None:
     """Checks that `model` can be distilled and saved.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): the student.
+        args ([`DistillationTrainingArguments`]): the settings.
+        peft_config (`PeftConfig`, *optional*): adapters that it shall get.
 
     Raises:
         LayerPruneError: it cannot.
@@ -64,10 +69,15 @@ def check_student(model: Any, args: DistillationTrainingArguments) -> None:
         )
     if args.legacy_rope:
         legacy_rotary(model.config)
-    if isinstance(model, PreTrainedModel):
-        check_next_token(model, "DistillationTrainer")
-    if adapter_configs(model):
-        raise LayerPruneError("Give the model without its adapters, and these as peft_config=.")
+    if isinstance(base_of(model), PreTrainedModel):
+        check_next_token(base_of(model), "DistillationTrainer")
+    if adapter_configs(model) and peft_config is not None:
+        raise LayerPruneError(
+            "model has adapters, and peft_config is given too. Leave peft_config out to train the adapters, "
+            "or give a model without any."
+        )
+    for config in adapter_configs(model).values():
+        check_adapter_type(config)
 
 
 STOCHASTIC = ("adamw_torch_4bit", "adamw_torch_8bit")  # which may round up or down by chance
