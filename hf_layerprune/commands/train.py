@@ -1,5 +1,6 @@
 """Commands that train: cache-teacher, distill, run."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ def cache_teacher(arguments: list[str]) -> None:
     name, source, data, text, sequence, output = parse(cache_teacher, arguments, kinds)
     from ..data.batches import make_batches
     from ..distillation.teacher_cache import CachedTeacherLogits, cache_teacher_logits
-    from ..recipes.inputs import check_model, load_on_device, make_sequences
+    from ..recipes.inputs import check_model, load_on_device, load_writer, make_sequences
 
     config, tokenizer = check_model(name, source, "cache-teacher")
-    batches = make_batches(make_sequences(data.sources, text, sequence, config, tokenizer), output.batch_size)
+    writer = partial(load_writer, name, source)
+    rows = make_sequences(data.sources, text, sequence, config, tokenizer, writer=writer)
+    batches = make_batches(rows, output.batch_size)
     model = load_on_device(name, source)
     settings = {"temperature": output.temperature, "hidden_layers": output.hidden_layers}
     cache_teacher_logits(model, batches, output.output_dir, output.top_k, **settings)
@@ -57,6 +60,7 @@ def distill(arguments: list[str]) -> None:
         parsed = parse(distill, [*arguments, *words], kinds)
     name, source, data, text, sample, teacher, resuming, pruning, args = parsed
     from ..checkpoints.loading import copy_companions
+    from ..distillation.teacher_cache import is_teacher_cache
     from ..evaluation.evaluate import HeldOutText
     from ..recipes.inputs import (
         check_loading_for_training,
@@ -65,6 +69,7 @@ def distill(arguments: list[str]) -> None:
         check_text_is_left,
         keep_stored_dtype,
         load_on_device,
+        load_writer,
         split_text,
     )
     from ..recipes.run import pruning_callback
@@ -78,8 +83,10 @@ def distill(arguments: list[str]) -> None:
         check_folder_is_free(args.output_dir, resume="--resume")
     keep_stored_dtype(args, name, source)
     config, tokenizer = check_model(name, source, "distill")
+    is_cache = teacher.teacher is None or is_teacher_cache(teacher.teacher)
+    writer = partial(load_writer, name if is_cache else teacher.teacher, source)
     calibration, heldout, train = split_text(
-        data.sources, text, args, sample, config, tokenizer, args.max_steps
+        data.sources, text, args, sample, config, tokenizer, args.max_steps, writer
     )
     check_text_is_left(train, sample)
     model = load_on_device(name, source, dtype="float32")

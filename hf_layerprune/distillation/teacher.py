@@ -22,7 +22,7 @@ from ..surgery.decoder import check_next_token, find_decoder, is_sharded, text_c
 from ..surgery.lineage import Lineage, get_lineage
 from ..surgery.peft import adapter_configs, base_of, check_adapter_type, keep_base_known
 from .losses import hidden_pairs
-from .teacher_cache import HEAD, CachedTeacherLogits
+from .teacher_cache import CachedTeacherLogits, is_teacher_cache
 
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def make_teacher(
         return teacher.eval().requires_grad_(False)
     if isinstance(teacher, (str, Path)):
         teacher = str(teacher)
-        if (Path(teacher) / HEAD).exists():
+        if is_teacher_cache(teacher):
             cache = CachedTeacherLogits(teacher)
             _check(cache.vocabulary, cache.width, cache.lineage, student, hidden_states, tokens)
             known = find_decoder(student).config.vocab_size

@@ -1,6 +1,7 @@
 """The whole of a method in one call: text, scores, removal, training, saving."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from .inputs import (
     check_reporters,
     keep_stored_dtype,
     load_on_device,
+    load_writer,
     precision_of_training,
     split_text,
 )
@@ -59,9 +61,9 @@ def prune(
         model (`str`, `Path` or `PreTrainedModel`): folder or hub id of the model, or the model itself, which
             is changed in place. Default: that of the recipe.
         data: text, chats or prompts to score, train and measure on. A `str`, a `Path` or a list of `Path`
-            names what [`load_rows`] reads: files, folders, globs, ids of data sets on the hub. Everything
-            else is rows in memory: a list of texts, a `Dataset`, or another form that [`make_batches`] takes.
-            Default: the data of the recipe.
+            names what [`load_rows`] reads: files, folders, globs, ids of data sets on the hub. `"self"` is
+            text that the model writes itself. Everything else is rows in memory: a list of texts, a
+            `Dataset`, or another form that [`make_batches`] takes. Default: the data of the recipe.
         keep (`int`, *optional*): how many layers to keep. `target_ratio=0.75` or `target_parameters="2.4B"`
             may be given instead. Default: that of the recipe.
         recipe (`str`, `Path` or mapping, *optional*, defaults to `"default"`): the name of a recipe that
@@ -113,7 +115,9 @@ def prune(
         pruning = resolve_target(pruning, whole)
     _set_steps(chosen, pruning, args, layer_count(text_config(config)))
     read = [Path(one) for one in chosen.data or []] or None if data is None or is_source else data
-    rows = split_text(read, text, args, sample, config, tokenizer, args.max_steps)
+    given = model if isinstance(model, PreTrainedModel) else None
+    writer = partial(load_writer, chosen.model, source) if given is None else lambda: given
+    rows = split_text(read, text, args, sample, config, tokenizer, args.max_steps, writer)
     pruned: Any = model if in_memory else load_on_device(chosen.model, source, dtype="float32")
     frozen = {id(parameter) for parameter in pruned.parameters() if not parameter.requires_grad}
     resolved = resolved_fields([chosen, text, sample, pruning], args)
