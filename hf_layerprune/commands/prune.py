@@ -9,7 +9,7 @@ from ..data.arguments import SequenceArguments
 from ..errors import LayerPruneError
 from ..files import check_folder_of
 from ..recipes.arguments import CalibrationArguments, ModelArguments, SampleArguments, TextArguments
-from .common import finish, parse, write_json
+from .common import finish, keep_settings, parse, write_json
 from .flags import DataArguments, InspectArguments, SaveArguments, ScoreArguments
 
 
@@ -116,6 +116,7 @@ def prune(arguments: list[str]) -> None:
     from ..surgery.decoder import predicts_next_token
 
     check_folder_is_free(output.output_dir)
+    keep_settings(output.output_dir)
     config, tokenizer = check_model(name, source, "prune", removal.criterion)
     sizes = sample.calibration_sequences, sample.heldout_sequences
     writer = partial(load_writer, name, source)
@@ -184,4 +185,5 @@ def phases(arguments: list[str]) -> None:
         settings["dtype"] = stored_dtype(name, source.trust_remote_code)
     save_model(load(str(last)), output.output_dir, verify=output.verify_save, **settings)
     finish(name, tokenizer, record.to_dict(), output.output_dir)
+    keep_settings(output.output_dir)
     print(f"\nSaved in {output.output_dir}; what each phase left is in its folder there.")

@@ -7,7 +7,7 @@ from typing import Any
 from ..data.arguments import SequenceArguments
 from ..errors import LayerPruneError
 from ..recipes.arguments import ModelArguments, SampleArguments, TextArguments
-from .common import OUTPUT_DIR, parse, parse_given, print_table, read_config, save_config
+from .common import OUTPUT_DIR, keep_settings, parse, parse_given, print_table, read_config, save_config
 from .config_file import COMMON_FLAGS, common_flags
 from .flags import CacheTeacherArguments, DataArguments, ResumeArguments, TeacherArguments
 
@@ -29,6 +29,7 @@ def cache_teacher(arguments: list[str]) -> None:
     cache_teacher_logits(model, batches, output.output_dir, output.top_k, **settings)
     size = sum(file.stat().st_size for file in Path(output.output_dir).iterdir()) / 2**20
     rows = len(CachedTeacherLogits(output.output_dir).keys)
+    keep_settings(output.output_dir)
     print(
         f"{output.output_dir}: {rows} sequences, {size:.1f} MB. `hf-layerprune distill --teacher` reads them."
     )
@@ -81,6 +82,8 @@ def distill(arguments: list[str]) -> None:
     check_reporters(args.report_to)
     if not resume:
         check_folder_is_free(args.output_dir, resume="--resume")
+        if args.process_index == 0:
+            keep_settings(args.output_dir)
     keep_stored_dtype(args, name, source)
     config, tokenizer = check_model(name, source, "distill")
     is_cache = teacher.teacher is None or is_teacher_cache(teacher.teacher)

@@ -27,7 +27,14 @@ from .inputs import (
     precision_of_training,
     split_text,
 )
-from .recipe import RECIPE_KINDS, RecipeArguments, check_recipe, read_recipe, resolved_fields
+from .recipe import (
+    RECIPE_KINDS,
+    RecipeArguments,
+    check_recipe,
+    read_recipe,
+    resolved_fields,
+    write_settings,
+)
 from .run import run_recipe
 
 
@@ -94,7 +101,8 @@ def prune(
         isinstance(data, (list, tuple)) and bool(data) and all(isinstance(one, Path) for one in data)
     )
     named |= {"data": data} if is_source else {}
-    values = _values(recipe, named | {"keep": keep}, fields)
+    settings = _values(recipe, named | {"keep": keep}, fields)
+    values = _of_machine(settings)
     chosen, source, text, sample, pruning, args = fill(RECIPE_KINDS, values)
     trust = source.trust_remote_code
     check_recipe(chosen, pruning, text.streaming)
@@ -102,6 +110,8 @@ def prune(
     resume = resume_from_checkpoint or args.resume_from_checkpoint
     if not resume:
         check_folder_is_free(args.output_dir, resume="resume_from_checkpoint=True")
+        if args.process_index == 0:
+            write_settings(settings, args.output_dir)
     if isinstance(model, PreTrainedModel):
         check_next_token(model, "prune")
         config, tokenizer = model.config, tokenizer or load_tokenizer(str(model.name_or_path), trust)
@@ -143,15 +153,19 @@ def _values(
         values = check_fields(recipe, RECIPE_KINDS, "recipe")
     else:
         values = read_recipe(recipe)
-    if not torch.cuda.is_available():
-        values = {"use_cpu": True} | values  # for bf16
     given = {name: value for name, value in named.items() if value is not None}
     given = check_fields(given | {**fields}, RECIPE_KINDS, "prune")
     values = with_given(values, given)
-    values |= precision_of_training(values)
     if "model" in named and values.get("model") is None:
         raise LayerPruneError("model has no value. Give a folder, a hub id or a model.")
     return values
+
+
+def _of_machine(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns values with those that follow this machine: on a CPU `use_cpu`, for bf16, and its precision."""
+    if not torch.cuda.is_available():
+        values = {"use_cpu": True} | values
+    return values | precision_of_training(values)
 
 
 def _set_steps(
