@@ -36,6 +36,12 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
         os.close(folder)
 
 
+def cache_folder() -> Path:
+    """Returns the folder of files that are kept: `HF_LAYERPRUNE_CACHE`, or a folder in the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hf_layerprune"
+    return Path(os.environ.get("HF_LAYERPRUNE_CACHE", default))
+
+
 def check_folder_of(path: str | None) -> None:
     """Checks that a file can be written to `path`.
 

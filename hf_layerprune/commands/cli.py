@@ -7,7 +7,7 @@ import sys
 from importlib.metadata import version
 
 from ..errors import LayerPruneError
-from .common import OUTPUT_DIR, Command, flag_names, parse
+from .common import OUTPUT_DIR, Command, flag_names, keep_settings, parse
 from .config_file import common_flags
 from .evaluate import card, evaluate
 from .flags import name_flags
@@ -31,7 +31,9 @@ def study(arguments: list[str]) -> None:
         raise LayerPruneError(f"Give the name of a study: {', '.join(STUDIES)}.")
     print(f"{STUDIES[name].__doc__}\n")
     print(markdown_table(study_rows(run_study(name, settings))))
-    print(f"\nTable, plot and numbers are in {settings.output_dir or f'study-{name}'}.")
+    folder = settings.output_dir or f"study-{name}"
+    keep_settings(folder)
+    print(f"\nTable, plot and numbers are in {folder}.")
 
 
 def quickstart(arguments: list[str]) -> None:
@@ -41,6 +43,7 @@ def quickstart(arguments: list[str]) -> None:
 
     (settings,) = parse(quickstart, arguments, [QuickstartArguments], model=False)
     run(settings)
+    keep_settings(settings.output_dir)
 
 
 COMMANDS: dict[str, Command] = {

@@ -13,6 +13,7 @@ from .config_file import COMMON_FLAGS, add_common_flags, common_flags, write_con
 
 OUTPUT_DIR = "trainer_output"  # the Trainer's default
 flag_names: list[str] = []  # of the command that runs
+given_values: dict[str, Any] = {}  # of its flags, by flags and config file
 
 Command = Callable[[list[str]], None]
 
@@ -44,6 +45,8 @@ def parse(
         from ..pruning.arguments import with_given
 
         values = with_given(config, given)
+    given_values.clear()
+    given_values.update({name: value for name, value in values.items() if name not in COMMON_FLAGS})
     for action in parser._actions:  # argparse has no public way to make an argument optional later
         if action.dest in values and action.dest not in given:
             action.required, action.default = False, values[action.dest]
@@ -52,7 +55,7 @@ def parse(
     except ValueError as error:  # a dataclass refused a value
         raise LayerPruneError(str(error)) from error
     if common.save_config:
-        save_config(common.save_config, values)
+        save_config(common.save_config, given_values)
     return [rest.model, *parsed] if model else parsed
 
 
@@ -73,9 +76,16 @@ def read_config(
         LayerPruneError: there is no such file, or it holds an unknown flag or a value of another type.
     """
     from ..recipes.fields import check_fields
-    from ..recipes.recipe import read_yaml
+    from ..recipes.recipe import RecipeArguments, read_yaml
 
     values = read_yaml(Path(path))
+    known = {one.name for kind in kinds for one in fields(kind)} | {"model"}
+    of_recipes = [one.name for one in fields(RecipeArguments) if one.name in values and one.name not in known]
+    if of_recipes:
+        raise LayerPruneError(
+            f"{path}: {of_recipes[0]} is a setting of recipes. Use `hf-layerprune run {path}`, or leave it "
+            "out."
+        )
     names = {"model": values.pop("model")} if model and "model" in values else {}
     if several and isinstance(names.get("model"), str):
         names["model"] = [names["model"]]
@@ -89,8 +99,15 @@ def save_config(path: str, values: dict[str, Any]) -> None:
         SystemExit: always, with code 0.
     """
     check_folder_of(path)
-    write_config(path, {name: value for name, value in values.items() if name not in COMMON_FLAGS})
+    write_config(path, values)
     raise SystemExit(0)
+
+
+def keep_settings(output_dir: str) -> None:
+    """Writes the settings of the command beside what it makes, see [`write_settings`]."""
+    from ..recipes.recipe import write_settings
+
+    write_settings(given_values, output_dir)
 
 
 def parse_given(

@@ -2,7 +2,6 @@
 
 from argparse import ArgumentParser
 from collections.abc import Mapping
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +32,7 @@ def common_flags(arguments: list[str]) -> Any:
 
 def write_config(path: str, values: Mapping[str, Any]) -> None:
     """Writes values of flags to a YAML file, and says so."""
-    import yaml
+    from ..recipes.recipe import write_yaml
 
-    plain = {name: _plain(value) for name, value in values.items()}
-    Path(path).write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    write_yaml(Path(path), values)
     print(f"Saved the settings in {path}. Nothing was run: `--config {path}` runs them.")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, (list, tuple)):
-        return [_plain(one) for one in value]
-    return str(value) if isinstance(value, Path) else value

@@ -1,6 +1,7 @@
 """Commands that look at layers, and remove them without training: inspect, score, prune, phases."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from ..data.arguments import SequenceArguments
 from ..errors import LayerPruneError
 from ..files import check_folder_of
 from ..recipes.arguments import CalibrationArguments, ModelArguments, SampleArguments, TextArguments
-from .common import finish, parse, write_json
+from .common import finish, keep_settings, parse, write_json
 from .flags import DataArguments, InspectArguments, SaveArguments, ScoreArguments
 
 
@@ -45,7 +46,7 @@ def score(arguments: list[str]) -> None:
     name, source, data, text, sequence, sample, scoring, output = parsed
     from ..data.batches import make_batches
     from ..pruning.prune import scoring_settings
-    from ..recipes.inputs import check_model, load_on_device, make_sequences
+    from ..recipes.inputs import check_model, load_on_device, load_writer, make_sequences
     from ..scoring.score import check_plot_path, read_table, score_layers
 
     if output.plot:
@@ -54,9 +55,10 @@ def score(arguments: list[str]) -> None:
     is_table = output.compare is not None and output.compare.endswith(".json")
     other = read_table(output.compare) if is_table else None
     config, tokenizer = check_model(name, source, "score", scoring.criterion)
+    writer = partial(load_writer, name, source)
     sources = [data.sources] if is_table or not output.compare else [data.sources, output.compare]
     sequences = [
-        make_sequences(one, text, sequence, config, tokenizer, sample.calibration_sequences)
+        make_sequences(one, text, sequence, config, tokenizer, sample.calibration_sequences, writer)
         for one in sources
     ]
     model = load_on_device(name, source)
@@ -109,14 +111,16 @@ def prune(arguments: list[str]) -> None:
     from ..data.sequences import split_sequences
     from ..evaluation.evaluate import HeldOutText
     from ..pruning.prune import prune_layers
-    from ..recipes.inputs import check_model, load_on_device, make_sequences
+    from ..recipes.inputs import check_model, load_on_device, load_writer, make_sequences
     from ..reports.record import check_folder_is_free, write_record
     from ..surgery.decoder import predicts_next_token
 
     check_folder_is_free(output.output_dir)
+    keep_settings(output.output_dir)
     config, tokenizer = check_model(name, source, "prune", removal.criterion)
     sizes = sample.calibration_sequences, sample.heldout_sequences
-    sequences = make_sequences(data.sources, text, sequence, config, tokenizer, sum(sizes))
+    writer = partial(load_writer, name, source)
+    sequences = make_sequences(data.sources, text, sequence, config, tokenizer, sum(sizes), writer)
     calibration, heldout, _ = split_sequences(sequences, *sizes)
     model = load_on_device(name, source)
     record = prune_layers(
@@ -147,12 +151,19 @@ def phases(arguments: list[str]) -> None:
     from ..data.sequences import split_sequences
     from ..evaluation.evaluate import HeldOutText
     from ..pruning.command_phases import run_phases
-    from ..recipes.inputs import check_loading_for_training, check_model, load_on_device, make_sequences
+    from ..recipes.inputs import (
+        check_loading_for_training,
+        check_model,
+        load_on_device,
+        load_writer,
+        make_sequences,
+    )
 
     check_loading_for_training(replace(source, device_map=None))
     config, tokenizer = check_model(name, source, "phases")
     sizes = sample.calibration_sequences, sample.heldout_sequences
-    sequences = make_sequences(data.sources, text, sequence, config, tokenizer, sum(sizes))
+    writer = partial(load_writer, name, source)
+    sequences = make_sequences(data.sources, text, sequence, config, tokenizer, sum(sizes), writer)
     calibration, heldout, _ = split_sequences(sequences, *sizes)
 
     written = replace(source, gguf_file=None)  # what a phase writes is no GGUF file
@@ -174,4 +185,5 @@ def phases(arguments: list[str]) -> None:
         settings["dtype"] = stored_dtype(name, source.trust_remote_code)
     save_model(load(str(last)), output.output_dir, verify=output.verify_save, **settings)
     finish(name, tokenizer, record.to_dict(), output.output_dir)
+    keep_settings(output.output_dir)
     print(f"\nSaved in {output.output_dir}; what each phase left is in its folder there.")

@@ -6,7 +6,6 @@ library. A small demonstration: three phases on a few thousand tokens each.
 
 import copy
 import hashlib
-import os
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from ..distillation.arguments import DistillationTrainingArguments
 from ..distillation.trainer import DistillationTrainer
 from ..errors import LayerPruneError
 from ..evaluation.evaluate import HeldOutText
-from ..files import whole_file
+from ..files import cache_folder, whole_file
 from ..pruning.callback import LayerPruningCallback
 from ..reports.record import check_folder_is_free
 from ..reports.tables import markdown_table, table_rows
@@ -173,12 +172,6 @@ def load_embedded_model() -> tuple[Any, Any]:
     # The file carries the name of an internal training run.
     model.config.name_or_path = MODEL_NAME
     return model, tokenizer
-
-
-def cache_folder() -> Path:
-    """Where the model is kept: `HF_LAYERPRUNE_CACHE`, or a folder in the user's cache."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hf_layerprune"
-    return Path(os.environ.get("HF_LAYERPRUNE_CACHE", default))
 
 
 def split_topics() -> dict[str, list[str]]:

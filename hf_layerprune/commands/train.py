@@ -1,12 +1,13 @@
 """Commands that train: cache-teacher, distill, run."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..data.arguments import SequenceArguments
 from ..errors import LayerPruneError
 from ..recipes.arguments import ModelArguments, SampleArguments, TeacherArguments, TextArguments
-from .common import OUTPUT_DIR, parse, parse_given, print_table, read_config, save_config
+from .common import OUTPUT_DIR, keep_settings, parse, parse_given, print_table, read_config, save_config
 from .config_file import COMMON_FLAGS, common_flags
 from .flags import CacheTeacherArguments, DataArguments, LoraArguments, ResumeArguments
 
@@ -17,15 +18,18 @@ def cache_teacher(arguments: list[str]) -> None:
     name, source, data, text, sequence, output = parse(cache_teacher, arguments, kinds)
     from ..data.batches import make_batches
     from ..distillation.teacher_cache import CachedTeacherLogits, cache_teacher_logits
-    from ..recipes.inputs import check_model, load_on_device, make_sequences
+    from ..recipes.inputs import check_model, load_on_device, load_writer, make_sequences
 
     config, tokenizer = check_model(name, source, "cache-teacher")
-    batches = make_batches(make_sequences(data.sources, text, sequence, config, tokenizer), output.batch_size)
+    writer = partial(load_writer, name, source)
+    rows = make_sequences(data.sources, text, sequence, config, tokenizer, writer=writer)
+    batches = make_batches(rows, output.batch_size)
     model = load_on_device(name, source)
     settings = {"temperature": output.temperature, "hidden_layers": output.hidden_layers}
     cache_teacher_logits(model, batches, output.output_dir, output.top_k, **settings)
     size = sum(file.stat().st_size for file in Path(output.output_dir).iterdir()) / 2**20
     rows = len(CachedTeacherLogits(output.output_dir).keys)
+    keep_settings(output.output_dir)
     print(
         f"{output.output_dir}: {rows} sequences, {size:.1f} MB. `hf-layerprune distill --teacher` reads them."
     )
@@ -58,6 +62,7 @@ def distill(arguments: list[str]) -> None:
         parsed = parse(distill, [*arguments, *words], kinds)
     name, source, data, text, sample, teacher, lora, resuming, pruning, args = parsed
     from ..checkpoints.loading import copy_companions
+    from ..distillation.teacher_cache import is_teacher_cache
     from ..evaluation.evaluate import HeldOutText
     from ..recipes.inputs import (
         check_loading_for_training,
@@ -68,6 +73,7 @@ def distill(arguments: list[str]) -> None:
         check_text_is_left,
         keep_stored_dtype,
         load_on_device,
+        load_writer,
         split_text,
     )
     from ..recipes.run import pruning_callback
@@ -80,13 +86,17 @@ def distill(arguments: list[str]) -> None:
     check_reporters(args.report_to)
     if not resume:
         check_folder_is_free(args.output_dir, resume="--resume")
+        if args.process_index == 0:
+            keep_settings(args.output_dir)
     keep_stored_dtype(args, name, source)
     config, tokenizer = check_model(name, source, "distill")
     if lora.lora_rank is None:
         check_stored_weights(config, name)
     check_teacher_exists(teacher.teacher, trust)
+    is_cache = teacher.teacher is None or is_teacher_cache(teacher.teacher)
+    writer = partial(load_writer, name if is_cache else teacher.teacher, source)
     calibration, heldout, train = split_text(
-        data.sources, text, args, sample, config, tokenizer, args.max_steps
+        data.sources, text, args, sample, config, tokenizer, args.max_steps, writer
     )
     check_text_is_left(train, sample)
     taught: Any = {"teacher": teacher.teacher, "lora_rank": lora.lora_rank}

@@ -16,7 +16,7 @@ from ..errors import LayerPruneError
 from ..forward.hooks import undisturbed
 from ..surgery.decoder import check_next_token, text_config
 from ..surgery.lineage import get_lineage
-from ..surgery.peft import adapter_configs, base_of
+from ..surgery.peft import adapter_configs, base_of, check_adapter_type
 from .arguments import DistillationTrainingArguments, check_processes_joined
 from .teacher import TeacherLayers
 from .teacher_cache import CachedTeacherLogits
@@ -53,14 +53,13 @@ def check_arguments(args: Any, unused: dict[str, Any]) -> None:
     check_processes_joined(args)
 
 
-def check_student(model: Any, args: DistillationTrainingArguments, all_weights: bool = True) -> None:
+def check_student(model: Any, args: DistillationTrainingArguments, peft_config: Any = None) -> None:
     """Checks that `model` can be distilled and saved.
 
     Args:
-        model (`PreTrainedModel`): the student.
+        model (`PreTrainedModel` or `PeftModel`): the student.
         args ([`DistillationTrainingArguments`]): the settings.
-        all_weights (`bool`, *optional*, defaults to `True`): whether its own weights are trained, not
-            adapters.
+        peft_config (`PeftConfig`, *optional*): adapters that it shall get.
 
     Raises:
         LayerPruneError: it cannot.
@@ -71,20 +70,26 @@ def check_student(model: Any, args: DistillationTrainingArguments, all_weights: 
         )
     if args.legacy_rope:
         legacy_rotary(model.config)
-    if isinstance(model, PreTrainedModel):
-        check_next_token(model, "DistillationTrainer")
-    if adapter_configs(model):
-        raise LayerPruneError("Give the model without its adapters, and these as peft_config=.")
-    if all_weights and getattr(model, "is_quantized", False):
+    if isinstance(base_of(model), PreTrainedModel):
+        check_next_token(base_of(model), "DistillationTrainer")
+    adapters = adapter_configs(model)
+    if adapters and peft_config is not None:
+        raise LayerPruneError(
+            "model has adapters, and peft_config is given too. Leave peft_config out to train the adapters, "
+            "or give a model without any."
+        )
+    for config in adapters.values():
+        check_adapter_type(config)
+    if not adapters and peft_config is None and getattr(model, "is_quantized", False):
         raise quantised_weights(model.config, "the model")
 
 
 def quantised_weights(config: PreTrainedConfig, name: str) -> LayerPruneError:
-    """Returns the error of a model whose quantised weights shall be trained.
+    """Returns the error for a model with quantised weights of which all weights would be trained.
 
     Args:
-        config (`PreTrainedConfig`): of the model.
-        name (`str`): what the user calls the model.
+        config (`PreTrainedConfig`): the config of the model.
+        name (`str`): the user's name for the model.
     """
     quantization: Any = config.quantization_config
     entry = quantization if isinstance(quantization, dict) else quantization.to_dict()

@@ -16,17 +16,20 @@ from transformers.utils import cached_file
 
 from ..checkpoints.loading import load_model, load_tokenizer
 from ..errors import LayerPruneError, one_line
+from ..forward.hooks import undisturbed
 from ..forward.token_losses import sum_dtype
-from ..surgery.decoder import check_next_token, find_decoder, is_sharded
+from ..surgery.decoder import check_next_token, find_decoder, is_sharded, text_config
 from ..surgery.lineage import Lineage, get_lineage
-from ..surgery.peft import check_adapter_type, keep_base_known
+from ..surgery.peft import adapter_configs, base_of, check_adapter_type, keep_base_known
 from .losses import hidden_pairs
-from .teacher_cache import HEAD, CachedTeacherLogits
+from .teacher_cache import CachedTeacherLogits, is_teacher_cache
 
 
 logger = logging.getLogger(__name__)
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PROBED_TOKENS = 8  # that tell whether adapters change the logits
+LOGIT_TOLERANCE = 0.05  # of the largest logit, above the rounding of bfloat16
 DIFFERENT_TOKENS = 0.01  # from this share of different tokens on, a tokenizer is another one
 
 
@@ -72,8 +75,9 @@ def make_teacher(
 
     Args:
         teacher (`PreTrainedModel` or `str`, *optional*): a model (frozen in place), a folder (also of
-            [`cache_teacher_logits`]) or a hub id. Default: a copy of `student`.
-        student (`PreTrainedModel`): the model that will be trained.
+            [`cache_teacher_logits`]) or a hub id. Default: a copy of `student`, of a `PeftModel` without its
+            adapters.
+        student (`PreTrainedModel` or `PeftModel`): the model that will be trained.
         hidden_states (`bool`): whether hidden states will be compared.
         adapters (`bool`, *optional*, defaults to `False`): whether only adapters will be trained, so that a
             copy shares the student's weights.
@@ -87,19 +91,22 @@ def make_teacher(
     """
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
     tokens = len(tokenizer) if hasattr(tokenizer, "__len__") else None
-    given = student if teacher is None else teacher
+    given = base_of(student) if teacher is None else teacher
     if isinstance(given, PreTrainedModel) and is_sharded(given):
         raise LayerPruneError(
             "The teacher's weights are already shared out over processes, so that it cannot run by itself: "
             "load it before the training arguments are made, and give it as teacher_model."
         )
+    if teacher is None and adapter_configs(student):
+        return _without_adapters(student)
+    student = base_of(student)
     if teacher is None:
         weights = _tensors(student) if adapters else []
         teacher = copy.deepcopy(student, {id(tensor): tensor for tensor in weights})
         return teacher.eval().requires_grad_(False)
     if isinstance(teacher, (str, Path)):
         teacher = str(teacher)
-        if (Path(teacher) / HEAD).exists():
+        if is_teacher_cache(teacher):
             cache = CachedTeacherLogits(teacher)
             _check(cache.vocabulary, cache.width, cache.lineage, student, hidden_states, tokens)
             known = find_decoder(student).config.vocab_size
@@ -124,6 +131,28 @@ def make_teacher(
     _check(config.vocab_size, config.hidden_size, get_lineage(teacher), student, hidden_states, tokens)
     check_tokens(teacher, student, tokenizer, trust_remote_code)
     return teacher.eval().requires_grad_(False)
+
+
+def _without_adapters(student: Any) -> PreTrainedModel:
+    """Returns a frozen copy of a `PeftModel` without adapters. It shares all weights that are not trained.
+
+    Raises:
+        LayerPruneError: the adapters change what the model predicts, so the copy is another model.
+    """
+    shared = {id(tensor): tensor for tensor in _tensors(student) if not tensor.requires_grad}
+    teacher = copy.deepcopy(student, shared).unload().eval().requires_grad_(False)
+    with undisturbed(student):
+        ids = (
+            torch.arange(PROBED_TOKENS, device=student.device)[None] % text_config(student.config).vocab_size
+        )
+        ours, theirs = (model(input_ids=ids, use_cache=False).logits.float() for model in (student, teacher))
+    if (ours - theirs).abs().max() > LOGIT_TOLERANCE * theirs.abs().max():
+        raise LayerPruneError(
+            "The adapters of model already change its logits, so the model without them is no teacher for "
+            "it. Give the original model as teacher_model, or merge the adapters (model.merge_and_unload()) "
+            "and add new ones."
+        )
+    return teacher
 
 
 def hold_in_autocast_dtype(teacher: PreTrainedModel | CachedTeacherLogits, accelerator: Accelerator) -> None:

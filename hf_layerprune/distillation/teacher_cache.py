@@ -28,6 +28,11 @@ HEAD = "teacher_cache.json"
 SHARD = 2**15  # positions in a file
 
 
+def is_teacher_cache(folder: str | Path) -> bool:
+    """Returns whether a folder holds cached logits, and no model."""
+    return (Path(folder) / HEAD).exists()
+
+
 def cache_teacher_logits(
     teacher: PreTrainedModel,
     batches: Iterable[Batch],

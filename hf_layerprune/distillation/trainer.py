@@ -33,7 +33,7 @@ from ..errors import LayerPruneError, one_line
 from ..forward.lm_head import router_losses
 from ..surgery.decoder import is_sharded
 from ..surgery.lineage import get_lineage
-from ..surgery.peft import adapter_configs
+from ..surgery.peft import adapter_configs, base_of
 from .arguments import DistillationTrainingArguments, quieten_replicas
 from .checks import (
     check_arguments,
@@ -86,13 +86,14 @@ class DistillationTrainer(Trainer):
     `router_aux_loss_coef`.
 
     Args:
-        model (`PreTrainedModel` or `str`): the student, as a model, a folder or a hub id. A folder or hub id
-            is loaded in float32, as trl does, and its tokenizer is the default `processing_class`.
+        model (`PreTrainedModel`, `PeftModel` or `str`): the student, as a model, a folder or a hub id. A
+            folder or hub id is loaded in float32, as trl does, and its tokenizer is the default
+            `processing_class`. Of a `PeftModel` the adapters are trained.
         args ([`DistillationTrainingArguments`], *optional*): settings.
         teacher_model (`PreTrainedModel` or `str`, *optional*): a model, a folder (also of
-            [`cache_teacher_logits`]) or a hub id. Default: a frozen copy of `model`; with `peft_config` one
-            that shares its weights. Under 16-bit mixed precision a copy or a loaded teacher holds the weights
-            of its linear layers in 16 bits, in which autocast uses them.
+            [`cache_teacher_logits`]) or a hub id. Default: a frozen copy of `model`; with adapters one
+            without them that shares its weights. Under 16-bit mixed precision a copy or a loaded teacher
+            holds the weights of its linear layers in 16 bits, in which autocast uses them.
         peft_config (`PeftConfig`, *optional*): train these PEFT adapters instead of the model's weights.
         trust_remote_code (`bool`, *optional*, defaults to `False`): run the code that comes with `model` and
             `teacher_model` if these are folders or hub ids.
@@ -142,17 +143,19 @@ class DistillationTrainer(Trainer):
         check_arguments(args, {"compute_loss_func": compute_loss_func, "model_init": model_init})
         quieten_replicas(args)
         student, processing_class = load_student(model, processing_class, trust_remote_code)
-        check_student(student, args, all_weights=peft_config is None)
-        compares_layers, shares_weights = args.hidden_weight > 0, peft_config is not None
+        check_student(student, args, peft_config)
+        compares_layers = args.hidden_weight > 0
+        shares_weights = peft_config is not None or bool(adapter_configs(student))
         teacher = make_teacher(
             teacher_model, student, compares_layers, shares_weights, processing_class, trust_remote_code
         )
+        trained = student if peft_config is None else add_adapters(student, peft_config)
+        student = base_of(student)
         self._copied_teacher = teacher_model is None
         self._teacher_layers = check_teacher(teacher, args)
         # The Trainer switches the cache off in the config.
         self._use_cache = getattr(student.config, "use_cache", None) or student.generation_config.use_cache
-        trained = student if peft_config is None else add_adapters(student, peft_config)
-        if peft_config is not None and args.export == "merged" and not is_sharded(trained):
+        if shares_weights and args.export == "merged" and not is_sharded(trained):
             check_merge(trained)
         # A collator that reads raw rows needs all columns.
         if data_collator is None or args.remove_unused_columns:

@@ -7,7 +7,8 @@ from ..errors import LayerPruneError
 
 DATA_HELP = (
     "Text, chats or prompts: one or more files (.txt, .md, .json, .jsonl, .csv, .parquet, .arrow; also .gz "
-    "and .zst), folders, globs, ids of data sets on the hub, or - for standard input."
+    "and .zst), folders, globs, ids of data sets on the hub, or - for standard input. Give self for text "
+    "that the model writes."
 )
 
 
@@ -110,7 +111,25 @@ class TextArguments:
         },
     )
 
+    self_sequences: int = field(
+        default=512,
+        metadata={"help": "For data self: sequences to write at most. Default: 512."},
+    )
+    self_length: int | None = field(
+        default=None,
+        metadata={"help": "For data self: tokens of a text at most. Default: the sequence length."},
+    )
+    self_temperature: float = field(
+        default=1.0, metadata={"help": "For data self: temperature of sampling. Default: 1."}
+    )
+
     def __post_init__(self) -> None:
+        if self.self_sequences < 1 or self.self_temperature <= 0 or (self.self_length or 2) < 2:
+            raise LayerPruneError(
+                f"self_sequences is {self.self_sequences}, self_length is {self.self_length} and "
+                f"self_temperature is {self.self_temperature}. Choose at least 1 sequence, a length of 2 or "
+                "more tokens, and a temperature above 0."
+            )
         if self.data_template is not None:  # a shell gives \\n as it is written
             self.data_template = self.data_template.replace("\\n", "\n")
 

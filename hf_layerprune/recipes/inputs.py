@@ -1,31 +1,44 @@
 """The inputs of a run: its model, its text in three parts, and checks before any long work."""
 
+import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import BitsAndBytesConfig, GgufConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    BitsAndBytesConfig,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_torch_tf32_available
 
 from ..checkpoints.loading import load_class, load_model, load_tokenizer, stored_dtype
 from ..data.arguments import SequenceArguments
 from ..data.batches import make_batches, rows_of
+from ..data.own_text import SELF, on_one_process, write_own_text
 from ..data.sequences import prepare_dataset, resolve_length, split_sequences, stream_sequences
 from ..data.sources import SUPPORTED, load_rows, names_of
 from ..data.texts import holds_text
 from ..distillation.arguments import DTYPES, DistillationTrainingArguments
 from ..distillation.checks import quantised_weights
-from ..distillation.teacher_cache import HEAD
+from ..distillation.teacher_cache import is_teacher_cache
 from ..errors import LayerPruneError
-from ..scoring.score import check_criterion_fits
+from ..files import cache_folder
+from ..forward.hooks import undisturbed
+from ..scoring.score import check_criterion_fits, fingerprint
 from ..surgery.decoder import check_next_token
 from .arguments import ModelArguments, SampleArguments, TextArguments
 
 
+logger = logging.getLogger(__name__)
+
+OWN_TEXT = "text that the model wrote"  # its name in records and cards
 Parts = tuple[Dataset, Dataset, Any]  # to score on, to measure on and to train on
 
 
@@ -95,7 +108,7 @@ def check_teacher_exists(name: str | None, trust_remote_code: bool) -> None:
     Raises:
         LayerPruneError: there is none, or it does not predict next tokens.
     """
-    if name is not None and not (Path(name) / HEAD).is_file():
+    if name is not None and not is_teacher_cache(name):
         check_next_token(load_class(name, trust_remote_code)[1], "The teacher")
 
 
@@ -189,17 +202,19 @@ def make_sequences(
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     limit: int | None = None,
+    writer: Callable[[], PreTrainedModel] | None = None,
 ) -> Dataset:
     """Returns text as rows of tokens with labels.
 
     Args:
-        data: sources that [`load_rows`] reads, as a `str`, a `Path` or a list of `Path`; or rows in memory:
-            texts, chats, prompts, a `Dataset`, or tokens in a form that [`make_batches`] takes.
+        data: sources that [`load_rows`] reads, as a `str`, a `Path` or a list of `Path`; `"self"`; or rows in
+            memory: texts, chats, prompts, a `Dataset`, or tokens in a form that [`make_batches`] takes.
         text ([`TextArguments`]): how it is read.
         sequence ([`SequenceArguments`]): how it is cut.
         config (`PreTrainedConfig`): of the model that reads it.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's own, for text.
         limit (`int`, *optional*): the most sequences to make of text.
+        writer (`Callable`, *optional*): returns the model that writes the text of `"self"`.
 
     Raises:
         LayerPruneError: there is no such text, or it cannot be read or cut so.
@@ -208,6 +223,12 @@ def make_sequences(
         return data
     form = _form(text, sequence, config)
     sources = _sources_of(data)
+    if SELF in sources:
+        rows = _own_text(sources, text, form["length"], _needed(tokenizer), limit, writer)
+        form |= {"template": None, "column": "text"}
+        sequences = prepare_dataset(rows, _needed(tokenizer), limit=limit, name=OWN_TEXT, **form)
+        sequences.info.dataset_name = OWN_TEXT
+        return sequences
     if sources:
         rows = load_rows(sources, text.data_split, text.data_config, text.data_revision)
         name = text_name(sources, text)
@@ -224,6 +245,46 @@ def make_sequences(
         return sequences
     tokens = [{name: value[0].tolist() for name, value in batch.items()} for batch in make_batches(rows, 1)]
     return Dataset.from_list([{"labels": row["input_ids"]} | row for row in tokens])
+
+
+def load_writer(name: str, source: ModelArguments) -> PreTrainedModel:
+    """Returns a model to write text with. On a CPU it computes in float32, which is faster there."""
+    return load_on_device(name, source, dtype="auto" if torch.cuda.is_available() else "float32")
+
+
+def _own_text(
+    sources: list[str],
+    text: TextArguments,
+    length: int,
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int | None,
+    writer: Callable[[], PreTrainedModel] | None,
+) -> list[dict[str, Any]]:
+    """Returns text that a model writes itself, as rows, from the cache folder where it is there already.
+
+    Raises:
+        LayerPruneError: no model can write, other data is given too, or the settings are those of files.
+    """
+    if sources != [SELF] or writer is None or text.streaming:
+        given = "other data is given too" if sources != [SELF] else "streaming is set"
+        given = "no single model is there to write it" if writer is None else given
+        raise LayerPruneError(
+            f"data is {SELF}, text that the model writes, but {given}. Give {SELF} alone, to a command or "
+            "call with one model, without streaming."
+        )
+    settings: dict[str, Any] = {"length": text.self_length or length, "temperature": text.self_temperature}
+    sequences = min(limit or text.self_sequences, text.self_sequences)
+
+    def write() -> list[dict[str, Any]]:
+        model: Any = writer()
+        mark = fingerprint([model], [], [settings, getattr(tokenizer, "chat_template", None)])
+        path = cache_folder() / SELF / f"{Path(model.name_or_path).name or 'model'}-{mark[:16]}.jsonl"
+        logger.info("The model writes text in %s.", path)
+        with undisturbed(model):
+            # One more sequence, as texts are cut anew into sequences.
+            return write_own_text(model, tokenizer, path, tokens=(sequences + 1) * length, **settings)
+
+    return on_one_process(write)
 
 
 def _sources_of(data: Any) -> list[str]:
@@ -275,11 +336,12 @@ def split_text(
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     max_steps: int,
+    writer: Callable[[], PreTrainedModel] | None = None,
 ) -> Parts:
     """Returns rows of tokens to score on, to measure on and to train on.
 
     Args:
-        data, text, sequence, config, tokenizer: see [`make_sequences`].
+        data, text, sequence, config, tokenizer, writer: see [`make_sequences`].
         sample ([`SampleArguments`]): how many rows are set apart.
         max_steps (`int`): training steps, without which a stream has no end.
 
@@ -287,8 +349,8 @@ def split_text(
         LayerPruneError: as [`make_sequences`], or there is too little text.
     """
     calibration, heldout = sample.calibration_sequences, sample.heldout_sequences
-    if not text.streaming:
-        sequences = make_sequences(data, text, sequence, config, tokenizer)
+    if not text.streaming or SELF in _sources_of(data):
+        sequences = make_sequences(data, text, sequence, config, tokenizer, writer=writer)
         return split_sequences(sequences, calibration, heldout)
     sources = _sources_of(data)
     if not sources:

@@ -1,6 +1,7 @@
 """The whole of a method in one call: text, scores, removal, training, saving."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,12 +10,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints.loading import copy_companions, load_meta_model, load_tokenizer
 from ..distillation.arguments import DistillationTrainingArguments
+from ..distillation.teacher_cache import is_teacher_cache
 from ..errors import LayerPruneError
 from ..pruning.arguments import PruningArguments, with_given
 from ..pruning.schedule import phase_sizes
 from ..pruning.target import resolve_target
 from ..reports.record import RunRecord, check_folder_is_free
 from ..surgery.decoder import check_next_token, layer_count, text_config
+from .arguments import ModelArguments
 from .fields import check_fields, fill
 from .inputs import (
     check_loading_for_training,
@@ -24,10 +27,18 @@ from .inputs import (
     check_teacher_exists,
     keep_stored_dtype,
     load_on_device,
+    load_writer,
     precision_of_training,
     split_text,
 )
-from .recipe import RECIPE_KINDS, RecipeArguments, check_recipe, read_recipe, resolved_fields
+from .recipe import (
+    RECIPE_KINDS,
+    RecipeArguments,
+    check_recipe,
+    read_recipe,
+    resolved_fields,
+    write_settings,
+)
 from .run import run_recipe
 from .run_plan import announce_plan
 
@@ -63,9 +74,9 @@ def prune(
         model (`str`, `Path` or `PreTrainedModel`): folder or hub id of the model, or the model itself, which
             is changed in place. Default: that of the recipe.
         data: text, chats or prompts to score, train and measure on. A `str`, a `Path` or a list of `Path`
-            names what [`load_rows`] reads: files, folders, globs, ids of data sets on the hub. Everything
-            else is rows in memory: a list of texts, a `Dataset`, or another form that [`make_batches`] takes.
-            Default: the data of the recipe.
+            names what [`load_rows`] reads: files, folders, globs, ids of data sets on the hub. `"self"` is
+            text that the model writes itself. Everything else is rows in memory: a list of texts, a
+            `Dataset`, or another form that [`make_batches`] takes. Default: the data of the recipe.
         keep (`int`, *optional*): how many layers to keep. `target_ratio=0.75` or `target_parameters="2.4B"`
             may be given instead. Default: that of the recipe.
         recipe (`str`, `Path` or mapping, *optional*, defaults to `"default"`): the name of a recipe that
@@ -100,7 +111,8 @@ def prune(
     )
     named |= {"data": data} if is_source else {}
     named |= {} if isinstance(teacher, PreTrainedModel) else {"teacher": teacher}
-    values = _values(recipe, named | {"keep": keep}, fields)
+    settings = _values(recipe, named | {"keep": keep}, fields)
+    values = _of_machine(settings)
     chosen, source, taught, text, sample, pruning, args = fill(RECIPE_KINDS, values)
     trust = source.trust_remote_code
     check_recipe(chosen, pruning, text.streaming)
@@ -109,6 +121,8 @@ def prune(
     resume = resume_from_checkpoint or args.resume_from_checkpoint
     if not resume:
         check_folder_is_free(args.output_dir, resume="resume_from_checkpoint=True")
+        if args.process_index == 0:
+            write_settings(settings, args.output_dir)
     if isinstance(model, PreTrainedModel):
         check_next_token(model, "prune")
         config, tokenizer = model.config, tokenizer or load_tokenizer(str(model.name_or_path), trust)
@@ -124,7 +138,9 @@ def prune(
         pruning = resolve_target(pruning, whole)
     _set_steps(chosen, pruning, args, layer_count(text_config(config)))
     read = [Path(one) for one in chosen.data or []] or None if data is None or is_source else data
-    rows = split_text(read, text, args, sample, config, tokenizer, args.max_steps)
+    given = teacher if isinstance(teacher, PreTrainedModel) else taught.teacher
+    writer = partial(_writer, model if in_memory else chosen.model, given, source)
+    rows = split_text(read, text, args, sample, config, tokenizer, args.max_steps, writer)
     distills = args.max_steps and (args.kl_weight or args.hidden_weight)
     if distills and not in_memory and not chosen.trains_only_replacement:
         announce_plan(
@@ -132,7 +148,6 @@ def prune(
         )
     pruned: Any = model if in_memory else load_on_device(chosen.model, source, dtype="float32")
     frozen = {id(parameter) for parameter in pruned.parameters() if not parameter.requires_grad}
-    given = teacher if isinstance(teacher, PreTrainedModel) else taught.teacher
     resolved = resolved_fields([chosen, taught, text, sample, pruning], args)
     run: dict[str, Any] = {"resume": True if resume == "True" else resume, "resolved": resolved}
     run |= {"teacher": given, "trust_remote_code": trust}
@@ -157,15 +172,27 @@ def _values(
         values = check_fields(recipe, RECIPE_KINDS, "recipe")
     else:
         values = read_recipe(recipe)
-    if not torch.cuda.is_available():
-        values = {"use_cpu": True} | values  # for bf16
     given = {name: value for name, value in named.items() if value is not None}
     given = check_fields(given | {**fields}, RECIPE_KINDS, "prune")
     values = with_given(values, given)
-    values |= precision_of_training(values)
     if "model" in named and values.get("model") is None:
         raise LayerPruneError("model has no value. Give a folder, a hub id or a model.")
     return values
+
+
+def _writer(model: Any, teacher: Any, source: ModelArguments) -> PreTrainedModel:
+    """Returns the model that writes the text of `data="self"`: the teacher, or `model` if there is no teacher
+    model."""
+    is_cache = isinstance(teacher, str) and is_teacher_cache(teacher)
+    writer = model if teacher is None or is_cache else teacher
+    return writer if isinstance(writer, PreTrainedModel) else load_writer(str(writer), source)
+
+
+def _of_machine(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns values with those that follow this machine: on a CPU `use_cpu`, for bf16, and its precision."""
+    if not torch.cuda.is_available():
+        values = {"use_cpu": True} | values
+    return values | precision_of_training(values)
 
 
 def _set_steps(

@@ -2,8 +2,9 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 
 from ..distillation.arguments import DistillationTrainingArguments
 from ..errors import LayerPruneError
+from ..files import whole_file
 from ..pruning.arguments import PruningArguments, ReconstructionArguments, RemovalArguments
 from ..pruning.prune import SELECTIONS
 from ..pruning.replacement import KINDS
@@ -25,6 +27,8 @@ REPLACEMENT_LOSSES = {
     "lm": {"kl_weight": 0.0, "ce_weight": 1.0, "hidden_weight": 0.0},
     "kl": {"kl_weight": 1.0, "ce_weight": 0.0, "hidden_weight": 0.0},
 }
+SETTINGS_NAME = "layer_pruning.yaml"  # beside a model: the settings it was made with
+OF_THE_FOLDER = ("output_dir", "resume", "resume_from_checkpoint")
 OF_THE_MACHINE = ("use_cpu", "dataloader_pin_memory")
 
 
@@ -133,7 +137,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Returns the values of a YAML file that are not null.
 
     Raises:
-        LayerPruneError: there is no such file, or it is no mapping in plain YAML.
+        LayerPruneError: there is no such file, it is no mapping in plain YAML, or it allows code to run.
     """
     if not path.is_file():
         raise LayerPruneError(f"No such file: {path}. Give a YAML file of lines `field: value`.")
@@ -143,7 +147,38 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise LayerPruneError(f"{path} is no plain YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise LayerPruneError(f"{path} is no recipe: it must be lines of `field: value`.")
+    if values.get("trust_remote_code"):
+        raise LayerPruneError(
+            f"{path}: trust_remote_code is true, but a file cannot allow the code of a model to run. Leave "
+            "it out, and give the flag `--trust_remote_code True` (in Python, trust_remote_code=True)."
+        )
     return {name: value for name, value in values.items() if value is not None}
+
+
+def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes values to a YAML file, which [`read_yaml`] reads. It does not allow code to run."""
+    plain = {name: _plain(value) for name, value in values.items() if name != "trust_remote_code"}
+    with whole_file(path) as file:
+        file.write(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).encode())
+
+
+def write_settings(values: Mapping[str, Any], folder: str | Path) -> None:
+    """Writes the settings of a run beside its model. `run` and `--config` run them again, in another folder.
+
+    Args:
+        values (mapping): what recipe, config file and flags give.
+        folder (`str` or `Path`): the output folder.
+    """
+    settings = {name: value for name, value in values.items() if name not in OF_THE_FOLDER}
+    write_yaml(Path(folder) / SETTINGS_NAME, settings)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def check_recipe(recipe: RecipeArguments, pruning: PruningArguments, streaming: bool) -> None:

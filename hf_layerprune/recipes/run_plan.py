@@ -5,7 +5,6 @@ import math
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -26,7 +25,7 @@ from ..distillation.plan import (
     plan_training,
     settings_that_fit,
 )
-from ..distillation.teacher_cache import HEAD
+from ..distillation.teacher_cache import is_teacher_cache
 from ..errors import LayerPruneError
 from ..pruning.arguments import PruningArguments
 from ..pruning.schedule import phase_sizes
@@ -124,7 +123,7 @@ def plan_run(
     """
     weight_bytes, with_adapters = model.dtype.itemsize, hasattr(model, "peft_config")
     batch, length = args.per_device_train_batch_size, resolve_length(args.sequence_length, model.config)
-    is_cached = teacher is not None and (Path(teacher) / HEAD).is_file()
+    is_cached = teacher is not None and is_teacher_cache(teacher)
     other = None
     if teacher is not None and not is_cached:
         meta_teacher: Any = load_meta_model(teacher, trust_remote_code)

@@ -59,6 +59,7 @@ def plot_record(record: Record, folder: Path) -> dict[str, str]:
     dense, phases, metrics = qualities_of(record)
     metric = "perplexity" if "perplexity" in dense else next(iter(metrics), "")
     depths = [len(phase["kept"]) for phase in record["phases"]]
+    start = [(record["model"]["layers"], dense[metric])] if metric in dense else []
     lines = {}
     for place, name in enumerate(("cut", "healed")):
         found = [
@@ -67,7 +68,7 @@ def plot_record(record: Record, folder: Path) -> dict[str, str]:
             if metric in phase[place]
         ]
         if found:
-            lines[name] = [(record["model"]["layers"], dense[metric])] * (metric in dense) + found
+            lines[name] = start + found
     if any(len(points) > 1 for points in lines.values()):
         label = "held-out perplexity" if metric == "perplexity" else metric
         plot_lines(lines, folder / "quality.png", "decoder layers", label)

@@ -1,5 +1,6 @@
 """Flags in a YAML file."""
 
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from hf_layerprune import LayerPruneError, prune
 from hf_layerprune.commands.cli import COMMANDS, main
 
 
@@ -76,6 +78,83 @@ def test_a_recipe_is_a_config_file(folder):
     assert main(["run", "--config", "c.yaml", "--output_dir", "as-config"]) == 0
     assert_equal("as-recipe", "by-flags")
     assert_equal("as-config", "by-flags")
+
+
+def test_run_and_distill_read_one_file_alike(folder):
+    values = {"model": folder, "data": "text.txt", "target_ratio": 0.7, "ce_weight": 0.5, **SHORT}
+    Path("c.yaml").write_text(yaml.safe_dump(values))
+    assert main(["distill", "--config", "c.yaml", "--output_dir", "distilled"]) == 0
+    assert main(["run", "c.yaml", "--output_dir", "by-run"]) == 0
+    assert main(["run", "--config", "c.yaml", "--output_dir", "by-config"]) == 0
+    assert AutoModelForCausalLM.from_pretrained("distilled").config.num_hidden_layers == 4
+    assert_equal("distilled", "by-run")
+    assert_equal("distilled", "by-config")
+
+
+TRAINING = ["--data", "text.txt", "--target_layers", "4", *WORDS]
+COPY = "import shutil, sys; shutil.copytree(*sys.argv[1:], dirs_exist_ok=True)"
+TAIL = {"phases": ["--", sys.executable, "-c", COPY, "{model}", "{output_dir}"]}
+PRUNING = ["--data", "text.txt", "--target_layers", "4", "--sequence_length", "16"]
+PRUNING += ["--calibration_sequences", "4", "--heldout_sequences", "4"]
+
+
+@pytest.mark.parametrize(
+    ("words", "again"),
+    [
+        (["run", "default", "--model", "model", *TRAINING], ["run", "out/layer_pruning.yaml"]),
+        (["run", "sleb", "--model", "model", *TRAINING], ["run", "--config", "out/layer_pruning.yaml"]),
+        (["distill", "model", *TRAINING], ["distill", "--config", "out/layer_pruning.yaml"]),
+        (["distill", "--config", "c.yaml"], ["run", "out/layer_pruning.yaml"]),
+        (["prune", "model", *PRUNING], ["prune", "--config", "out/layer_pruning.yaml"]),
+        (["phases", "model", *PRUNING], ["phases", "--config", "out/layer_pruning.yaml"]),
+    ],
+)
+def test_a_model_keeps_the_settings_that_made_it(folder, words, again):
+    values = {"model": folder, "data": "text.txt", "target_layers": 4, **SHORT}
+    Path("c.yaml").write_text(yaml.safe_dump(values))
+    assert main([*words, "--output_dir", "out", *TAIL.get(words[0], [])]) == 0
+    saved = yaml.safe_load(Path("out/layer_pruning.yaml").read_text())
+    assert (saved["model"], saved["target_layers"]) == ("model", 4)
+    assert not {"output_dir", "resume", "config"} & {*saved}
+    assert main([*again, "--output_dir", "again", *TAIL.get(again[0], [])]) == 0
+    assert_equal("out", "again")
+    assert Path("again/layer_pruning.yaml").read_text() == Path("out/layer_pruning.yaml").read_text()
+
+
+def test_python_keeps_the_settings_too(folder):
+    prune(folder, "text.txt", 4, output_dir="out", bf16=False, **SHORT)
+    assert main(["run", "out/layer_pruning.yaml", "--output_dir", "again"]) == 0
+    assert_equal("out", "again")
+
+
+def test_other_commands_keep_their_settings(folder):
+    words = [folder, "--data", "text.txt", "--sequence_length", "16", "--output_dir", "out"]
+    assert main(["cache-teacher", *words, "--top_k", "4"]) == 0
+    saved = yaml.safe_load(Path("out/layer_pruning.yaml").read_text())
+    assert saved == {"model": "model", "data": ["text.txt"], "sequence_length": 16, "top_k": 4}
+
+
+def test_a_file_cannot_allow_code_to_run(folder, capsys):
+    values = {"model": folder, "data": "text.txt", "target_layers": 4, "trust_remote_code": True}
+    Path("c.yaml").write_text(yaml.safe_dump(values | SHORT))
+    for words in (["run", "c.yaml"], ["run", "--config", "c.yaml"], ["distill", "--config", "c.yaml"]):
+        assert main([*words, "--output_dir", "out"]) == 2
+        error = capsys.readouterr().err
+        assert "c.yaml: trust_remote_code is true, but a file cannot allow" in error
+        assert "give the flag `--trust_remote_code True`" in error
+    with pytest.raises(LayerPruneError, match="a file cannot allow"):
+        prune(recipe="c.yaml", output_dir="out")
+    assert not Path("out").exists()
+    # A flag can. The file beside the model does not repeat it.
+    Path("c.yaml").write_text(yaml.safe_dump(values | SHORT | {"trust_remote_code": False}))
+    assert main(["distill", "--config", "c.yaml", "--trust_remote_code", "True", "--output_dir", "out"]) == 0
+    assert "trust_remote_code" not in Path("out/layer_pruning.yaml").read_text()
+
+
+def test_settings_of_recipes_are_told_apart(folder, capsys):
+    Path("c.yaml").write_text(yaml.safe_dump({"model": folder, "select": "block"}))
+    assert main(["distill", "--config", "c.yaml"]) == 2
+    assert "c.yaml: select is a setting of recipes. Use `hf-layerprune run c.yaml`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["score", "evaluate"])

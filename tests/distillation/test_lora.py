@@ -169,9 +169,37 @@ def test_adapters_that_cannot_work_are_refused(config, message):
         adapted_trainer(make_model("qwen2"), config)
 
 
-def test_a_model_with_adapters_already_is_refused(llama):
-    with pytest.raises(LayerPruneError, match="peft_config="):
-        make_trainer(get_peft_model(llama, lora()))
+@pytest.mark.parametrize("settings", [{}, {"modules_to_save": ["lm_head"]}])
+def test_a_model_with_new_adapters_trains_as_with_their_config(llama, settings):
+    torch.manual_seed(0)
+    by_config = adapted_trainer(copy.deepcopy(llama), lora(**settings), max_steps=2)
+    torch.manual_seed(0)
+    adapted = get_peft_model(copy.deepcopy(llama), lora(**settings))
+    trainer = make_trainer(adapted, max_steps=2)
+    assert trainer.model is adapted
+    own = {p.data_ptr() for p in llama.parameters()}
+    shared = {p.data_ptr() for p in trainer.teacher.parameters()} & {
+        p.data_ptr() for p in adapted.parameters()
+    }
+    assert len(shared) == len(own) - bool(settings)  # the head is trained, so the teacher has its own
+    for each in (by_config, trainer):
+        remove_layers(each.model, [2])
+        each.train()
+    assert trainer.state.log_history[0]["kl"] > 1e-3
+    torch.testing.assert_close(trainer.model.state_dict(), by_config.model.state_dict(), rtol=0, atol=0)
+    assert torch.equal(logits(trainer.teacher, tokens()), logits(llama, tokens()))
+
+
+def test_trained_adapters_need_a_teacher(llama):
+    trained = get_peft_model(copy.deepcopy(llama), lora(init_lora_weights=False))
+    with pytest.raises(LayerPruneError, match="already change its logits"):
+        make_trainer(trained)
+    make_trainer(trained, teacher_model=llama).train()
+
+
+def test_adapters_given_twice_are_refused(llama):
+    with pytest.raises(LayerPruneError, match="peft_config is given too"):
+        adapted_trainer(get_peft_model(llama, lora()))
 
 
 def test_prompts_that_know_the_depth_stay_as_deep():
