@@ -336,7 +336,7 @@ def _plot(name: str, rows: Sequence[Row], path: Path) -> None:
             row["model"]: [(i / (row["layers"] - 1), s) for i, s in enumerate(row["scores"]) if s is not None]
             for row in rows
         }
-        plot_lines(lines, path, "depth", "rise of the loss without the layer", log=True)
+        plot_lines(lines, path, "depth", "loss increase without the layer", log=True)
     elif name == "calibration":
         points = {f"{row['criterion']}: {row['texts']}": row["rank correlation"] for row in rows}
         plot_points(points, path, "rank correlation")

@@ -383,7 +383,7 @@ def test_evaluate_reads_tasks_without_a_text(folder, capsys):
     load_tokenizer("model").save_pretrained("cut")
     assert main(["evaluate", "model", "cut", *tasks]) == 0
     printed = capsys.readouterr().out
-    assert "mean of tasks" in printed
+    assert "mean accuracy" in printed
     assert "perplexity" not in printed
     found = json.loads(Path("e.json").read_text())
     assert found["text"] is None

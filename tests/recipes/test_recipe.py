@@ -592,7 +592,7 @@ def test_phases_are_reconstructed(folder):
         assert len(phase["reconstruction"]["windows"]) == 1
         assert phase["reconstruction"]["tokens"] > 0
     card = Path("out/README.md").read_text()
-    assert "| KL cut | reconstructed |" in " ".join(card.split())
+    assert "| KL after removal | KL after reconstruction |" in " ".join(card.split())
     assert "the layers next to the cut were trained on the hidden states" in card
 
 
