@@ -6,11 +6,12 @@ import signal
 import sys
 from importlib.metadata import version
 
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, choose_from
 from .common import OUTPUT_DIR, Command, flag_names, keep_settings, parse
 from .config_file import common_flags
 from .evaluate import card, evaluate
 from .flags import name_flags
+from .help import summary
 from .plan import plan
 from .prune import inspect, phases, prune, score
 from .train import cache_teacher, distill, run
@@ -20,15 +21,19 @@ INTERRUPTED = 128 + signal.SIGINT  # the exit code of a process that Ctrl-C ende
 
 
 def study(arguments: list[str]) -> None:
-    """Answer one question by a grid of small runs: NAME is baseline, losses, iterative, criteria, ..."""
+    """Answers a question by a grid of small runs.
+
+    usage: hf-layerprune study NAME [flags]
+    example: hf-layerprune study criteria --quick
+    """
     from ..reports.tables import markdown_table
-    from .studies import STUDIES, run_study, study_rows
+    from .studies import STUDIES, check_study, run_study, study_rows
     from .study_setting import StudyArguments
 
     name = arguments[0] if arguments and not arguments[0].startswith("-") else ""
-    (settings,) = parse(study, arguments[bool(name) :], [StudyArguments], model=False)
-    if name not in STUDIES:
-        raise LayerPruneError(f"Give the name of a study: {', '.join(STUDIES)}.")
+    names = ("NAME", f"One of {', '.join(STUDIES)}.")
+    (settings,) = parse(study, arguments[bool(name) :], [StudyArguments], model=False, positional=names)
+    check_study(name)
     print(f"{STUDIES[name].__doc__}\n")
     print(markdown_table(study_rows(run_study(name, settings))))
     folder = settings.output_dir or f"study-{name}"
@@ -37,7 +42,11 @@ def study(arguments: list[str]) -> None:
 
 
 def quickstart(arguments: list[str]) -> None:
-    """Take SmolLM2-135M from 30 to 27 layers on this machine, without a hub or an account."""
+    """Prunes SmolLM2-135M from 30 to 27 layers on this machine, without the hub or an account.
+
+    usage: hf-layerprune quickstart [flags]
+    example: hf-layerprune quickstart --output_dir smollm2-27-layers
+    """
     from .quickstart import QuickstartArguments
     from .quickstart import quickstart as run
 
@@ -66,9 +75,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; return the exit code: 0, 2 after a mistake of the user's, 130 after Ctrl-C."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
-        print("usage: hf-layerprune COMMAND ...   (hf-layerprune COMMAND --help for its flags)\n")
+        print("usage: hf-layerprune COMMAND ...\n")
         for name, function in COMMANDS.items():
-            print(f"  {name:14s}{function.__doc__}")
+            print(f"  {name:14s}{summary(function)}")
+        print("\nhf-layerprune COMMAND --help shows the flags of a command and an example.")
         return 0
     if command == "--version":
         print(f"hf-layerprune {version('hf-layerprune')}")
@@ -87,7 +97,7 @@ def main(arguments: list[str] | None = None) -> int:
         _quieten_libraries()
     try:
         if command not in COMMANDS:
-            raise LayerPruneError(f"no command {command!r}: choose from {', '.join(COMMANDS)}")
+            raise LayerPruneError(f"There is no command {command!r}. {choose_from(command, COMMANDS)}.")
         with logging_redirect_tqdm():
             COMMANDS[command](rest)
     except BrokenPipeError:  # the reader of our output has seen enough

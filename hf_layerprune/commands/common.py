@@ -6,12 +6,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, did_you_mean
 from ..files import check_folder_of, whole_file
 from .config_file import COMMON_FLAGS, add_common_flags, common_flags, write_config
+from .help import HELP_ALL, help_text, help_wanted
 
 
 OUTPUT_DIR = "trainer_output"  # the Trainer's default
+MODEL = ("MODEL", "Folder or hub id of the model.")
 flag_names: list[str] = []  # of the command that runs
 given_values: dict[str, Any] = {}  # of its flags, by flags and config file
 
@@ -19,7 +21,12 @@ Command = Callable[[list[str]], None]
 
 
 def parse(
-    command: Command, arguments: list[str], kinds: Iterable[Any], model: bool = True, several: bool = False
+    command: Command,
+    arguments: list[str],
+    kinds: Iterable[Any],
+    model: bool = True,
+    several: bool = False,
+    positional: tuple[str, str] | None = None,
 ) -> list[Any]:
     """Returns the model name or names of a command line, and one filled dataclass for each of `kinds`.
 
@@ -28,18 +35,23 @@ def parse(
         arguments (list of `str`): the words after the command's name.
         kinds (iterable of dataclasses): whose fields are the flags.
         model, several (`bool`, *optional*): whether the command takes a model, or several.
+        positional (`tuple`, *optional*): name and help of another first argument, which the command reads.
 
     Raises:
         LayerPruneError: a word that the command does not know, or a value that a dataclass refuses.
+        SystemExit: the command line asks for help, which is printed.
     """
     kinds, common = list(kinds), common_flags(arguments)
+    if help_wanted(arguments):
+        actions = _parser(command, kinds)._actions  # argparse has no public list of flags
+        whole = not {*HELP_ALL}.isdisjoint(arguments)
+        print(help_text(command, actions, positional or (MODEL if model else None), whole))
+        raise SystemExit(0)
     # Before the parser knows the names of flags: errors in a file name fields.
     config = read_config(common.config, kinds, model, several) if common.config else {}
     parser = _parser(command, kinds)
     if model:
         _add_model(parser, several)
-    if {"-h", "--help"} & {*arguments}:
-        parser.parse_args(arguments)
     values = given = parse_given(command, arguments, kinds, model, several)
     if config:
         from ..pruning.arguments import with_given
@@ -60,7 +72,7 @@ def parse(
 
 
 def _add_model(parser: Any, several: bool) -> Any:
-    return parser.add_argument("model", nargs="+" if several else None, help="folder or hub id of the model")
+    return parser.add_argument("model", nargs="+" if several else None)
 
 
 def read_config(
@@ -136,7 +148,15 @@ def _parser(command: Command, kinds: list[Any], only_given: bool = False) -> Any
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> Any:
-            raise LayerPruneError(f"{message} (see hf-layerprune {name} --help)")
+            unknown = message.removeprefix("unrecognized arguments: ")
+            if unknown == message:
+                raise LayerPruneError(f"{message} (see hf-layerprune {name} --help)")
+            advice = f"See hf-layerprune {name} --help."
+            flags = [word.partition("=")[0] for word in unknown.split() if word.startswith("-")]
+            if not flags:
+                raise LayerPruneError(f"There is no argument {unknown!r}. {advice}")
+            known = [flag for action in self._actions for flag in action.option_strings]
+            raise LayerPruneError(f"There is no flag {flags[0]}. {did_you_mean(flags[0], known) or advice}")
 
         def add_argument(self, *names: Any, **settings: Any) -> Any:
             if only_given and settings.get("action") != "help":
@@ -144,7 +164,7 @@ def _parser(command: Command, kinds: list[Any], only_given: bool = False) -> Any
             return super().add_argument(*names, **settings)
 
     flag_names[:] = [one.name for kind in kinds for one in fields(kind) if one.init]
-    parser = Parser(kinds, prog=f"hf-layerprune {name}", description=command.__doc__)
+    parser = Parser(kinds, prog=f"hf-layerprune {name}", add_help=False)
     add_common_flags(parser)
     return parser
 

@@ -16,11 +16,9 @@ def add_common_flags(parser: Any) -> None:
         "--save_config",
         "--save-config",
         metavar="FILE",
-        help="Write all values that are given, by flags and config, to a YAML file, and do not run.",
+        help="Write the given flags to a YAML file, and do not run.",
     )
-    parser.add_argument(
-        "--quiet", action="store_true", help="Print results and errors alone, without progress."
-    )
+    parser.add_argument("--quiet", action="store_true", help="Print only results and errors.")
 
 
 def common_flags(arguments: list[str]) -> Any:

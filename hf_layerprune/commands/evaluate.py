@@ -14,7 +14,11 @@ from .flags import CardArguments, EvaluateArguments, OptionalDataArguments
 
 
 def evaluate(arguments: list[str]) -> None:
-    """What one or more MODELs can do on a text and in tasks, side by side; the first is the dense one."""
+    """Compares models on text and zero-shot tasks. The first MODEL is the dense one.
+
+    usage: hf-layerprune evaluate MODEL [MODEL ...] [--data DATA] [--tasks TASK ...] [flags]
+    example: hf-layerprune evaluate Qwen/Qwen3-0.6B pruned --data heldout.jsonl --tasks hellaswag piqa
+    """
     kinds = [ModelArguments, OptionalDataArguments, TextArguments, SequenceArguments, EvaluateArguments]
     names, source, data, text, sequence, output = parse(evaluate, arguments, kinds, several=True)
     from ..data.sources import names_of
@@ -133,8 +137,14 @@ class _Measurement:
 
 
 def card(arguments: list[str]) -> None:
-    """Write the card of the run in folder MODEL anew; with --evaluation, also what it can do."""
-    folder, output = parse(card, arguments, [CardArguments])
+    """Writes the model card in FOLDER again, from its record and the results of `evaluate`.
+
+    usage: hf-layerprune card FOLDER [flags]
+    example: hf-layerprune card pruned --evaluation results.json --license apache-2.0
+    """
+    folder, output = parse(
+        card, arguments, [CardArguments], positional=("FOLDER", "Folder of a run, with its record.")
+    )
     from ..reports.card import write_card
     from ..reports.record import read_record, write_record
 

@@ -64,7 +64,7 @@ class OptionalDataArguments:
 
     data: list[str] | None = field(
         default=None,
-        metadata={"help": f"What to read and copy. {DATA_HELP} Default: only --tasks are measured."},
+        metadata={"help": f"Text for perplexity and copy accuracy. Default: none. {DATA_HELP}"},
     )
 
     @property
@@ -77,17 +77,20 @@ class OptionalDataArguments:
 class ScoreArguments:
     """Output of `score`."""
 
-    plot: str | None = field(default=None, metadata={"help": "Write a bar chart to this file."})
+    plot: str | None = field(default=None, metadata={"help": "Write a bar chart of the scores to this file."})
     json: str | None = field(
         default=None,
-        metadata={"help": "Write the table to this file; stopped and called again, scoring goes on."},
+        metadata={"help": "Write the scores to this file. Scoring that was stopped continues from it."},
     )
     block_size: int = field(
-        default=1, metadata={"help": "Score blocks of so many consecutive layers, each by its first layer."}
+        default=1,
+        metadata={
+            "help": "Consecutive layers in a scored block. The score of a block stands at its first layer."
+        },
     )
     compare: str | None = field(
         default=None,
-        metadata={"help": "Other text, or a table of --json: how alike do they rank the layers?"},
+        metadata={"help": "Other text, or a file of --json, to compare the ranking with."},
     )
 
 
@@ -100,7 +103,7 @@ class SaveArguments:
         default=True, metadata={"help": "Load the saved model again and compare its weights and logits."}
     )
     legacy_rope: bool = field(
-        default=False, metadata={"help": "Write rotary settings as transformers 4 reads them, too."}
+        default=False, metadata={"help": "Also write the rotary settings as transformers 4 reads them."}
     )
 
 
@@ -110,7 +113,9 @@ class LoraArguments:
 
     lora_rank: int | None = field(
         default=None,
-        metadata={"help": "Train LoRA adapters of this rank; the teacher then shares the model's weights."},
+        metadata={
+            "help": "Train LoRA adapters of this rank. The teacher then shares the weights of the model."
+        },
     )
 
 
@@ -121,8 +126,8 @@ class PlanArguments:
     device: str | None = field(
         default=None,
         metadata={
-            "help": "GPU to plan for, as a100-40gb, h100-80gb or rtx4090-24gb. Default: the GPU of "
-            "this machine, else h100-80gb."
+            "help": "GPU to plan for, as a100-40gb, h100-80gb or rtx4090-24gb. Default: the GPU of this "
+            "machine, else h100-80gb."
         },
     )
 
@@ -132,7 +137,7 @@ class ResumeArguments:
     """How `distill` and `run` go on after a stop."""
 
     resume: bool = field(
-        default=False, metadata={"help": "Go on from the last whole checkpoint in output_dir."}
+        default=False, metadata={"help": "Continue from the last whole checkpoint in output_dir."}
     )
 
 
@@ -140,44 +145,47 @@ class ResumeArguments:
 class CacheTeacherArguments:
     """Output of `cache-teacher`."""
 
-    output_dir: str = field(metadata={"help": "A folder for what it says; called again, this goes on."})
-    top_k: int = field(default=64, metadata={"help": "Tokens to keep at each position, the likeliest."})
-    temperature: float = field(default=1.0, metadata={"help": "That of `distill`."})
+    output_dir: str = field(metadata={"help": "Folder for the cached logits. A second call continues."})
+    top_k: int = field(default=64, metadata={"help": "Top tokens to keep at each position."})
+    temperature: float = field(default=1.0, metadata={"help": "Temperature of the logits, as in `distill`."})
     hidden_layers: list[int] = field(
-        default_factory=list, metadata={"help": "Original indices of the layers whose outputs to keep."}
+        default_factory=list,
+        metadata={"help": "Layers whose outputs to keep, by original index. Default: none."},
     )
-    batch_size: int = field(default=8, metadata={"help": "Sequences to read at once."})
+    batch_size: int = field(default=8, metadata={"help": "Sequences in a batch."})
 
 
 @dataclass
 class InspectArguments:
     """Output of `inspect`."""
 
-    json: str | None = field(default=None, metadata={"help": "Write what was found to this file."})
+    json: str | None = field(default=None, metadata={"help": "Write the layers to this file."})
 
 
 @dataclass
 class EvaluateArguments:
     """Output of `evaluate`."""
 
-    max_sequences: int = field(default=64, metadata={"help": "Sequences of the text to use at most."})
+    max_sequences: int = field(default=64, metadata={"help": "The most sequences of the text to use."})
     tasks: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "hellaswag, arc_easy, arc_challenge, piqa, lambada_openai, sciq, boolq from the hub, or "
-            "NAME=FILE with its rows as JSON lines; questions=FILE for your own, with context, choices and "
-            "answer. What is kept, and how far each model answers as the first does (agreement, stability)."
+            "help": "Zero-shot tasks, as hellaswag piqa, or NAME=FILE. Built in: hellaswag, arc_easy, "
+            "arc_challenge, piqa, lambada_openai, sciq, boolq from the hub. NAME=FILE reads the rows of a"
+            " task from JSON lines. questions=FILE reads your own questions, with context, choices and "
+            "answer. The table also compares the answers with those of the first model (agreement, "
+            "stability)."
         },
     )
-    limit: int | None = field(default=None, metadata={"help": "Only the first so many questions of a task."})
+    limit: int | None = field(default=None, metadata={"help": "Use only the first N questions of each task."})
     lm_eval: bool = field(
-        default=False, metadata={"help": "Read the tasks through lm-eval, which knows many more."}
+        default=False, metadata={"help": "Read the tasks through lm-eval, which has many more."}
     )
     json: str | None = field(
         default=None,
         metadata={
-            "help": "Write the numbers to this file. What it holds already, of the same model, text and "
-            "questions, is not measured again (but by lm-eval), so that long evaluations go on after a stop."
+            "help": "Write the results to this file. A second call continues: results of the same model, "
+            "text and questions are taken from the file. lm-eval always measures again."
         },
     )
 
@@ -187,12 +195,18 @@ class CardArguments:
     """What is said in a model card."""
 
     evaluation: str | None = field(
-        default=None, metadata={"help": "What evaluate --json wrote of the dense model first, and of this."}
+        default=None,
+        metadata={
+            "help": "Results of evaluate --json for the dense and the pruned model. The dense model must "
+            "be the first."
+        },
     )
     base_model: str | None = field(
-        default=None, metadata={"help": "Hub id of the original, where it was a folder."}
+        default=None, metadata={"help": "Hub id of the original model, if it was loaded from a folder."}
     )
-    repository: str | None = field(default=None, metadata={"help": "Hub id to load the model by."})
-    license: str | None = field(default=None, metadata={"help": "Licence, as the hub names it."})
+    repository: str | None = field(
+        default=None, metadata={"help": "Hub id from which the card loads the model."}
+    )
+    license: str | None = field(default=None, metadata={"help": "Licence, by its id on the hub."})
     language: str | None = field(default=None, metadata={"help": "Language, as en."})
-    datasets: list[str] | None = field(default=None, metadata={"help": "Ids of what it was healed on."})
+    datasets: list[str] | None = field(default=None, metadata={"help": "Hub ids of the training data."})

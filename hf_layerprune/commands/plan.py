@@ -7,7 +7,11 @@ from .flags import LoraArguments, PlanArguments
 
 
 def plan(arguments: list[str]) -> None:
-    """Print memory, FLOPs and time of distilling MODEL, from its config alone."""
+    """Prints memory, FLOPs and time of distilling MODEL, from its config alone.
+
+    usage: hf-layerprune plan MODEL --target_layers N [flags]
+    example: hf-layerprune plan Qwen/Qwen3-0.6B --target_layers 20 --output_dir out
+    """
     import torch
 
     from ..distillation.arguments import DistillationTrainingArguments

@@ -14,7 +14,11 @@ from .flags import DataArguments, InspectArguments, SaveArguments, ScoreArgument
 
 
 def inspect(arguments: list[str]) -> None:
-    """List the layers of MODEL and which can be removed, from its config alone."""
+    """Lists the layers of MODEL and which can be removed, from its config alone.
+
+    usage: hf-layerprune inspect MODEL [flags]
+    example: hf-layerprune inspect Qwen/Qwen3-0.6B
+    """
     name, source, output = parse(inspect, arguments, [ModelArguments, InspectArguments])
     from ..checkpoints.loading import load_meta_model
     from ..reports.tables import markdown_table
@@ -38,7 +42,11 @@ def inspect(arguments: list[str]) -> None:
 
 
 def score(arguments: list[str]) -> None:
-    """Score how much each layer of MODEL matters."""
+    """Scores how much each layer of MODEL matters.
+
+    usage: hf-layerprune score MODEL --data DATA [flags]
+    example: hf-layerprune score Qwen/Qwen3-0.6B --data text.jsonl --plot scores.png
+    """
     from ..pruning.arguments import ScoringArguments
 
     kinds = [ModelArguments, DataArguments, TextArguments, SequenceArguments, CalibrationArguments]
@@ -101,7 +109,11 @@ def _print_comparison(name: str, table: Any, other: Any) -> None:
 
 
 def prune(arguments: list[str]) -> None:
-    """Remove the least important layers of MODEL one by one, without training."""
+    """Removes the least important layers of MODEL one by one, without training.
+
+    usage: hf-layerprune prune MODEL --data DATA --target_layers N --output_dir DIR [flags]
+    example: hf-layerprune prune Qwen/Qwen3-0.6B --data text.jsonl --target_layers 20 --output_dir out
+    """
     from ..pruning.arguments import RemovalArguments
 
     kinds = [ModelArguments, DataArguments, TextArguments, SequenceArguments, SampleArguments]
@@ -138,7 +150,12 @@ def prune(arguments: list[str]) -> None:
 
 
 def phases(arguments: list[str]) -> None:
-    """Remove layers of MODEL phase by phase, each trained by a COMMAND of its own: ... -- COMMAND."""
+    """Removes layers of MODEL in phases, and trains the model in each by your own COMMAND.
+
+    usage: hf-layerprune phases MODEL --data DATA --target_layers N --output_dir DIR [flags] -- COMMAND
+    example: hf-layerprune phases Qwen/Qwen3-0.6B --data text.jsonl --keep 20 --output_dir out
+        -- python train.py {model} {output_dir}
+    """
     from ..pruning.arguments import PhaseSizeArguments
 
     at = arguments.index("--") if "--" in arguments else len(arguments)

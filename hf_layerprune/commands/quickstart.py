@@ -131,7 +131,7 @@ def quickstart(settings: QuickstartArguments) -> None:
         if isinstance(callback, LayerPruningCallback)
     )
 
-    print("\nHeld-out perplexity of the dense model, of the cut ones and after healing:\n")
+    print("\nHeld-out perplexity of the dense model, after each removal and after healing:\n")
     print(markdown_table(table_rows(record)))
     # Without the mixed precision of the Trainer, as users will run it.
     model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False).cpu()

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..data.batches import make_batches
 from ..data.sequences import check_sequence_length, split_sequences
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, choose_from
 from ..evaluation.evaluate import evaluate_text
 from ..pruning.callback import LayerPruningCallback
 from ..reports.plots import plot_lines, plot_points
@@ -265,6 +265,17 @@ STUDIES: Mapping[str, Callable[[Setting], Iterator[Row]]] = {
 }
 
 
+def check_study(name: str) -> None:
+    """Checks the name of a study.
+
+    Raises:
+        LayerPruneError: there is no such study.
+    """
+    if name not in STUDIES:
+        given = f"There is no study {name!r}." if name else "NAME is missing."
+        raise LayerPruneError(f"{given} {choose_from(name, STUDIES)}.")
+
+
 def run_study(name: str, arguments: StudyArguments) -> list[Row]:
     """Answer one question; called again with the same arguments, it goes on where it was stopped.
 
@@ -277,8 +288,7 @@ def run_study(name: str, arguments: StudyArguments) -> list[Row]:
     Raises:
         LayerPruneError: no such study, or what [`Setting`] refuses.
     """
-    if name not in STUDIES:
-        raise LayerPruneError(f"no study {name!r}: choose from {', '.join(STUDIES)}")
+    check_study(name)
     setting = Setting(name, arguments)
     rows = list(STUDIES[name](setting))
     _plot(name, rows, setting.folder / "plot.png")
@@ -326,7 +336,7 @@ def _plot(name: str, rows: Sequence[Row], path: Path) -> None:
             row["model"]: [(i / (row["layers"] - 1), s) for i, s in enumerate(row["scores"]) if s is not None]
             for row in rows
         }
-        plot_lines(lines, path, "depth", "rise of the loss without the layer", log=True)
+        plot_lines(lines, path, "depth", "loss increase without the layer", log=True)
     elif name == "calibration":
         points = {f"{row['criterion']}: {row['texts']}": row["rank correlation"] for row in rows}
         plot_points(points, path, "rank correlation")

@@ -43,40 +43,48 @@ class StudyArguments:
 
     models: list[str] = field(
         default_factory=list,
-        metadata={"help": "Folders or hub ids; `middle` takes several. Default: that of the quickstart."},
+        metadata={
+            "help": "Folders or hub ids. Default: SmolLM2-135M-Instruct. The study `middle` takes several."
+        },
     )
     data: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Text, as for other commands; `calibration` takes several. Default: Python's help topics."
+            "help": "Text, as for other commands. Default: Python's help topics. The study `calibration` "
+            "takes several."
         },
     )
     heldout: str | None = field(
         default=None,
-        metadata={"help": "Text to measure on. Default: a part of the first data, which flatters healing."},
+        metadata={
+            "help": "Text to measure on. Default: a part of the first data. Text like the training text "
+            "overstates quality."
+        },
     )
     output_dir: str | None = field(
-        default=None, metadata={"help": "A folder; called again, a study goes on. Default: study-NAME."}
+        default=None,
+        metadata={"help": "Folder of the results. Default: study-NAME. A second call continues."},
     )
     quick: bool = field(
-        default=False, metadata={"help": f"A small setting, for a look: {QUICK}, where not given."}
+        default=False, metadata={"help": f"Small settings, for a trial. Those that are not given: {QUICK}."}
     )
     remove: int | None = field(
-        default=None, metadata={"help": "Layers to remove. Default: a quarter of the model's."}
+        default=None, metadata={"help": "Layers to remove. Default: a quarter of the layers."}
     )
     tokens: int | None = field(
-        default=None, metadata={"help": f"Tokens of healing in each run. Default: {WHOLE['tokens']}."}
+        default=None, metadata={"help": f"Training tokens of each run. Default: {WHOLE['tokens']}."}
     )
     calibration_sequences: int | None = field(
-        default=None, metadata={"help": f"Sequences to score on. Default: {WHOLE['calibration_sequences']}."}
+        default=None,
+        metadata={"help": f"Sequences to score layers on. Default: {WHOLE['calibration_sequences']}."},
     )
     heldout_sequences: int | None = field(
         default=None, metadata={"help": f"Sequences to measure on. Default: {WHOLE['heldout_sequences']}."}
     )
     sequence_length: int = field(default=256, metadata={"help": "Tokens in a sequence."})
     batch_size: int = field(default=4, metadata={"help": "Sequences in a training step."})
-    learning_rate: float = field(default=3e-4, metadata={"help": "The highest, of a cosine schedule."})
-    seed: int = field(default=0, metadata={"help": "Of the order of the text."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Peak of a cosine schedule."})
+    seed: int = field(default=0, metadata={"help": "Seed of the order of the text."})
 
     def __post_init__(self) -> None:
         for name, value in (QUICK if self.quick else WHOLE).items():

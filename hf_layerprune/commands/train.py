@@ -10,10 +10,15 @@ from ..recipes.arguments import ModelArguments, SampleArguments, TeacherArgument
 from .common import OUTPUT_DIR, keep_settings, parse, parse_given, print_table, read_config, save_config
 from .config_file import COMMON_FLAGS, common_flags
 from .flags import CacheTeacherArguments, DataArguments, LoraArguments, ResumeArguments
+from .help import help_wanted
 
 
 def cache_teacher(arguments: list[str]) -> None:
-    """Cache MODEL's top-k logits so that `distill --teacher DIR` needs no teacher in memory."""
+    """Caches MODEL's top-k logits so that `distill --teacher DIR` needs no teacher in memory.
+
+    usage: hf-layerprune cache-teacher MODEL --data DATA --output_dir DIR [flags]
+    example: hf-layerprune cache-teacher Qwen/Qwen3-0.6B --data text.jsonl --output_dir teacher
+    """
     kinds = [ModelArguments, DataArguments, TextArguments, SequenceArguments, CacheTeacherArguments]
     name, source, data, text, sequence, output = parse(cache_teacher, arguments, kinds)
     from ..data.batches import make_batches
@@ -36,7 +41,11 @@ def cache_teacher(arguments: list[str]) -> None:
 
 
 def distill(arguments: list[str]) -> None:
-    """Remove layers of MODEL while it is distilled from the original model (2511.05085)."""
+    """Removes layers of MODEL while it is distilled from the original model (arXiv 2511.05085).
+
+    usage: hf-layerprune distill MODEL --data DATA --target_layers N --output_dir DIR [flags]
+    example: hf-layerprune distill Qwen/Qwen3-0.6B --data text.jsonl --target_layers 20 --output_dir out
+    """
     from ..distillation.arguments import DistillationTrainingArguments
     from ..pruning.arguments import PruningArguments
 
@@ -147,19 +156,26 @@ def _lora_config(rank: int | None) -> Any:
 
 
 def run(arguments: list[str]) -> None:
-    """A published method by its RECIPE: a name such as shortgpt, or a YAML file; flags change its fields."""
+    """Prunes and heals a model by a published method. Flags change the settings of the recipe.
+
+    usage: hf-layerprune run RECIPE --model MODEL --data DATA --target_layers N --output_dir DIR [flags]
+    example: hf-layerprune run default --model Qwen/Qwen3-0.6B --data text.jsonl --keep 20 --output_dir out
+    """
     from ..pruning.arguments import with_given
     from ..recipes.fields import fill
     from ..recipes.prune import prune
     from ..recipes.recipe import RECIPE_KINDS, read_recipe, shipped_recipes
 
     kinds = [*RECIPE_KINDS, ResumeArguments]
-    if {"-h", "--help"} & {*arguments}:
-        parse(run, arguments, kinds, model=False)
+    if help_wanted(arguments):
+        names = f"A YAML file, or one of {', '.join(shipped_recipes())}."
+        parse(run, arguments, kinds, model=False, positional=("RECIPE", names))
     common = common_flags(arguments)
     name = arguments[0] if arguments and not arguments[0].startswith("-") else None
     if name is None and common.config is None:
-        raise LayerPruneError(f"Give a YAML file, or one of {', '.join(shipped_recipes())}.")
+        raise LayerPruneError(
+            f"RECIPE is missing. Choose from {', '.join(shipped_recipes())}, or give a YAML file."
+        )
     # Their errors name fields, those below name flags.
     recipe = {} if name is None else read_recipe(name)
     recipe |= read_config(common.config, kinds) if common.config else {}

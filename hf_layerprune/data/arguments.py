@@ -20,20 +20,20 @@ class SequenceArguments:
 
     sequence_length: int | None = field(
         default=None,
-        metadata={"help": "Tokens in a sequence. Default: the context length of the model, at most 1024."},
+        metadata={"help": "Tokens in a sequence. Default: context length, at most 1024."},
     )
     packing: str = field(
         default="joined",
         metadata={
-            "help": "Texts joined and cut into equal sequences; whole texts packed, which do not attend to "
-            "each other; or one sequence for each text.",
+            "help": "How texts become sequences. joined: joined and cut into equal sequences; packed: "
+            "whole texts, which do not attend to each other; none: one sequence for each text.",
             "choices": list(PACKINGS),
         },
     )
     loss_on: str = field(
         default="all",
         metadata={
-            "help": "Tokens that count: all, or those of assistant turns and completions.",
+            "help": "Tokens that count in the loss. completion: those of assistant turns and completions.",
             "choices": list(LOSSES),
         },
     )

@@ -10,7 +10,7 @@ from ..data.arguments import SequenceArguments
 from ..errors import LayerPruneError
 from ..forward.token_losses import DIVERGENCES, HIDDEN_ERRORS
 from ..surgery.lineage import plain_int
-from .trainable import CHOICES, check_trainable
+from .trainable import check_trainable
 
 
 # Iterative Layer-wise Distillation (2511.05085) adds sum(KL) / 100, over the positions of a batch of
@@ -110,13 +110,13 @@ class DistillationTrainingArguments(SequenceArguments, TrainingArguments):
     """
 
     kl_weight: float = field(
-        default=1.0, metadata={"help": "Weight of the divergence from the teacher, mean per token."}
+        default=1.0, metadata={"help": "Weight of the divergence from the teacher. It is a mean per token."}
     )
     divergence: str = field(
         default="kl",
         metadata={
-            "help": "Divergence from the teacher: KL(teacher || student), KL(student || teacher) or "
-            "Jensen-Shannon.",
+            "help": "Divergence. kl is KL(teacher || student), reverse_kl is KL(student || teacher), jsd "
+            "is the Jensen-Shannon divergence.",
             "choices": list(DIVERGENCES),
         },
     )
@@ -124,18 +124,19 @@ class DistillationTrainingArguments(SequenceArguments, TrainingArguments):
         default=0.5, metadata={"help": "For jsd: near 0 close to the forward KL, near 1 to the reverse KL."}
     )
     hidden_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the hidden-state error, mean per token and layer."}
+        default=0.0, metadata={"help": "Weight of the hidden-state error. It is a mean per token and layer."}
     )
     hidden_loss: str = field(
         default="mse",
         metadata={
-            "help": "Squared error, squared error relative to the teacher's, or one minus the cosine.",
+            "help": "Hidden-state error. mse: squared error; normalized_mse: relative to the teacher's "
+            "mean square; cosine: one minus the cosine.",
             "choices": list(HIDDEN_ERRORS),
         },
     )
     balance_hidden: bool = field(
         default=False,
-        metadata={"help": "Make hidden_weight relative to the other loss terms: 1.0 makes both equal."},
+        metadata={"help": "Make hidden_weight relative to the other loss terms. 1.0 makes both equal."},
     )
     ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy on the labels."})
     temperature: float = field(
@@ -143,26 +144,35 @@ class DistillationTrainingArguments(SequenceArguments, TrainingArguments):
     )
     top_k: int | None = field(
         default=None,
-        metadata={"help": "Number of the teacher's top tokens in the divergence. Default: all tokens."},
+        metadata={"help": "Top tokens of the teacher in the divergence. Default: all tokens."},
     )
     hidden_layers: list[int] | None = field(
         default=None,
         metadata={
-            "help": "Original indices of the layers to compare. Default: the layer after each cut "
-            "and the last."
+            "help": "Layers to compare, by original index. Default: the layer after each cut and the last."
         },
     )
-    trainable: str = field(default="all", metadata={"help": f"Parameters to train: {CHOICES}."})
+    trainable: str = field(
+        default="all",
+        metadata={
+            "help": "Trained part: all, around_cuts, or N (LM head and last N layers). around_cuts: the "
+            "layers next to each cut."
+        },
+    )
     loss_preset: str | None = field(
         default=None,
         metadata={
-            "help": "'paper' sets the weights and the temperature as in arXiv 2511.05085.",
+            "help": "Weights and temperature as in arXiv 2511.05085.",
             "choices": list(LOSS_PRESETS),
         },
     )
     export: str = field(
         default="merged",
-        metadata={"help": "How to save a model with adapters.", "choices": list(EXPORTS)},
+        metadata={
+            "help": "How to save a model with adapters. merged: a plain model; adapter: the adapters and "
+            "the list of kept layers.",
+            "choices": list(EXPORTS),
+        },
     )
     verify_save: bool = field(
         default=True, metadata={"help": "Load each saved model again and compare its weights and logits."}
@@ -170,8 +180,8 @@ class DistillationTrainingArguments(SequenceArguments, TrainingArguments):
     save_dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Dtype of the saved model. Default: the model's; on the command line that of the stored "
-            "MODEL.",
+            "help": "Dtype of the saved model. Default: the dtype of the model; on the command line that "
+            "of the stored MODEL.",
             "choices": list(DTYPES),
         },
     )

@@ -3,10 +3,9 @@
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from difflib import get_close_matches
 from typing import Any, TypeVar
 
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, did_you_mean
 from ..scoring.criteria import CRITERIA, find_criterion
 from ..surgery.lineage import plain_int
 
@@ -26,8 +25,8 @@ class ScoringArguments:
     criterion: str = field(
         default="loss",
         metadata={
-            "help": "How the importance of a layer is measured. Classifiers, encoders, reward and embedding "
-            "models work with block_influence, angular, hidden_mse and positional.",
+            "help": "Importance criterion. Use block_influence, angular, hidden_mse or positional for "
+            "models that predict no next token: classifiers, encoders, reward and embedding models.",
             "choices": [
                 name for name, one in CRITERIA.items() if not one.needs_task
             ],  # of the command line and recipes
@@ -35,13 +34,16 @@ class ScoringArguments:
     )
     racing: float | None = field(
         default=None,
-        metadata={"help": "Stop scoring a layer that is more important with this confidence, such as 0.99."},
+        metadata={
+            "help": "Confidence, as 0.99, to stop scoring layers that surely matter. Default: score all "
+            "layers on all sequences."
+        },
     )
     pattern: str = field(
         default="output",
-        metadata={"help": "For criterion positional: output, input, middle, both, random or max-gap."},
+        metadata={"help": "For positional: output, input, middle, both, random or max-gap."},
     )
-    scoring_seed: int = field(default=0, metadata={"help": "Seed of pattern random."})
+    scoring_seed: int = field(default=0, metadata={"help": "Seed of the pattern random."})
     protected: list[int] | None = field(
         default=None, metadata={"help": "Layers to keep. Default: the first and the last."}
     )
@@ -65,13 +67,13 @@ class RemovalArguments(ScoringArguments):
     # None until resolve_target() has seen the model.
     target_layers: int = field(
         default=None,  # type: ignore[assignment]
-        metadata={"help": "Number of layers to keep, also called keep.", "aliases": ["--keep"]},
+        metadata={"help": "Number of layers to keep. --keep is the same.", "aliases": ["--keep"]},
     )
     target_ratio: float | None = field(
-        default=None, metadata={"help": "Instead, the share of the layers to keep, as 0.75; rounded down."}
+        default=None, metadata={"help": "Instead, the share of layers to keep, as 0.75. Rounded down."}
     )
     target_parameters: str | None = field(
-        default=None, metadata={"help": "Instead, the most parameters of the pruned model, as 2.4B or 300M."}
+        default=None, metadata={"help": "Instead, the most parameters to keep, as 2.4B or 300M."}
     )
 
     def __post_init__(self) -> None:
@@ -138,17 +140,17 @@ class ReconstructionArguments:
     reconstruction_layers: int = field(
         default=0,
         metadata={
-            "help": "Layers on each side of a new cut to train on the teacher's hidden states after each "
-            "removal, before the other training. Default: 0, none."
+            "help": "Layers beside each cut to train on the teacher's hidden states. They are trained "
+            "after each removal, before the other training. Default: 0, none."
         },
     )
     reconstruction_tokens: int | None = field(
         default=None,
-        metadata={
-            "help": "Training tokens to reconstruct layers on. Default: as many as the other training reads."
-        },
+        metadata={"help": "Training tokens of reconstruction. Default: as many as the other training reads."},
     )
-    reconstruction_epochs: int = field(default=4, metadata={"help": "Epochs of reconstruction."})
+    reconstruction_epochs: int = field(
+        default=4, metadata={"help": "Passes of reconstruction over its tokens."}
+    )
     reconstruction_learning_rate: float = field(
         default=1e-3, metadata={"help": "Peak learning rate of reconstruction."}
     )
@@ -199,14 +201,13 @@ class PruningArguments(ReconstructionArguments, PhaseSizeArguments):
     """
 
     steps_per_phase: int | None = field(
-        default=None,
-        metadata={"help": "Training steps after each removal. Default: the same number in each phase."},
+        default=None, metadata={"help": "Training steps after each removal. Default: equal shares."}
     )
     tokens_per_phase: int | None = field(
-        default=None, metadata={"help": "Training tokens after each removal, instead of steps."}
+        default=None, metadata={"help": "Instead, training tokens after each removal."}
     )
     restart_learning_rate: bool = field(
-        default=False, metadata={"help": "Run through the whole learning rate schedule in each phase."}
+        default=False, metadata={"help": "Run the whole learning rate schedule in each phase."}
     )
     quality_floor: float | None = field(
         default=None,
@@ -215,7 +216,8 @@ class PruningArguments(ReconstructionArguments, PhaseSizeArguments):
     min_recovery: float | None = field(
         default=None,
         metadata={
-            "help": "Stop and restore the layers if a phase recovers less than this share of their cost."
+            "help": "Share of the loss increase that a phase must recover, as 0.5. Otherwise the run "
+            "ends, and the layers of that phase are put back."
         },
     )
 
@@ -260,8 +262,7 @@ def make_arguments(kind: type[Arguments], args: Arguments | None, settings: dict
     names = [one.name for one in fields(kind)]
     for name in settings:
         if name not in names:
-            near = get_close_matches(name, names, 1, 0.4)
-            advice = f"Did you mean {near[0]}?" if near else f"Choose from {', '.join(names)}."
+            advice = did_you_mean(name, names) or f"Choose from {', '.join(names)}."
             raise LayerPruneError(f"There is no setting {name!r}. {advice}")
     return kind(**settings) if args is None else replace(args, **settings)
 

@@ -6,9 +6,9 @@ from ..errors import LayerPruneError
 
 
 DATA_HELP = (
-    "Text, chats or prompts: one or more files (.txt, .md, .json, .jsonl, .csv, .parquet, .arrow; also .gz "
-    "and .zst), folders, globs, ids of data sets on the hub, or - for standard input. Give self for text "
-    "that the model writes."
+    "Files, folders, globs, data sets of the hub, - for stdin, or self for text that the model writes. Rows "
+    "hold text, chats or prompts. Files are .txt, .md, .json, .jsonl, .csv, .parquet or .arrow, also packed "
+    "as .gz and .zst."
 )
 
 
@@ -27,7 +27,7 @@ class ModelArguments:
     dtype: str = field(
         default="auto",
         metadata={
-            "help": "Dtype of the loaded weights. Default: float32 for training, else the stored dtype.",
+            "help": "Dtype of the weights. Default: float32 for training, else the stored dtype.",
             "choices": ["auto", "bfloat16", "float32", "float16"],
         },
     )
@@ -50,7 +50,7 @@ class ModelArguments:
         default=False, metadata={"help": "Quantise the weights to 4 bits on loading (bitsandbytes, NF4)."}
     )
     gguf_file: str | None = field(
-        default=None, metadata={"help": "GGUF file in the folder or repository of MODEL to load instead."}
+        default=None, metadata={"help": "GGUF file in the folder or repository of MODEL to load."}
     )
 
     def __post_init__(self) -> None:
@@ -88,11 +88,11 @@ class TextArguments:
 
     data_field: str = field(
         default="text",
-        metadata={"help": "The column that holds plain text. Chats and prompts are found by themselves."},
+        metadata={"help": "Column with plain text. Chats and prompts are found without it."},
     )
     data_template: str | None = field(
         default=None,
-        metadata={"help": "Text made of several columns, as '{instruction}\\n{output}'. \\n begins a line."},
+        metadata={"help": "Text from several columns, as '{instruction}\\n{output}'. \\n begins a new line."},
     )
     data_split: str = field(
         default="train", metadata={"help": "Split of a data set on the hub or of save_to_disk."}
@@ -106,7 +106,7 @@ class TextArguments:
     streaming: bool = field(
         default=False,
         metadata={
-            "help": "For run and distill: read the text as training goes on. Its first sequences are for "
+            "help": "Read the text during training. For run and distill. The first sequences are for "
             "calibration and evaluation."
         },
     )
@@ -138,7 +138,9 @@ class TextArguments:
 class CalibrationArguments:
     """How much text layers are scored on."""
 
-    calibration_sequences: int = field(default=16, metadata={"help": "Sequences of the text to score with."})
+    calibration_sequences: int = field(
+        default=16, metadata={"help": "Sequences of the text to score layers on."}
+    )
 
 
 @dataclass

@@ -1,14 +1,13 @@
 """Dataclasses filled from plain values: of a YAML file, a command line or keyword arguments."""
 
 import dataclasses
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, did_you_mean
 from ..surgery.lineage import plain_int
 
 
@@ -65,10 +64,8 @@ def check_fields(values: Mapping[str, Any], kinds: Iterable[Any], origin: str) -
     checked = {}
     for name, value in values.items():
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1)
-            raise LayerPruneError(
-                f"{origin}: there is no field {name!r}" + (f"; do you mean {near[0]}?" if near else ".")
-            )
+            advice = did_you_mean(str(name), known) or "The fields are the flags of the command."
+            raise LayerPruneError(f"{origin}: there is no field {name!r}. {advice}")
         one = known[name]
         if one.name in checked:
             raise LayerPruneError(f"{origin}: {name} is {one.name}, which is given too. Give one of them.")

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ..distillation.arguments import DistillationTrainingArguments
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, choose_from
 from ..files import whole_file
 from ..pruning.arguments import PruningArguments, ReconstructionArguments, RemovalArguments
 from ..pruning.prune import SELECTIONS
@@ -48,33 +48,35 @@ class RecipeArguments:
     model: str | None = field(default=None, metadata={"help": "Folder or hub id of the model."})
     data: list[str] | None = field(default=None, metadata={"help": DATA_HELP})
     title: str = field(default="Layer pruning", metadata={"help": "Name of the method, for the model card."})
-    paper: str = field(default="", metadata={"help": "Where it is described, for the model card."})
+    paper: str = field(default="", metadata={"help": "Reference of the method, for the model card."})
     select: str = field(
         default="phases",
         metadata={
-            "help": "How layers are removed: in phases with training between them; greedy, one by one; "
-            "one_shot, all at once; or as the block of layers with the lowest score.",
+            "help": "Which layers go. phases: in phases, with training after each; greedy: one after "
+            "another; one_shot: the layers with the lowest scores; block: the block with the lowest "
+            "score.",
             "choices": ["phases", *SELECTIONS],
         },
     )
     block_candidates: int = field(
         default=1,
         metadata={
-            "help": "For select block: briefly reconstruct this many of the blocks with the lowest scores, "
-            "and choose the one with the lowest KL on the calibration text. Default: 1, no comparison."
+            "help": "For select block: blocks to reconstruct and compare by KL. The block with the lowest"
+            " KL on the calibration text is removed. Default: 1, no comparison."
         },
     )
     replacement: str = field(
         default="none",
-        metadata={"help": "For select block: what replaces the block.", "choices": list(KINDS)},
+        metadata={"help": "For select block: what replaces it.", "choices": list(KINDS)},
     )
-    replacement_layers: int = field(default=1, metadata={"help": "The number of layers in the replacement."})
+    replacement_layers: int = field(default=1, metadata={"help": "Layers in the replacement."})
     replacement_loss: str = field(
         default="mse",
         metadata={
-            "help": "Loss that trains the replacement alone: mse to the output of the block, lm on text, or "
-            "kl to the logits of the whole model. A linear map minimises mse already and is trained by kl. "
-            "With none, the whole pruned model is trained as after any removal.",
+            "help": "Loss of the replacement. mse: to the output of the block; lm: on text; kl: to the "
+            "logits of the whole model. It trains the replacement alone. A linear map minimises mse "
+            "already and is trained by kl. With none, the whole pruned model is trained as after any "
+            "removal.",
             "choices": [*REPLACEMENT_LOSSES, "none"],
         },
     )
@@ -127,9 +129,8 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
     """
     path = SHIPPED / f"{recipe}.yaml" if recipe in shipped_recipes() else Path(recipe)
     if not path.is_file():
-        raise LayerPruneError(
-            f"No recipe {str(recipe)!r}: give a YAML file, or one of {', '.join(shipped_recipes())}."
-        )
+        advice = choose_from(str(recipe), shipped_recipes())
+        raise LayerPruneError(f"There is no recipe {str(recipe)!r}. {advice}, or give a YAML file.")
     return check_fields(read_yaml(path), RECIPE_KINDS, str(path))
 
 

@@ -81,6 +81,7 @@ def write_card(
         removed=[removal["original"] for phase in phases for removal in phase["removals"]],
         kept=phases[-1]["kept"] if phases else list(range(model["layers"])),
         record=record,
+        pruning={name: value for name, value in record["pruning"].items() if value is not None},
         drawn=plot_record(record, folder),
         plots=plot_scores(record, folder),
         recipe=yaml.safe_dump(record["recipe"], sort_keys=False) if "recipe" in record else None,
@@ -95,7 +96,7 @@ def _tables(record: Record, base: str, name: str) -> dict[str, Any]:
     tables = {
         "table": markdown_table(table),
         "texts": markdown_table(texts) if len(texts) > 1 else None,
-        "healed_apart": any(head.endswith("healed") for head in table[0]),
+        "healed_apart": any(head.endswith("after healing") for head in table[0]),
         "candidates": markdown_table(candidates) if len(candidates) > 1 else None,
         "candidates_compared": len(candidates) - 1,
         "reconstructed": any("reconstruction" in phase for phase in record["phases"]),
@@ -154,17 +155,17 @@ def _task_results(record: Record) -> list[EvalResult]:
 
 
 def _explanations(text: str, model: Mapping[str, Any], rows: Sequence[str]) -> list[str]:
-    """What a reader of [`evaluation_rows`] has to know, for each measure that stands there."""
+    """Returns an explanation of each measure that is a row of the evaluation."""
     tasks = model.get("tasks", {})
     sentences = {
         "perplexity": f"Perplexity and copy accuracy are measured on {text}.",
-        "mean of tasks": "The tasks are zero-shot, with the prompts of lm-evaluation-harness. "
-        "± is one standard error.",
-        ABOVE_CHANCE: "Accuracy above chance is the mean accuracy minus chance, as a share of the dense "
-        "model's, over the tasks in which the dense model is above chance by two standard errors. Its error "
-        "is paired by question.",
         "copy accuracy": "Copy accuracy is the next-token accuracy on a passage the model has just read. "
-        "Copied before a mistake is the share of that passage that greedy decoding repeats.",
+        "Copied without error is the share of that passage that greedy decoding repeats correctly.",
+        "mean accuracy": "The tasks are zero-shot, with the prompts of lm-evaluation-harness. "
+        "± is one standard error.",
+        "Δ accuracy": "Δ accuracy is the difference in mean accuracy from the dense model, by question.",
+        ABOVE_CHANCE: "Accuracy above chance is the mean accuracy minus chance, as a share of the dense "
+        "model's. It counts the tasks in which the dense model is above chance by two standard errors.",
     }
     said = [sentence for head, sentence in sentences.items() if head in rows]
     if any("agreement" in task for task in tasks.values()):
@@ -173,9 +174,9 @@ def _explanations(text: str, model: Mapping[str, Any], rows: Sequence[str]) -> l
         )
     if any(map(is_steady, tasks.values())):
         said.append(
-            "Stability (LLM-Streamline) is the same share, weighted by how far the dense model's "
-            f"perplexities of the choices spread. It is shown where the weights spread over "
-            f"{EFFECTIVE_QUESTIONS} effective questions or more."
+            "Stability (LLM-Streamline) is the same share, weighted by the spread of the dense model's "
+            "perplexities of the choices. It is shown for tasks with at least "
+            f"{EFFECTIVE_QUESTIONS} effective questions."
         )
     return said
 

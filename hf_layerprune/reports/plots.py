@@ -14,7 +14,7 @@ from .tables import qualities_of
 
 
 def plot_results(records: Mapping[str, Record], path: str | Path) -> None:
-    """Draw what runs of one dense model keep above chance, with two standard errors, run by run."""
+    """Draws the accuracy above chance of each run (% of dense), with two standard errors."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
@@ -39,7 +39,7 @@ def plot_results(records: Mapping[str, Record], path: str | Path) -> None:
 
 
 def plot_scores(record: Record, folder: Path) -> list[str]:
-    """Draw the score tables of all removals into `folder`; return the file names."""
+    """Draws the score tables of all removals into `folder`, and returns the file names."""
     removals = [removal for phase in record["phases"] for removal in phase["removals"]]
     tables = [removal["table"] for removal in removals if "table" in removal]
     names = ["scores_all_phases.png"] if len(tables) > 1 else []
@@ -53,15 +53,15 @@ def plot_scores(record: Record, folder: Path) -> list[str]:
 
 
 def plot_record(record: Record, folder: Path) -> dict[str, str]:
-    """Draw quality against depth, and the losses of training, into `folder`; the file names and what each
-    shows, of what the record holds."""
+    """Draws the quality by number of layers and the training losses into `folder`, if the record holds them.
+    Returns the title of each file."""
     drawn = {}
     dense, phases, metrics = qualities_of(record)
     metric = "perplexity" if "perplexity" in dense else next(iter(metrics), "")
     depths = [len(phase["kept"]) for phase in record["phases"]]
     start = [(record["model"]["layers"], dense[metric])] if metric in dense else []
     lines = {}
-    for place, name in enumerate(("cut", "healed")):
+    for place, name in enumerate(("after removal", "after healing")):
         found = [
             (depth, phase[place][metric])
             for depth, phase in zip(depths, phases, strict=True)
@@ -72,7 +72,7 @@ def plot_record(record: Record, folder: Path) -> dict[str, str]:
     if any(len(points) > 1 for points in lines.values()):
         label = "held-out perplexity" if metric == "perplexity" else metric
         plot_lines(lines, folder / "quality.png", "decoder layers", label)
-        drawn["quality.png"] = "Quality against depth"
+        drawn["quality.png"] = "Quality by number of layers"
     names = ("loss", *DIVERGENCES, "ce", *(f"hidden_{kind}" for kind in HIDDEN_ERRORS))
     curves = {
         name: [(entry["step"], float(entry[name])) for entry in record["log"] if name in entry]
@@ -83,12 +83,12 @@ def plot_record(record: Record, folder: Path) -> dict[str, str]:
         curves = {"loss": curves["loss"]} if "loss" in curves else curves
     if curves:
         plot_lines(curves, folder / "losses.png", "step", "training loss", False, removal_marks(record))
-        drawn["losses.png"] = "Losses of training"
+        drawn["losses.png"] = "Training losses"
     return drawn
 
 
 def removal_marks(record: Record) -> list[tuple[int, str]]:
-    """The steps at which layers were removed, each with their original indices."""
+    """Returns the steps at which layers were removed, each with the original indices of the layers."""
     removed: dict[int, list[str]] = {}
     for phase in record["phases"]:
         removed.setdefault(phase["step"], []).extend(
@@ -101,12 +101,12 @@ def removal_marks(record: Record) -> list[tuple[int, str]]:
 
 
 def plot_phases(tables: list[ScoreTable], path: str | Path) -> None:
-    """Draw the scores of several removals, one after another, as a heat map: a row for each removal, a column
-    for each original layer. Layers that were gone or no candidates are left white, the one that went next
-    has a cross."""
+    """Draws the scores of several removals as a heat map: a row for each removal, a column for each original
+    layer. Layers without a score are white. The layer that was removed next has a cross."""
     import numpy as np
     from matplotlib.colors import SymLogNorm
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     width = 1 + max(layer for table in tables for layer in table.kept)
     grid = np.full((len(tables), width), np.nan)
@@ -120,12 +120,14 @@ def plot_phases(tables: list[ScoreTable], path: str | Path) -> None:
     picture = axes.imshow(grid, aspect="auto", cmap="viridis", norm=SymLogNorm(threshold))
     figure.colorbar(picture, label=CRITERIA[tables[0].criterion].unit)
     chosen = [table.kept[table.ranking()[0]] for table in tables]
-    axes.scatter(chosen, range(len(tables)), marker="x", color="red")
+    removed = axes.scatter(chosen, range(len(tables)), marker="x", color="red", label="removed")
+    white = Patch(facecolor="white", edgecolor="gray", label="not scored: protected, or removed before")
     axes.set_xticks(range(width))
     axes.set_yticks(range(len(tables)), [str(row + 1) for row in range(len(tables))])
     axes.tick_params("x", labelsize=7)
     axes.set_xlabel("decoder layer (index in the original model)")
     axes.set_ylabel("removal")
+    figure.legend(handles=[removed, white], loc="outside upper center", ncols=2, fontsize=8)
     figure.savefig(path, dpi=120)
 
 
@@ -137,7 +139,7 @@ def plot_lines(
     log: bool = False,
     marks: Sequence[tuple[float, str]] = (),
 ) -> None:
-    """Draw named lines of points, and vertical lines at `marks`, places with what happened there."""
+    """Draws named lines of points, and labelled vertical lines at the places of `marks`."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -168,7 +170,7 @@ def plot_lines(
 
 
 def plot_points(points: Mapping[str, float], path: str | Path, x: str) -> None:
-    """Draw named numbers one below another."""
+    """Draws named numbers, one below another."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.5, 1 + 0.3 * len(points)), layout="constrained")

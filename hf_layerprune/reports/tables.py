@@ -25,11 +25,17 @@ def table_rows(record: Record) -> list[list[str]]:
     heads = ["layers", "removed", f"{record['pruning']['criterion']} score"]
     for metric in metrics:
         heads += (
-            [f"{metric} cut", "healed" if len(metrics) == 1 else f"{metric} healed"]
+            [f"{metric} after removal", "after healing" if len(metrics) == 1 else f"{metric} after healing"]
             if cut and healed
             else [metric]
         )
-    heads += ["KL cut", "reconstructed", "parameters", *(["tokens/s"] if speed else []), "seconds"]
+    heads += [
+        "KL after removal",
+        "KL after reconstruction",
+        "parameters",
+        *(["tokens/s"] if speed else []),
+        "seconds",
+    ]
 
     def row(
         layers: int,
@@ -178,11 +184,11 @@ def _measures(found: Mapping[str, Any], speeds: bool, is_first: bool) -> dict[st
     cells = {
         "layers": str(found["layers"]),
         "parameters": f"{found['parameters'] / 1e6:.1f}M",
-        "weights MB": f"{found['weights_mb']:.0f}",
+        "weights (MB)": f"{found['weights_mb']:.0f}",
     }
     cells |= {"precision": found["dtype"]} if "dtype" in found else {}
-    cells |= {"file MB": f"{found['file_mb']:.0f}"} if "file_mb" in found else {}
-    cells |= {"peak memory MB": str(found["peak_memory_mb"])} if "peak_memory_mb" in found else {}
+    cells |= {"safetensors (MB)": f"{found['file_mb']:.0f}"} if "file_mb" in found else {}
+    cells |= {"peak memory (MB)": str(found["peak_memory_mb"])} if "peak_memory_mb" in found else {}
     if "perplexity" in found:
         cells |= {
             "perplexity": f"{found['perplexity']:.2f}",
@@ -191,18 +197,18 @@ def _measures(found: Mapping[str, Any], speeds: bool, is_first: bool) -> dict[st
     if "copying" in found:
         copied = found["copying"]
         cells |= {
-            "copied before a mistake": _with_error(copied["copied"], copied["standard_error"]),
+            "copied without error": _with_error(copied["copied"], copied["standard_error"]),
             "copy accuracy": f"{copied['right']:.3f}",
         }
     if speeds and "tokens_per_second" in found:
         cells |= {
-            "tokens/s read": f"{found['tokens_per_second']:.0f}",
-            "tokens/s generated": f"{found['generated_per_second']:.1f}",
+            "prefill tokens/s": f"{found['tokens_per_second']:.0f}",
+            "decode tokens/s": f"{found['generated_per_second']:.1f}",
         }
     tasks = found.get("tasks", {})
     cells |= {name: _with_error(task["accuracy"], task["standard_error"]) for name, task in tasks.items()}
     if tasks:
-        cells["mean of tasks"] = _with_error(found["mean"], found["standard_error"])
+        cells["mean accuracy"] = _with_error(found["mean"], found["standard_error"])
         cells["Δ accuracy"] = _with_error(*found["difference"].values())
     if "kept" in found:
         cells[ABOVE_CHANCE] = "{share:.1%} ± {standard_error:.1%}".format(**found["kept"])

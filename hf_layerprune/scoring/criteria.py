@@ -354,25 +354,27 @@ def positional(context: ScoringContext) -> CriterionResult:
 
 CRITERIA: dict[str, Criterion] = {
     "block_influence": Criterion(block_influence, "Block Influence"),
-    "angular": Criterion(angular, "angular distance of the last token\n(parts of pi)"),
+    "angular": Criterion(angular, "angular distance of the last token\n(multiples of pi)"),
     "loss": Criterion(
         loss,
-        "rise of the loss without it\n(nats per token)",
+        "loss increase without the layer\n(nats per token)",
         leave_one_out=True,
         needs_next_token=True,
         measures_quality=True,
     ),
     "kl": Criterion(
         kl,
-        "KL divergence without it\n(nats per token)",
+        "KL divergence without the layer\n(nats per token)",
         leave_one_out=True,
         needs_next_token=True,
         takes_teacher=True,
     ),
-    "hidden_mse": Criterion(hidden_mse, "relative error of the last state\nwithout it", leave_one_out=True),
+    "hidden_mse": Criterion(
+        hidden_mse, "relative error of the last\nhidden state without the layer", leave_one_out=True
+    ),
     "taylor": Criterion(taylor, "sum of |gradient x weight|", needs_next_token=True),
-    "task": Criterion(task, "fall of the task's score without it", needs_task=True, measures_quality=True),
-    "positional": Criterion(positional, "place", reads_text=False),
+    "task": Criterion(task, "task score decrease\nwithout the layer", needs_task=True, measures_quality=True),
+    "positional": Criterion(positional, "rank in the pattern", reads_text=False),
 }
 
 

@@ -58,28 +58,32 @@ class ScoreTable:
         return cls(**values | {name: {int(i): v for i, v in d.items()} for name, d in by_layer.items()})
 
     def plot(self, path: str | Path) -> None:
-        """Writes a bar chart of the scores by original layer, with the least important layer marked."""
+        """Writes a bar chart of the scores by original layer, with the lowest score marked."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(max(6.0, 0.28 * len(self.kept)), 3.2), layout="constrained")
         axes = figure.subplots()
         least = self.ranking()[0]
         layers = sorted(self.scores)
-        colours = ["tab:red" if layer == least else "tab:blue" for layer in layers]
-        errors = [self.errors.get(i, 0.0) for i in layers]
-        places = [self.kept[i] for i in layers]
-        axes.bar(places, [self.scores[i] for i in layers], yerr=errors, ecolor="gray", color=colours)
+        places, heights = [self.kept[i] for i in layers], [self.scores[i] for i in layers]
+        what = "layer" if self.block_size == 1 else f"first layer of a block of {self.block_size}"
+        axes.bar(places, heights, color="tab:blue", label=what)
+        axes.bar(self.kept[least], self.scores[least], color="tab:red", label="lowest score")
+        if self.errors:
+            errors = [self.errors.get(i, 0.0) for i in layers]
+            axes.errorbar(places, heights, errors, fmt="none", ecolor="gray", label="± 1 standard error")
         for layer in set(range(len(self.kept))) - {i + j for i in layers for j in range(self.block_size)}:
-            axes.text(self.kept[layer], 0, " stays", rotation=90, ha="center", color="gray", size=8)
+            axes.text(self.kept[layer], 0, " not scored", rotation=90, ha="center", color="gray", size=8)
         values = sorted(abs(v) for v in self.scores.values())
         if values[0] > 0 and values[-1] > 20 * values[len(values) // 2]:
             axes.set_yscale("symlog", linthresh=values[len(values) // 2])
         axes.set_xticks(range(max(self.kept) + 1))
+        axes.set_xlim(-0.8, max(self.kept) + 0.8)
         axes.tick_params("x", labelsize=7)
         axes.set_xlabel("decoder layer (index in the original model)")
         axes.set_ylabel(CRITERIA[self.criterion].unit)
         axes.set_title(
-            f"Importance of {len(layers)} of {len(self.kept)} layers; least important: {self.kept[least]}",
-            fontsize=10,
+            f"Layer scores by {self.criterion}. Lowest score: layer {self.kept[least]}", fontsize=10
         )
+        axes.legend(fontsize=8)
         figure.savefig(path, dpi=120)

@@ -198,7 +198,7 @@ def test_the_card_of_adapters_says_how_to_load_them(place, tokenizer):
     assert card.data.library_name == "peft"
     assert f'load_pruned_adapter("{Path(place).name}")' in card.content
     assert "AutoModelForCausalLM" not in card.content
-    assert "What the cut cost" in card.content
+    assert "## Removals" in card.content
     assert Path(place, "layer_pruning.json").is_file()
 
 

@@ -174,7 +174,7 @@ def test_measurements_take_a_config_file(folder, command, capsys):
     ("text", "message"),
     [
         (None, "No such file: c.yaml"),
-        ("sequence_lenght: 16", "c.yaml: there is no field 'sequence_lenght'; do you mean sequence_length?"),
+        ("sequence_lenght: 16", "c.yaml: there is no field 'sequence_lenght'. Did you mean sequence_length?"),
         ("sequence_length: long", "c.yaml: sequence_length is 'long', but must be a whole number"),
         ("criterion: luck", "c.yaml: criterion is 'luck'. Choose from"),
         ("[1, 2]", "c.yaml is no recipe: it must be lines of `field: value`"),

@@ -224,7 +224,7 @@ def test_mistakes_are_said(arguments, capsys):
     with pytest.raises(LayerPruneError, match="choose from baseline, losses"):
         run_study("loses", StudyArguments(**arguments))
     assert main(["study"]) == 2
-    assert "Give the name of a study: baseline" in capsys.readouterr().err
+    assert "NAME is missing. Choose from baseline, losses" in capsys.readouterr().err
     assert (
         main(
             [

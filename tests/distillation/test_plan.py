@@ -26,6 +26,7 @@ from ..conftest import tokens
 from ..tiny_models import tiny_model
 
 
+GUIDE = Path(__file__).parents[2] / "examples" / "guides" / "several_gpus.md"
 QWEN_3B = Qwen2Config(
     hidden_size=2048,
     intermediate_size=11008,
@@ -77,16 +78,16 @@ def llama_8b():
     return measure_footprint(on_meta(LlamaForCausalLM, LLAMA_8B), batch=4, length=2048, bf16=True)
 
 
-def test_the_table_in_readme_is_planned(qwen, llama_8b):
+def test_the_table_in_the_guide_is_planned(qwen, llama_8b):
     """4 x 2048 tokens, AdamW, bf16 autocast: all weights, with a copied teacher."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    guide = GUIDE.read_text()
     for name, footprint in (("Qwen2.5-3B", qwen), ("Llama-3.1-8B", llama_8b)):
         for flag in ("", " with `--activation_checkpointing True`"):
             chosen = settings(activation_checkpointing=bool(flag), teacher_bytes=2)
             peak = plan_training(footprint, chosen, footprint.layers - 1, footprint.layers, 2048).peak / GIB
             fits = [device for device, (memory, _) in DEVICES.items() if peak <= memory]
             fitting = fits[0] if fits else "several GPUs with FSDP2"
-            assert f"| {name}, all weights{flag} | {peak:.0f} | {fitting} |" in readme
+            assert f"| {name}, all weights{flag} | {peak:.0f} | {fitting} |" in guide
 
 
 @pytest.fixture(scope="module")
@@ -105,9 +106,8 @@ def test_lora_on_a_16_bit_base_needs_no_teacher_and_little_optimizer(llama_8b_lo
     assert plan.memory["optimizer"] < 0.4 * GIB
     assert plan.memory["teacher"] == 0
     assert plan.parameters_before == 8_030_261_248
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
     row = f"| Llama-3.1-8B in bfloat16, LoRA with `--activation_checkpointing True` | {plan.peak / GIB:.0f} |"
-    assert f"{row} l4-24gb |" in readme
+    assert f"{row} l4-24gb |" in GUIDE.read_text()
 
 
 def test_removed_layers_leave_the_plan(qwen):

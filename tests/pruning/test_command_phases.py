@@ -154,7 +154,7 @@ def test_the_example_of_a_phase_under_the_command_line(tokenizer, capfd):
     ]
     assert main(["phases", "model", *flags, "--output_dir", "out", "--", *script]) == 0
     printed = capfd.readouterr().out
-    assert "perplexity cut" in printed
+    assert "perplexity after removal" in printed
     model = AutoModelForCausalLM.from_pretrained("out")
     assert model.config.num_hidden_layers == 4
     record = json.loads(Path("out/layer_pruning.json").read_text())

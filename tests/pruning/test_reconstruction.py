@@ -316,5 +316,7 @@ def test_the_table_shows_the_divergence_before_and_after():
     heads, _, *rows = table_rows(callback.record.to_dict())
     for row, phase in zip(rows, callback.record.phases, strict=True):
         shown = dict(zip(heads, row, strict=True))
-        assert float(shown["KL cut"]) == pytest.approx(phase.reconstruction["kl_before"], rel=1e-3)
-        assert float(shown["reconstructed"]) == pytest.approx(phase.reconstruction["kl_after"], rel=1e-3)
+        assert float(shown["KL after removal"]) == pytest.approx(phase.reconstruction["kl_before"], rel=1e-3)
+        assert float(shown["KL after reconstruction"]) == pytest.approx(
+            phase.reconstruction["kl_after"], rel=1e-3
+        )

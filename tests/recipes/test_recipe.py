@@ -283,7 +283,7 @@ def test_a_recipe_of_ones_own_and_its_way_into_record_and_card(folder):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("learnig_rate: 1e-3", "there is no field 'learnig_rate'; do you mean learning_rate?"),
+        ("learnig_rate: 1e-3", "there is no field 'learnig_rate'. Did you mean learning_rate?"),
         ("qqqq: 1", "there is no field 'qqqq'."),
         ("learning_rate: fast", "learning_rate is 'fast', but must be a number"),
         ("keep: true", "keep is True, but must be a whole number"),
@@ -593,7 +593,7 @@ def test_phases_are_reconstructed(folder):
         assert len(phase["reconstruction"]["windows"]) == 1
         assert phase["reconstruction"]["tokens"] > 0
     card = Path("out/README.md").read_text()
-    assert "| KL cut | reconstructed |" in " ".join(card.split())
+    assert "| KL after removal | KL after reconstruction |" in " ".join(card.split())
     assert "the layers next to the cut were trained on the hidden states" in card
 
 
@@ -731,13 +731,13 @@ def test_prune_trains_what_the_caller_left_trainable(folder, tokenizer, trained)
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"learnig_rate": 1e-3}, "prune: there is no field 'learnig_rate'; do you mean learning_rate?"),
+        ({"learnig_rate": 1e-3}, "prune: there is no field 'learnig_rate'. Did you mean learning_rate?"),
         ({"learning_rate": "fast"}, "prune: learning_rate is 'fast', but must be a number."),
         ({"max_steps": 2.5}, "prune: max_steps is 2.5, but must be a whole number."),
         ({"protected": [0, "five"]}, "must be a list, each entry a whole number."),
         ({"bf16": "yes"}, "prune: bf16 is 'yes', but must be true or false."),
         ({"criterion": "luck"}, "prune: criterion is 'luck'. Choose from block_influence, "),
-        ({"recipe": {"kep": 3}}, "recipe: there is no field 'kep'; do you mean keep?"),
+        ({"recipe": {"kep": 3}}, "recipe: there is no field 'kep'. Did you mean keep?"),
         ({"target_layers": 4}, "prune: target_layers is target_layers, which is given too."),
         ({"data": 7}, "Each row needs input_ids"),
         ({"data": None}, "There is no data."),

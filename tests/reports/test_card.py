@@ -22,6 +22,7 @@ from hf_layerprune.reports.plots import removal_marks
 from hf_layerprune.reports.record import read_record
 from hf_layerprune.reports.tables import evaluation_rows, healing_tokens, table_rows, text_rows
 from hf_layerprune.reports.texts import describe_text
+from hf_layerprune.scoring.table import ScoreTable
 
 from ..conftest import make_model, tokens
 from ..distillation.test_trainer import examples, make_trainer
@@ -65,8 +66,8 @@ def test_a_card_shows_what_the_trainer_evaluated(kind, tmp_path):
         if "eval_loss" in entry and entry["step"]:
             healed[5 if entry["step"] <= 3 else 4] = entry["eval_loss"]
     write_card(read_record("out").to_dict(), Path("out"))
-    heads, *rows = sections("out")["What the cut cost"]
-    assert "healed" not in " ".join(heads)
+    heads, *rows = sections("out")["Removals"]
+    assert "after" not in " ".join(heads)
     column = [row[heads.index("eval_loss")] for row in rows]
     assert column == [f"{value:.4g}" for value in (dense, healed[5], healed[4])]
     assert ("eval_kl" in heads) == (kind == "distillation")  # and eval_ce is eval_loss once more
@@ -74,7 +75,7 @@ def test_a_card_shows_what_the_trainer_evaluated(kind, tmp_path):
     card = ModelCard.load("out/README.md")
     [result] = card.data.eval_results
     assert (result.metric_type, result.metric_value) == ("loss", pytest.approx(healed[4], abs=1e-4))
-    assert '"cut" is measured' not in card.content
+    assert '"After removal" is measured' not in card.content
     assert "](quality.png)" in card.content
 
 
@@ -99,7 +100,7 @@ def test_a_card_names_the_texts_and_counts_their_tokens(folder):
     assert "num_input_tokens" not in str(read_record("healed").training)
     assert main(["prune", folder, *DATA, *SMALL, "--target_layers", "4", "--output_dir", "cut"]) == 0
     assert [row[0] for row in sections("cut")["Text"]] == ["", "calibration", "evaluation"]
-    assert sections("cut")["What the cut cost"][0] == [
+    assert sections("cut")["Removals"][0] == [
         "layers",
         "removed",
         "loss score",
@@ -109,7 +110,7 @@ def test_a_card_names_the_texts_and_counts_their_tokens(folder):
         "seconds",
     ]
     card = Path("cut/README.md").read_text()
-    for absent in ('"cut" is measured', "a model was healed on", "Training:"):
+    for absent in ('"After removal" is measured', "Perplexity on the training distribution", "Training:"):
         assert absent not in card
         assert absent in Path("healed/README.md").read_text()
 
@@ -240,8 +241,8 @@ def test_speeds_of_two_precisions_are_not_put_side_by_side():
     sides["cut"] = sides["dense"] | {"dtype": "float32"}
     heads = [row[0] for row in evaluation_rows(sides)]
     assert "precision" in heads
-    assert "tokens/s read" not in heads
-    assert "tokens/s read" in [row[0] for row in evaluation_rows({"dense": sides["dense"]})]
+    assert "prefill tokens/s" not in heads
+    assert "prefill tokens/s" in [row[0] for row in evaluation_rows({"dense": sides["dense"]})]
 
 
 def with_perplexities(right, spread):
@@ -271,7 +272,7 @@ def test_stability_is_shown_where_many_questions_decide(spread, steady, tmp_path
     assert json.dumps(record) == before
     assert "Agreement is the share" in card
     assert ("effective questions" in card) == steady
-    for absent in ("Perplexity and copy accuracy", "Copied before"):
+    for absent in ("Perplexity and copy accuracy", "Copied without error"):
         assert absent not in card
 
 
@@ -331,6 +332,48 @@ def test_results_say_what_their_error_bars_are(tmp_path, monkeypatch):
     monkeypatch.setattr(Axes, "legend", legend)
     plots.plot_results(records, tmp_path / "results.png")
     assert (tmp_path / "results.png").stat().st_size > 1000
+
+
+def labels_of(monkeypatch, draw):
+    """The legends of the pictures that a function draws."""
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    found, of_axes, of_figure = [], Axes.legend, Figure.legend
+
+    def axes_legend(axes, **options):
+        found.extend(axes.get_legend_handles_labels()[1])
+        return of_axes(axes, **options)
+
+    def figure_legend(figure, handles, **options):
+        found.extend(handle.get_label() for handle in handles)
+        return of_figure(figure, handles=handles, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Axes, "legend", axes_legend)
+        patch.setattr(Figure, "legend", figure_legend)
+        draw()
+    return found
+
+
+def test_pictures_of_scores_say_what_they_show(tmp_path, monkeypatch):
+    record = prune_layers(make_model(), target_layers=4, calibration=calibration()).to_dict()
+    labels = labels_of(monkeypatch, lambda: plots.plot_scores(record, tmp_path))
+    bars = ["layer", "lowest score", "± 1 standard error"]
+    assert labels == ["removed", "not scored: protected, or removed before", *bars, *bars]
+    table = ScoreTable("block_influence", {1: 0.2, 2: 0.1}, None, [0, 1, 2, 3], block_size=2)
+    labels = labels_of(monkeypatch, lambda: table.plot(tmp_path / "p.png"))
+    assert labels == ["first layer of a block of 2", "lowest score"]
+
+
+def test_a_card_is_silent_about_what_it_does_not_have(tmp_path):
+    record = prune_layers(make_model(), target_layers=5, calibration=calibration()).to_dict()
+    write_card(record, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "criterion loss" in card
+    for absent in (" None", "## Evaluation", "## Recipe", "multiple choice", "not listed above", "healing"):
+        assert absent not in card.replace("not listed\nabove", "not listed above")
+    assert "It was not trained after the removal." in card
 
 
 def test_a_model_without_a_name_has_a_card_that_reads(tmp_path):

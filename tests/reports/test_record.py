@@ -72,7 +72,7 @@ def test_push_to_hub_sends_a_plain_model_with_its_card(llama, tokenizer, tmp_pat
     assert (result.metric_type, result.metric_value) == ("perplexity", 16.0)
     record = json.loads((received / "layer_pruning.json").read_text())
     removed = [phase["removals"][0]["original"] for phase in record["phases"]]
-    assert f"Removed, by their index in the original: {removed[0]}, {removed[1]}." in card.content
+    assert f"Removed layers (original index): {removed[0]}, {removed[1]}." in card.content
     assert "4 of its 6 decoder layers" in card.content
     assert "https://arxiv.org/abs/2511.05085" in card.content
     assert "AutoModelForCausalLM.from_pretrained" in card.content
