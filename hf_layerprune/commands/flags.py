@@ -148,6 +148,13 @@ class CacheTeacherArguments:
 
     output_dir: str = field(metadata={"help": "A folder for what it says; called again, this goes on."})
     top_k: int = field(default=64, metadata={"help": "Tokens to keep at each position, the likeliest."})
+    sampling: bool = field(
+        default=False,
+        metadata={
+            "help": "Sample top_k tokens from the teacher's distribution instead of the likeliest. The "
+            "gradient of `distill` is then that of all tokens on average (2503.16870)."
+        },
+    )
     temperature: float = field(default=1.0, metadata={"help": "That of `distill`."})
     hidden_layers: list[int] = field(
         default_factory=list, metadata={"help": "Original indices of the layers whose outputs to keep."}

@@ -12,7 +12,7 @@ from .flags import CacheTeacherArguments, DataArguments, ResumeArguments, Teache
 
 
 def cache_teacher(arguments: list[str]) -> None:
-    """Cache MODEL's top-k logits so that `distill --teacher DIR` needs no teacher in memory."""
+    """Cache MODEL's top-k or sampled logits so that `distill --teacher DIR` needs no teacher in memory."""
     kinds = [ModelArguments, DataArguments, TextArguments, SequenceArguments, CacheTeacherArguments]
     name, source, data, text, sequence, output = parse(cache_teacher, arguments, kinds)
     from ..data.batches import make_batches
@@ -22,7 +22,8 @@ def cache_teacher(arguments: list[str]) -> None:
     config, tokenizer = check_model(name, source, "cache-teacher")
     batches = make_batches(make_sequences(data.sources, text, sequence, config, tokenizer), output.batch_size)
     model = load_on_device(name, source)
-    settings = {"temperature": output.temperature, "hidden_layers": output.hidden_layers}
+    settings: Any = {"temperature": output.temperature, "hidden_layers": output.hidden_layers}
+    settings["sampling"] = output.sampling
     cache_teacher_logits(model, batches, output.output_dir, output.top_k, **settings)
     size = sum(file.stat().st_size for file in Path(output.output_dir).iterdir()) / 2**20
     rows = len(CachedTeacherLogits(output.output_dir).keys)
