@@ -146,7 +146,14 @@ class CacheTeacherArguments:
     """Output of `cache-teacher`."""
 
     output_dir: str = field(metadata={"help": "Folder for the cached logits. A second call continues."})
-    top_k: int = field(default=64, metadata={"help": "Top tokens to keep at each position."})
+    top_k: int = field(default=64, metadata={"help": "Tokens to keep at each position, the most likely."})
+    sampling: bool = field(
+        default=False,
+        metadata={
+            "help": "Sample top_k tokens from the teacher's distribution instead. The gradient of `distill` is "
+            "then that of all tokens on average (2503.16870)."
+        },
+    )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the logits, as in `distill`."})
     hidden_layers: list[int] = field(
         default_factory=list,

@@ -14,7 +14,7 @@ from .help import help_wanted
 
 
 def cache_teacher(arguments: list[str]) -> None:
-    """Caches MODEL's top-k logits so that `distill --teacher DIR` needs no teacher in memory.
+    """Caches MODEL's top-k or sampled logits so that `distill --teacher DIR` needs no teacher in memory.
 
     usage: hf-layerprune cache-teacher MODEL --data DATA --output_dir DIR [flags]
     example: hf-layerprune cache-teacher Qwen/Qwen3-0.6B --data text.jsonl --output_dir teacher
@@ -30,7 +30,8 @@ def cache_teacher(arguments: list[str]) -> None:
     rows = make_sequences(data.sources, text, sequence, config, tokenizer, writer=writer)
     batches = make_batches(rows, output.batch_size)
     model = load_on_device(name, source)
-    settings = {"temperature": output.temperature, "hidden_layers": output.hidden_layers}
+    settings: Any = {"temperature": output.temperature, "hidden_layers": output.hidden_layers}
+    settings["sampling"] = output.sampling
     cache_teacher_logits(model, batches, output.output_dir, output.top_k, **settings)
     size = sum(file.stat().st_size for file in Path(output.output_dir).iterdir()) / 2**20
     rows = len(CachedTeacherLogits(output.output_dir).keys)

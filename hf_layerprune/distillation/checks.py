@@ -161,6 +161,11 @@ def _check_cache_settings(teacher: CachedTeacherLogits, args: DistillationTraini
         value, cached = getattr(args, name), getattr(teacher, name)
         if value not in (None, cached):
             raise LayerPruneError(f"{name} is {value}, but {teacher.folder} was written with {cached}.")
+    if teacher.sampling and args.divergence != "kl":
+        raise LayerPruneError(
+            f"divergence is {args.divergence!r}, but {teacher.folder} holds sampled tokens, which estimate "
+            "'kl' alone. Set divergence='kl', or cache the logits without sampling."
+        )
     if args.hidden_weight and not teacher.hidden_layers:
         raise LayerPruneError(
             f"{teacher.folder} holds no hidden states: write it with hidden_layers=[...], or set "

@@ -14,6 +14,7 @@ from transformers.utils import is_liger_kernel_available
 from ..forward.hooks import LAST
 from ..forward.token_losses import LOWEST, scaled_logits
 from ..surgery.lineage import Lineage
+from .sampled_tokens import SampledTokens, sampled_kl
 
 
 DOMINANCE = 10.0  # the hidden-state error dominates from this multiple of the other terms on
@@ -50,7 +51,7 @@ def _log_probs_with_rest(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tenso
 
 def divergence(
     student_logits: torch.Tensor,
-    teacher_logits: torch.Tensor | TopKLogProbs,
+    teacher_logits: torch.Tensor | TopKLogProbs | SampledTokens,
     kind: str = "kl",
     temperature: float = 1.0,
     beta: float = 0.5,
@@ -63,9 +64,9 @@ def divergence(
 
     Args:
         student_logits (`torch.Tensor`): `(positions, vocabulary)`.
-        teacher_logits (`torch.Tensor` or [`TopKLogProbs`]): `(positions, vocabulary)`, or the top-k tokens at
-            this temperature. Then both are distributions over these tokens and all others as one, and the
-            divergence is at most that over all tokens.
+        teacher_logits (`torch.Tensor`, [`TopKLogProbs`] or [`SampledTokens`]): `(positions, vocabulary)`, or
+            the top-k tokens at this temperature. Then both are distributions over these tokens and all others
+            as one, and the divergence is at most that over all tokens. Or sampled tokens, for `"kl"` alone.
         kind (`str`, *optional*, defaults to `"kl"`): `"kl"`, forward, KL(teacher || student);
             `"reverse_kl"`, KL(student || teacher); or `"jsd"`, the generalised Jensen-Shannon divergence
             `beta KL(teacher || m) + (1 - beta) KL(student || m)` with `m = beta teacher + (1 - beta) student`
@@ -73,6 +74,8 @@ def divergence(
         temperature (`float`, *optional*, defaults to 1.0): divides both logits.
         beta (`float`, *optional*, defaults to 0.5): of `"jsd"`, above 0 and below 1.
     """
+    if isinstance(teacher_logits, SampledTokens):
+        return sampled_kl(student_logits, teacher_logits, temperature) * temperature**2
     uses_liger = student_logits.is_cuda and is_liger_kernel_available()
     if kind == "kl" and torch.is_tensor(teacher_logits) and not uses_liger:
         return _ForwardKL.apply(student_logits, teacher_logits, temperature)

@@ -35,8 +35,8 @@ class ModelOutputs:
 
     Args:
         lm_head ([`ChunkedLMHead`] or [`CachedTeacherLogits`]): makes logits of `last_hidden_state`.
-        last_hidden_state (`torch.Tensor` or [`TopKLogProbs`]): `(batch, length, hidden)`, the input of the LM
-            head; or the cached log-probabilities of a teacher.
+        last_hidden_state (`torch.Tensor`, [`TopKLogProbs`] or [`SampledTokens`]): `(batch, length, hidden)`,
+            the input of the LM head; or the cached tokens of a teacher.
         layers (`dict[int, tuple]`): the input and the output of each compared layer, as
             [`~hf_layerprune.forward.hooks.captured`] returns them.
     """

@@ -1,4 +1,4 @@
-"""Cached top-k logits of a teacher: computed once, read in any number of runs and epochs."""
+"""Cached logits of a teacher, the top-k or sampled: computed once, read in any number of runs and epochs."""
 
 import hashlib
 import json
@@ -22,6 +22,7 @@ from ..forward.lm_head import ChunkedLMHead
 from ..surgery.decoder import check_next_token, text_config
 from ..surgery.lineage import Lineage, get_lineage, plain_int
 from .losses import TopKLogProbs, top_k_log_probs
+from .sampled_tokens import SampledTokens, sample_tokens
 
 
 HEAD = "teacher_cache.json"
@@ -40,33 +41,41 @@ def cache_teacher_logits(
     top_k: int = 64,
     temperature: float = 1.0,
     hidden_layers: Sequence[int] = (),
+    sampling: bool = False,
 ) -> None:
-    """Caches the teacher's top-k logits: training with `teacher_model=folder` needs no teacher in memory.
+    """Caches the teacher's logits: training with `teacher_model=folder` needs no teacher in memory.
 
     The cache has for each position the top-k tokens, their log-probabilities, that of all other tokens
-    together, and the hidden states of `hidden_layers`. Rows are found by their tokens, so training may use
-    another order, padding and batch size. A second call computes only the rows that are missing.
+    together, and the hidden states of `hidden_layers`. With `sampling` it has tokens sampled from the
+    teacher's distribution instead, whose KL divergence has the gradient of all tokens on average.
+
+    Rows are found by their tokens, so training may use another order, padding and batch size. A second call
+    computes only the rows that are missing.
 
     Args:
         teacher (`PreTrainedModel`): the model.
         batches (iterable of `dict`): `input_ids` `(batch, length)` and what else the model reads, as the
             trainer's collator makes it. Include the evaluation data if the trainer evaluates.
         folder (`str` or `Path`): a new folder or an earlier cache. A position takes `8 * top_k + 4` bytes,
-            and the hidden size in the model's precision for each of `hidden_layers`.
+            `4 * top_k + 4` with `sampling`, and the hidden size in the model's precision for each of
+            `hidden_layers`.
         top_k (`int`, *optional*, defaults to 64): the number of tokens per position.
         temperature (`float`, *optional*, defaults to 1.0): the temperature of training.
         hidden_layers (`list[int]`, *optional*): the layers whose outputs to cache, as original indices.
+        sampling (`bool`, *optional*, defaults to `False`): sample `top_k` tokens from the teacher's
+            distribution instead of the most probable ones (2503.16870). Training then needs
+            `divergence="kl"`.
 
     Raises:
         LayerPruneError: a setting is invalid, or the folder holds something else.
     """
     check_next_token(teacher, "cache_teacher_logits")
     top_k, hidden_layers = plain_int(top_k), [plain_int(layer) for layer in hidden_layers]
-    settings = _settings(teacher, top_k, temperature, hidden_layers)
+    settings = _settings(teacher, top_k, temperature, hidden_layers) | {"sampling": sampling}
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         cache = CachedTeacherLogits(folder)
-        different = sorted(name for name in settings if cache.settings.get(name) != settings[name])
+        different = sorted(name for name in settings if cache.settings.get(name, False) != settings[name])
         if different:
             raise LayerPruneError(
                 f"{folder} holds cached logits with another {', '.join(different)}. Choose a new folder."
@@ -90,7 +99,7 @@ def cache_teacher_logits(
             if new:
                 rows = {name: value[[*new.values()]].to(teacher.device) for name, value in batch.items()}
                 lm_head = lm_head or ChunkedLMHead(teacher, rows["input_ids"])
-                parts.append(_compute_rows(lm_head, rows, [*new], layers, top_k, temperature))
+                parts.append(_compute_rows(lm_head, rows, [*new], layers, settings))
                 keys |= new.keys()
                 positions += len(parts[-1]["ids"])
             if positions >= SHARD:
@@ -135,8 +144,7 @@ def _compute_rows(
     batch: Batch,
     keys: list[bytes],
     layers: dict[str, int],
-    top_k: int,
-    temperature: float,
+    settings: dict[str, Any],
 ) -> dict[str, torch.Tensor]:
     """Returns the tensors of the rows with these keys, over all positions but the last of each row."""
     mask = _not_padding(batch)
@@ -148,17 +156,39 @@ def _compute_rows(
             "The layers of this model return several hidden states, which cannot be cached. Leave "
             "hidden_layers out."
         )
-    parts = [top_k_log_probs(logits, top_k, temperature) for logits in lm_head.rows(last_hidden_state)]
+    logits, count, temperature = lm_head.rows(last_hidden_state), settings["top_k"], settings["temperature"]
+    values: dict[str, torch.Tensor] = {}
+    if settings["sampling"]:
+        offsets = _offsets(keys, mask).to(mask.device)
+        samples, place = [], 0
+        for chunk in logits:
+            samples.append(sample_tokens(chunk, count, offsets[place : place + len(chunk)], temperature))
+            place += len(chunk)
+        values["ids"] = torch.cat([sample.ids for sample in samples])
+        values["entropy"] = torch.cat([sample.entropy for sample in samples])[:, None]
+    else:
+        parts = [top_k_log_probs(chunk, count, temperature) for chunk in logits]
+        values["ids"] = torch.cat([part.ids for part in parts])
+        values["log_probs"] = torch.cat([part.log_probs for part in parts])
     return {
         "keys": torch.tensor([[*key] for key in keys], dtype=torch.uint8),
         "counts": mask.sum(1).cpu(),
-        "ids": torch.cat([part.ids for part in parts]).int().cpu(),
-        "log_probs": torch.cat([part.log_probs for part in parts]).cpu(),
+        **{name: (value.int() if name == "ids" else value).cpu() for name, value in values.items()},
         **{
             name: (states[layer][0] if layer == LAST else hidden(states[layer][1]))[mask].cpu()
             for name, layer in layers.items()
         },
     }
+
+
+def _offsets(keys: list[bytes], mask: torch.Tensor) -> torch.Tensor:
+    """Returns a random number for each position in `mask`. It depends on the row alone, so that every order
+    of the rows gives the same cache."""
+    numbers = []
+    for key, count in zip(keys, mask.sum(1).tolist(), strict=True):
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
+        numbers.append(torch.rand(count, generator=generator))
+    return torch.cat(numbers)
 
 
 def _write_shard(folder: Path, number: int, parts: list[dict[str, torch.Tensor]]) -> int:
@@ -196,6 +226,7 @@ class CachedTeacherLogits:
             self.lineage = Lineage(settings["original_layers"], settings["kept_layers"])
             self.vocabulary, self.width = int(settings["vocabulary"]), int(settings["width"])
             self.top_k, self.temperature = int(settings["top_k"]), float(settings["temperature"])
+            self.sampling = bool(settings.get("sampling", False))
             self.hidden_layers: list[int] = settings["hidden_layers"]
             self._files = [safe_open(path, "pt") for path in sorted(self.folder.glob("*.safetensors"))]
             self._rows = dict(self._index())
@@ -234,7 +265,9 @@ class CachedTeacherLogits:
                     "and the trainer's collator, evaluation data too: it adds the missing rows."
                 )
 
-    def read(self, batch: Batch, layers: Sequence[int]) -> tuple[TopKLogProbs, dict[int, Any]]:
+    def read(
+        self, batch: Batch, layers: Sequence[int]
+    ) -> tuple[TopKLogProbs | SampledTokens, dict[int, Any]]:
         """Returns the cached logits and hidden states of a batch, zero at padding and at the last token.
 
         Args:
@@ -243,8 +276,8 @@ class CachedTeacherLogits:
                 teacher or [`~hf_layerprune.forward.hooks.LAST`].
 
         Returns:
-            The top-k tokens `(batch, length, k)`, and for each layer its output `(batch, length, hidden)`
-            twice, as input and output in [`captured`].
+            The top-k or sampled tokens `(batch, length, k)`, and for each layer its output
+            `(batch, length, hidden)` twice, as input and output in [`captured`].
 
         Raises:
             LayerPruneError: a row is missing.
@@ -255,18 +288,20 @@ class CachedTeacherLogits:
         tensors: dict[str, torch.Tensor] = {}
         for row, (key, mask) in enumerate(zip(row_keys(batch), _not_padding(batch), strict=True)):
             number, start, end = self._rows[key]
-            for name in ("ids", "log_probs", *names.values()):
+            for name in ("ids", "entropy" if self.sampling else "log_probs", *names.values()):
                 part = self._files[number].get_slice(name)[start:end]
                 tensor = tensors.setdefault(name, part.new_zeros(*ids.shape, part.shape[-1]))
                 tensor[row, mask.nonzero()[:-1, 0].cpu()] = part
         tensors = {name: value.to(ids.device) for name, value in tensors.items()}
         states = {layer: (tensors[name],) * 2 for layer, name in names.items()}
+        if self.sampling:
+            return SampledTokens(tensors["ids"].long(), tensors["entropy"][..., 0]), states
         return TopKLogProbs(tensors["ids"].long(), tensors["log_probs"]), states
 
     def _original_index(self, layer: int) -> int:
         return self.lineage.original - 1 if layer == LAST else self.lineage.kept[layer]
 
-    def head(self, cached: TopKLogProbs) -> TopKLogProbs:
+    def head(self, cached: TopKLogProbs | SampledTokens) -> TopKLogProbs | SampledTokens:
         """Returns the cached logits as they are: no LM head runs."""
         return cached
 

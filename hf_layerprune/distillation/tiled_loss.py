@@ -35,7 +35,7 @@ def tiled_loss(
         student, teacher ([`ChunkedLMHead`]): the LM heads, which make logits of hidden states. The
             teacher's may be [`CachedTeacherLogits`].
         student_states, teacher_states (`torch.Tensor`): `(positions, hidden)`, the last hidden states; or the
-            cached [`TopKLogProbs`] of the teacher.
+            cached [`TopKLogProbs`] or [`SampledTokens`] of the teacher.
         targets (`torch.Tensor`): `(positions,)`, the next tokens.
         losses (`Callable`): the losses.
         weights (`dict[str, float]`): the weight of each loss.

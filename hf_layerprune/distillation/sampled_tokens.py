@@ -1,0 +1,72 @@
+"""Tokens sampled from a teacher's distribution: an unbiased estimate of the KL divergence over all tokens.
+
+Random Sampling Knowledge Distillation (2503.16870). The top-k tokens alone give a biased gradient: the
+student learns nothing about the order of the other tokens.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..forward.token_losses import scaled_logits, sum_dtype
+
+
+@dataclass
+class SampledTokens:
+    """Tokens of each position, sampled from the teacher's distribution, each with the same weight `1 / n`.
+
+    They are sampled with their own probability, so that all importance weights are equal. A token may be
+    there several times.
+
+    Args:
+        ids (`torch.Tensor`): `(..., n)`.
+        entropy (`torch.Tensor`): `(...)`, float32, of the teacher's whole distribution in nats.
+    """
+
+    ids: torch.Tensor
+    entropy: torch.Tensor
+
+    def __getitem__(self, index: Any) -> "SampledTokens":
+        return SampledTokens(self.ids[index], self.entropy[index])
+
+
+def sample_tokens(
+    logits: torch.Tensor, count: int, offsets: torch.Tensor, temperature: float = 1.0
+) -> SampledTokens:
+    """Samples `count` tokens of each position, as often as their probability says on average.
+
+    The sampling is systematic: `count` points at equal distances cut the cumulative distribution, and one
+    random number shifts them all. Independent draws have the same mean and a larger variance.
+
+    Args:
+        logits (`torch.Tensor`): `(..., vocabulary)`, of the teacher.
+        count (`int`): tokens of each position.
+        offsets (`torch.Tensor`): `(...)`, a uniform random number from 0 to 1 for each position.
+        temperature (`float`, *optional*, defaults to 1.0): divides the logits.
+    """
+    log_probs = scaled_logits(logits, temperature).log_softmax(-1)
+    probabilities = log_probs.exp()
+    entropy = -(probabilities * log_probs).sum(-1)
+    # float32 would lose the probabilities of a large vocabulary in their sum.
+    cumulative = probabilities.to(sum_dtype(logits.device)).cumsum(-1)
+    points = torch.arange(count, device=logits.device, dtype=cumulative.dtype) + offsets[..., None]
+    points = points / count * cumulative[..., -1:]
+    ids = torch.searchsorted(cumulative, points.contiguous(), right=True)
+    return SampledTokens(ids.clamp_(max=logits.shape[-1] - 1), entropy)
+
+
+def sampled_kl(
+    student_logits: torch.Tensor, teacher: SampledTokens, temperature: float = 1.0
+) -> torch.Tensor:
+    """Returns an estimate of KL(teacher || student) over all tokens, summed over positions. Its mean over
+    samples, and that of its gradient, are those of all tokens.
+
+    Args:
+        student_logits (`torch.Tensor`): `(positions, vocabulary)`.
+        teacher ([`SampledTokens`]): of the teacher at this temperature.
+        temperature (`float`, *optional*, defaults to 1.0): divides the student's logits.
+    """
+    scaled = scaled_logits(student_logits, temperature)
+    log_probs = scaled.gather(-1, teacher.ids).mean(-1) - scaled.logsumexp(-1)
+    return -(log_probs + teacher.entropy).sum()
