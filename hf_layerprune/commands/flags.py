@@ -150,8 +150,8 @@ class CacheTeacherArguments:
     sampling: bool = field(
         default=False,
         metadata={
-            "help": "Sample top_k tokens from the teacher's distribution instead. The gradient of `distill` is "
-            "then that of all tokens on average (2503.16870)."
+            "help": "Sample top_k tokens from the teacher's distribution instead. The gradient of `distill` "
+            "is then that of all tokens on average (2503.16870)."
         },
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of the logits, as in `distill`."})

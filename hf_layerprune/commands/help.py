@@ -20,21 +20,22 @@ GROUPS = {
     ),
     "data": (
         "data sequence_length calibration_sequences heldout_sequences max_sequences tasks",
-        "loss_on data_field data_template data_split data_config data_revision streaming packing heldout "
-        "limit lm_eval",
+        "loss_on data_field data_template data_split data_config data_revision streaming packing "
+        "self_sequences self_length self_temperature heldout limit lm_eval",
     ),
     "pruning": (
-        "target_layers target_ratio target_parameters criterion protected",
-        "layers_per_phase racing pattern scoring_seed block_size compare remove steps_per_phase "
-        "tokens_per_phase restart_learning_rate quality_floor min_recovery reconstruction_layers "
-        "reconstruction_tokens reconstruction_epochs reconstruction_learning_rate select block_candidates "
-        "replacement replacement_layers replacement_loss",
+        "target_layers criterion protected",
+        "target_ratio target_parameters layers_per_phase racing pattern scoring_seed block_size compare "
+        "remove steps_per_phase tokens_per_phase restart_learning_rate quality_floor min_recovery "
+        "reconstruction_layers reconstruction_tokens reconstruction_epochs reconstruction_learning_rate "
+        "select block_candidates replacement replacement_layers replacement_loss",
     ),
     "healing": (
         "max_steps learning_rate per_device_train_batch_size gradient_accumulation_steps "
-        "activation_checkpointing trainable kl_weight",
-        "num_train_epochs bf16 seed hidden_weight ce_weight divergence jsd_beta hidden_loss balance_hidden "
-        "temperature top_k sampling hidden_layers loss_preset tokens batch_size answer_tokens",
+        "activation_checkpointing kl_weight",
+        "trainable num_train_epochs bf16 seed hidden_weight ce_weight divergence jsd_beta hidden_loss "
+        "balance_hidden temperature top_k sampling hidden_layers loss_preset tokens batch_size "
+        "answer_tokens",
     ),
     "output": (
         "output_dir resume plot json config",

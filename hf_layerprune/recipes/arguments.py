@@ -6,9 +6,9 @@ from ..errors import LayerPruneError
 
 
 DATA_HELP = (
-    "Files, folders, globs, data sets of the hub, - for stdin, or self for text that the model writes. Rows "
-    "hold text, chats or prompts. Files are .txt, .md, .json, .jsonl, .csv, .parquet or .arrow, also packed "
-    "as .gz and .zst."
+    "Files, folders, globs, hub ids, - (stdin) or self (model text). With self the model writes the text. "
+    "Rows hold text, chats or prompts. Files are .txt, .md, .json, .jsonl, .csv, .parquet or .arrow, also "
+    "packed as .gz and .zst."
 )
 
 
