@@ -178,7 +178,8 @@ def starts_from_weights(model: Any) -> bool:
 
 def merged_copy(model: Any) -> PreTrainedModel:
     """Returns a copy of a `PeftModel` with its adapters merged into the weights. The copy is on the CPU, so
-    that a GPU holds the model once; that of a quantised model is where the model is.
+    that a GPU holds the model once; that of a quantised model is where the model is. A GPU merges one module
+    after another.
 
     Adapters on the LM head or the embeddings of a model that ties them may make the two differ. The copy is
     then untied, in its weights and its config.
@@ -186,6 +187,7 @@ def merged_copy(model: Any) -> PreTrainedModel:
     Raises:
         LayerPruneError: adapters of this type cannot be merged.
     """
+    device = base_of(model).device
     is_quantised = getattr(base_of(model), "hf_quantizer", None) is not None
     copied = _copy(model) if is_quantised else _copy(model, _cpu_tensors(model))
     base = copied.get_base_model()
@@ -194,6 +196,9 @@ def merged_copy(model: Any) -> PreTrainedModel:
     try:
         with warnings.catch_warnings():  # of ties, which are seen to here
             warnings.filterwarnings("ignore", message=".*tie")
+            if device.type != "cpu" and not is_quantised:
+                merge_one_by_one(copied, device)
+            warnings.filterwarnings("ignore", message="All adapters are already merged")
             merged = copied.merge_and_unload()
     except (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -215,6 +220,18 @@ def merged_copy(model: Any) -> PreTrainedModel:
         merged.config.tie_word_embeddings = False
         merged.all_tied_weights_keys = merged.get_expanded_tied_weights_keys(all_submodels=True)
     return merged
+
+
+def merge_one_by_one(model: Any, device: torch.device) -> None:
+    """Merges the LoRA of each linear layer of a `PeftModel` on `device`, where only that layer is then, and
+    moves it back. A CPU takes a second for a large layer. `merge_and_unload` merges what else there is."""
+    from peft.tuners.lora import Linear
+
+    for module in model.modules():
+        if type(module) is Linear:
+            place = module.weight.device
+            module.to(device).merge()
+            module.to(place)
 
 
 def bare_copy(model: Any) -> PreTrainedModel:
