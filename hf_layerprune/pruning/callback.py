@@ -287,5 +287,6 @@ class LayerPruningCallback(TrainerCallback, ExportableState):
         self._termination.uninstall()
         if state.global_step < state.max_steps:
             self._termination.end_process()
+        is_over = state.global_step >= state.max_steps or self.record.stopped is not None
         self._run.end(state, model)
-        forget_original(args)
+        forget_original(args, is_over)

@@ -1,5 +1,6 @@
 """Reconstruction in training: after the removals of a phase, before the Trainer's own steps go on."""
 
+import logging
 import shutil
 import time
 from collections.abc import Collection, Iterator
@@ -23,6 +24,8 @@ from ..forward.hooks import undisturbed
 from ..surgery.peft import adapter_configs
 from .arguments import ReconstructionArguments
 
+
+logger = logging.getLogger(__name__)
 
 FOLDER = "reconstruction"  # of checkpoints and hidden states, in the output folder
 ORIGINAL = "original_model"  # the copy of the original model for a plain Trainer, in the output folder
@@ -187,7 +190,13 @@ def find_teacher(
     return original.to(model.device).eval().requires_grad_(False)
 
 
-def forget_original(args: TrainingArguments) -> None:
-    """Deletes the copy of the original model at the end of a run."""
-    if PartialState().is_main_process:
-        shutil.rmtree(Path(str(args.output_dir)) / ORIGINAL, ignore_errors=True)
+def forget_original(args: TrainingArguments, is_over: bool) -> None:
+    """Deletes the copy of the original model at the end of a run. A run that is not over may be resumed, so
+    that its copy stays."""
+    folder = Path(str(args.output_dir)) / ORIGINAL
+    if not PartialState().is_main_process or not folder.is_dir():
+        return
+    if is_over:
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        logger.info("Training stopped early. Delete %s unless the run is resumed, which needs it.", folder)

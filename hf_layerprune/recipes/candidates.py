@@ -42,13 +42,16 @@ def compare_candidates(
         `list[dict]`: the `layers` (original indices), `score` and `kl` of each block, in the order of
         `table.ranking()`.
     """
-    candidates = []
-    for first in table.ranking()[:count]:
+
+    def compare(first: int) -> dict[str, Any]:
+        """Returns the entry of one block. Its copy of the model ends with this call, so that memory holds one
+        at a time."""
         pruned = copy.deepcopy(model)
         remove(pruned, first)
         reconstruct_layers(pruned, model, training, epochs=1, **settings)
         layers = sorted(set(get_lineage(model).kept) - set(get_lineage(pruned).kept))
         kl = mean_kl(pruned, model, calibration, TOKENS)
         logger.info("Block of layers %s: score %.4f, KL %.4f.", layers, table.scores[first], kl)
-        candidates.append({"layers": layers, "score": table.scores[first], "kl": kl})
-    return candidates
+        return {"layers": layers, "score": table.scores[first], "kl": kl}
+
+    return [compare(first) for first in table.ranking()[:count]]

@@ -178,7 +178,8 @@ def starts_from_weights(model: Any) -> bool:
 
 def merged_copy(model: Any) -> PreTrainedModel:
     """Returns a copy of a `PeftModel` with its adapters merged into the weights. The copy is on the CPU, so
-    that a GPU holds the model once; that of a quantised model is where the model is.
+    that a GPU holds the model once; that of a quantised model is where the model is. A GPU merges one module
+    after another.
 
     Adapters on the LM head or the embeddings of a model that ties them may make the two differ. The copy is
     then untied, in its weights and its config.
@@ -186,18 +187,23 @@ def merged_copy(model: Any) -> PreTrainedModel:
     Raises:
         LayerPruneError: adapters of this type cannot be merged.
     """
+    device = base_of(model).device
     is_quantised = getattr(base_of(model), "hf_quantizer", None) is not None
     copied = _copy(model) if is_quantised else _copy(model, _cpu_tensors(model))
     try:
-        return merge_adapters(copied)
+        return merge_adapters(copied, None if is_quantised or device.type == "cpu" else device)
     except LayerPruneError as error:
         raise LayerPruneError(f"{error} Set export='adapter', or use save_adapter.") from error
 
 
-def merge_adapters(model: Any) -> PreTrainedModel:
+def merge_adapters(model: Any, device: torch.device | None = None) -> PreTrainedModel:
     """Merges the adapters of a `PeftModel` into its weights, in place, and returns the model without them.
 
     Weights that the adapters make differ are untied, see [`merged_copy`].
+
+    Args:
+        model (`PeftModel`): the model.
+        device (`torch.device`, *optional*): merge one layer after another on this device, and move each back.
 
     Raises:
         LayerPruneError: adapters of this type cannot be merged.
@@ -208,6 +214,9 @@ def merge_adapters(model: Any) -> PreTrainedModel:
     try:
         with warnings.catch_warnings():  # of ties, which are seen to here
             warnings.filterwarnings("ignore", message=".*tie")
+            if device is not None:
+                merge_one_by_one(model, device)
+            warnings.filterwarnings("ignore", message="All adapters are already merged")
             merged = model.merge_and_unload()
     except (AttributeError, NotImplementedError, ValueError, TypeError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -226,6 +235,18 @@ def merge_adapters(model: Any) -> PreTrainedModel:
         merged.config.tie_word_embeddings = False
         merged.all_tied_weights_keys = merged.get_expanded_tied_weights_keys(all_submodels=True)
     return merged
+
+
+def merge_one_by_one(model: Any, device: torch.device) -> None:
+    """Merges the LoRA of each linear layer of a `PeftModel` on `device`, where only that layer is then, and
+    moves it back. A CPU takes a second for a large layer. `merge_and_unload` merges what else there is."""
+    from peft.tuners.lora import Linear
+
+    for module in model.modules():
+        if type(module) is Linear:
+            place = module.weight.device
+            module.to(device).merge()
+            module.to(place)
 
 
 def bare_copy(model: Any) -> PreTrainedModel:

@@ -312,6 +312,29 @@ def test_adapters_are_merged_in_a_copy_on_the_cpu():
     torch.testing.assert_close(logits(merged, tokens()), before, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("settings", TIED.values(), ids=TIED)
+def test_layers_that_a_gpu_merged_are_not_merged_again(settings, monkeypatch, recwarn):
+    model, devices = with_adapters(settings), []
+    expected = adapters.merged_copy(model).state_dict()
+    merge = adapters.merge_one_by_one
+
+    def merge_on_the_cpu(copied, device):
+        merge(copied, torch.device("cpu"))
+        devices.append(device)
+        layers = copied.get_base_model().model.layers
+        assert [layer.self_attn.q_proj.merged for layer in layers] == [True] * len(layers)
+
+    monkeypatch.setattr(adapters, "merge_one_by_one", merge_on_the_cpu)
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(type(model.get_base_model()), "device", property(lambda self: gpu))
+    recwarn.clear()
+    found = adapters.merged_copy(model).state_dict()
+    assert devices == [gpu]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert not [warning for warning in recwarn if "merged" in str(warning.message)]
+
+
 def test_a_checkpoint_of_adapters_is_checked_without_a_copy_of_the_base():
     model, size = untied_with_adapters()
     frozen = [parameter.requires_grad for parameter in model.parameters()]

@@ -289,6 +289,30 @@ def test_a_plain_trainer_with_adapters_has_no_teacher():
         run(model, "plain")
 
 
+class StopAt(TrainerCallback):
+    """Stops training after a step, as early stopping does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **others):
+        control.should_training_stop |= state.global_step == self.step
+
+
+def test_a_plain_trainer_that_is_stopped_early_keeps_its_teacher(caplog):
+    whole = make_model()
+    run(whole, "plain", **SAVED)
+    assert not Path("out/original_model").exists()
+    shutil.rmtree("out")
+    with caplog.at_level("INFO"):
+        plain_trainer(make_model(), [reconstructing(), StopAt(1)], max_steps=4, **SAVED).train()
+    assert "original_model unless the run is resumed" in caplog.text
+    again = type(whole).from_pretrained("out/checkpoint-1")
+    run(again, "plain", "out/checkpoint-1", **SAVED)
+    assert all(torch.equal(value, weights(again)[name]) for name, value in weights(whole).items())
+    assert not Path("out/original_model").exists()
+
+
 def test_a_plain_trainer_says_that_its_teacher_is_gone():
     run(make_model(), "plain", **SAVED)
     again = type(make_model()).from_pretrained("out/checkpoint-2")
