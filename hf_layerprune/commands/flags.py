@@ -152,7 +152,6 @@ class CacheTeacherArguments:
     hidden_layers: list[int] = field(
         default_factory=list, metadata={"help": "Original indices of the layers whose outputs to keep."}
     )
-    batch_size: int = field(default=8, metadata={"help": "Sequences to read at once."})
 
 
 @dataclass

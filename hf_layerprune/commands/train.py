@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ..data.arguments import SequenceArguments
+from ..data.arguments import BatchArguments, SequenceArguments
 from ..errors import LayerPruneError
 from ..recipes.arguments import ModelArguments, SampleArguments, TextArguments
 from .common import OUTPUT_DIR, parse, parse_given, print_table, read_config, save_config
@@ -13,15 +13,20 @@ from .flags import CacheTeacherArguments, DataArguments, ResumeArguments, Teache
 
 def cache_teacher(arguments: list[str]) -> None:
     """Cache MODEL's top-k logits so that `distill --teacher DIR` needs no teacher in memory."""
-    kinds = [ModelArguments, DataArguments, TextArguments, SequenceArguments, CacheTeacherArguments]
-    name, source, data, text, sequence, output = parse(cache_teacher, arguments, kinds)
-    from ..data.batches import make_batches
+    kinds = [ModelArguments, DataArguments, TextArguments, SequenceArguments, BatchArguments]
+    kinds = [*kinds, CacheTeacherArguments]
+    name, source, data, text, sequence, batch, output = parse(cache_teacher, arguments, kinds)
+    from ..data.batches import make_batches, regroup_batches
     from ..distillation.teacher_cache import CachedTeacherLogits, cache_teacher_logits
+    from ..forward.memory import tokens_per_pass
     from ..recipes.inputs import check_model, load_on_device, make_sequences
 
     config, tokenizer = check_model(name, source, "cache-teacher")
-    batches = make_batches(make_sequences(data.sources, text, sequence, config, tokenizer), output.batch_size)
+    batches = make_batches(make_sequences(data.sources, text, sequence, config, tokenizer))
     model = load_on_device(name, source)
+    most = tokens_per_pass(model, batch.batch_tokens)
+    if most is not None:
+        batches = regroup_batches(batches, most)
     settings = {"temperature": output.temperature, "hidden_layers": output.hidden_layers}
     cache_teacher_logits(model, batches, output.output_dir, output.top_k, **settings)
     size = sum(file.stat().st_size for file in Path(output.output_dir).iterdir()) / 2**20

@@ -6,13 +6,14 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
+from ..data.arguments import BatchArguments
 from ..errors import LayerPruneError
 from ..scoring.criteria import CRITERIA, find_criterion
 from ..surgery.lineage import plain_int
 
 
 @dataclass(kw_only=True)
-class ScoringArguments:
+class ScoringArguments(BatchArguments):
     """How layers are scored.
 
     Args:
@@ -21,6 +22,7 @@ class ScoringArguments:
         pattern (`str`, *optional*, defaults to `"output"`): for `criterion="positional"`.
         scoring_seed (`int`, *optional*, defaults to 0): for `pattern="random"`.
         protected (`list[int]`, *optional*): layers that stay; left out, the first and the last.
+        batch_tokens (`int`, *optional*): tokens in a forward pass of scoring, see [`BatchArguments`].
     """
 
     criterion: str = field(
