@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..data.arguments import SequenceArguments
+from ..data.arguments import BatchArguments, SequenceArguments
 from ..errors import LayerPruneError
 from ..files import check_folder_of
 from ..recipes.arguments import ModelArguments, TextArguments
@@ -19,15 +19,16 @@ def evaluate(arguments: list[str]) -> None:
     usage: hf-layerprune evaluate MODEL [MODEL ...] [--data DATA] [--tasks TASK ...] [flags]
     example: hf-layerprune evaluate Qwen/Qwen3-0.6B pruned --data heldout.jsonl --tasks hellaswag piqa
     """
-    kinds = [ModelArguments, OptionalDataArguments, TextArguments, SequenceArguments, EvaluateArguments]
-    names, source, data, text, sequence, output = parse(evaluate, arguments, kinds, several=True)
+    kinds = [ModelArguments, OptionalDataArguments, TextArguments, SequenceArguments, BatchArguments]
+    kinds = [*kinds, EvaluateArguments]
+    names, source, data, text, sequence, batch, output = parse(evaluate, arguments, kinds, several=True)
     from ..data.sources import names_of
     from ..evaluation.comparison import compare_models
     from ..reports.tables import evaluation_rows, markdown_table
 
     check_folder_of(output.json)
     _check_tasks(data.sources, output)
-    measure = _Measurement(names, source, data.sources, (text, sequence), output)
+    measure = _Measurement(names, source, data.sources, (text, sequence), output, batch.batch_tokens)
     earlier = _read_json(output.json)["models"] if _can_go_on(output) else {}
     read = names_of(data.sources) or None
     results: dict[str, dict[str, Any]] = {}
@@ -75,6 +76,7 @@ class _Measurement:
         data (list of `Path`): sources of text.
         form ([`TextArguments`], [`SequenceArguments`]): how it is read, and how it is cut.
         output ([`EvaluateArguments`]): what is measured.
+        batch_tokens (`int`, *optional*): tokens in a forward pass.
 
     Raises:
         LayerPruneError: a model, a text or a task is not there.
@@ -87,11 +89,12 @@ class _Measurement:
         data: list[Path],
         form: tuple[TextArguments, SequenceArguments],
         output: EvaluateArguments,
+        batch_tokens: int | None,
     ):
         from ..evaluation.tasks import load_task, split_name
         from ..recipes.inputs import check_model, make_sequences
 
-        self.source, self.output = source, output
+        self.source, self.output, self.batch_tokens = source, output, batch_tokens
         text, sequence = form
         self.through_lm_eval = output.lm_eval and bool(output.tasks)
         self.questions: dict[str, Any] = {}
@@ -124,7 +127,7 @@ class _Measurement:
         settings = [output.lm_eval, output.limit, output.tasks, self.questions]
         mark = fingerprint([model], batches, settings)
         known = next((found for found in earlier.values() if found.get("fingerprint") == mark), None)
-        results = known or evaluate_model(model, tokenizer, batches, self.questions)
+        results = known or evaluate_model(model, tokenizer, batches, self.questions, self.batch_tokens)
         if self.through_lm_eval and not known:
             from ..evaluation.lm_eval import run_lm_eval
 

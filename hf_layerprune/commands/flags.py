@@ -159,7 +159,6 @@ class CacheTeacherArguments:
         default_factory=list,
         metadata={"help": "Layers whose outputs to keep, by original index. Default: none."},
     )
-    batch_size: int = field(default=8, metadata={"help": "Sequences in a batch."})
 
 
 @dataclass

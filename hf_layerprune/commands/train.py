@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..data.arguments import SequenceArguments
+from ..data.arguments import BatchArguments, SequenceArguments
 from ..errors import LayerPruneError
 from ..recipes.arguments import ModelArguments, SampleArguments, TeacherArguments, TextArguments
 from .common import OUTPUT_DIR, keep_settings, parse, parse_given, print_table, read_config, save_config
@@ -19,17 +19,21 @@ def cache_teacher(arguments: list[str]) -> None:
     usage: hf-layerprune cache-teacher MODEL --data DATA --output_dir DIR [flags]
     example: hf-layerprune cache-teacher Qwen/Qwen3-0.6B --data text.jsonl --output_dir teacher
     """
-    kinds = [ModelArguments, DataArguments, TextArguments, SequenceArguments, CacheTeacherArguments]
-    name, source, data, text, sequence, output = parse(cache_teacher, arguments, kinds)
-    from ..data.batches import make_batches
+    kinds = [ModelArguments, DataArguments, TextArguments, SequenceArguments, BatchArguments]
+    kinds = [*kinds, CacheTeacherArguments]
+    name, source, data, text, sequence, batch, output = parse(cache_teacher, arguments, kinds)
+    from ..data.batches import make_batches, regroup_batches
     from ..distillation.teacher_cache import CachedTeacherLogits, cache_teacher_logits
+    from ..forward.memory import tokens_per_pass
     from ..recipes.inputs import check_model, load_on_device, load_writer, make_sequences
 
     config, tokenizer = check_model(name, source, "cache-teacher")
     writer = partial(load_writer, name, source)
-    rows = make_sequences(data.sources, text, sequence, config, tokenizer, writer=writer)
-    batches = make_batches(rows, output.batch_size)
+    batches = make_batches(make_sequences(data.sources, text, sequence, config, tokenizer, writer=writer))
     model = load_on_device(name, source)
+    most = tokens_per_pass(model, batch.batch_tokens)
+    if most is not None:
+        batches = regroup_batches(batches, most)
     settings: Any = {"temperature": output.temperature, "hidden_layers": output.hidden_layers}
     settings["sampling"] = output.sampling
     cache_teacher_logits(model, batches, output.output_dir, output.top_k, **settings)

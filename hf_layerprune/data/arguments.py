@@ -1,4 +1,4 @@
-"""Settings of token sequences, for training arguments, recipes and commands. Imports nothing."""
+"""Settings of token sequences and batches, for training arguments, recipes and commands. Imports nothing."""
 
 from dataclasses import dataclass, field
 
@@ -35,5 +35,24 @@ class SequenceArguments:
         metadata={
             "help": "Tokens that count in the loss. completion: those of assistant turns and completions.",
             "choices": list(LOSSES),
+        },
+    )
+
+
+@dataclass(kw_only=True)
+class BatchArguments:
+    """How much is read at once without training.
+
+    Args:
+        batch_tokens (`int`, *optional*): tokens in a forward pass of scoring, evaluation and caching.
+            Default: as many as fit into half of the free GPU memory, at most 32,768; on a CPU a few
+            sequences.
+    """
+
+    batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens in a forward pass of scoring, evaluation and caching. Default: as many as fit "
+            "into half of the free GPU memory, at most 32,768; on a CPU a few sequences."
         },
     )

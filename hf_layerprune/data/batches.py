@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,28 @@ def make_batches(
     # A separate generator: a loader draws a seed, and scoring must not change the random state.
     generator = torch.Generator()
     return list(DataLoader(rows, batch_size, collate_fn=collate or PaddingCollator(), generator=generator))
+
+
+def regroup_batches(batches: list[Any], tokens: int) -> list[Any]:
+    """Returns the rows of batches in batches of at most so many tokens, or of one row. Rows of different
+    lengths or columns stay apart."""
+
+    def form(batch: Any) -> list[Any]:
+        return [(name, value.shape[1:]) for name, value in sorted(batch.items())]
+
+    regrouped: list[Any] = []
+    for _, alike in groupby(batches, form):
+        first, *others = alike
+        rows = max(1, tokens // first["input_ids"].shape[1])
+        whole = {name: torch.cat([first[name], *(one[name] for one in others)]) for name in first}
+        regrouped += split_rows(whole, rows)
+    return regrouped
+
+
+def split_rows(batch: Any, rows: int) -> list[Any]:
+    """Returns a batch in parts of at most so many rows, but at least one."""
+    split = {name: value.split(max(1, rows)) for name, value in batch.items()}
+    return [dict(zip(split, values, strict=True)) for values in zip(*split.values(), strict=True)]
 
 
 def iterate_batches(data: Any) -> Iterable[Batch]:

@@ -96,15 +96,13 @@ def read_all(
 
 
 def split_for_processes(batches: list[Any]) -> list[Any]:
-    """Returns batches in parts of fewer rows if there are fewer batches than processes."""
+    """Returns batches in parts of nearly as many rows each if there are fewer batches than processes."""
     parts = -(-process_count() // max(1, len(batches)))
-    return [part for batch in batches for part in split_rows(batch, -(-len(batch["input_ids"]) // parts))]
-
-
-def split_rows(batch: Any, rows: int) -> list[Any]:
-    """Returns a batch in parts of at most so many rows, but at least one."""
-    split = {name: value.split(max(1, rows)) for name, value in batch.items()}
-    return [dict(zip(split, values, strict=True)) for values in zip(*split.values(), strict=True)]
+    split: list[Any] = []
+    for batch in batches:
+        columns = [value.tensor_split(min(parts, len(value))) for value in batch.values()]
+        split += [dict(zip(batch, values, strict=True)) for values in zip(*columns, strict=True)]
+    return split
 
 
 def check_same_batches(batches: Iterable[Mapping[str, torch.Tensor]]) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.batches import make_batches, model_columns
-from ..data.processes import check_same_batches, read_all
+from ..data.batches import make_batches, model_columns, regroup_batches
+from ..data.processes import check_same_batches, process_count, read_all
 from ..data.sequences import context_length
 from ..data.targets import Batch, check_token_labels, targets_of
 from ..errors import LayerPruneError
 from ..forward.hooks import undisturbed
 from ..forward.lm_head import ChunkedLMHead, unit_losses
+from ..forward.memory import tokens_per_pass
 from ..surgery.decoder import check_next_token, is_sharded
 from ..surgery.lineage import get_lineage
 from ..surgery.peft import base_of
@@ -34,6 +35,7 @@ def evaluate_model(
     tokenizer: PreTrainedTokenizerBase,
     batches: Any,
     questions: Mapping[str, Sequence[Question]] | None = None,
+    batch_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Returns the size of a model and what [`evaluate_text`], [`copying`] (of 32 rows), [`generation_speed`]
     and [`task_scores`] measure. The model is not changed.
@@ -43,12 +45,14 @@ def evaluate_model(
         batches: `input_ids` `(batch, length)` of whole passages, or as for [`evaluate_text`]. If empty, only
             the tasks are measured.
         questions (mapping of `str` to sequence of [`Question`], *optional*): of tasks named in `TASKS`.
+        batch_tokens (`int`, *optional*): tokens in a forward pass, see [`evaluate_text`] and
+            [`MultipleChoice`].
 
     Raises:
         LayerPruneError: a question is too long, or a text too short to copy. Both are checked first.
     """
     tasks = {
-        name: MultipleChoice(asked, tokenizer, normalize=TASKS[name].normalize)
+        name: MultipleChoice(asked, tokenizer, normalize=TASKS[name].normalize, batch_tokens=batch_tokens)
         for name, asked in (questions or {}).items()
     }
     for task in tasks.values():
@@ -65,7 +69,7 @@ def evaluate_model(
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     if copied is not None:
-        found |= evaluate_text(model, batches, tokenizer)
+        found |= evaluate_text(model, batches, tokenizer, batch_tokens)
         found |= {"generated_per_second": generation_speed(model, batches[0]), "copying": copied}
     if torch.cuda.is_available():
         found["peak_memory_mb"] = torch.cuda.max_memory_allocated() // 2**20
@@ -80,7 +84,10 @@ def evaluate_model(
 
 
 def evaluate_text(
-    model: PreTrainedModel, batches: Any, tokenizer: PreTrainedTokenizerBase | None = None
+    model: PreTrainedModel,
+    batches: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    batch_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Returns the perplexity of `model` on text, and how fast it reads.
 
@@ -93,6 +100,8 @@ def evaluate_text(
             [`make_batches`] knows: a data set, a tensor, a list of texts, chats.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's own. Needed for text, and for bits per
             byte, which compare models with different tokenizers.
+        batch_tokens (`int`, *optional*): tokens in a forward pass. Default: as many as fit into half of the
+            free memory of a GPU, at most 32,768; on other devices the batches as they are given.
 
     Returns:
         `dict[str, Any]`:
@@ -109,6 +118,10 @@ def evaluate_text(
     """
     check_next_token(base_of(model), "evaluate_text")
     batches = _as_batches(model, batches, tokenizer)
+    most = tokens_per_pass(model, batch_tokens)
+    if most is not None:
+        total = sum(batch["input_ids"].numel() for batch in batches)
+        batches = regroup_batches(batches, min(most, -(-total // process_count())))
     lm_head: ChunkedLMHead | None = None
 
     def read(number: int, batch: Batch) -> tuple[float, int, int, float]:

@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
+from ..data.arguments import BatchArguments
 from ..errors import LayerPruneError, did_you_mean
 from ..scoring.criteria import CRITERIA, find_criterion
 from ..surgery.lineage import plain_int
 
 
 @dataclass(kw_only=True)
-class ScoringArguments:
+class ScoringArguments(BatchArguments):
     """How layers are scored.
 
     Args:
@@ -20,6 +21,7 @@ class ScoringArguments:
         pattern (`str`, *optional*, defaults to `"output"`): for `criterion="positional"`.
         scoring_seed (`int`, *optional*, defaults to 0): for `pattern="random"`.
         protected (`list[int]`, *optional*): layers to keep. Default: the first and the last.
+        batch_tokens (`int`, *optional*): tokens in a forward pass of scoring, see [`BatchArguments`].
     """
 
     criterion: str = field(

@@ -15,7 +15,7 @@ from ..forward.hooks import undisturbed
 from ..reports.machine import peak_memory_mb
 from ..reports.record import Phase, Removal, RunRecord, start_record
 from ..reports.texts import describe_texts
-from ..scoring.leave_one_out import PrefixCache
+from ..scoring.prefix_cache import PrefixCache
 from ..scoring.score import check_choices, check_criterion_fits, reads_text, score_layers
 from ..scoring.table import ScoreTable
 from ..surgery.layer_stack import LayerStack
@@ -151,7 +151,12 @@ def check_plan(
 
 def scoring_settings(args: ScoringArguments) -> dict[str, Any]:
     """Returns the settings that [`score_layers`] takes."""
-    return {"racing": args.racing, "pattern": args.pattern, "seed": args.scoring_seed}
+    return {
+        "racing": args.racing,
+        "pattern": args.pattern,
+        "seed": args.scoring_seed,
+        "batch_tokens": args.batch_tokens,
+    }
 
 
 def score_present(

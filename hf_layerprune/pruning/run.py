@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, TrainerControl, TrainerState, Training
 from ..data.targets import Batch
 from ..reports.record import Removal
 from ..scoring.criteria import find_criterion
-from ..scoring.leave_one_out import PrefixCache
+from ..scoring.prefix_cache import PrefixCache
 from ..scoring.score import reads_text
 from ..scoring.table import ScoreTable
 from ..surgery.decoder import is_sharded

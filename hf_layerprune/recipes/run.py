@@ -27,7 +27,14 @@ from ..evaluation.evaluate import HeldOutText
 from ..pruning.arguments import PruningArguments, RemovalArguments, narrowed
 from ..pruning.callback import LayerPruningCallback
 from ..pruning.linear_map import check_linear_map, replace_by_linear_map
-from ..pruning.prune import check_plan, phase_entry, prune_layers, run_evaluation, score_present
+from ..pruning.prune import (
+    check_plan,
+    phase_entry,
+    prune_layers,
+    run_evaluation,
+    score_present,
+    scoring_settings,
+)
 from ..pruning.replacement import replace_block
 from ..reports.card import write_card
 from ..reports.machine import peak_memory_mb
@@ -371,8 +378,8 @@ def _replace(run: Run) -> tuple[RunRecord, list[nn.Parameter]]:
             return [replace_by_linear_map(pruned, first, length, batches)]
         return replace_block(pruned, first, length, kind, replacing)
 
-    scoring: Any = {"block_size": length, "racing": pruning.racing, "pattern": pruning.pattern}
-    table = score_present(model, batches, pruning.criterion, fixed, **scoring, seed=pruning.scoring_seed)
+    scoring = scoring_settings(pruning) | {"block_size": length}
+    table = score_present(model, batches, pruning.criterion, fixed, **scoring)
     first, candidates = table.ranking()[0], None
     if run.recipe.block_candidates > 1:
         texts = _training_batches(run, TOKENS), batches

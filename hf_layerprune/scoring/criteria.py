@@ -26,7 +26,8 @@ from ..forward.token_losses import cross_entropy, joined, scaled_logits, sum_by_
 from ..surgery.decoder import is_sharded, predicts_next_token, text_config
 from ..surgery.layer_stack import LayerStack
 from .journal import Journal
-from .leave_one_out import Cuts, Metric, PerUnitScores, PrefixCache, leave_out
+from .leave_one_out import Cuts, Metric, PerUnitScores, leave_out
+from .prefix_cache import PrefixCache
 
 
 # Orders in which layers go by their place alone (LayerChop, 2305.14864, section 3, and 2411.15558).

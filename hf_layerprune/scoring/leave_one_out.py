@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import takewhile
 from statistics import NormalDist
 from typing import Any
 
@@ -20,6 +19,7 @@ from ..forward.lm_head import ChunkedLMHead
 from ..surgery.decoder import is_sharded
 from ..surgery.layer_stack import LayerCut, LayerStack
 from .journal import Journal
+from .prefix_cache import PrefixCache
 
 
 logger = logging.getLogger(__name__)
@@ -116,40 +116,6 @@ class PerUnitScores:
         residuals = sums - sums.sum() / self._count(number) * tokens
         variance = residuals.square().sum().item() * number / (number - 1)
         return math.sqrt(variance) / self._count(number)
-
-
-class PrefixCache:
-    """The outputs of layers for each calibration batch, kept for the next round of scoring.
-
-    The layers before the first one that has gone since return the same again, as long as there was no
-    training in between and the batches are the same.
-
-    Args:
-        limit_mb (`int`, *optional*, defaults to 1024): MiB that may be kept; of further batches nothing is.
-    """
-
-    def __init__(self, limit_mb: int = 1024) -> None:
-        self._left = limit_mb * 2**20
-        self._found: dict[int, tuple[list[int], list[Any]]] = {}
-
-    def known(self, batch: int, kept: Sequence[int]) -> list[Any]:
-        """Returns the known outputs of the first layers of `kept` (original indices) for this batch."""
-        layers, outputs = self._found.get(batch, ([], []))
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(layers, kept, strict=False))
-        return outputs[: len(list(same))]
-
-    def keep(self, batch: int, kept: Sequence[int], outputs: list[Any]) -> None:
-        """Keeps the outputs of the first layers of `kept` (original indices), if there is room."""
-        self._left += sum(map(_bytes_of, self._found.pop(batch, ([], []))[1]))
-        size = sum(map(_bytes_of, outputs))
-        if size <= self._left:
-            self._left -= size
-            self._found[batch] = list(kept), outputs
-
-
-def _bytes_of(output: Any) -> int:
-    parts = output if isinstance(output, (tuple, list)) else [output]
-    return sum(part.nbytes for part in parts if torch.is_tensor(part))
 
 
 def leave_out(

@@ -15,21 +15,23 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data.batches import make_batches, model_columns
-from ..data.processes import check_same_batches, gather, process_index, split_for_processes, split_rows
+from ..data.batches import make_batches, model_columns, regroup_batches, split_rows
+from ..data.processes import check_same_batches, gather, process_count, process_index, split_for_processes
 from ..data.sequences import context_length
 from ..data.targets import Batch, check_token_labels
 from ..errors import LayerPruneError
 from ..evaluation.evaluate import next_token_metric
 from ..evaluation.multiple_choice import MultipleChoice
 from ..forward.hooks import undisturbed
+from ..forward.memory import tokens_per_pass
 from ..surgery.decoder import check_reads_text, describe_class, predicts_next_token
 from ..surgery.layer_stack import LayerCut, LayerStack
 from ..surgery.lineage import plain_int
 from ..surgery.peft import base_of
 from .criteria import CRITERIA, PATTERNS, CriterionResult, ScoringContext, find_criterion
 from .journal import Journal
-from .leave_one_out import Cuts, PrefixCache
+from .leave_one_out import Cuts
+from .prefix_cache import PrefixCache, default_cache_mb
 from .table import ScoreTable
 
 
@@ -48,7 +50,8 @@ def score_layers(
     pattern: str = "output",
     seed: int = 0,
     racing: float | None = None,
-    cache_mb: int = 1024,
+    batch_tokens: int | None = None,
+    cache_mb: int | None = None,
     protected: Iterable[int] | None = None,
     journal: str | Path | None = None,
     prefix_cache: PrefixCache | None = None,
@@ -83,13 +86,15 @@ def score_layers(
             `"hidden_mse"` and [`MultipleChoice`] stop scoring candidates that are surely not less important
             than the least so far, by more than a standard error of its score. Their scores are of the text
             that they have seen; batches are read in random order.
-        cache_mb (`int`, *optional*, defaults to 1024): states of a batch, in MiB, that the first three may
-            keep; larger batches are read in parts.
+        batch_tokens (`int`, *optional*): tokens in a forward pass. Default: as many as fit into half of the
+            free memory of a GPU, at most 32,768; on other devices the batches as they are given.
+        cache_mb (`int`, *optional*): states of a batch, in MiB, that the first three may keep; larger batches
+            are read in parts. Default: a quarter of the free memory of a GPU; 1024 on other devices.
         protected (iterable of `int`, *optional*): present indices that are no candidates; left out,
             the first and the last layer.
         journal (`str` or `Path`, *optional*): a file for what is scored so far, removed in the end. Called
             again after a stop, with the same model and text, scoring goes on there.
-        prefix_cache ([`~hf_layerprune.scoring.leave_one_out.PrefixCache`], *optional*): for round after round
+        prefix_cache ([`~hf_layerprune.scoring.prefix_cache.PrefixCache`], *optional*): for round after round
             without training: the layers before the first one removed are not computed again.
         progress (`bool`, *optional*, defaults to `True`): show a bar with the time left.
 
@@ -103,7 +108,7 @@ def score_layers(
     tasks, kind = check_choices(criterion, task, teacher, pattern, racing), find_criterion(criterion)
     _check_models(model, criterion, tasks, teacher)
     cache_mb = plain_int(cache_mb)
-    if type(cache_mb) is not int or cache_mb < 1:
+    if cache_mb is not None and (type(cache_mb) is not int or cache_mb < 1):
         raise LayerPruneError(f"cache_mb is {cache_mb!r}: it must be a whole number of at least 1.")
     stack = LayerStack(model)
     kept, block = stack.lineage.kept, _check_block(block_size, len(stack))
@@ -112,7 +117,19 @@ def score_layers(
     if reads_text(criterion, tasks) and not given:
         raise LayerPruneError("No calibration batches to score with.")
     check_same_batches(given)
-    given = split_for_processes(_on_device(stack.base, given))
+    given = _on_device(stack.base, given)
+    if prefix_cache is None or prefix_cache.layout is None:
+        most = tokens_per_pass(stack.base, batch_tokens)
+        layout = most, cache_mb or default_cache_mb(stack.base.device)
+    else:
+        layout = prefix_cache.layout
+    if prefix_cache is not None:
+        prefix_cache.layout = layout
+    most, cache_mb = layout
+    if most is not None and given:
+        total = sum(batch["input_ids"].numel() for batch in given)
+        given = regroup_batches(given, min(most, -(-total // process_count())))
+    given = split_for_processes(given)
     tasks = [next_token_metric(one, given) if hasattr(one, "compute") else one for one in tasks]
     if kind.leave_one_out:
         given = _small_enough(stack, given, cache_mb)

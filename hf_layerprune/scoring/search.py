@@ -11,7 +11,7 @@ from ..errors import LayerPruneError
 from ..surgery.layer_stack import LayerStack
 from ..surgery.lineage import plain_int
 from .criteria import find_criterion
-from .leave_one_out import PrefixCache
+from .prefix_cache import PrefixCache
 from .score import score_layers
 from .table import ScoreTable
 

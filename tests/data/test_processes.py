@@ -79,7 +79,7 @@ SCORED = [
 
 
 def score(counts, rows=2):
-    """Scores with each criterion, and leaves the tables and the number of passes of each process."""
+    """Scores with each criterion, and leaves the tables and how many rows each process read."""
     tables, passes = [], []
     for count in counts:
         for criterion, settings in SCORED:
@@ -87,7 +87,7 @@ def score(counts, rows=2):
             seen = counted(model)
             table = score_layers(model, text(count, rows), criterion, progress=False, **settings)
             tables.append(table.to_dict())
-            passes.append(len(seen))
+            passes.append(sum(rows for rows, _ in seen))
     write("scores", {"tables": tables, "passes": passes})
 
 
