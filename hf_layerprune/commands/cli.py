@@ -4,6 +4,8 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 
 from ..errors import LayerPruneError, choose_from
@@ -93,12 +95,10 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(handlers=[handler])
     flag_names.clear()
     logging.getLogger("hf_layerprune").setLevel(logging.ERROR if quiet else logging.INFO)
-    if quiet:
-        _quieten_libraries()
     try:
         if command not in COMMANDS:
             raise LayerPruneError(f"There is no command {command!r}. {choose_from(command, COMMANDS)}.")
-        with logging_redirect_tqdm():
+        with logging_redirect_tqdm(), _quiet_libraries() if quiet else nullcontext():
             COMMANDS[command](rest)
     except BrokenPipeError:  # the reader of our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -115,14 +115,20 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _quieten_libraries() -> None:
-    """Switches off the progress bars and warnings of transformers and datasets."""
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Within this context a Trainer prints no logs. Progress bars and warnings of transformers and datasets
+    are switched off."""
     import datasets
     from transformers.utils import logging as transformers_logging
+
+    from ..pruning.other_callbacks import silent_trainers
 
     datasets.disable_progress_bars()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    with silent_trainers():
+        yield
 
 
 class _FlagNames(logging.Formatter):

@@ -31,7 +31,7 @@ GROUPS = {
         "select block_candidates replacement replacement_layers replacement_loss",
     ),
     "healing": (
-        "max_steps learning_rate per_device_train_batch_tokens gradient_accumulation_steps "
+        "max_steps learning_rate per_device_train_batch_size gradient_accumulation_steps "
         "activation_checkpointing kl_weight",
         "trainable num_train_epochs bf16 seed hidden_weight ce_weight divergence jsd_beta hidden_loss "
         "balance_hidden temperature top_k sampling hidden_layers loss_preset tokens batch_tokens "
@@ -50,7 +50,7 @@ TRAINER_HELP = {
     "output_dir": "A new folder for the model, its card and its record.",
     "max_steps": "Training steps of all phases. Default: by num_train_epochs.",
     "learning_rate": "Peak learning rate.",
-    "per_device_train_batch_tokens": "Sequences in a batch of one device.",
+    "per_device_train_batch_size": "Sequences in a batch of one device.",
     "gradient_accumulation_steps": "Batches in a training step.",
     "activation_checkpointing": "Recompute activations: less memory, slower steps.",
 }

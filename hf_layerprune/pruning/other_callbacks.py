@@ -2,9 +2,11 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers.trainer
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -25,11 +27,29 @@ from ..surgery.peft import adapter_configs
 
 logger = logging.getLogger(__name__)
 
+LEAST_WIDTH = 6  # characters of a cell
+
 
 def printing_callbacks(callbacks: Sequence[TrainerCallback]) -> list[TrainerCallback]:
     """Returns the callbacks that print the logs of a Trainer."""
     kinds = (ProgressCallback, PrinterCallback, DEFAULT_PROGRESS_CALLBACK)
     return [callback for callback in callbacks if isinstance(callback, kinds)]
+
+
+@contextmanager
+def silent_trainers() -> Iterator[None]:
+    """Within this context a Trainer is made without a callback that prints its logs."""
+    # A Trainer takes one of these two classes, and no argument leaves it out. transformers itself replaces
+    # the first one in notebooks. See test_quiet_prints_results_alone.
+    module: Any = transformers.trainer
+    kinds = {name: getattr(module, name) for name in ("DEFAULT_PROGRESS_CALLBACK", "PrinterCallback")}
+    for name in kinds:
+        setattr(module, name, TrainerCallback)
+    try:
+        yield
+    finally:
+        for name, kind in kinds.items():
+            setattr(module, name, kind)
 
 
 def move_before_printing(callback: TrainerCallback, callbacks: list[TrainerCallback]) -> None:
@@ -94,34 +114,33 @@ def trainer_warnings(trainer: Trainer, callback: TrainerCallback, model: PreTrai
 
 
 class TrainerOutput:
-    """Prints and reports removals where the Trainer prints and reports its logs.
+    """Prints removals as a table, and reports them, where the Trainer prints and reports its logs.
 
     Args:
         trainer (`Trainer`, *optional*): if it is unknown, removals are printed, and not reported.
     """
 
     def __init__(self, trainer: Trainer | None = None) -> None:
-        self._is_known = trainer is not None
+        self._is_known, self._has_headings = trainer is not None, False
         self._callbacks = [] if trainer is None else list(trainer.callback_handler.callbacks)
 
-    def print_line(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        line: dict[str, Any],
-    ) -> None:
-        """Prints a line where the Trainer prints its logs, or logs it where the Trainer prints none."""
-        printing = printing_callbacks(self._callbacks)
-        for callback in printing:
-            if isinstance(callback, (ProgressCallback, PrinterCallback)):
-                callback.on_log(args, state, control, logs=dict(line))
-            elif state.is_local_process_zero:  # the callback of notebooks has a table of losses only
-                tqdm.write(str(line))
-        if not printing and not self._is_known and state.is_local_process_zero:
-            tqdm.write(str(line))
-        elif not printing:
-            logger.info("%s", line)
+    def print_row(self, state: TrainerState, cells: Mapping[str, str]) -> None:
+        """Prints a row of the table of removals where the Trainer prints its logs, or logs it where the
+        Trainer prints none. The headings stand before the first row.
+
+        Args:
+            state (`TrainerState`): of the Trainer.
+            cells (mapping of `str`): the cells by heading, the same headings for all rows.
+        """
+        widths = [max(len(heading), LEAST_WIDTH) for heading in cells]
+        rows = [cells.values()] if self._has_headings else [cells, cells.values()]
+        self._has_headings = True
+        for row in rows:
+            line = " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+            if self._is_known and not printing_callbacks(self._callbacks):
+                logger.info("| %s |", line)
+            elif state.is_world_process_zero:
+                tqdm.write(f"| {line} |")
 
     def report(
         self,

@@ -123,8 +123,7 @@ class PruningRun:
                 self._check_recovery(table.quality)
             removals += remove_least(model, table)
             drop_removed_parameters(optimizer, model)
-            line = _printed(table, removals[-1], len(get_lineage(model).kept), state.global_step)
-            self.output.print_line(args, state, control, line)
+            self._print(state, model, removals[-1])
             self._check_cost(removals, model)
             self.output.report(args, state, control, model, _reported(table, removals[-1]))
         if removals:
@@ -144,6 +143,19 @@ class PruningRun:
         self.restart_learning_rate(state, model)
         # From here on the folder holds a run. A mistake before this leaves it free for another try.
         self.recorder.write()
+
+    def _print(self, state: TrainerState, model: PreTrainedModel, removal: Removal | None = None) -> None:
+        """Prints a removal, or at the end of training the last loss."""
+        losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+        score = None if removal is None else removal.score
+        cells = {
+            "step": str(state.global_step),
+            "layers": str(len(get_lineage(model).kept)),
+            "removed": "" if removal is None else str(removal.original),
+            f"{self.inputs.args.criterion} score": "" if score is None else f"{score:.4g}",
+            "training loss": f"{losses[-1]:.4g}" if losses else "",
+        }
+        self.output.print_row(state, cells)
 
     def _score(
         self,
@@ -238,6 +250,7 @@ class PruningRun:
         if record.stopped is None:
             self.has_recovered(model)
         self.end_phase(model)
+        self._print(state, model)
         if self.recovery is not None:
             self.recovery.forget(len(record.phases))
         excess = self.excess(model)
@@ -251,12 +264,6 @@ class PruningRun:
 def forget_best_model(state: TrainerState) -> None:
     """Forgets the best metric: it is of another depth, so early stopping begins anew."""
     state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-
-
-def _printed(table: ScoreTable, removal: Removal, layers: int, step: int) -> dict[str, Any]:
-    """Returns a removal as a line of the log."""
-    score = {f"{table.criterion}_score": removal.score}
-    return {"removed_layer": removal.original, **score, "layers": layers, "step": step}
 
 
 def _reported(table: ScoreTable, removal: Removal) -> dict[str, float]:

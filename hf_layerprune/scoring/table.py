@@ -1,10 +1,16 @@
 """The scores of all candidate layers, as a table that can be saved and plotted."""
 
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .criteria import CRITERIA
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 BY_LAYER = ("scores", "refused", "errors", "seen")
@@ -57,8 +63,34 @@ class ScoreTable:
         by_layer = {name: values.get(name, {}) for name in BY_LAYER}
         return cls(**values | {name: {int(i): v for i, v in d.items()} for name, d in by_layer.items()})
 
-    def plot(self, path: str | Path) -> None:
-        """Writes a bar chart of the scores by original layer, with the lowest score marked."""
+    def __repr__(self) -> str:
+        """Returns the table as text: a row for each candidate, least important first."""
+        heads = ["layer", "original", f"{self.criterion} score", *(["± error"] if self.errors else [])]
+        rows = [heads]
+        for layer in self.ranking():
+            cells = [str(layer), str(self.kept[layer]), f"{self.scores[layer]:.5f}"]
+            rows.append(
+                cells + [f"{self.errors[layer]:.5f}" if layer in self.errors else ""] * (len(heads) - 3)
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+        lines = [
+            "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+            for row in rows
+        ]
+        lines.insert(1, "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
+        refused = [f"Layer {layer} cannot be removed: {reason}" for layer, reason in self.refused.items()]
+        return "\n".join([*lines, *(["", *refused] if refused else [])])
+
+    def _repr_markdown_(self) -> str:
+        """Returns what a notebook shows."""
+        return repr(self)
+
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Returns a bar chart of the scores by original layer, with the lowest score marked.
+
+        Args:
+            path (`str` or `Path`, *optional*): a file to write the chart to. Its ending names its format.
+        """
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(max(6.0, 0.28 * len(self.kept)), 3.2), layout="constrained")
@@ -86,4 +118,15 @@ class ScoreTable:
             f"Layer scores by {self.criterion}. Lowest score: layer {self.kept[least]}", fontsize=10
         )
         axes.legend(fontsize=8)
-        figure.savefig(path, dpi=120)
+        if path is not None:
+            figure.savefig(path, dpi=120)
+        # A notebook shows a figure that pyplot has not made only by this method.
+        vars(figure)["_repr_png_"] = partial(_png, figure)
+        return figure
+
+
+def _png(figure: "Figure") -> bytes:
+    """Returns a figure as a PNG file."""
+    with BytesIO() as file:
+        figure.savefig(file, format="png", dpi=120)
+        return file.getvalue()

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from matplotlib.figure import Figure
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -255,6 +257,39 @@ def test_bad_calls_are_refused(llama, arguments, message):
 def test_progress_shows_the_time_left(llama, capsys):
     score_layers(llama, batches())
     assert "scoring (loss)" in capsys.readouterr().err
+
+
+def test_a_table_shows_itself(llama):
+    table = score_layers(llama, batches(), progress=False)
+    heads, rule, *rows = [line.split("|") for line in repr(table).splitlines()]
+    assert [head.strip() for head in heads[1:-1]] == ["layer", "original", "loss score", "± error"]
+    assert set("".join(rule)) <= {"-", ":"}
+    assert [int(row[1]) for row in rows] == table.ranking()
+    assert [float(row[3]) for row in rows] == pytest.approx(
+        [table.scores[layer] for layer in table.ranking()], abs=1e-5
+    )
+    assert table._repr_markdown_() == repr(table)
+    refusing = dataclasses.replace(
+        table, refused={0: "it is first."}, errors={}, scores={2: 1.0}, kept=[0, 1, 4]
+    )
+    assert repr(refusing).splitlines() == [
+        "| layer | original | loss score |",
+        "|------:|---------:|-----------:|",
+        "|     2 |        4 |    1.00000 |",
+        "",
+        "Layer 0 cannot be removed: it is first.",
+    ]
+
+
+def test_plot_returns_a_figure_that_a_notebook_shows(llama, tmp_path):
+    table = score_layers(llama, batches(), progress=False)
+    figure = table.plot()
+    assert isinstance(figure, Figure)
+    assert "Importance of" in figure.axes[0].get_title()
+    assert figure._repr_png_().startswith(b"\x89PNG")
+    assert list(tmp_path.glob("*.png")) == []
+    table.plot("scores.png")
+    assert (tmp_path / "scores.png").read_bytes() == figure._repr_png_()
 
 
 def test_plot_writes_a_picture(llama, tmp_path):
