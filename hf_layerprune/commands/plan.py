@@ -17,6 +17,7 @@ def plan(arguments: list[str]) -> None:
     from ..distillation.plan import check_device, measure_footprint, plan_training, settings_that_fit
     from ..pruning.arguments import PhaseSizeArguments
     from ..pruning.schedule import phase_sizes
+    from ..pruning.target import resolve_target
     from ..reports.tables import markdown_table
 
     kinds = [ModelArguments, TeacherArguments, LoraArguments, PlanArguments, PhaseSizeArguments]
@@ -26,6 +27,7 @@ def plan(arguments: list[str]) -> None:
     name, source, teacher, lora, output, removal, args = parsed
     device = check_device(output.device)
     model = _meta_model(name, source, lora.lora_rank)
+    removal = resolve_target(removal, model)
     length = resolve_length(args.sequence_length, model.config)
     batch = args.per_device_train_batch_size
     footprint = measure_footprint(model, batch, length, args.bf16)
@@ -50,6 +52,8 @@ def plan(arguments: list[str]) -> None:
             f"Add {' '.join(changes)}." if changes else "Use LoRA (--lora_rank 16), FSDP2 or a smaller batch."
         )
         print(f"\nThe peak does not fit {device.name} ({device.memory / 2**30:.1f} GiB). {advice}")
+    shares = [footprint.forward_flops(layers) for layers in (footprint.layers, removal.target_layers)]
+    print(f"A forward pass of the pruned model is {shares[0] / shares[1]:.2f} times as fast, by its FLOPs.")
     seconds = planned.seconds(device.flops)
     print(f"A step of {planned.step_tokens:,} tokens takes {planned.step_flops / 1e12:.0f} TFLOP, ", end="")
     print(f"about {seconds:.2f} s at {device.flops / 1e12:.0f} TFLOP/s.")

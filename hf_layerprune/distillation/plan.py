@@ -63,6 +63,10 @@ class Footprint:
     head_parameters: int
     trains_head: bool
 
+    def forward_flops(self, layers: int) -> float:
+        """Returns the FLOPs of a forward pass with so many layers."""
+        return layers * self.layer_flops + self.head_flops
+
 
 @dataclass(frozen=True)
 class TrainingPlan:
