@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from .conftest import TEXT
+from .tiny_vlm import save_pictures, save_vlm
 
 
 GUIDES = sorted((Path(__file__).parents[1] / "examples" / "guides").glob("*.md"))
@@ -19,13 +20,18 @@ TINY = {
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
-def test_the_block_of_a_guide_runs(guide, folder, capsys):
+def test_the_block_of_a_guide_runs(guide, folder, tokenizer, capsys):
     rows = [{"text": TEXT[i : i + 400]} for i in range(0, len(TEXT) - 400, 40)]
     Path("text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     talk = [{"role": "user", "content": "Hello there."}, {"role": "assistant", "content": "Good day to you."}]
     Path("chats.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 40)
     template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     Path("model/chat_template.jinja").write_text(template)
+    save_vlm("vlm", tokenizer)
+    pictures = [
+        {"picture": path, "caption": f"<image> A picture named {path}."} for path in save_pictures(16)
+    ]
+    Path("pictures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pictures))
     [code] = re.findall(r"```python\n(.*?)```", guide.read_text(), re.S)
     for pattern, number in TINY.items():
         code = re.sub(pattern, number, code)

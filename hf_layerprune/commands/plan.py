@@ -30,7 +30,8 @@ def plan(arguments: list[str]) -> None:
     name, source, teacher, lora, output, removal, args = parsed
     device = check_device(output.device)
     model = planned_model(name, source, lora.lora_rank)
-    layers, target = layer_count(text_config(model.config)), resolve_target(removal, model).target_layers
+    removal = resolve_target(removal, model)
+    layers, target = layer_count(text_config(model.config)), removal.target_layers
     if not 1 <= target < layers:
         raise LayerPruneError(
             f"target_layers is {target}, but the model has {layers} layers. Choose a value between 1 and "
@@ -50,6 +51,8 @@ def plan(arguments: list[str]) -> None:
     else:
         print(f"\nThe peak does not fit {device.name} ({device.memory / GIB:.1f} GiB). ", end="")
         print(run.advice(device.memory))
+    before, after = (run.footprint.forward_flops(count) for count in (layers, target))
+    print(f"A forward pass of the pruned model is {before / after:.2f} times as fast, by its FLOPs.")
     seconds = training.seconds(device.flops)
     print(f"A step of {training.step_tokens:,} tokens takes {training.step_flops / 1e12:.0f} TFLOP, ", end="")
     print(f"about {seconds:.2f} s at {device.flops / 1e12:.0f} TFLOP/s.")

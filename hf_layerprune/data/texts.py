@@ -15,6 +15,9 @@ from .sources import load_rows, names_of
 logger: Any = logging.get_logger(__name__)  # of transformers, as it has warning_once
 
 COLUMNS = ("text", "messages", "conversations", "prompt")
+# Columns, and types of parts of a message, that hold something other than text, as in trl and chat templates.
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+MEDIA_PARTS = (*MEDIA, "image_url", "video_url", "audio_url", "input_audio")
 # Roles of ShareGPT's conversations, as chat templates call them.
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -44,12 +47,14 @@ def text_of(row: Any, tokenizer: Any = None, template: str | None = None, column
         column (`str`, *optional*, defaults to `"text"`): the column that holds plain text.
 
     Raises:
-        LayerPruneError: the row has none of these forms, or the chat template cannot write its messages.
+        LayerPruneError: the row has none of these forms, the chat template cannot write its messages, or the
+            row holds pictures or sound.
     """
     if template is not None:
         return Text(_filled(template, row))
     if isinstance(row, str):
         return Text(row)
+    _check_text_alone(row)
     if is_chat(row):
         return _chat(row, tokenizer)
     if not isinstance(row, Mapping):
@@ -66,6 +71,32 @@ def text_of(row: Any, tokenizer: Any = None, template: str | None = None, column
     if any(name in row for name in (column, *COLUMNS)):  # of a row in which it is empty
         return Text("")
     raise unknown_form(row)
+
+
+def _check_text_alone(row: Any) -> None:
+    """Checks that a row holds text alone. Tokens that stand for a picture mean nothing without it.
+
+    Raises:
+        LayerPruneError: it holds pictures, video or sound.
+    """
+    columns = row if isinstance(row, Mapping) else {}
+    found = [f"in column {name!r}" for name in MEDIA if not _is_empty(columns.get(name))]
+    chats = [row, *(columns.get(name) for name in ("messages", "conversations", "prompt", "completion"))]
+    for chat in filter(is_chat, chats):
+        contents = [message.get("content") for message in chat]
+        parts = [part for content in contents if isinstance(content, (list, tuple)) for part in content]
+        kinds = [part.get("type") for part in parts if isinstance(part, Mapping)]
+        found += [f"as a part of type {kind!r} of a message" for kind in kinds if kind in MEDIA_PARTS]
+    if found:
+        raise LayerPruneError(
+            f"The data holds media {found[0]}, but rows are read as text alone. Give DistillationTrainer a "
+            "data_collator that calls the processor (guide on vision-language models), or read text columns "
+            "alone with data_template, as '{text}'."
+        )
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (hasattr(value, "__len__") and len(value) == 0)
 
 
 def iter_texts(

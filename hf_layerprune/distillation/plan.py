@@ -65,6 +65,10 @@ class Footprint:
     trains_head: bool
     logits: int
 
+    def forward_flops(self, layers: int) -> float:
+        """Returns the FLOPs of a forward pass with so many layers."""
+        return layers * self.layer_flops + self.head_flops
+
 
 @dataclass(frozen=True)
 class TrainingPlan:

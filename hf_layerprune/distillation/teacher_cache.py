@@ -312,8 +312,18 @@ class CachedTeacherLogits:
 
 
 def row_keys(batch: Batch) -> list[bytes]:
-    """Returns a fingerprint of what the model reads in each row, independent of padding and labels."""
+    """Returns a fingerprint of what the model reads in each row, independent of padding and labels.
+
+    Raises:
+        LayerPruneError: the rows hold more than tokens, as pixels.
+    """
     names = sorted(set(batch) - {"labels", "attention_mask"})
+    for name in names:
+        if batch[name].shape[:2] != batch["input_ids"].shape:
+            raise LayerPruneError(
+                f"The rows have {name} beside their tokens, but the teacher's logits are cached for text "
+                "alone. Give the teacher itself as teacher_model."
+            )
     keys = []
     for row, mask in enumerate(_not_padding(batch)):
         digest = hashlib.blake2b(digest_size=16)

@@ -64,6 +64,10 @@ class RemovalArguments(ScoringArguments):
         target_ratio (`float`, *optional*): share of the layers to keep, as 0.75; rounded down.
         target_parameters (`str` or `int`, *optional*): the most parameters that the pruned model may have, as
             `"2.4B"`. As many layers of average size are kept as fit.
+        target_speedup (`float`, *optional*): how much faster a forward pass shall be, as 1.25, by its FLOPs
+            for one sequence of the default length. As many layers of average cost are kept as fit.
+        layers (list of `str` or `int`, *optional*): the layers that go, as original indices: numbers, ranges
+            (`"12-18"`) and comma lists (`"3,7,9-11"`). All other layers are protected.
     """
 
     # None until resolve_target() has seen the model.
@@ -77,14 +81,27 @@ class RemovalArguments(ScoringArguments):
     target_parameters: str | None = field(
         default=None, metadata={"help": "Instead, the most parameters to keep, as 2.4B or 300M."}
     )
+    target_speedup: float | None = field(
+        default=None,
+        metadata={
+            "help": "Instead, the speedup of a forward pass (prompt processing) by its FLOPs, as 1.25."
+        },
+    )
+    layers: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Instead, the layers that go, by the original numbers that `inspect` shows: 12-18, or "
+            "3,7,9-11."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         given = [name for name in TARGETS if getattr(self, name) is not None]
         if not given:
             raise LayerPruneError(
-                "target_layers is missing. Give the number of layers to keep, or target_ratio or "
-                "target_parameters."
+                "target_layers is missing. Give the number of layers to keep, or target_ratio, "
+                "target_parameters, target_speedup or layers."
             )
         if len(given) > 1:
             raise LayerPruneError(f"{' and '.join(given)} are given. Give one of them.")
@@ -96,6 +113,12 @@ class RemovalArguments(ScoringArguments):
             )
         if self.target_parameters is not None:
             parameter_count(self.target_parameters)
+        if self.target_speedup is not None and not 1 < self.target_speedup < float("inf"):
+            raise LayerPruneError(
+                f"target_speedup is {self.target_speedup}. Choose a number above 1, as 1.25."
+            )
+        if self.layers is not None:
+            named_layers(self.layers)
 
 
 @dataclass(kw_only=True)
@@ -242,7 +265,7 @@ class PruningArguments(ReconstructionArguments, PhaseSizeArguments):
             )
 
 
-TARGETS = ("target_layers", "target_ratio", "target_parameters")
+TARGETS = ("target_layers", "target_ratio", "target_parameters", "target_speedup", "layers")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
@@ -293,6 +316,29 @@ def parameter_count(value: str | int | None) -> int:
             "and billions, as 2.4B."
         )
     return round(float(found[1]) * UNITS[found[2]])
+
+
+def named_layers(value: Any) -> list[int]:
+    """Returns the layers that a setting names, in order.
+
+    Args:
+        value (`str`, `int` or iterable of these): numbers, ranges as `"12-18"`, and comma lists of both.
+
+    Raises:
+        LayerPruneError: it is no such value, or names no layer.
+    """
+    entries = [value] if isinstance(value, (str, int)) else list(value)
+    layers: set[int] = set()
+    for part in ",".join(str(plain_int(entry)) for entry in entries).split(","):
+        found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last:
+            raise LayerPruneError(
+                f"layers is {value!r}. Give numbers and ranges of layers, the smaller number first, as 12-18 "
+                "or 3,7,9-11."
+            )
+        layers |= {*range(first, last + 1)}
+    return sorted(layers)
 
 
 def check_count(name: str, value: object, otherwise: str = "") -> int:

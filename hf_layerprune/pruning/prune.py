@@ -74,6 +74,10 @@ def prune_layers(
     record.dense = run_evaluation(evaluation, model)
     scoring = {**scoring_settings(args), "teacher": teacher, "task": task, "prefix_cache": PrefixCache()}
     excess = len(get_lineage(model).kept) - args.target_layers
+    named = layers_without_choice(model, args.target_layers, fixed)
+    if named:
+        record.phases.append(phase_entry(model, 0, remove_named(model, named), evaluation))
+        excess = 0
     while excess:
         phase_began = time.monotonic()
         block_size = excess if select == "block" else 1
@@ -147,6 +151,33 @@ def check_plan(
     if refused:
         logger.warning("Layers %s stay: %s", sorted(refused), next(iter(refused.values())))
     return None if protected is None else sorted(kept[layer] for layer in fixed)
+
+
+def layers_without_choice(
+    model: PreTrainedModel, target_layers: int, protected: Sequence[int] | None
+) -> list[int]:
+    """Returns the present indices of the layers that go if all but the protected go; none if there is a
+    choice, for which layers are scored.
+
+    Args:
+        model (`PreTrainedModel`): the model.
+        target_layers (`int`): how many layers stay.
+        protected (sequence of `int`, *optional*): the layers that stay, by original index. Default: unnamed.
+    """
+    kept = get_lineage(model).kept
+    free = [] if protected is None else [i for i, layer in enumerate(kept) if layer not in protected]
+    return free if len(free) == len(kept) - target_layers else []
+
+
+def remove_named(model: PreTrainedModel, layers: Sequence[int]) -> list[Removal]:
+    """Removes layers by their present index from `model`, in place, and returns the removals, without scores.
+
+    Raises:
+        LayerPruneError: they cannot be removed together.
+    """
+    kept = get_lineage(model).kept
+    remove_layers(model, layers)
+    return [Removal(layer, kept[layer], None) for layer in layers]
 
 
 def scoring_settings(args: ScoringArguments) -> dict[str, Any]:

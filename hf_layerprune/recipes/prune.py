@@ -77,8 +77,9 @@ def prune(
             names what [`load_rows`] reads: files, folders, globs, ids of data sets on the hub. `"self"` is
             text that the model writes itself. Everything else is rows in memory: a list of texts, a
             `Dataset`, or another form that [`make_batches`] takes. Default: the data of the recipe.
-        keep (`int`, *optional*): how many layers to keep. `target_ratio=0.75` or `target_parameters="2.4B"`
-            may be given instead. Default: that of the recipe.
+        keep (`int`, *optional*): how many layers to keep. `target_ratio=0.75`, `target_parameters="2.4B"`,
+            `target_speedup=1.25` or `layers="12-18"` (the layers to remove) may be given instead. Default:
+            that of the recipe.
         recipe (`str`, `Path` or mapping, *optional*, defaults to `"default"`): the name of a recipe that
             comes with the package, a YAML file, or a mapping of its fields.
         teacher (`str`, `Path` or `PreTrainedModel`, *optional*): folder (also of [`cache_teacher_logits`]) or
@@ -134,7 +135,7 @@ def prune(
     if args.max_steps != 0:
         check_stored_weights(config, chosen.model or "the model")
     if pruning.target_layers is None:
-        whole = model if isinstance(model, PreTrainedModel) else load_meta_model(chosen.model, trust)
+        whole = model if isinstance(model, PreTrainedModel) else _meta_model(chosen.model, source)
         pruning = resolve_target(pruning, whole)
     _set_steps(chosen, pruning, args, layer_count(text_config(config)))
     read = [Path(one) for one in chosen.data or []] or None if data is None or is_source else data
@@ -158,6 +159,10 @@ def prune(
         parameter.requires_grad_(id(parameter) not in frozen)
     pruned.zero_grad()
     return PruneOutput(pruned.eval(), record)
+
+
+def _meta_model(name: str | None, source: ModelArguments) -> PreTrainedModel:
+    return load_meta_model(str(name), source.trust_remote_code, source.gguf_file)
 
 
 def _values(

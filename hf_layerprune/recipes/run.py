@@ -2,6 +2,7 @@
 
 import copy
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,6 +198,32 @@ def _check(run: Run, resume: str | bool | None) -> None:
         check_can_reconstruct(run.model, teacher, make_batches(run.train.select(range(1)), 1))
 
 
+def _check_has_block(run: Run, length: int, protected: Sequence[int] | None) -> None:
+    """Checks that some block of so many consecutive layers may go.
+
+    Args:
+        run ([`Run`]): the run.
+        length (`int`): layers of a block.
+        protected (sequence of `int`, *optional*): layers that stay, by original index. Default: the ends.
+
+    Raises:
+        LayerPruneError: each block has a protected layer.
+    """
+    kept = get_lineage(run.model).kept
+    fixed = {kept[0], kept[-1]} if protected is None else {*protected}
+    if not any(fixed.isdisjoint(kept[first : first + length]) for first in range(len(kept) - length + 1)):
+        raise LayerPruneError(
+            f"This recipe removes a block of {length} consecutive layers (replacement is "
+            f"{run.recipe.replacement}), but only layers {[one for one in kept if one not in fixed]} may go. "
+            "Name other layers, or set replacement to none and block_candidates to 1."
+        )
+
+
+def _layers_in_replacement(recipe: RecipeArguments) -> int:
+    """Returns the number of layers in the replacement. A linear map is part of the layer before."""
+    return 0 if recipe.replacement in ("none", "linear") else recipe.replacement_layers
+
+
 def _check_teaches(run: Run) -> None:
     """Checks that a run has use for a teacher.
 
@@ -355,13 +382,16 @@ def _replace(run: Run) -> tuple[RunRecord, list[nn.Parameter]]:
         LayerPruneError: the replacement would have as many layers as are kept, or more.
     """
     model, kind, pruning = run.model, run.recipe.replacement, run.pruning
-    before, replacing = get_lineage(model).kept, run.recipe.replacement_layers
-    if not 1 <= replacing < pruning.target_layers:
+    before, given = get_lineage(model).kept, run.recipe.replacement_layers
+    if not 1 <= given < pruning.target_layers:
         raise LayerPruneError(
-            f"replacement_layers is {replacing}: it must be at least 1, and below target_layers "
+            f"replacement_layers is {given}: it must be at least 1, and below target_layers "
             f"({pruning.target_layers})."
         )
     fixed = check_plan(model, pruning.target_layers, pruning.protected)
+    replacing = _layers_in_replacement(run.recipe)
+    length = len(before) - pruning.target_layers + replacing
+    _check_has_block(run, length, fixed)
     names = ("target_layers", "criterion", "racing", "pattern")
     settings: dict[str, Any] = {name: getattr(pruning, name) for name in names}
     settings |= {"protected_originals": fixed, "select": "block", "replacement": kind}
@@ -369,9 +399,6 @@ def _replace(run: Run) -> tuple[RunRecord, list[nn.Parameter]]:
     batches = make_batches(run.calibration, 4)
     record.texts = describe_texts(run.calibration, batches, run.evaluation)
     record.dense = run_evaluation(run.evaluation, model)
-    if kind in ("none", "linear"):  # a map is part of the layer before
-        replacing = 0
-    length = len(before) - pruning.target_layers + replacing
 
     def remove(pruned: PreTrainedModel, first: int) -> list[nn.Parameter]:
         if kind == "linear":

@@ -1,6 +1,12 @@
 """Targets other than a number of layers."""
 
+import re
+from pathlib import Path
+
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_layerprune import (
     DistillationTrainer,
@@ -11,13 +17,16 @@ from hf_layerprune import (
     load_model,
     prune,
     prune_layers,
+    remove_layers,
     token_sequences,
 )
 from hf_layerprune.commands.cli import main
-from hf_layerprune.pruning.arguments import RemovalArguments, parameter_count
+from hf_layerprune.pruning import prune as prune_module
+from hf_layerprune.pruning import target
+from hf_layerprune.pruning.arguments import RemovalArguments, named_layers, parameter_count
 from hf_layerprune.pruning.target import resolve_target
 
-from ..conftest import TEXT, make_model, tokens
+from ..conftest import TEXT, logits, make_model, tokens
 
 
 def depth(model, **target):
@@ -60,6 +69,15 @@ def test_parameters_are_written_as_people_write_them():
         ({"target_parameters": "0"}, "Give a number above 0"),
         ({"target_parameters": "7B"}, "keeps 6 of the 6 layers"),
         ({"target_parameters": "1K"}, "keeps 0 of the 6 layers"),
+        ({"target_speedup": 1}, "target_speedup is 1. Choose a number above 1"),
+        ({"target_speedup": 99}, "target_speedup is 99, which keeps 0 of the 6 layers"),
+        ({"layers": "12-"}, "layers is '12-'. Give numbers and ranges of layers"),
+        ({"layers": "4-2"}, "the smaller number first"),
+        ({"layers": []}, "Give numbers and ranges"),
+        ({"layers": "4-6"}, r"layers names \[6\], but the model has layers 0 to 5\."),
+        ({"layers": "0-5"}, "layers is 0-5, which keeps 0 of the 6 layers"),
+        ({"layers": "2", "protected": [2]}, r"layers names \[2\], which protected keeps"),
+        ({"layers": "2", "target_layers": 5}, "target_layers and layers are given. Give one"),
     ],
 )
 def test_targets_that_cannot_be_are_refused(target, message, llama):
@@ -101,3 +119,110 @@ def test_commands_take_them(folder, capsys):
     assert "--target_layers is missing" in capsys.readouterr().err
     assert main([*words, "--target_ratio", "0.5"]) == 0
     assert len(load_model("cut").model.layers) == 3
+
+
+@pytest.mark.parametrize("value", ["1,3-4", ["1", "3-4"], [1, 3, 4], [1, range(3, 5)[0], "4"], " 3 - 4 , 1 "])
+def test_layers_are_named_as_people_write_them(value):
+    assert named_layers(value) == [1, 3, 4]
+
+
+def test_named_layers_go_and_no_other(llama, monkeypatch):
+    monkeypatch.setattr(prune_module, "score_layers", lambda *_, **__: pytest.fail("scored"))
+    record = prune_layers(llama, calibration=[{"input_ids": tokens()}], layers="0,3-4")
+    assert get_lineage(llama).kept == [1, 2, 5]
+    assert [removal.original for removal in record.removals] == [0, 3, 4]
+    expected = make_model()
+    remove_layers(expected, [0, 3, 4])
+    assert torch.equal(logits(llama, tokens()), logits(expected, tokens()))
+
+
+def test_layers_are_named_by_their_original_number(llama):
+    remove_layers(llama, [1, 2])
+    prune_layers(llama, calibration=[{"input_ids": tokens()}], layers=[4])
+    assert get_lineage(llama).kept == [0, 3, 5]
+    with pytest.raises(LayerPruneError, match=r"names \[2, 4\].*Layers \[1, 2, 4\] were removed before"):
+        depth(llama, layers="2-4")
+
+
+def test_phases_remove_named_layers_in_the_order_of_their_scores(tokenizer):
+    pruning = LayerPruningCallback(layers="1-3", calibration=[{"input_ids": tokens()}])
+    args = DistillationTrainingArguments("out", max_steps=3, report_to="none", use_cpu=True)
+    rows = token_sequences([TEXT], tokenizer, 16)
+    trainer = DistillationTrainer(make_model(), args, train_dataset=rows, callbacks=[pruning])
+    trainer.train()
+    assert get_lineage(trainer.model).kept == [0, 4, 5]
+    assert len(pruning.record.phases) == 3
+    assert sorted(pruning.record.removals[0].table.scores) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_a_speedup_is_that_of_the_flops_of_a_forward_pass(family):
+    model = make_model(family)
+
+    def flops(model):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+            model(input_ids=torch.zeros(1, 64, dtype=torch.long), use_cache=False)
+        return counter.get_total_flops()
+
+    whole = flops(model)
+    for layers in ([5], [1, 2, 3]):
+        shorter = make_model(family)
+        remove_layers(shorter, layers)
+        speedup = whole / flops(shorter)
+        assert depth(model, target_speedup=speedup - 1e-3) == 6 - len(layers)
+        assert depth(model, target_speedup=speedup + 1e-3) == 5 - len(layers)
+
+
+def test_a_speedup_that_cannot_be_counted_is_refused(llama, monkeypatch):
+    def refuse(*_, **__):
+        raise LayerPruneError("It does not run.")
+
+    monkeypatch.setattr(target, "measure_footprint", refuse)
+    with pytest.raises(LayerPruneError, match=r"FLOPs cannot be counted\. It does not run\. Set"):
+        depth(llama, target_speedup=1.5)
+
+
+FEW = ["--data", "text.txt", "--sequence_length", "16", "--calibration_sequences", "4"]
+FEW += ["--heldout_sequences", "4", "--output_dir", "out"]
+SHORT = ["--max_steps", "2", "--use_cpu", "True", "--report_to", "none", "--save_strategy", "no"]
+SHORT += ["--bf16", "False"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["prune", "model"],
+        ["run", "default", "--model", "model", *SHORT],
+        ["run", "streamline", "--model", "model", "--replacement", "none", *SHORT],
+        ["run", "sleb", "--model", "model"],
+        ["distill", "model", *SHORT],
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_commands_take_named_layers(words, folder, capsys):
+    assert main([*words, *FEW, "--layers", "2-3"]) == 0
+    assert get_lineage(load_model("out")).kept == [0, 1, 4, 5]
+    printed = capsys.readouterr().out
+    assert all(number in printed for number in (["2", "3"] if words[0] == "distill" else ["2, 3"]))
+    assert Path("out/README.md").is_file()
+
+
+def test_commands_take_a_speedup(folder, capsys):
+    assert main(["plan", folder, "--target_speedup", "1.5"]) == 0
+    printed = capsys.readouterr().out
+    [faster] = re.findall(r"pruned model is ([0-9.]+) times as fast", printed)
+    assert float(faster) >= 1.5
+    assert main(["prune", folder, *FEW, "--target_speedup", "1.5", "--criterion", "positional"]) == 0
+    assert f"6 -> {len(load_model('out').model.layers)} layers" in printed
+    assert main(["plan", folder, "--target_ratio", "0.5"]) == 0
+    assert "6 -> 3 layers" in capsys.readouterr().out
+
+
+def test_prune_takes_named_layers_and_gives_the_recipe_with_them(folder):
+    fields = {"sequence_length": 16, "calibration_sequences": 4, "heldout_sequences": 4, "max_steps": 0}
+    fields |= {"bf16": False, "output_dir": "out"}
+    model, record = prune(folder, "text.txt", layers=[2, 3], **fields)
+    assert get_lineage(model).kept == [0, 1, 4, 5]
+    assert record.recipe["target_layers"] == 4
+    with pytest.raises(LayerPruneError, match=r"block of 2 consecutive .* only layers \[1, 3\] may go"):
+        prune(folder, "text.txt", layers=[1, 3], **fields | {"output_dir": "other"})

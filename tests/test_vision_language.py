@@ -1,0 +1,168 @@
+"""Vision-language models: the layers of their text decoder are removed, and the pruned model is distilled."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from hf_layerprune import (
+    DistillationTrainer,
+    DistillationTrainingArguments,
+    LayerPruneError,
+    cache_teacher_logits,
+    load_model,
+    prune,
+    remove_layers,
+    score_layers,
+)
+from hf_layerprune.commands.cli import main
+from hf_layerprune.data.texts import text_of
+
+from .conftest import TEXT
+from .tiny_vlm import make_vlm, save_pictures, save_vlm
+
+
+DATA = ["--data", "text.txt", "--sequence_length", "16", "--calibration_sequences", "4"]
+DATA += ["--heldout_sequences", "4"]
+SHORT = ["--max_steps", "2", "--use_cpu", "True", "--report_to", "none", "--save_strategy", "no"]
+SHORT += ["--bf16", "False"]
+PHASES = ["--steps_per_phase", "1", "--gradient_accumulation_steps", "1"]
+
+
+@pytest.fixture
+def vlm(tokenizer):
+    """A folder with a tiny vision-language model and its processor, beside it text.txt."""
+    save_vlm("vlm", tokenizer)
+    Path("text.txt").write_text(TEXT)
+    return "vlm"
+
+
+def collate(folder="vlm"):
+    processor = AutoProcessor.from_pretrained(folder)
+
+    def make_batch(rows):
+        pictures, texts = [Image.open(row["file"]) for row in rows], [row["text"] for row in rows]
+        return dict(processor(images=pictures, text=texts, padding=True, return_tensors="pt"))
+
+    return make_batch
+
+
+def rows_with_pictures():
+    return [{"file": path, "text": f"A picture <image> of number {path}"} for path in save_pictures(8)]
+
+
+def check_saved(folder, layers):
+    """The folder holds a plain model that reads a picture, and its processor."""
+    saved = AutoModelForImageTextToText.from_pretrained(folder)
+    whole = make_vlm()
+    assert saved.config.text_config.num_hidden_layers == layers
+    for part in ("vision_tower", "multi_modal_projector"):
+        expected = getattr(whole.model, part).state_dict()
+        torch.testing.assert_close(getattr(saved.model, part).state_dict(), expected, rtol=0, atol=0)
+    with torch.no_grad():
+        logits = saved(**collate(folder)(rows_with_pictures()[:2])).logits
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "default", "--model", "vlm"],
+        ["run", "iterative", "--model", "vlm", *PHASES],
+        ["distill", "vlm"],
+        ["distill", "vlm", "--lora_rank", "2"],
+    ],
+    ids=lambda words: " ".join(words[:3]),
+)
+def test_commands_prune_and_distil_the_text_decoder(words, vlm, capsys):
+    assert main([*words, *DATA, *SHORT, "--target_layers", "4", "--output_dir", "out"]) == 0
+    check_saved("out", 4)
+    assert "AutoModelForImageTextToText.from_pretrained" in Path("out/README.md").read_text()
+    assert main(["evaluate", "vlm", "out", *DATA[:4], "--json", "e.json"]) == 0
+    found = json.loads(Path("e.json").read_text())["models"]
+    assert [found[name]["layers"] for name in ("vlm", "out")] == [6, 4]
+
+
+def test_python_prunes_one_in_one_call(vlm):
+    settings = {"sequence_length": 16, "calibration_sequences": 4, "heldout_sequences": 4, "max_steps": 2}
+    settings |= {"bf16": False, "report_to": "none", "save_strategy": "no", "output_dir": "out"}
+    model, record = prune("vlm", "text.txt", keep=4, **settings)
+    assert type(model) is type(make_vlm())
+    assert record.model["layers"] == 6
+    check_saved("out", 4)
+
+
+def test_teacher_and_student_see_the_pictures(vlm):
+    rows, student = rows_with_pictures(), make_vlm()
+    remove_layers(student, [2, 3])
+    settings = {"report_to": "none", "use_cpu": True, "save_strategy": "no", "remove_unused_columns": False}
+    args = DistillationTrainingArguments(
+        "out", max_steps=1, learning_rate=0.0, logging_steps=1, per_device_train_batch_size=8, **settings
+    )
+    trainer = DistillationTrainer(
+        student, args, train_dataset=rows, data_collator=collate(), teacher_model=make_vlm()
+    )
+    batch = collate()(rows)
+    with torch.no_grad():
+        student_logits, logits = (model(**batch).logits[:, :-1] for model in (student, make_vlm()))
+    mask = batch["attention_mask"][:, 1:].bool()
+    kl = F.kl_div(student_logits.log_softmax(-1), logits.log_softmax(-1), log_target=True, reduction="none")
+    trainer.train()
+    assert trainer.state.log_history[0]["kl"] == pytest.approx(float(kl.sum(-1)[mask].mean()), rel=1e-4)
+
+
+def test_layers_are_scored_with_pictures(vlm):
+    batch = collate()(rows_with_pictures())
+    other = batch | {"pixel_values": -batch["pixel_values"]}
+    model = load_model("vlm")
+    tables = [score_layers(model, [one], progress=False).scores for one in (batch, other)]
+    assert tables[0] != pytest.approx(tables[1], rel=1e-3)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    shorter = make_vlm()
+    remove_layers(shorter, 2)
+    with torch.no_grad():
+        losses = [float(one(**batch, labels=labels).loss) for one in (shorter, model)]
+    assert tables[0][2] == pytest.approx(losses[0] - losses[1], abs=1e-4)
+
+
+def test_logits_are_not_cached_for_pictures(vlm):
+    batch = collate()(rows_with_pictures())
+    with pytest.raises(LayerPruneError, match=r"have pixel_values beside .* Give the teacher itself"):
+        cache_teacher_logits(load_model("vlm"), [batch], "cached")
+
+
+PARTS = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "where"),
+    [
+        ({"text": "A cat.", "image": np.zeros((2, 2))}, "in column 'image'"),
+        ({"prompt": "What?", "completion": "A cat.", "images": ["cat.png"]}, "in column 'images'"),
+        ({"messages": [{"role": "user", "content": PARTS}]}, "as a part of type 'image' of a message"),
+        ([{"role": "user", "content": PARTS}], "as a part of type 'image' of a message"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "audio"}]}]},
+            "as a part of type 'audio' of a message",
+        ),
+    ],
+)
+def test_rows_with_pictures_are_not_read_as_text(row, where):
+    with pytest.raises(LayerPruneError, match=f"holds media {where}, but rows are read as text alone"):
+        text_of(row)
+
+
+def test_text_beside_pictures_is_read_where_it_is_asked_for(vlm, capsys):
+    rows = [{"text": TEXT[:200], "image": "cat.png"}] * 20
+    Path("pictures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["score", "vlm", "--data", "pictures.jsonl", *DATA[2:6], "--criterion", "block_influence"]
+    assert main(words) == 2
+    assert "data_collator that calls the processor" in capsys.readouterr().err
+    assert main([*words, "--data_template", "{text}"]) == 0
+    empty = {"text": "A text.", "images": [], "image": None}
+    assert text_of(empty).text == "A text."
