@@ -38,7 +38,7 @@ def difference_beyond_rounding(
     base = base_of(model)
     distance, limit = logits_distance(live, other), 1e-3 if base.dtype == torch.float32 else 0.05
     if merged and _is_exact(base):
-        limit = 1e-2  # merging rounds more than once
+        limit = 1e-2  # merging adapters rounds several times
     elif merged:
         distance, limit = logits_distance(live, other, torch.median), 0.1
     return None if distance <= limit else distance
@@ -54,18 +54,18 @@ def logits_distance(live: torch.Tensor, other: torch.Tensor, summary: Any = torc
 
 
 def runs_flash_attention(base: PreTrainedModel) -> bool:
-    """Returns whether a model attends by a kind of FlashAttention."""
+    """Returns whether a model uses FlashAttention."""
     # transformers has no public name for the attention that a model uses.
     return "flash" in str(text_config(base.config)._attn_implementation)
 
 
 def _needs_autocast(base: PreTrainedModel) -> bool:
-    """Returns whether a model runs under autocast alone: FlashAttention takes 16 bits only."""
+    """Returns whether a model runs only under autocast: FlashAttention needs 16-bit inputs."""
     return base.dtype == torch.float32 and runs_flash_attention(base)
 
 
 def _is_exact(base: PreTrainedModel) -> bool:
-    """Returns whether merging adapters changes no more than the last digits of the logits.
+    """Returns whether merging adapters changes only the last digits of the logits.
 
     In bfloat16 it changes some logits by a standard deviation, as rounding of activations does, but the
     median by less than 0.05.

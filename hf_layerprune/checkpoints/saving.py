@@ -88,7 +88,7 @@ def _adapters_kept(model: Any, folder: Path) -> Iterator[None]:
             warnings.simplefilter("ignore")  # PEFT tells which whole layers it adds
             save_with_base(model, folder)
     except (OSError, safetensors.SafetensorError):
-        where = "There is no room for the adapters either: they are in memory alone."
+        where = "There is no room for the adapters either. They are only in memory."
     try:
         yield
     except (LayerPruneError, torch.OutOfMemoryError) as error:
@@ -105,7 +105,7 @@ def check_merge(model: Any) -> None:
     """
     try:
         with undisturbed(model), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT gives them again when it matters
+            warnings.simplefilter("ignore")  # PEFT repeats them when the adapters are merged
             merged_copy(model)
     except torch.OutOfMemoryError as error:
         raise LayerPruneError(
@@ -141,7 +141,7 @@ def save_adapter(
     name = base_model or base_name(model)
     if not name:
         raise LayerPruneError("Cannot determine the base model. Pass base_model=.")
-    configs["default"].base_model_name_or_path = name  # the record, the card and PEFT's config say it
+    configs["default"].base_model_name_or_path = name  # record, card and PEFT's config name it
     keep_base_known(model)
     save_with_base(model, folder)
     if verify:
@@ -169,11 +169,11 @@ def saving(
         live (`PeftModel`, *optional*): the model whose adapters were merged into `model`, compared as well.
 
     Raises:
-        LayerPruneError: it cannot be saved, or is another model when loaded. It says where the weights are.
+        LayerPruneError: it cannot be saved, or the saved model differs. The error says where the weights are.
     """
     folder = Path(folder)
     if adapter_configs(model):
-        raise LayerPruneError("A PeftModel is no plain model: merge it first, or use save_adapter.")
+        raise LayerPruneError("A PeftModel is not a plain model. Merge it first, or use save_adapter.")
     old_names = legacy_rotary(model.config) if legacy_rope else {}
     try:
         check_writable(folder)
@@ -181,9 +181,9 @@ def saving(
             yield
     except Exception as error:
         rescue = _rescue(model, folder)
-        where = f"All its weights are safe, as they are in memory, in {rescue}."
+        where = f"All weights in memory are safe in {rescue}."
         if rescue is None:
-            where = "There is no room for its bare weights either: they are in memory alone. Save them again."
+            where = "There is no room for the bare weights either. They are only in memory: save them again."
         raise LayerPruneError(
             f"The model cannot be saved as a plain model in {folder}: {one_line(error)} {where}"
         ) from error
@@ -267,7 +267,7 @@ def check_configs(model: Any) -> None:
         for name, config in configs.items():
             try:
                 config.save_pretrained(folder)
-            except Exception as error:  # whatever it is, the first save would meet it
+            except Exception as error:  # any error here would also stop the first save
                 raise LayerPruneError(
                     f"transformers refuses to save model.{name}: {one_line(error, 600)} Change model.{name} "
                     f"before training, or {name}.json in the folder of the model."
@@ -275,14 +275,14 @@ def check_configs(model: Any) -> None:
 
 
 def _rescue(model: PreTrainedModel, folder: Path) -> Path | None:
-    """Saves the bare weights in `folder`, or else in the temporary folder; returns where, None if they fit in
-    neither."""
+    """Saves the bare weights in `folder`, or in the temporary folder if they do not fit. Returns the folder,
+    None if they fit in neither."""
     for place in (folder, Path(tempfile.gettempdir()) / f"{folder.name}-{os.getpid()}"):
         rescue = place / "rescued.safetensors"
         try:
             place.mkdir(parents=True, exist_ok=True)
             safetensors.torch.save_model(model, str(rescue))
-        except (OSError, safetensors.SafetensorError):  # no room there either
+        except (OSError, safetensors.SafetensorError):  # no room there
             if rescue.is_file():
                 rescue.unlink()
         else:

@@ -36,8 +36,8 @@ from .sample_logits import difference_beyond_rounding, sample_logits
 logger = logging.getLogger(__name__)
 
 _ADVICE = (
-    "The weights as they were in memory are safe in {folder}, but do not use them as they are. Please report "
-    "this with the model's config."
+    "The weights in memory are safe in {folder}, but the folder is no working model. Please report this with "
+    "the model's config."
 )
 
 
@@ -57,10 +57,10 @@ def load_again(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         with undisturbed(model):  # building a model may draw random numbers
             again, report = cls.from_pretrained(str(folder), output_loading_info=True, **options)
     except Exception as error:
-        raise LayerPruneError(f"What was saved does not load: {one_line(error)} {advice}") from error
+        raise LayerPruneError(f"The saved model does not load: {one_line(error)} {advice}") from error
     wrong = {what: sorted(map(str, names))[:3] for what, names in report.items() if names}
     if wrong:
-        raise LayerPruneError(f"What was saved does not fit its config: {wrong}. {advice}")
+        raise LayerPruneError(f"The saved weights do not fit the config: {wrong}. {advice}")
     again.config.name_or_path = model.config.name_or_path
     return again
 
@@ -82,7 +82,7 @@ def check_same_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype, l
     different = share_equal_weights(model, again, dtype)
     if different:
         raise LayerPruneError(
-            f"What was saved is another model when loaded: {different[0]} is not the weight in memory, "
+            f"The saved model differs from the model in memory: {different[0]} is not the weight in memory, "
             f"rounded to {dtype}. {len(different)} tensors differ. {_ADVICE.format(folder=folder)}"
         )
     compare_logits(model, again, folder)
@@ -154,7 +154,7 @@ def check_reload(model: Any, folder: Path) -> None:
     is_checkpoint = re.fullmatch(PREFIX_CHECKPOINT_DIR + r"-\d+", folder.name)
     if adapter_configs(model):
         active = list(model.active_adapters)
-        if len(active) != 1:  # PEFT saves each by itself, and only together they are this model
+        if len(active) != 1:  # PEFT saves each adapter alone, but the model is the sum of all
             logger.warning(
                 "%d adapters are active (%s). Each is saved in its own folder, so the model is not compared "
                 "with what was saved in %s.",
@@ -174,7 +174,7 @@ def check_reload(model: Any, folder: Path) -> None:
             with undisturbed(model):
                 again = load_pruned_adapter(str(folder), base_model=bare_copy(model))
     except torch.OutOfMemoryError:
-        logger.warning("There is no memory to load what was saved in %s again and check it.", folder)
+        logger.warning("There is no memory to load and check the model saved in %s.", folder)
         clear_device_cache(garbage_collection=True)
         return
     check_same_adapters(model, again, folder)
@@ -215,7 +215,7 @@ def _is_stored_quantised(model: Any) -> bool:
 
 
 def check_saves(model: Any) -> None:
-    """Makes every `save_pretrained` of `model` by a Trainer reload and compare what it saved.
+    """Makes a Trainer's `save_pretrained` of `model` reload and compare the saved model.
 
     The check is a method of this object, like accelerate's `forward`, so that copies of the model have it.
     """
@@ -224,7 +224,7 @@ def check_saves(model: Any) -> None:
 
 @contextmanager
 def unchecked(model: Any) -> Iterator[None]:
-    """Within this context [`check_saves`] has no effect: the caller checks, or was told not to."""
+    """Switches off [`check_saves`] within this context: the caller checks the model or must not."""
     method = vars(model).get("save_pretrained")
     ours = getattr(method, "__func__", None) is _save_and_check
     if ours:
@@ -242,7 +242,7 @@ def _save_and_check(model: Any, save_directory: str | Path, *args: Any, **kwargs
     save(model, save_directory, *args, **kwargs)
     by_trainer = not args and kwargs.keys() <= {"state_dict", "is_main_process"}
     writes = kwargs.get("is_main_process", True)
-    if by_trainer and writes and not is_sharded(model):  # one process cannot read with a sharded model
+    if by_trainer and writes and not is_sharded(model):  # a sharded model needs all processes to run
         check_reload(model, Path(save_directory))
 
 
@@ -272,19 +272,18 @@ def compare_logits(model: Any, again: Any, folder: Path, merged: bool = False) -
             live = sample_logits(model, getattr(model, "_original_forward", None))
             saved = sample_logits(again.eval() if merged else again.eval().to(base.device))
     except torch.OutOfMemoryError:
-        logger.warning("What was saved in %s loads; there is no memory to compare its logits.", folder)
+        logger.warning("The model in %s loads. There is no memory to compare its logits.", folder)
         clear_device_cache(garbage_collection=True)
         return
     except Exception as error:
         raise LayerPruneError(
-            f"The model cannot be compared with what was saved, as it does not read tokens alone: "
-            f"{one_line(error)} If that is right, save it without verify. {_ADVICE.format(folder=folder)}"
+            f"The saved model cannot be compared, as it reads more than tokens: {one_line(error)} "
+            f"To save it without the comparison, set verify=False. {_ADVICE.format(folder=folder)}"
         ) from error
     distance = difference_beyond_rounding(live, saved, model, merged)
     if distance is not None:
         raise LayerPruneError(
-            f"What was saved is another model when loaded: its logits are off by {distance:.2g} of their "
-            "standard deviation. (A model cast by hand, as with .bfloat16(), may be: load it with dtype= "
-            "instead.) "
-            f"{_ADVICE.format(folder=folder)}"
+            f"The saved model differs from the model in memory: its logits are off by {distance:.2g} "
+            "standard deviations. A model that was cast, as by .bfloat16(), may differ: load it with dtype= "
+            f"instead. {_ADVICE.format(folder=folder)}"
         )

@@ -1,4 +1,4 @@
-"""The command plan: memory, FLOPs and time of a run, from the config alone."""
+"""The command `plan`: memory, FLOPs and time of a run, from the config alone."""
 
 from ..errors import LayerPruneError
 from ..recipes.arguments import ModelArguments, TeacherArguments
@@ -61,5 +61,5 @@ def plan(arguments: list[str]) -> None:
 
 
 def _count(parameters: int) -> str:
-    """Returns a number of parameters as people write it: 3.09B or 134.5M."""
+    """Returns a number of parameters as text, such as 3.09B or 134.5M."""
     return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"

@@ -76,7 +76,7 @@ def planned_model(name: str, source: ModelArguments, lora_rank: int | None) -> A
     """Returns a model without weights, in the dtype of training, with its adapters.
 
     Raises:
-        LayerPruneError: the model cannot be trained so, or its quantised size is asked for.
+        LayerPruneError: the model cannot be trained with these settings, or is to be quantised.
     """
     check_loading_for_training(source, all_weights=lora_rank is None)
     if source.quantized:
@@ -240,7 +240,7 @@ def matmul_speed(dtype: torch.dtype) -> float:
 
 
 def duration(seconds: float) -> str:
-    """Returns a time as people write it."""
+    """Returns a time as text."""
     if seconds < 120:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"

@@ -1,4 +1,4 @@
-"""Results of long work on disk, so that work which was stopped goes on where it was."""
+"""Results of long work on disk, so that interrupted work continues."""
 
 import json
 import logging
@@ -17,18 +17,18 @@ HEAD = "hf_layerprune journal of"
 
 
 class Journal:
-    """Results of work that computes the same things in the same order, one line of JSON each.
+    """Results of work that always computes the same values in the same order, one JSON line each.
 
     What an earlier journal of the same work holds is not computed again; one of other work starts afresh. A
     line that was not written to its end counts as missing. Of several processes the first has the file. All
     know what it holds, so that all leave out the same work.
 
     Args:
-        path (`str` or `Path`, *optional*): the file; None writes nothing and computes everything.
-        work (`str`): what the results are of.
+        path (`str` or `Path`, *optional*): the file. None: write nothing and compute everything.
+        work (`str`): identifies the work.
 
     Raises:
-        LayerPruneError: the file is there and is no journal.
+        LayerPruneError: the file exists and is not a journal.
     """
 
     def __init__(self, path: str | Path | None, work: str) -> None:
@@ -39,11 +39,11 @@ class Journal:
 
     @property
     def is_ahead(self) -> bool:
-        """Whether the next result is there already."""
+        """Returns whether the next result is in the journal."""
         return bool(self._found)
 
     def once(self, compute: Callable[[], Any]) -> Any:
-        """Returns the next result, of plain JSON values, from the journal, or computes and writes it."""
+        """Returns the next result from the journal, or computes and writes it. It has plain JSON values."""
         if self._found:
             return self._found.pop()
         value = compute()
@@ -62,7 +62,7 @@ def _begin(path: Path | None, work: str) -> list[Any]:
     """Returns the results in the file of a journal, last first, and begins the file anew with them.
 
     Raises:
-        LayerPruneError: the file is there and is no journal.
+        LayerPruneError: the file exists and is not a journal.
     """
     if path is None:
         return []
@@ -73,12 +73,12 @@ def _begin(path: Path | None, work: str) -> list[Any]:
         values = [json.loads(line) for line in lines]
     except ValueError:
         values = [None]
-    # The first line is written whole, so that of a journal there is one.
+    # The first line is written at once, so a journal always has it.
     if content and (not values or not isinstance(values[0], dict) or HEAD not in values[0]):
-        raise LayerPruneError(f"{path} is there already and holds no scores: name another file.")
+        raise LayerPruneError(f"{path} exists and holds no scores. Choose another file.")
     if values and values[0][HEAD] == work:
         found = values[1:]
-        logger.info("%s: %d results are there already.", path, len(found))
+        logger.info("%s: continuing after %d results.", path, len(found))
     elif values:
         logger.warning("%s is of another model or text: it starts afresh.", path)
     with whole_file(path) as file:
