@@ -15,7 +15,8 @@ from .evaluate import card, evaluate
 from .flags import name_flags
 from .help import summary
 from .plan import plan
-from .prune import inspect, phases, prune, score
+from .prune import phases, prune
+from .score import inspect, score
 from .train import cache_teacher, distill, run
 
 

@@ -25,10 +25,11 @@ GROUPS = {
     ),
     "pruning": (
         "target_layers criterion protected",
-        "target_ratio target_parameters target_speedup layers layers_per_phase racing pattern scoring_seed block_size compare "
-        "remove steps_per_phase tokens_per_phase restart_learning_rate quality_floor min_recovery "
-        "reconstruction_layers reconstruction_tokens reconstruction_epochs reconstruction_learning_rate "
-        "select block_candidates replacement replacement_layers replacement_loss",
+        "target_ratio target_parameters target_speedup layers layers_per_phase racing pattern scoring_seed "
+        "block_size compare remove steps_per_phase tokens_per_phase restart_learning_rate quality_floor "
+        "min_recovery reconstruction_layers reconstruction_tokens reconstruction_epochs "
+        "reconstruction_learning_rate select block_candidates replacement replacement_layers "
+        "replacement_loss",
     ),
     "healing": (
         "max_steps learning_rate per_device_train_batch_size gradient_accumulation_steps "
