@@ -353,7 +353,7 @@ def test_what_cannot_be_saved_goes_where_there_is_room(tmp_path, monkeypatch):
     model = make_model()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
     Path("taken").write_text("a file, where a folder is to be")
-    with pytest.raises(LayerPruneError, match=r"safe, .* in .*elsewhere/taken-\d+/rescued\.safetensors"):
+    with pytest.raises(LayerPruneError, match=r"safe in .*elsewhere/taken-\d+/rescued\.safetensors"):
         save_model(model, "taken")
     [rescued] = (tmp_path / "elsewhere").glob("*/*")
     assert all(torch.equal(model.state_dict()[name], value) for name, value in load_file(rescued).items())
