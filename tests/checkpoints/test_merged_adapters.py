@@ -76,6 +76,9 @@ def test_what_belongs_to_the_base_is_found(adapters, tokenizer):
     make_model().to(torch.bfloat16).save_pretrained("base")
     Path("base/processor_config.json").write_text("{}")
     assert stored_dtype("adapters") == torch.bfloat16
+    rewrite("base/config.json", dtype=None)
+    Path("adapters/adapter_model.safetensors").unlink()  # which is not read for this
+    assert stored_dtype("adapters") == torch.bfloat16  # of the weights
     assert load_tokenizer("adapters")("hi")["input_ids"] == tokenizer("hi")["input_ids"]
     assert copy_companions("adapters", "elsewhere") == ["processor_config.json"]
     own = load_tokenizer("base")
@@ -84,12 +87,14 @@ def test_what_belongs_to_the_base_is_found(adapters, tokenizer):
     assert len(load_tokenizer("adapters")) == len(tokenizer) + 1
 
 
-def test_adapters_of_a_pruned_base_are_merged_into_its_layers(adapters):
+def test_adapters_of_a_pruned_base_are_merged_into_its_layers(adapters, capsys):
     model = adapters()
     remove_layers(model, [1, 4])
     save_adapter(model, "pruned")
     loaded = load_model("pruned")
     assert get_lineage(loaded).removed == [1, 4]
+    assert main(["inspect", "pruned"]) == 0
+    assert "4 of 6 layers" in capsys.readouterr().out
     torch.testing.assert_close(logits(loaded, tokens()), logits(model, tokens()), rtol=0, atol=1e-4)
     assert get_lineage(load_pruned_adapter("pruned")).removed == [1, 4]
 

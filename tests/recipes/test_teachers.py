@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_layerprune import LayerPruneError, get_lineage, load_model, prune, remove_layers
+from hf_layerprune import DistillationTrainer, LayerPruneError, get_lineage, load_model, prune, remove_layers
 from hf_layerprune.commands.cli import main
 
 from ..conftest import make_model
@@ -54,7 +54,14 @@ def check_lineage():
         ("run iterative", ["--loss_preset", "paper", "--gradient_accumulation_steps", "1"]),
     ],
 )
-def test_a_pruned_model_learns_from_its_original(command, more, pruned):
+def test_a_pruned_model_learns_from_its_original(command, more, pruned, monkeypatch):
+    depths = []
+
+    def trainer(*args, teacher_model, **settings):
+        depths.append(len(get_lineage(teacher_model).kept))
+        return DistillationTrainer(*args, teacher_model=teacher_model, **settings)
+
+    monkeypatch.setattr("hf_layerprune.recipes.run.DistillationTrainer", trainer)
     words = ["distill", pruned] if command == "distill" else [*command.split(), "--model", pruned]
     more = [*more, *(["--steps_per_phase", "2"] if "iterative" in command else [])]
     flags = ["--teacher", "model", "--target_layers", "3", "--output_dir", "out"]
@@ -62,6 +69,7 @@ def test_a_pruned_model_learns_from_its_original(command, more, pruned):
     record = check_lineage()
     if command != "distill":
         assert record["recipe"]["teacher"] == "model"
+        assert depths == [6]
 
 
 @pytest.mark.parametrize("teacher", ["model", "in memory"])
