@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_layerprune.data.targets import token_mask
 from hf_layerprune.distillation.losses import divergence
-from hf_layerprune.distillation.tiled_loss import LOGITS_PER_CHUNK_CPU, tiled_loss
+from hf_layerprune.distillation.tiled_loss import LOGITS_PER_CHUNK_CPU, logits_per_chunk, tiled_loss
 from hf_layerprune.forward.hooks import undisturbed
 from hf_layerprune.forward.lm_head import ChunkedLMHead
 from hf_layerprune.forward.token_losses import cross_entropy
@@ -219,3 +219,14 @@ def test_no_position_gives_no_loss():
 
 def test_memory_does_not_grow_with_the_length_of_the_text():
     assert LOGITS_PER_CHUNK_CPU * 4 <= 64 * 2**20
+
+
+def test_tiles_are_larger_where_a_gpu_has_free_memory(monkeypatch):
+    free = [0]
+    monkeypatch.setattr("hf_layerprune.distillation.tiled_loss.free_gpu_memory", lambda device: free[0])
+    assert logits_per_chunk(torch.device("cpu")) == LOGITS_PER_CHUNK_CPU
+    assert logits_per_chunk(torch.device("cuda")) == 2**26
+    free[0] = 16 * 2**30
+    assert logits_per_chunk(torch.device("cuda")) == 2**27
+    free[0] = None  # of other devices
+    assert logits_per_chunk(torch.device("mps")) == 2**26
