@@ -188,7 +188,7 @@ def announce_plan(
         start = layers - sizes[0] if sizes else target
         trust = source.trust_remote_code
         plan = plan_run(model, args, target, start, teacher=teacher, trust_remote_code=trust, on_cpu=on_cpu)
-    except LayerPruneError as error:
+    except Exception as error:  # an estimate ends no run, whatever the model does without values
         logger.debug("The run is not planned: %s", error)
         return
     log_plan(plan, args, len(train) if isinstance(train, Dataset) else None)

@@ -101,6 +101,15 @@ def test_nothing_is_planned_where_nobody_reads_it(caplog, monkeypatch):
     assert announced(caplog, arguments()) == []
 
 
+def test_a_model_that_cannot_be_planned_ends_no_run(caplog, monkeypatch):
+    def fail(*args, **settings):
+        raise AssertionError("no values")
+
+    stored_config("large")
+    monkeypatch.setattr(run_plan, "measure_footprint", fail)
+    assert announced(caplog, arguments()) == []
+
+
 def test_the_speed_of_a_cpu_leaves_the_random_state():
     state = torch.get_rng_state()
     assert run_plan.matmul_speed(torch.float32) > 1e6
