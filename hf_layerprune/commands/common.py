@@ -1,7 +1,8 @@
 """Functions of all commands: parsing, config files, JSON files, the end of a command."""
 
 import json
-from collections.abc import Callable, Iterable
+from argparse import SUPPRESS, Action
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ def parse(
     model: bool = True,
     several: bool = False,
     positional: tuple[str, str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
 ) -> list[Any]:
     """Returns the model name or names of a command line, and one filled dataclass for each of `kinds`.
 
@@ -36,6 +38,7 @@ def parse(
         kinds (iterable of dataclasses): their fields are the flags.
         model, several (`bool`, *optional*): whether the command takes a model, or several.
         positional (`tuple`, *optional*): name and help of another first argument, which the command reads.
+        defaults (mapping, *optional*): other defaults to show in the help. An empty mapping shows none.
 
     Raises:
         LayerPruneError: an unknown flag, or a value that a dataclass refuses.
@@ -44,6 +47,8 @@ def parse(
     kinds, common = list(kinds), common_flags(arguments)
     if help_wanted(arguments):
         actions = _parser(command, kinds)._actions  # argparse has no public list of flags
+        if defaults is not None:
+            _show_defaults(actions, defaults)
         whole = not {*HELP_ALL}.isdisjoint(arguments)
         print(help_text(command, actions, positional or (MODEL if model else None), whole))
         raise SystemExit(0)
@@ -69,6 +74,15 @@ def parse(
     if common.save_config:
         save_config(common.save_config, given_values)
     return [rest.model, *parsed] if model else parsed
+
+
+def _show_defaults(actions: Iterable[Action], defaults: Mapping[str, Any]) -> None:
+    """Sets the defaults of flags to these for the help, in place. Without any, most flags show none."""
+    for action in actions:
+        if action.dest in defaults:
+            action.default = defaults[action.dest]
+        elif not defaults and action.default is not True:  # its default decides how a switch is written
+            action.default = SUPPRESS
 
 
 def _add_model(parser: Any, several: bool) -> Any:

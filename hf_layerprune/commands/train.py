@@ -173,8 +173,11 @@ def run(arguments: list[str]) -> None:
 
     kinds = [*RECIPE_KINDS, ResumeArguments]
     if help_wanted(arguments):
-        names = f"A YAML file, or one of {', '.join(shipped_recipes())}."
-        parse(run, arguments, kinds, model=False, positional=("RECIPE", names))
+        names = (
+            f"A YAML file, or one of {', '.join(shipped_recipes())}. `run RECIPE --help` shows its defaults."
+        )
+        shown = {} if arguments[0].startswith("-") else read_recipe(arguments[0])
+        parse(run, arguments, kinds, model=False, positional=("RECIPE", names), defaults=shown)
     common = common_flags(arguments)
     name = arguments[0] if arguments and not arguments[0].startswith("-") else None
     if name is None and common.config is None:

@@ -347,8 +347,9 @@ def split_sequences(sequences: Dataset, calibration: int, heldout: int) -> tuple
     taken = calibration + heldout
     if calibration < 1 or heldout < 1 or taken > len(sequences):
         raise LayerPruneError(
-            f"Cannot take {calibration} sequences for calibration and {heldout} for evaluation (at least 1 "
-            f"each) out of {len(sequences)}. Give more text, a smaller sequence_length, or ask for fewer."
+            f"calibration_sequences is {calibration} and heldout_sequences is {heldout}, but the text has "
+            f"{len(sequences)} sequences. Set both to at least 1, and together below that number so that "
+            "some are left to train on. Or give more text, or a smaller sequence_length."
         )
     spread = [i * len(sequences) // taken for i in range(taken)]
     chosen = {spread[i * taken // calibration] for i in range(calibration)}

@@ -126,7 +126,7 @@ def prune(
             write_settings(settings, args.output_dir)
     if isinstance(model, PreTrainedModel):
         check_next_token(model, "prune")
-        config, tokenizer = model.config, tokenizer or load_tokenizer(str(model.name_or_path), trust)
+        config, tokenizer = model.config, tokenizer or _tokenizer_of(model, trust)
     else:
         check_loading_for_training(source, all_weights=args.max_steps != 0)
         config, own_tokenizer = check_model(chosen.model, source, "prune")
@@ -183,6 +183,20 @@ def _values(
     if "model" in named and values.get("model") is None:
         raise LayerPruneError("model has no value. Give a folder, a hub id or a model.")
     return values
+
+
+def _tokenizer_of(model: PreTrainedModel, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer in the folder or hub repository that a model was loaded from.
+
+    Raises:
+        LayerPruneError: the model was not loaded, or there is no tokenizer.
+    """
+    if not model.name_or_path:
+        raise LayerPruneError(
+            "tokenizer is missing, and the model was made in memory, so it names no folder to load one from. "
+            "Give tokenizer=."
+        )
+    return load_tokenizer(str(model.name_or_path), trust_remote_code)
 
 
 def _writer(model: Any, teacher: Any, source: ModelArguments) -> PreTrainedModel:

@@ -89,3 +89,13 @@ def test_help_lists_what_the_first_argument_can_be(command, first, names, capsys
     assert text.startswith(f"usage: hf-layerprune {command} {first} ")
     listed = " ".join(re.search(rf"^{first}: (.*?)\n\n", text, re.M | re.S)[1].split())
     assert ", ".join(names) in listed
+
+
+@pytest.mark.parametrize(
+    ("recipe", "default"), [("default", ["128"]), ("iterative-small", ["32"]), (None, [])]
+)
+def test_help_of_run_shows_the_defaults_of_the_recipe(recipe, default, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["run", *([recipe] if recipe else []), "--help"])
+    line = next(x for x in capsys.readouterr().out.splitlines() if "--calibration_sequences N" in x)
+    assert re.findall(r"\(default: (.*)\)", line) == default

@@ -718,6 +718,11 @@ def test_prune_is_run(folder, tokenizer, trained):
     assert equal_weights(fourth.model, expected)
 
 
+def test_prune_asks_for_the_tokenizer_of_a_model_made_in_memory(folder):
+    with pytest.raises(LayerPruneError, match=r"tokenizer is missing, .* Give tokenizer="):
+        prune(make_model(), load_texts("text.txt"), 3, output_dir="out", **FIELDS)
+
+
 def test_prune_trains_what_the_caller_left_trainable(folder, tokenizer, trained):
     model = trained()
     model.model.embed_tokens.requires_grad_(False)
