@@ -1,4 +1,4 @@
-"""Files that a kill leaves whole."""
+"""Writes files that stay complete when the process is killed."""
 
 import os
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ from .errors import LayerPruneError
 def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
     """Opens a file whose content replaces `path` when the block ends without an error.
 
-    A kill at any moment leaves the old file or the new one, never a part of one. So does a loss of power: the
-    content is on disk before the name is.
+    A kill or a power loss at any moment leaves the old file or the new one, never a part: the content is on
+    disk before the name changes.
 
     Args:
         path (`str` or `Path`): the file to replace. Its folder must exist.

@@ -1,5 +1,6 @@
-"""README, guides and help texts say things plainly: no phrase of our own, no long sentence."""
+"""README, guides, cards, help texts and errors say things plainly: no phrase of our own, no long sentence."""
 
+import ast
 import dataclasses
 import re
 from pathlib import Path
@@ -16,7 +17,12 @@ from hf_layerprune.recipes.recipe import RecipeArguments
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "examples" / "guides").glob("*.md"))]
+PACKAGE = ROOT / "hf_layerprune"
+PAGES = [
+    ROOT / "README.md",
+    *sorted((ROOT / "examples" / "guides").glob("*.md")),
+    *sorted((ROOT / "model_cards").glob("*/README.md")),
+]
 LONGEST = 35  # words of a sentence
 OWN_PHRASES = (
     "in the end",
@@ -33,6 +39,14 @@ OWN_PHRASES = (
     "the kind of text",
     "share of the tokens of a passage",
     "with the present linear map",
+    "what was saved",
+    "another model when loaded",
+    "start anew",
+    "what it can do",
+    "scored least",
+    "the cut cost",
+    "is no plain",
+    "as they are called",
 )
 
 
@@ -58,6 +72,16 @@ def help_texts():
         yield name, command.__doc__
 
 
+def errors():
+    """The texts of all errors, with X for each value."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "LayerPruneError" and node.args:
+                parts = getattr(node.args[0], "values", node.args[:1])
+                text = "".join(str(part.value) if isinstance(part, ast.Constant) else "X" for part in parts)
+                yield f"{path.relative_to(PACKAGE)}, line {node.lineno}", text
+
+
 def problems(text):
     found = [phrase for phrase in OWN_PHRASES if phrase.lower() in text.lower()]
     return found + [one for one in sentences(text) if len(one.split()) > LONGEST]
@@ -71,6 +95,12 @@ def test_a_page_is_plain(page):
 def test_help_texts_are_plain():
     assert {name: problems(text) for name, text in help_texts() if problems(text)} == {}
     assert len(list(help_texts())) > 60
+
+
+def test_errors_are_plain():
+    found = dict(errors())
+    assert {place: problems(text) for place, text in found.items() if problems(text)} == {}
+    assert len(found) > 250
 
 
 def test_the_check_sees_what_it_should():

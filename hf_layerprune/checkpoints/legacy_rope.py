@@ -10,15 +10,15 @@ from ..surgery.decoder import text_config
 from ..surgery.fresh_model import quiet
 
 
-# What transformers 4 can scale by with the fields that transformers 5 has, too.
+# Kinds of scaling with the same fields in transformers 4 and 5.
 SCALINGS = ("linear", "dynamic", "yarn", "llama3")
 
 
 def legacy_rotary(config: PreTrainedConfig) -> dict[str, Any]:
-    """The fields that say to transformers 4 what `rope_parameters` says; none without rotary embeddings.
+    """Returns the fields of transformers 4 for `rope_parameters`, an empty dict without rotary embeddings.
 
     Raises:
-        LayerPruneError: transformers 4 has no such settings, or transformers 5 would read them as others.
+        LayerPruneError: transformers 4 has no such settings, or transformers 5 would read them differently.
     """
     text = text_config(config)
     fields = text.to_dict()
@@ -30,8 +30,10 @@ def legacy_rotary(config: PreTrainedConfig) -> dict[str, Any]:
         old = _flat(full, text.model_type)
         if text.model_type == "gemma3_text":
             old["rope_local_base_freq"] = sliding["rope_theta"]
-        elif any(kind != full and kind != _unscaled(full) for kind in kinds):  # Olmo 3 scales only one kind
-            raise LayerPruneError(f"{_NO} {text.model_type} has others for each kind of attention.")
+        elif any(kind != full and kind != _unscaled(full) for kind in kinds):  # Olmo 3 scales one kind
+            raise LayerPruneError(
+                f"{_NO} {text.model_type} has separate settings for each kind of attention."
+            )
     elif "rope_theta" in rope:
         old = _flat(rope, text.model_type)
     else:

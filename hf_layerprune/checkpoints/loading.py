@@ -66,7 +66,7 @@ def load_model(name: str, **options: Any) -> PreTrainedModel:
     """
     trust = options.get("trust_remote_code", False)
     config, cls = load_class(name, trust, options.get("gguf_file"))
-    # Report tensors of another shape like missing ones, without a traceback.
+    # Reports tensors of another shape like missing tensors, without a traceback.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if not issubclass(cls, PreTrainedModel):
         options["trust_remote_code"] = trust
@@ -90,7 +90,7 @@ def load_model(name: str, **options: Any) -> PreTrainedModel:
         )
     decoder = find_decoder(model)
     entry = re.compile(rf"(?:^|\.){decoder.attribute}\.(\d+)\.")
-    # Further layers may predict further tokens (DeepSeek's), which transformers does not load.
+    # Layers for multi-token prediction (DeepSeek) follow. transformers does not load them.
     last = len(decoder.layers) + (getattr(decoder.config, "num_nextn_predict_layers", None) or 0)
     more = [key for key in report["unexpected_keys"] for i in entry.findall(key) if int(i) >= last]
     if more:
@@ -111,7 +111,7 @@ def stored_dtype(name: str, trust_remote_code: bool = False) -> torch.dtype:
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
     trust = {"trust_remote_code": trust_remote_code}
-    with quiet():  # transformers then looks at the weights
+    with quiet():  # transformers then reads the dtype from the weights
         return _load(cls, name, "model", dtype="auto", device_map="meta", **trust).dtype
 
 
@@ -146,7 +146,7 @@ def load_class(
         autos = [auto for auto, code in own.items() if isinstance(code, str) and code.split(".")[-1] == named]
         cls = next((getattr(transformers, auto) for auto in autos if hasattr(transformers, auto)), cls)
     check_reads_text(cls, config, name)
-    get_lineage(config)  # refuses a hostile number of layers before anything is built
+    get_lineage(config)  # refuses an absurd number of layers before the model is built
     return config, cls
 
 
@@ -203,7 +203,7 @@ def copy_companions(name: str, folder: str | Path) -> list[str]:
     inner = [
         f"{part['path']}/{file}"
         for part in parts
-        if re.fullmatch(r"\w+", part.get("path", ""))  # no path outside: the file may be hostile
+        if re.fullmatch(r"\w+", part.get("path", ""))  # stays in the folder: the file may be malicious
         for file in _OF_A_MODULE
     ]
     copied = []
@@ -304,7 +304,7 @@ def load_pruned_adapter(name: str, base_model: PreTrainedModel | None = None, **
 def _load_base(name: str, base_name: str, options: dict[str, Any]) -> PreTrainedModel:
     """Returns the base of the adapters in `name`, as the class that they were trained on.
 
-    The base of a classifier is often stored as a language model; the adapters bring the head.
+    The base of a classifier is often stored as a language model. Its head is among the adapters.
     """
     trust = options.get("trust_remote_code", False)
     record = json.loads(Path(str(cached_file(name, PRUNED_BASE))).read_text(encoding="utf-8"))
@@ -336,7 +336,7 @@ def _load(auto_class: Any, name: str, what: str, **options: Any) -> Any:
     """
     path = Path(name)
     if (path / PRUNED_BASE).is_file():
-        raise LayerPruneError(f"{name} holds adapters for a cut model: use load_pruned_adapter({name!r}).")
+        raise LayerPruneError(f"{name} holds adapters for a pruned model: use load_pruned_adapter({name!r}).")
     if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
         raise LayerPruneError(
             f"{name} holds adapters of PEFT and no model: merge them into their base (merge_and_unload), "
@@ -352,7 +352,7 @@ def _load(auto_class: Any, name: str, what: str, **options: Any) -> Any:
         raise LayerPruneError(f"{name} is not a folder with a model: it has no config.json.")
     try:
         return auto_class.from_pretrained(name, **options)
-    except Exception as error:  # a damaged file may end in anything
+    except Exception as error:  # a damaged file can raise any error
         if "trust_remote_code" in str(error):
             raise LayerPruneError(
                 f"{name} comes with code of its own, which is only run if you say trust_remote_code=True "

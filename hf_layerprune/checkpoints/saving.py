@@ -41,8 +41,8 @@ from .loading import load_pruned_adapter
 logger = logging.getLogger(__name__)
 
 _ADVICE = (
-    "The weights as they were in memory are safe in {folder}, but do not use them as they are. Please report "
-    "this with the model's config."
+    "The weights in memory are safe in {folder}, but the folder is no working model. Please report this with "
+    "the model's config."
 )
 
 
@@ -85,7 +85,7 @@ def save_model(
             save_with_base(model, adapters)
             where = f"The adapters are saved in {adapters}."
         except (OSError, safetensors.SafetensorError):
-            where = "There is no room for the adapters either: they are in memory alone."
+            where = "There is no room for the adapters either. They are only in memory."
         raise LayerPruneError(f"{one_line(error, 1000)} {where}") from error
 
 
@@ -97,7 +97,7 @@ def check_merge(model: Any) -> None:
     """
     try:
         with undisturbed(model), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT gives them again when it matters
+            warnings.simplefilter("ignore")  # PEFT repeats them when the adapters are merged
             merged_copy(model)
     except torch.OutOfMemoryError as error:
         raise LayerPruneError(
@@ -133,7 +133,7 @@ def save_adapter(
     name = base_model or base_name(model)
     if not name:
         raise LayerPruneError("Cannot determine the base model. Pass base_model=.")
-    configs["default"].base_model_name_or_path = name  # the record, the card and PEFT's config say it
+    configs["default"].base_model_name_or_path = name  # record, card and PEFT's config name it
     keep_base_known(model)
     save_with_base(model, folder)
     if verify:
@@ -161,11 +161,11 @@ def saving(
         live (`PeftModel`, *optional*): the model whose adapters were merged into `model`, compared as well.
 
     Raises:
-        LayerPruneError: it cannot be saved, or is another model when loaded. It says where the weights are.
+        LayerPruneError: it cannot be saved, or the saved model differs. The error says where the weights are.
     """
     folder = Path(folder)
     if adapter_configs(model):
-        raise LayerPruneError("A PeftModel is no plain model: merge it first, or use save_adapter.")
+        raise LayerPruneError("A PeftModel is not a plain model. Merge it first, or use save_adapter.")
     old_names = legacy_rotary(model.config) if legacy_rope else {}
     try:
         check_writable(folder)
@@ -173,9 +173,9 @@ def saving(
             yield
     except Exception as error:
         rescue = _rescue(model, folder)
-        where = f"All its weights are safe, as they are in memory, in {rescue}."
+        where = f"All weights in memory are safe in {rescue}."
         if rescue is None:
-            where = "There is no room for its bare weights either: they are in memory alone. Save them again."
+            where = "There is no room for the bare weights either. They are only in memory: save them again."
         raise LayerPruneError(
             f"The model cannot be saved as a plain model in {folder}: {one_line(error)} {where}"
         ) from error
@@ -236,7 +236,7 @@ def _put_back_precision(
 ) -> None:
     """Checks that the weights of `again` are those of `model`, rounded to `dtype`, and undoes the rounding.
 
-    The logits of both then compare to the last digits.
+    The logits of both can then be compared exactly.
     """
     if dtype == model.dtype:
         return
@@ -246,8 +246,8 @@ def _put_back_precision(
         rounded = whole.to(_dtype_of(model, name, whole, dtype)).to(tensor.dtype)
         if not torch.allclose(tensor, rounded, rtol=0, atol=0, equal_nan=True):
             raise LayerPruneError(
-                f"What was saved is another model when loaded: {name} is not the weight in memory, rounded "
-                f"to {dtype}. {_ADVICE.format(folder=folder)}"
+                f"The saved model differs from the model in memory: {name} is not the weight in "
+                f"memory, rounded to {dtype}. {_ADVICE.format(folder=folder)}"
             )
     again.load_state_dict(exact)
 
@@ -279,7 +279,7 @@ def check_configs(model: Any) -> None:
         for name, config in configs.items():
             try:
                 config.save_pretrained(folder)
-            except Exception as error:  # whatever it is, the first save would meet it
+            except Exception as error:  # any error here would also stop the first save
                 raise LayerPruneError(
                     f"transformers refuses to save model.{name}: {one_line(error, 600)} Change model.{name} "
                     f"before training, or {name}.json in the folder of the model."
@@ -287,14 +287,14 @@ def check_configs(model: Any) -> None:
 
 
 def _rescue(model: PreTrainedModel, folder: Path) -> Path | None:
-    """Saves the bare weights in `folder`, or else in the temporary folder; returns where, None if they fit in
-    neither."""
+    """Saves the bare weights in `folder`, or in the temporary folder if they do not fit. Returns the folder,
+    None if they fit in neither."""
     for place in (folder, Path(tempfile.gettempdir()) / f"{folder.name}-{os.getpid()}"):
         rescue = place / "rescued.safetensors"
         try:
             place.mkdir(parents=True, exist_ok=True)
             safetensors.torch.save_model(model, str(rescue))
-        except (OSError, safetensors.SafetensorError):  # no room there either
+        except (OSError, safetensors.SafetensorError):  # no room there
             if rescue.is_file():
                 rescue.unlink()
         else:
@@ -314,7 +314,7 @@ def check_reload(model: Any, folder: Path) -> None:
     is_checkpoint = re.fullmatch(PREFIX_CHECKPOINT_DIR + r"-\d+", folder.name)
     if adapter_configs(model):
         active = list(model.active_adapters)
-        if len(active) != 1:  # PEFT saves each by itself, and only together they are this model
+        if len(active) != 1:  # PEFT saves each adapter alone, but the model is the sum of all
             logger.warning(
                 "%d adapters are active (%s). Each is saved in its own folder, so the model is not compared "
                 "with what was saved in %s.",
@@ -333,7 +333,7 @@ def check_reload(model: Any, folder: Path) -> None:
             with undisturbed(model):
                 again = load_pruned_adapter(str(folder), base_model=bare_copy(model))
     except torch.OutOfMemoryError:
-        logger.warning("There is no memory to load what was saved in %s again and check it.", folder)
+        logger.warning("There is no memory to load and check the model saved in %s.", folder)
         clear_device_cache(garbage_collection=True)
         return
     _check_same(model, again, folder)
@@ -354,7 +354,7 @@ def _load_with_base(model: Any, folder: Path) -> Any:
 
 
 def check_saves(model: Any) -> None:
-    """Makes every `save_pretrained` of `model` by a Trainer reload and compare what it saved.
+    """Makes a Trainer's `save_pretrained` of `model` reload and compare the saved model.
 
     The check is a method of this object, like accelerate's `forward`, so that copies of the model have it.
     """
@@ -363,7 +363,7 @@ def check_saves(model: Any) -> None:
 
 @contextmanager
 def _unchecked(model: Any) -> Iterator[None]:
-    """Within this context [`check_saves`] has no effect: the caller checks, or was told not to."""
+    """Switches off [`check_saves`] within this context: the caller checks the model or must not."""
     method = vars(model).get("save_pretrained")
     ours = getattr(method, "__func__", None) is _save_and_check
     if ours:
@@ -381,7 +381,7 @@ def _save_and_check(model: Any, save_directory: str | Path, *args: Any, **kwargs
     save(model, save_directory, *args, **kwargs)
     by_trainer = not args and kwargs.keys() <= {"state_dict", "is_main_process"}
     writes = kwargs.get("is_main_process", True)
-    if by_trainer and writes and not is_sharded(model):  # one process cannot read with a sharded model
+    if by_trainer and writes and not is_sharded(model):  # a sharded model needs all processes to run
         check_reload(model, Path(save_directory))
 
 
@@ -399,10 +399,10 @@ def load_again(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
         with undisturbed(model):  # building a model may draw random numbers
             again, report = cls.from_pretrained(str(folder), output_loading_info=True, **options)
     except Exception as error:
-        raise LayerPruneError(f"What was saved does not load: {one_line(error)} {advice}") from error
+        raise LayerPruneError(f"The saved model does not load: {one_line(error)} {advice}") from error
     wrong = {what: sorted(map(str, names))[:3] for what, names in report.items() if names}
     if wrong:
-        raise LayerPruneError(f"What was saved does not fit its config: {wrong}. {advice}")
+        raise LayerPruneError(f"The saved weights do not fit the config: {wrong}. {advice}")
     again.config.name_or_path = model.config.name_or_path
     return again
 
@@ -421,28 +421,27 @@ def _check_same(model: Any, again: Any, folder: Path, merged: bool = False) -> N
             # accelerate wraps `forward` in autocast and keeps the plain one under this private name. Its
             # public unwrapping changes the model, which is still in training here.
             live = _output(model, tokens, getattr(model, "_original_forward", None))
-            # Merged weights are compared where they are: a GPU may have no room for them.
+            # Merged weights are compared on their device: a GPU may have no room for them.
             saved = _output(again.eval() if merged else again.eval().to(base.device), tokens)
     except torch.OutOfMemoryError:
-        logger.warning("What was saved in %s loads; there is no memory to compare its logits.", folder)
+        logger.warning("The model in %s loads. There is no memory to compare its logits.", folder)
         clear_device_cache(garbage_collection=True)
         return
     except Exception as error:
         raise LayerPruneError(
-            f"The model cannot be compared with what was saved, as it does not read tokens alone: "
-            f"{one_line(error)} If that is right, save it without verify. {_ADVICE.format(folder=folder)}"
+            f"The saved model cannot be compared, as it reads more than tokens: {one_line(error)} "
+            f"To save it without the comparison, set verify=False. {_ADVICE.format(folder=folder)}"
         ) from error
     distance, limit = _distance(live, saved), 1e-3 if base.dtype == torch.float32 else 0.05
     if merged and _is_exact(base):
-        limit = 1e-2  # merging rounds more than once
+        limit = 1e-2  # merging adapters rounds several times
     elif merged:
         distance, limit = _distance(live, saved, torch.median), 0.1
     if not distance <= limit:
         raise LayerPruneError(
-            f"What was saved is another model when loaded: its logits are off by {distance:.2g} of their "
-            "standard deviation. (A model cast by hand, as with .bfloat16(), may be: load it with dtype= "
-            "instead.) "
-            f"{_ADVICE.format(folder=folder)}"
+            f"The saved model differs from the model in memory: its logits are off by {distance:.2g} "
+            "standard deviations. A model that was cast, as by .bfloat16(), may differ: load it with dtype= "
+            f"instead. {_ADVICE.format(folder=folder)}"
         )
 
 
@@ -454,12 +453,12 @@ def _output(model: Any, tokens: torch.Tensor, forward: Any = None) -> torch.Tens
 
 
 def _needs_autocast(base: PreTrainedModel) -> bool:
-    """Returns whether a model runs under autocast alone: FlashAttention takes 16 bits only."""
+    """Returns whether a model runs only under autocast: FlashAttention needs 16-bit inputs."""
     return base.dtype == torch.float32 and _runs_flash_attention(base)
 
 
 def _runs_flash_attention(base: PreTrainedModel) -> bool:
-    """Returns whether a model attends by a kind of FlashAttention."""
+    """Returns whether a model uses FlashAttention."""
     # transformers has no public name for the attention that a model uses.
     return "flash" in str(text_config(base.config)._attn_implementation)
 
@@ -474,7 +473,7 @@ def _distance(live: torch.Tensor, saved: torch.Tensor, summary: Any = torch.max)
 
 
 def _is_exact(base: PreTrainedModel) -> bool:
-    """Returns whether merging adapters changes no more than the last digits of the logits.
+    """Returns whether merging adapters changes only the last digits of the logits.
 
     In bfloat16 it changes some logits by a standard deviation, as rounding of activations does, but the
     median by less than 0.05.

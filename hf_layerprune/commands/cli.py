@@ -1,4 +1,4 @@
-"""hf-layerprune: finds the command, runs it, and turns what goes wrong into one line."""
+"""hf-layerprune: finds and runs a command, and reports errors in one line."""
 
 import logging
 import os
@@ -17,7 +17,7 @@ from .prune import inspect, phases, prune, score
 from .train import cache_teacher, distill, run
 
 
-INTERRUPTED = 128 + signal.SIGINT  # the exit code of a process that Ctrl-C ended
+INTERRUPTED = 128 + signal.SIGINT  # the exit code after Ctrl-C
 
 
 def study(arguments: list[str]) -> None:
@@ -69,7 +69,7 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; return the exit code: 0, 2 after a mistake of the user's, 130 after Ctrl-C."""
+    """Runs a command. Returns the exit code: 0, 2 after an error of the user, 130 after Ctrl-C."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         print("usage: hf-layerprune COMMAND ...\n")
@@ -97,17 +97,17 @@ def main(arguments: list[str] | None = None) -> int:
             raise LayerPruneError(f"There is no command {command!r}. {choose_from(command, COMMANDS)}.")
         with logging_redirect_tqdm():
             COMMANDS[command](rest)
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except LayerPruneError as error:
         print(f"hf-layerprune: error: {name_flags(str(error), flag_names)}", file=sys.stderr)
         return 2
     except (OSError, ImportError) as error:
-        # A file that cannot be written and a package that is missing are the user's to mend, too.
+        # The user can also fix a file that cannot be written and a missing package.
         print(f"hf-layerprune: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"\nhf-layerprune: interrupted. {_how_to_go_on(command, rest)}", file=sys.stderr)
+        print(f"\nhf-layerprune: interrupted. {_how_to_continue(command, rest)}", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -123,15 +123,15 @@ def _quieten_libraries() -> None:
 
 
 class _FlagNames(logging.Formatter):
-    """Names flags in what the library logs, as in its errors."""
+    """Names flags in log messages of the library, as in its errors."""
 
     def format(self, record: logging.LogRecord) -> str:
         message = super().format(record)
         return name_flags(message, flag_names) if record.name.startswith("hf_layerprune") else message
 
 
-def _how_to_go_on(command: str, arguments: list[str]) -> str:
-    """What to do after Ctrl-C, in one sentence."""
+def _how_to_continue(command: str, arguments: list[str]) -> str:
+    """Returns what to do after Ctrl-C, in one sentence."""
     from argparse import ArgumentParser
 
     parser = ArgumentParser(add_help=False)
@@ -143,12 +143,10 @@ def _how_to_go_on(command: str, arguments: list[str]) -> str:
 
         found = last_checkpoint(given.output_dir)
         if found:
-            return f"Its last checkpoint is {found}: add --resume to the command to go on from there."
-        return (
-            "It wrote no checkpoint: give the command again to start anew, with --save_steps to resume later."
-        )
+            return f"Its last checkpoint is {found}: add --resume to the command to continue from it."
+        return "It wrote no checkpoint. Run the command again, with --save_steps to be able to resume."
     if command in ("phases", "cache-teacher", "study") or (command in ("score", "evaluate") and given.json):
-        return "Give the command again to go on."
+        return "Run the command again to continue."
     if command in ("score", "evaluate"):
-        return "Nothing was kept: give the command again, with --json FILE to go on after a stop."
-    return "Nothing was kept: give the command again to start anew."
+        return "Nothing was kept. Run the command again, with --json FILE to be able to continue."
+    return "Nothing was kept. Run the command again."

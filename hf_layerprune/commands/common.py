@@ -1,4 +1,4 @@
-"""What all commands share: parsing, the model and text that they name, JSON files."""
+"""Functions of all commands: parsing, config files, JSON files, the end of a command."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ from .help import HELP_ALL, help_text, help_wanted
 
 OUTPUT_DIR = "trainer_output"  # the Trainer's default
 MODEL = ("MODEL", "Folder or hub id of the model.")
-flag_names: list[str] = []  # of the command that runs
+flag_names: list[str] = []  # of the running command
 
 Command = Callable[[list[str]], None]
 
@@ -30,14 +30,14 @@ def parse(
     """Returns the model name or names of a command line, and one filled dataclass for each of `kinds`.
 
     Args:
-        command (`Callable`): the command's function, whose name and docstring the help shows.
+        command (`Callable`): the function of the command. The help shows its name and docstring.
         arguments (list of `str`): the words after the command's name.
-        kinds (iterable of dataclasses): whose fields are the flags.
+        kinds (iterable of dataclasses): their fields are the flags.
         model, several (`bool`, *optional*): whether the command takes a model, or several.
         positional (`tuple`, *optional*): name and help of another first argument, which the command reads.
 
     Raises:
-        LayerPruneError: a word that the command does not know, or a value that a dataclass refuses.
+        LayerPruneError: an unknown flag, or a value that a dataclass refuses.
         SystemExit: the command line asks for help, which is printed.
     """
     kinds, common = list(kinds), common_flags(arguments)
@@ -46,7 +46,7 @@ def parse(
         whole = not {*HELP_ALL}.isdisjoint(arguments)
         print(help_text(command, actions, positional or (MODEL if model else None), whole))
         raise SystemExit(0)
-    # Before the parser knows the names of flags: errors in a file name fields.
+    # Before the parser knows the flags: errors in a file name fields, not flags.
     config = read_config(common.config, kinds, model, several) if common.config else {}
     parser = _parser(command, kinds)
     if model:
@@ -95,7 +95,7 @@ def read_config(
 
 
 def save_config(path: str, values: dict[str, Any]) -> None:
-    """Writes the values that are given to a YAML file, and ends the command.
+    """Writes the given values to a YAML file, and ends the command.
 
     Raises:
         SystemExit: always, with code 0.
@@ -114,7 +114,7 @@ def parse_given(
         command, arguments, kinds, model, several: see [`parse`].
 
     Raises:
-        LayerPruneError: a word that the command does not know.
+        LayerPruneError: an unknown flag.
     """
     parser = _parser(command, list(kinds), only_given=True)
     if model:
@@ -133,7 +133,7 @@ def _parser(command: Command, kinds: list[Any], only_given: bool = False) -> Any
         def error(self, message: str) -> Any:
             unknown = message.removeprefix("unrecognized arguments: ")
             if unknown == message:
-                raise LayerPruneError(f"{message} (see hf-layerprune {name} --help)")
+                raise LayerPruneError(f"{message}. See hf-layerprune {name} --help.")
             advice = f"See hf-layerprune {name} --help."
             flags = [word.partition("=")[0] for word in unknown.split() if word.startswith("-")]
             if not flags:
@@ -159,13 +159,13 @@ def write_json(path: str, values: Any) -> None:
 
 
 def finish(name: str, tokenizer: Any, record: dict[str, Any], output_dir: str) -> None:
-    """Writes beside a saved model its tokenizer, the files of its processor, and the card; prints the table.
+    """Writes tokenizer, processor files and card beside a saved model, and prints the table.
 
     Args:
         name (`str`): folder or hub id of the original model.
         tokenizer (`PreTrainedTokenizerBase`): of the model.
-        record (`dict`): of the run.
-        output_dir (`str`): where the model is.
+        record (`dict`): the record of the run.
+        output_dir (`str`): the folder of the model.
     """
     from ..checkpoints.loading import copy_companions
     from ..reports.card import write_card

@@ -23,14 +23,14 @@ def add_common_flags(parser: Any) -> None:
 
 
 def common_flags(arguments: list[str]) -> Any:
-    """Returns what a command line says of the flags that every command has, without reading the others."""
+    """Returns the values of the flags that every command has, without reading the others."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     add_common_flags(parser)
     return parser.parse_known_args(arguments)[0]
 
 
 def write_config(path: str, values: Mapping[str, Any]) -> None:
-    """Writes values of flags to a YAML file, and says so."""
+    """Writes values of flags to a YAML file, and prints its name."""
     import yaml
 
     plain = {name: _plain(value) for name, value in values.items()}

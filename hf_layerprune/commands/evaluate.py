@@ -38,7 +38,7 @@ def evaluate(arguments: list[str]) -> None:
     compare_models(results)
     for task, _, file in (task.partition("=") for task in output.tasks):
         for found in results.values():
-            if task in found["tasks"]:  # lm-eval lists the members of a group instead
+            if task in found["tasks"]:  # for a group, lm-eval lists its members
                 found["tasks"][task]["source"] = "/".join(Path(file).parts[-2:]) or None
     print(markdown_table(evaluation_rows(results)))
     if output.json:
@@ -46,10 +46,10 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def _check_tasks(data: list[Path], output: EvaluateArguments) -> None:
-    """Checks that there is something to measure, and each task once.
+    """Checks that there is something to measure, and that no task is repeated.
 
     Raises:
-        LayerPruneError: there is not.
+        LayerPruneError: there is nothing to measure, or a task is repeated.
     """
     if not data and not output.tasks:
         raise LayerPruneError("There is nothing to measure: give a text with --data, or --tasks, or both.")
@@ -62,22 +62,22 @@ def _check_tasks(data: list[Path], output: EvaluateArguments) -> None:
 
 
 def _can_go_on(output: EvaluateArguments) -> bool:
-    """Returns whether the results file may hold results to take over. lm-eval reads files of its own."""
+    """Returns whether the results file may hold results to reuse. Results of lm-eval are not reused."""
     return output.json is not None and Path(output.json).exists() and not output.lm_eval
 
 
 class _Measurement:
-    """Texts, questions and tokenizers of an evaluation, read before any weights are loaded.
+    """Reads texts, questions and tokenizers of an evaluation before any weights are loaded.
 
     Args:
         names (list of `str`): folders or hub ids of the models.
         source ([`ModelArguments`]): how they are loaded.
         data (list of `Path`): sources of text.
-        form ([`TextArguments`], [`SequenceArguments`]): how it is read, and how it is cut.
+        form ([`TextArguments`], [`SequenceArguments`]): how the text is read and becomes sequences.
         output ([`EvaluateArguments`]): what is measured.
 
     Raises:
-        LayerPruneError: a model, a text or a task is not there.
+        LayerPruneError: there is no such model, text or task.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class _Measurement:
                 )
 
     def of(self, name: str, earlier: dict[str, Any]) -> dict[str, Any]:
-        """Returns the results of one model: those of an earlier call where nothing has changed since."""
+        """Returns the results of one model, from an earlier call if nothing has changed."""
         from ..data.batches import make_batches
         from ..evaluation.evaluate import evaluate_model
         from ..recipes.inputs import load_on_device
@@ -179,7 +179,7 @@ def _evaluation_of(folder: str, evaluation: str) -> dict[str, Any]:
             f"{evaluation} is of {names}, not of {name}: evaluate the dense model first, and this one."
         )
     if "tasks" in found and "difference" not in found:
-        raise LayerPruneError(f"{evaluation} was not finished: call evaluate again, which goes on.")
+        raise LayerPruneError(f"{evaluation} was not finished. Run evaluate again to continue.")
     for one in (dense, found):
         for task in one.get("tasks", {}).values():
             task.pop("perplexities", None)
@@ -187,10 +187,10 @@ def _evaluation_of(folder: str, evaluation: str) -> dict[str, Any]:
 
 
 def _read_json(path: str) -> dict[str, Any]:
-    """Returns what `evaluate --json` wrote.
+    """Returns the results that `evaluate --json` wrote.
 
     Raises:
-        LayerPruneError: the file holds something else.
+        LayerPruneError: the file holds no such results.
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))

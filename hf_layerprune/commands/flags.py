@@ -1,4 +1,4 @@
-"""Flags that only the command line has. Each field is a flag."""
+"""Flags of the command line that are no settings. Each field is a flag."""
 
 import re
 from collections.abc import Iterable
@@ -8,18 +8,18 @@ from pathlib import Path
 from ..recipes.arguments import DATA_HELP
 
 
-# Arguments in Python that a command calls otherwise.
+# Arguments in Python that have another name as a flag.
 OTHER_NAMES = {"teacher_model": "teacher"}
 
 
 def name_flags(message: str, names: Iterable[str]) -> str:
-    """Returns a message of the library as a user of the command line reads it: `--max_steps` for max_steps,
-    `--trainable all` for trainable='all'.
+    """Returns a message with arguments written as flags: `--max_steps` for max_steps, `--trainable all` for
+    trainable='all'.
 
     Args:
-        message (`str`): what went wrong.
-        names (iterable of `str`): of the command's flags, without dashes. One that is also a word of English
-            is replaced only where the message begins with it, or gives it a value.
+        message (`str`): a message of the library.
+        names (iterable of `str`): names of the command's flags, without dashes. A name without an underscore
+        is replaced only at the beginning of the message, or with a value.
     """
     flags = {name: f"--{name}" for name in names}
     flags |= {
@@ -48,7 +48,7 @@ def name_flags(message: str, names: Iterable[str]) -> str:
 
 @dataclass
 class DataArguments:
-    """Which text is read."""
+    """The text to read."""
 
     data: list[str] = field(metadata={"help": DATA_HELP})
 
@@ -60,7 +60,7 @@ class DataArguments:
 
 @dataclass
 class OptionalDataArguments:
-    """Which text `evaluate` reads, if any."""
+    """The text that `evaluate` reads, if any."""
 
     data: list[str] | None = field(
         default=None,
@@ -127,7 +127,7 @@ class TeacherArguments:
 
 @dataclass
 class PlanArguments:
-    """For which device `plan` plans."""
+    """The device of `plan`."""
 
     device: str | None = field(
         default=None,
@@ -140,7 +140,7 @@ class PlanArguments:
 
 @dataclass
 class ResumeArguments:
-    """How `distill` and `run` go on after a stop."""
+    """Resuming of `distill` and `run`."""
 
     resume: bool = field(
         default=False, metadata={"help": "Continue from the last whole checkpoint in output_dir."}
@@ -198,7 +198,7 @@ class EvaluateArguments:
 
 @dataclass
 class CardArguments:
-    """What is said in a model card."""
+    """Contents of a model card."""
 
     evaluation: str | None = field(
         default=None,

@@ -1,6 +1,6 @@
 """`optimum-cli layerprune ...`: the same commands inside optimum's command line.
 
-At build this file is copied to optimum/commands/register, where optimum looks for commands of others.
+The build copies this file to optimum/commands/register, where optimum finds commands of other packages.
 """
 
 from argparse import REMAINDER, ArgumentParser
@@ -9,7 +9,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 
 class LayerPruneCommand(BaseOptimumCLICommand):
-    """Hands what follows `layerprune` to `hf-layerprune` as it is."""
+    """Passes the words after `layerprune` to `hf-layerprune`."""
 
     COMMAND = CommandInfo(name="layerprune", help="Make a causal language model shallower (hf-layerprune).")
 

@@ -1,4 +1,4 @@
-"""The command plan: memory, FLOPs and time of a run, from the config alone."""
+"""The command `plan`: memory, FLOPs and time of a run, from the config alone."""
 
 from typing import Any
 
@@ -65,7 +65,7 @@ def _meta_model(name: str, source: ModelArguments, lora_rank: int | None) -> Any
     """Returns the model without weights, in the dtype of training, with its adapters.
 
     Raises:
-        LayerPruneError: the model cannot be trained so, or its quantised size is asked for.
+        LayerPruneError: the model cannot be trained with these settings, or is to be quantised.
     """
     import torch
 
@@ -91,8 +91,8 @@ def _meta_model(name: str, source: ModelArguments, lora_rank: int | None) -> Any
 
 
 def _settings(args: Any, weight_bytes: int, teacher: TeacherArguments) -> Any:
-    """Returns what decides the memory of a run. Adapters share the teacher's weights, and a folder of cached
-    logits needs no teacher. Any other teacher is taken to be as large as the model."""
+    """Returns the settings that decide the memory of a run. Adapters share the teacher's weights, and cached
+    logits need no teacher. Any other teacher is assumed to be as large as the model."""
     from pathlib import Path
 
     from ..distillation.plan import TrainingSettings
@@ -113,12 +113,12 @@ def _settings(args: Any, weight_bytes: int, teacher: TeacherArguments) -> Any:
 
 
 def _duration(seconds: float) -> str:
-    """Returns a time as people write it."""
+    """Returns a time as text."""
     if seconds < 120:
         return f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
 
 
 def _count(parameters: int) -> str:
-    """Returns a number of parameters as people write it: 3.09B or 134.5M."""
+    """Returns a number of parameters as text, such as 3.09B or 134.5M."""
     return f"{parameters / 1e9:.2f}B" if parameters >= 1e9 else f"{parameters / 1e6:.1f}M"

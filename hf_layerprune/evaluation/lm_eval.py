@@ -64,7 +64,9 @@ def known_tasks(tasks: Sequence[str]) -> Any:
     manager = TaskManager()
     parts = [task.partition("=") for task in tasks]
     if unknown := [name for name, _, _ in parts if name not in manager.all_tasks]:
-        raise LayerPruneError(f"lm-eval has no task {', '.join(unknown)}: `lm-eval ls tasks` lists its own.")
+        raise LayerPruneError(
+            f"lm-eval has no task {', '.join(unknown)}. List its tasks with `lm-eval ls tasks`."
+        )
     if missing := [file for _, _, file in parts if file and not Path(file).is_file()]:
         raise LayerPruneError(f"No such file: {missing[0]}")
     return manager
@@ -83,7 +85,7 @@ def lm_eval_samples(
     from lm_eval.models.huggingface import HFLM
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # lm-eval takes other settings for a task that it knows only inside a group.
+    # lm-eval accepts changed settings of a known task only inside a group.
     group: Any = {"group": "layerprune", "task": [_settings(task) for task in tasks]}
     with undisturbed(model):
         found = simple_evaluate(

@@ -17,7 +17,7 @@ from ..surgery.decoder import text_config
 from ..surgery.peft import base_of
 
 
-PACKING = ("eager", "sdpa")  # attention that takes a mask for each pair of tokens
+PACKING = ("eager", "sdpa")  # attention implementations that accept a mask for each pair of tokens
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class MultipleChoice:
     """A task for `criterion="task"`: the share of questions that a model answers right.
 
     The choices of a question stand in one row behind their context, and an attention mask separates them. The
-    context is so read once. For models without such masks, each choice gets a row of its own. Questions of
+    context is read once. For models without such masks, each choice gets a row of its own. Questions of
     similar length share a batch. The order of batches is random.
 
     Args:
@@ -250,7 +250,7 @@ def _encode(question: Question, tokenizer: PreTrainedTokenizerBase, normalize: b
         return start + tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     context = question.context.rstrip()
-    space = question.context[len(context) :]  # goes with the choice, as tokens hold the space before a word
+    space = question.context[len(context) :]  # part of the choice: tokens begin with the space
     if not start and not context:
         first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if first is None:
@@ -280,7 +280,7 @@ def _packed(questions: Sequence[_Encoded], model: PreTrainedModel) -> Choices:
     length = max(question.packed_length for question in questions)
     ids = torch.zeros((len(questions), length), dtype=torch.long)
     positions = torch.zeros_like(ids)
-    seen = torch.eye(length, dtype=torch.bool).repeat(len(questions), 1, 1)  # padding sees itself
+    seen = torch.eye(length, dtype=torch.bool).repeat(len(questions), 1, 1)  # padding attends to itself
     places, targets, owners = [], [], []
     choice = 0
     for row, question in enumerate(questions):
@@ -306,8 +306,7 @@ def _packed(questions: Sequence[_Encoded], model: PreTrainedModel) -> Choices:
 
 
 def _in_rows(questions: Sequence[_Encoded], model: PreTrainedModel) -> Choices:
-    """Returns a batch of one row per choice, with its context. Padding on the right is not seen by tokens
-    before it."""
+    """Returns a batch of one row per choice, with its context, padded on the right."""
     rows = [question.shared + rest for question in questions for rest in question.rests]
     ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
     places, targets, owners = [], [], []
@@ -343,8 +342,8 @@ def _choices(
 def _can_pack(lm_head: ChunkedLMHead, question: _Encoded) -> bool:
     """Returns whether the model gives the same states for a question in one row as for each choice alone.
 
-    Other kinds of attention than [`PACKING`] take no such mask: FlashAttention reads it as lengths, which on
-    a GPU ends the process.
+    Attention implementations outside [`PACKING`] accept no such mask: FlashAttention takes it for lengths,
+    which ends the process on a GPU.
     """
     # transformers has no public name for the attention that a model uses.
     if text_config(base_of(lm_head.model).config)._attn_implementation not in PACKING:
@@ -354,7 +353,7 @@ def _can_pack(lm_head: ChunkedLMHead, question: _Encoded) -> bool:
         batch = build([question], lm_head.model)
         try:
             found.append(lm_head.states(batch.inputs)[tuple(batch.places)].float())
-        except Exception:  # a model that takes no such mask, or no positions
+        except Exception:  # the model accepts no such mask, or no positions
             return False
     packed, alone = found
     error = float((packed - alone).norm() / alone.norm())

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..data.sources import load_rows
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, choose_from
 from .multiple_choice import Question
 
 
@@ -15,12 +15,12 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """A task: where its rows are, and how each becomes a question.
+    """A task: its rows, and how a row becomes a question.
 
     Args:
         dataset (`str`): id of the data set on the hub.
         config (`str` or `None`): its configuration.
-        split (`str`): the split that is asked.
+        split (`str`): the split of the questions.
         question (`Callable`): makes a question of a row.
         normalize (`bool`): whether log-likelihoods count per character (lm-eval's `acc_norm`, else `acc`).
     """
@@ -87,7 +87,7 @@ TASKS = {
     "lambada_openai": Task("EleutherAI/lambada_openai", "default", "test", last_word, False),
     "sciq": Task("allenai/sciq", None, "test", sciq, False),
     "boolq": Task("aps/super_glue", "boolq", "validation", boolq, False),
-    "questions": Task("", None, "", own, True),  # of the user's file, with context, choices and answer
+    "questions": Task("", None, "", own, True),  # the user's own file, with context, choices and answer
 }
 
 
@@ -100,8 +100,8 @@ def split_name(task: str) -> tuple[str, str | None]:
     name, _, file = task.partition("=")
     if name not in TASKS:
         raise LayerPruneError(
-            f"There is no task {name!r} built in, only {', '.join(TASKS)}. lm-eval has many more: add "
-            "--lm_eval True to read the tasks through it."
+            f"There is no task {name!r} built in. {choose_from(name, TASKS)}, or add --lm_eval True for the "
+            "tasks of lm-eval."
         )
     if not file and not TASKS[name].dataset:
         raise LayerPruneError(f"{name} has no data set on the hub. Give a file with its rows: {name}=FILE.")

@@ -19,14 +19,14 @@ from ..surgery.layer_stack import LayerStack
 from ..surgery.peft import base_of
 
 
-# The key of "the last hidden state": what the output head reads, after the final norm.
+# The key of the last hidden state: the input of the LM head, after the final norm.
 LAST = -1
 
 
 @contextmanager
 def undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    """Within this context `model` is in eval mode without gradients; afterwards its modules' modes and
-    the random states of torch, numpy and Python are as before, also when it is left by an error."""
+    """Puts `model` in eval mode without gradients within this context. Afterwards the modes of its modules
+    and the random states of torch, numpy and Python are restored, also after an error."""
     modes = [(module, module.training) for module in model.modules()]
     states = random.getstate(), np.random.get_state()
     try:
@@ -47,7 +47,7 @@ def recomputes_activations(model: nn.Module) -> bool:
 
 @contextmanager
 def activations_kept(model: nn.Module) -> Iterator[None]:
-    """Within this context activation checkpointing is off in `model`."""
+    """Switches off activation checkpointing in `model` within this context."""
     modules: list[Any] = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     for module in modules:
         module.gradient_checkpointing = False
@@ -60,8 +60,7 @@ def activations_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def captured(model: Any, layers: Iterable[int]) -> Iterator[dict[int, tuple[Any, Any]]]:
-    """Within this context a forward pass of `model` fills the dict with the first input and the output of
-    each layer.
+    """Fills the dict with the first input and the output of each layer in each forward pass of `model`.
 
     The first input is the hidden state `(batch, length, hidden)`. The output is what the layer returned (see
     [`hidden`]). For [`~hf_layerprune.forward.hooks.LAST`] both are the last hidden state.
@@ -95,7 +94,7 @@ def captured(model: Any, layers: Iterable[int]) -> Iterator[dict[int, tuple[Any,
 
 @contextmanager
 def replayed(model: Any, outputs: Sequence[Any]) -> Iterator[None]:
-    """Within this context the first layers compute nothing: they return these outputs again.
+    """Makes the first layers return these outputs within this context, without computing them.
 
     Args:
         model (`PreTrainedModel`, `PeftModel` or [`LayerStack`]): the model.
@@ -108,7 +107,7 @@ def replayed(model: Any, outputs: Sequence[Any]) -> Iterator[None]:
 
 
 def can_replay(model: Any, input_ids: torch.Tensor, deepest: int) -> bool:
-    """Whether the output stays the same to the bit when the first layers only return their earlier outputs.
+    """Returns whether the output stays the same bit for bit when the first layers are replayed.
 
     Args:
         model (`PreTrainedModel`, `PeftModel` or [`LayerStack`]): the model.
@@ -124,7 +123,7 @@ def can_replay(model: Any, input_ids: torch.Tensor, deepest: int) -> bool:
         with replayed(stack, outputs[:count]):
             try:
                 output = compared_output(stack.model, input_ids)
-            except Exception:  # a layer missed what an earlier one should have left for it
+            except Exception:  # a later layer needs more than the outputs of the earlier layers
                 return False
         if not torch.allclose(output, expected, rtol=0, atol=0, equal_nan=True):
             return False
@@ -145,8 +144,8 @@ def check_all_ran(states: Collection[int], layers: Iterable[int]) -> None:
     idle = [layer for layer in layers if layer not in states]
     if idle:
         raise LayerPruneError(
-            f"Layers {idle} did not run on the calibration data (they may look at pictures), so it says "
-            "nothing of them: this model cannot be scored with text."
+            f"Layers {idle} did not run on the calibration data. They may read images only. This model "
+            "cannot be scored with text."
         )
 
 
@@ -156,7 +155,7 @@ def _give(output: Any, *args: Any, **kwargs: Any) -> Any:
 
 @contextmanager
 def running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within this context `module` runs `forward` in place of its own."""
+    """Replaces the forward of `module` by `forward` within this context."""
     attributes = vars(module)
     had = attributes.get("forward")
     attributes["forward"] = forward
@@ -190,6 +189,6 @@ def _floating_tensors(output: ModelOutput) -> list[torch.Tensor]:
 
 
 def cache_off(module: nn.Module) -> dict[str, Any]:
-    """Returns the argument of a forward pass without a key/value cache; none if the model has no cache."""
+    """Returns the argument that switches off the key/value cache, an empty dict if the model has none."""
     reads = inspect.signature(type(module).forward).parameters
     return {"use_cache": False} if "use_cache" in reads or predicts_next_token(module) else {}

@@ -1,5 +1,5 @@
-"""Last hidden states of a model, and their logits chunk by chunk, so that memory does not grow with length
-times vocabulary."""
+"""Last hidden states of a model, and their logits in chunks, so that memory does not grow with length times
+vocabulary."""
 
 import inspect
 from collections.abc import Iterator
@@ -19,17 +19,15 @@ from .token_losses import joined, logit_spread, sum_by_unit, sum_dtype
 
 
 LOGITS_PER_CHUNK = 2**25  # logits computed at once
-ROWS = 16  # positions whose probabilities a CPU computes at once: so few stay in its cache
+ROWS = 16  # positions whose probabilities a CPU computes at once: they fit its cache
 
 
 class ChunkedLMHead:
-    """Computes the last hidden states of one model, and the logits of a chunk of them at a time, also while
-    layers are missing from the model.
+    """Computes the last hidden states of a model and their logits in chunks, also while layers are removed.
 
-    Logits are computed by the model's own forward. The part before the LM head returns the given states, so
-    that all that the model does to logits (bias, scale, soft cap) is done. Where that does not give the
-    model's logits, all logits are computed at once and take the place of the states. A model without a
-    language-model head has states only.
+    Logits are computed by the model's own forward. The part before the LM head is replaced by the given
+    states, so that bias, scale and soft cap of the logits are applied. If this does not reproduce the model's
+    logits, all logits are computed at once instead. A model without a language-model head has states only.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): a model of text, in eval mode while this is made.
@@ -56,11 +54,11 @@ class ChunkedLMHead:
         whole = model(input_ids=input_ids, use_cache=False).logits
         try:
             chunked = self.head(self.states({"input_ids": input_ids})[0])[None]
-        except Exception:  # a model that is put together in another way
+        except Exception:  # a model with another structure
             self.is_chunked = False
         else:
             scale = logit_spread(whole)
-            # In float32: under mixed precision accelerate makes only the whole model's logits so.
+            # In float32: under mixed precision accelerate converts only the logits of the whole model.
             self.is_chunked &= chunked.shape == whole.shape and torch.allclose(
                 chunked.float(), whole.float(), rtol=0, atol=0.05 * scale, equal_nan=True
             )
@@ -103,7 +101,7 @@ class ChunkedLMHead:
     def _check_text_alone(self, input_ids: torch.Tensor) -> None:
         try:
             self._body_states({"input_ids": input_ids})
-        except Exception as error:  # whatever else it reads
+        except Exception as error:  # an error of any kind
             raise LayerPruneError(
                 f"{describe_class(self._inner)} cannot be scored with text: it does not read tokens alone or "
                 f"has no last hidden state ({' '.join(str(error).split())[:200]})."
@@ -129,8 +127,8 @@ class ChunkedLMHead:
 
     @contextmanager
     def cast_once(self) -> Iterator[None]:
-        """Within this context autocast casts the weight of a plain LM head once, not in each call of
-        [`ChunkedLMHead.head`]. Gradients are then those of its [`ChunkedLMHead.stand_in`]."""
+        """Casts the weight of a plain LM head once within this context, not in each call of
+        [`ChunkedLMHead.head`]. Its gradients are those of [`ChunkedLMHead.stand_in`]."""
         module: Any = self._inner.get_output_embeddings()
         if not self.is_chunked or type(module) is not nn.Linear:
             yield
@@ -166,8 +164,8 @@ class ChunkedLMHead:
 
     @property
     def rows_at_once(self) -> int:
-        """The positions whose logits [`ChunkedLMHead.rows`] yields at once: on a CPU as many as stay in its
-        cache, elsewhere, where each call has its price, a whole chunk."""
+        """The number of positions whose logits [`ChunkedLMHead.rows`] yields at once: few on a CPU, so that
+        they fit its cache, otherwise a whole chunk."""
         return ROWS if self.model.device.type == "cpu" else self._chunk_size
 
     @property
@@ -177,17 +175,17 @@ class ChunkedLMHead:
 
 
 def balances_routers(model: Any) -> bool:
-    """Whether the loss that `model` itself computes has a term that balances its experts."""
+    """Returns whether the loss of `model` itself includes a load-balancing loss of its experts."""
     return bool(getattr(text_config(base_of(model).config), "output_router_logits", False))
 
 
 @contextmanager
 def router_losses(model: Any) -> Iterator[list[tuple[float, torch.Tensor]]]:
-    """Within this context a forward pass of a mixture of experts with `output_router_logits=True` appends the
-    weight and the value of the balancing loss that it adds to its own loss.
+    """Collects the weight and the value of the load-balancing loss in each forward pass of a mixture of
+    experts with `output_router_logits=True`.
 
     Raises:
-        LayerPruneError: the weight is under no name that is known.
+        LayerPruneError: the config has no known field for the weight.
     """
     inner: Any = base_of(model)
     losses: list[tuple[float, torch.Tensor]] = []
@@ -206,7 +204,7 @@ def router_losses(model: Any) -> Iterator[list[tuple[float, torch.Tensor]]]:
 
 
 def _router_weight(model: Any) -> float:
-    for place in (model, text_config(model.config)):  # the model's own forward reads either
+    for place in (model, text_config(model.config)):  # the model's own forward accepts both
         for name in ("router_aux_loss_coef", "aux_loss_coef"):
             if isinstance(getattr(place, name, None), (int, float)):
                 return float(getattr(place, name))
@@ -217,7 +215,7 @@ def _router_weight(model: Any) -> float:
 
 
 class _StandingStill:
-    """The output of the part before the LM head: its states, and nothing else."""
+    """The output of the part before the LM head, with its states alone."""
 
     def __init__(self, states: torch.Tensor) -> None:
         self.last_hidden_state = states
@@ -234,7 +232,7 @@ def unit_losses(lm_head: ChunkedLMHead, batch: Batch) -> torch.Tensor:
     mask, tokens = targets_of(batch)
     logits = lm_head.rows(lm_head.states(batch)[:, :-1][mask])
     targets = tokens[:, 1:][mask].split(lm_head.rows_at_once)
-    # Without positions there is one empty part of targets, and none of logits.
+    # Without positions there is one empty chunk of targets, and no chunk of logits.
     losses = [
         F.cross_entropy(rows.float(), tokens_after.long(), reduction="none").to(sum_dtype(mask.device))
         for rows, tokens_after in zip(logits, targets, strict=bool(len(targets[0])))

@@ -9,8 +9,8 @@ LOWEST = -1e4
 WITHOUT_FLOAT64 = ("mps",)
 DIVERGENCES = ("kl", "reverse_kl", "jsd")
 HIDDEN_ERRORS = ("mse", "normalized_mse", "cosine")
-# Logits below this are no predictions, but masks of tokens that can never be said: -inf, or the smallest
-# finite float. They are taken to lie so far below the others that their probability is 0: 0 times this is 0.
+# Logits below this mask tokens that can never be predicted: -inf, or the smallest finite float. They get a
+# finite value with probability 0, so that 0 times the value is 0.
 MASKED = -1e30
 
 
@@ -33,7 +33,7 @@ def sum_by_unit(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 
 def joined(parts: list[torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
-    """Returns the values of all parts; there may be none."""
+    """Returns the values of all parts as one tensor, empty if there are no parts."""
     return torch.cat(parts) if parts else torch.zeros(0, dtype=sum_dtype(mask.device), device=mask.device)
 
 
@@ -50,7 +50,7 @@ def scaled_logits(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tenso
     tokens lie [`LOWEST`] from the largest or further, which leaves the softmax as it is."""
     scaled = logits.float() / temperature
     if scaled.device.type == "cpu" and not (scaled.numel() and scaled.detach().amin() < MASKED):
-        return scaled  # most models mask nothing, and there each further pass over the logits is felt
+        return scaled  # most models mask no token, and each further pass over the logits costs time
     most = scaled.detach().amax(-1, keepdim=True)
     return torch.where(scaled < MASKED, most - most.abs() + LOWEST, scaled)
 

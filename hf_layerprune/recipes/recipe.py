@@ -115,7 +115,7 @@ def read_recipe(recipe: str | Path) -> dict[str, Any]:
             of `RECIPE_KINDS`.
 
     Raises:
-        LayerPruneError: there is no such recipe, it is no plain YAML, or a field or a value is wrong.
+        LayerPruneError: there is no such recipe, it is not plain YAML, or a field or a value is wrong.
     """
     path = SHIPPED / f"{recipe}.yaml" if recipe in shipped_recipes() else Path(recipe)
     if not path.is_file():
@@ -128,14 +128,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Returns the values of a YAML file that are not null.
 
     Raises:
-        LayerPruneError: there is no such file, or it is no mapping in plain YAML.
+        LayerPruneError: there is no such file, or it is not a mapping in plain YAML.
     """
     if not path.is_file():
         raise LayerPruneError(f"No such file: {path}. Give a YAML file of lines `field: value`.")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise LayerPruneError(f"{path} is no plain YAML: {' '.join(str(error).split())}") from error
+        raise LayerPruneError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise LayerPruneError(f"{path} is no recipe: it must be lines of `field: value`.")
     return {name: value for name, value in values.items() if value is not None}

@@ -43,11 +43,11 @@ def write_card(
     """Writes the model card (README.md) and the pictures in it into `folder`.
 
     Args:
-        record (`dict`): of the run that made the model.
-        folder (`Path`): of the model, or of its adapters.
+        record (`dict`): the record of the run.
+        folder (`Path`): the folder of the model or of its adapters.
         repository (`str`, *optional*): hub id that the model is pushed to.
-        language, license, tags, model_name, finetuned_from, dataset, others: what
-            [`~transformers.Trainer.push_to_hub`] hands to a model card; `others` have no place in ours.
+        language, license, tags, model_name, finetuned_from, dataset, others: arguments that
+        [`~transformers.Trainer.push_to_hub`] passes to a model card. `others` are ignored.
     """
     model = record["model"]
     base = finetuned_from or model["name"] or f"A model of type {model['model_type']}"
@@ -91,7 +91,7 @@ def write_card(
 
 
 def _tables(record: Record, base: str, name: str) -> dict[str, Any]:
-    """Returns the tables of a card and what a reader has to know of them, as the template names them."""
+    """Returns the tables of a card and their explanations, by their names in the template."""
     table, texts, candidates = table_rows(record), text_rows(record), candidate_rows(record)
     tables = {
         "table": markdown_table(table),
@@ -116,7 +116,7 @@ def _tables(record: Record, base: str, name: str) -> dict[str, Any]:
 
 
 def _held_out_results(record: Record) -> list[EvalResult]:
-    """Returns what the run measured of its final model, as the hub lists results."""
+    """Returns the evaluation of the final model by the run, in the format of the hub."""
     _, qualities, _ = qualities_of(record)
     final: dict[str, Any] = next(filter(None, reversed(qualities[-1])), {}) if qualities else {}
     return [
@@ -133,7 +133,7 @@ def _held_out_results(record: Record) -> list[EvalResult]:
 
 
 def _task_results(record: Record) -> list[EvalResult]:
-    """Returns the accuracies in tasks of [`evaluate_model`], as the hub lists results."""
+    """Returns the task accuracies of [`evaluate_model`], in the format of the hub."""
     evaluation = record.get("evaluation")
     results = []
     for task, found in evaluation["model"].get("tasks", {}).items() if evaluation else ():
@@ -181,7 +181,7 @@ def _explanations(text: str, model: Mapping[str, Any], rows: Sequence[str]) -> l
     return said
 
 
-# How a class of models is loaded, and what the hub calls what it does, by the end of its name.
+# The auto class and the hub's task name for a class of models, by the end of its name.
 _AUTO_CLASSES = {
     "ForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
     "ForTokenClassification": ("AutoModelForTokenClassification", "token-classification"),
@@ -195,7 +195,7 @@ _AUTO_CLASSES = {
 
 
 def _how_to_load(folder: Path) -> tuple[str, str]:
-    """The auto class that loads the model in `folder`, and the hub's name of its task."""
+    """Returns the auto class that loads the model in `folder`, and the hub's name of its task."""
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     named = (config.get("architectures") or [""])[0]

@@ -1,4 +1,4 @@
-"""Pictures from the record of a run: scores, quality against depth, losses."""
+"""Plots from the record of a run: layer scores, quality by number of layers, losses."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -78,7 +78,7 @@ def plot_record(record: Record, folder: Path) -> dict[str, str]:
         for name in names
     }
     curves = {name: points for name, points in curves.items() if len(points) > 1}
-    if len(curves) == 2:  # the loss, and the only part of it
+    if len(curves) == 2:  # the loss, and its only term
         curves = {"loss": curves["loss"]} if "loss" in curves else curves
     if curves:
         plot_lines(curves, folder / "losses.png", "step", "training loss", False, removal_marks(record))
@@ -115,7 +115,7 @@ def plot_phases(tables: list[ScoreTable], path: str | Path) -> None:
     size = (max(6.0, 0.28 * width), max(2.2, 1.5 + 0.25 * len(tables)))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
-    threshold = float(np.nanmedian(np.abs(grid))) or 1.0  # most scores are alike, a few very large
+    threshold = float(np.nanmedian(np.abs(grid))) or 1.0  # most scores are similar, a few are very large
     picture = axes.imshow(grid, aspect="auto", cmap="viridis", norm=SymLogNorm(threshold))
     figure.colorbar(picture, label=CRITERIA[tables[0].criterion].unit)
     chosen = [table.kept[table.ranking()[0]] for table in tables]
@@ -150,7 +150,7 @@ def plot_lines(
     axes.set_ylabel(y)
     if all(isinstance(place, int) for points in lines.values() for place, _ in points):
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if log:  # but for those that are not above zero
+    if log:  # linear near zero
         heights = [abs(height) for points in lines.values() for _, height in points]
         axes.set_yscale("symlog", linthresh=statistics.median(heights) or 1.0)
     for place, what in marks:

@@ -1,4 +1,4 @@
-"""The record that a run leaves: settings, versions, every score table, removal and evaluation."""
+"""The record of a run: settings, versions, every score table, removal and evaluation."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from .machine import surroundings
 logger = logging.getLogger(__name__)
 
 RECORD_NAME = "layer_pruning.json"
-# The method of a run, by how the pruned model is trained.
+# The method of a run, by the training of the pruned model.
 DISTILLED = {
     "name": "Iterative Layer-wise Distillation",
     "url": "https://arxiv.org/abs/2511.05085",
@@ -53,10 +53,12 @@ class Removal:
     """A layer that was removed.
 
     Args:
-        layer (`int`): its index in the model at that time.
+        layer (`int`): its index in the model before the removal.
         original (`int`): its index in the original model.
-        score (`float`, *optional*): its score; of several layers that go together, the first has the score.
-        table ([`ScoreTable`], *optional*): the scores by which it was chosen; the first of several has them.
+        score (`float`, *optional*): its score. If several layers are removed together, only the first has
+        one.
+        table ([`ScoreTable`], *optional*): the scores by which it was chosen. If several layers are removed
+        together, only the first has it.
     """
 
     layer: int
@@ -71,7 +73,7 @@ class Removal:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Removal":
-        """Returns the removal that [`~Removal.to_dict`] gave."""
+        """Returns the removal of the values of [`~Removal.to_dict`]."""
         table = values.get("table")
         return cls(**{**values, "table": None if table is None else ScoreTable.from_dict(table)})
 
@@ -116,7 +118,7 @@ class Phase:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Phase":
-        """Returns the phase that [`~Phase.to_dict`] gave."""
+        """Returns the phase of the values of [`~Phase.to_dict`]."""
         return cls(**{**values, "removals": [Removal.from_dict(one) for one in values["removals"]]})
 
 
@@ -128,9 +130,9 @@ class RunRecord:
         method (`dict`): `name`, `url` and `healing` of the method.
         model (`dict`): `name`, `model_type`, `layers` and `parameters` of the original model.
         pruning (`dict`): the settings of scoring and removal.
-        training (`dict`): the training arguments that are not at their default.
+        training (`dict`): the training arguments that differ from their default.
         versions, machine (`dict`): see [`surroundings`].
-        texts (`dict`): for each use of a text its [`describe_text`].
+        texts (`dict`): for each use of a text, the result of [`describe_text`].
         dense (`dict[str, float]`, *optional*): the evaluation of the original model.
         phases (`list[Phase]`): the phases so far.
         evaluations (`list[dict]`): the evaluations of the Trainer, with `step` and `layers`.
@@ -138,9 +140,9 @@ class RunRecord:
         stopped (`str`, *optional*): why the run removed fewer layers than asked for.
         seconds (`float`): the time of the run.
         peak_memory_mb (`int`): the peak memory.
-        finished (`bool`): whether the run came to its end.
+        finished (`bool`): whether the run was completed.
         format (`int`): the version of the file format.
-        warnings (`list[str]`): what the run warned of.
+        warnings (`list[str]`): the warnings of the run.
         undone (`Phase`, *optional*): the phase whose layers were put back.
         recipe (`dict`, *optional*): the recipe of the run.
         evaluation (`dict`, *optional*): a comparison with the original model, made after the run.
@@ -184,7 +186,7 @@ class RunRecord:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunRecord":
-        """Returns the record that [`~RunRecord.to_dict`] gave, also of an earlier version."""
+        """Returns the record of the values of [`~RunRecord.to_dict`], also of an earlier version."""
         values = {{"signs": "warnings"}.get(name, name): value for name, value in values.items()}
         reconstruction = values.pop("reconstruction", None)
         values["phases"] = [Phase.from_dict(phase) for phase in values.get("phases", [])]
@@ -196,7 +198,7 @@ class RunRecord:
 
 
 def _set_values(entry: Any, optional: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the fields of a dataclass by name, without the optional ones that are not set."""
+    """Returns the fields of a dataclass by name, without optional fields that are not set."""
     values = {one.name: getattr(entry, one.name) for one in dataclasses.fields(entry)}
     return {name: value for name, value in values.items() if value not in (None, []) or name not in optional}
 
@@ -205,8 +207,8 @@ def start_record(
     model: PreTrainedModel, settings: dict[str, Any], args: TrainingArguments | None = None
 ) -> RunRecord:
     """Returns the record of a run that begins with `model`."""
-    name = Path(model.config.name_or_path or "")  # of a local model without the path on this machine
-    # By an attribute, as the settings of distillation stand below this file.
+    name = Path(model.config.name_or_path or "")  # a local model is named without its path
+    # Recognised by an attribute, as this file must not import distillation.
     method = UNHEALED if args is None else DISTILLED if hasattr(args, "kl_weight") else TRAINED
     return RunRecord(
         method=method,
@@ -223,7 +225,7 @@ def start_record(
 
 
 def write_record(record: RunRecord, folder: str | Path) -> None:
-    """Writes the record into `folder`, whole or not at all."""
+    """Writes the record into `folder`, completely or not at all."""
     path = Path(folder) / RECORD_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
@@ -281,7 +283,7 @@ def check_folder_is_free(folder: str | Path, resume: str | None = None) -> None:
     """
     check_writable(folder)
     record = read_record(folder)
-    # A run that broke off before its first checkpoint left its record and an incomplete checkpoint.
+    # A run that was killed before its first checkpoint leaves a record and an incomplete checkpoint.
     names = ["config.json", "adapter_config.json"] + [RECORD_NAME] * bool(record and record.finished)
     found = [name for name in names if (Path(folder) / name).exists()]
     checkpoints = [path for path in Path(folder).glob("checkpoint-*") if is_whole(path) or not record]
@@ -295,12 +297,12 @@ def check_folder_is_free(folder: str | Path, resume: str | None = None) -> None:
 
 
 def check_same_settings(begun: Mapping[str, Any], present: Mapping[str, Any], folder: str | Path) -> None:
-    """Checks that a resumed run has the settings it began with.
+    """Checks that a resumed run has the settings of its start.
 
     Raises:
         LayerPruneError: a setting differs. The error names both values.
     """
-    if "seed" in begun:  # the name before it was scoring_seed
+    if "seed" in begun:  # an earlier name of scoring_seed
         begun = {"scoring_seed": begun["seed"], **begun}
     changed = [name for name, value in present.items() if begun.get(name) != value]
     if changed:
@@ -312,7 +314,7 @@ def check_same_settings(begun: Mapping[str, Any], present: Mapping[str, Any], fo
 
 
 def checkpoint_of(folder: str | Path) -> str | None:
-    """Returns the last checkpoint of the run in `folder`, None if the run broke off before its first.
+    """Returns the last checkpoint of the run in `folder`, None if it was killed before its first checkpoint.
 
     Raises:
         LayerPruneError: there is no such run, or the run is finished.
@@ -326,7 +328,7 @@ def checkpoint_of(folder: str | Path) -> str | None:
 
 
 def changed_settings(args: Any) -> dict[str, Any]:
-    """Returns the training arguments that are not at their default, without folders and secrets."""
+    """Returns the training arguments that differ from their default, without folders and secrets."""
     values = args.to_dict()
     changed = {}
     for one in dataclasses.fields(args):

@@ -1,4 +1,4 @@
-"""Tables of text from the record of a run and from evaluations: rows of cells, the first of headings."""
+"""Tables from the record of a run and from evaluations: rows of text, the first with the column heads."""
 
 import math
 import re
@@ -11,14 +11,14 @@ from ..scoring.score import reads_text
 from .record import Record
 
 
-EFFECTIVE_QUESTIONS = 30  # over how many the weights of a stability must spread
+EFFECTIVE_QUESTIONS = 30  # the fewest for which stability is shown
 
 ABOVE_CHANCE = "accuracy above chance (% of dense)"
 
 
 def table_rows(record: Record) -> list[list[str]]:
-    """The run as a table of text: a row of headings, one for the dense model, one for each phase. A column
-    stands there only where the record has something for it."""
+    """Returns a run as a table: a row for the dense model and one for each phase. Columns without values are
+    left out."""
     dense, phases, metrics = qualities_of(record)
     cut, healed = (any(phase[i] for phase in phases) for i in (0, 1))
     speed = _speeds_compare(record, [dense, *(found[1] or found[0] for found in phases)])
@@ -68,7 +68,8 @@ def table_rows(record: Record) -> list[list[str]]:
 
 
 def candidate_rows(record: Record) -> list[list[str]]:
-    """The blocks that were compared by KL as a table of text; only headings where there were none."""
+    """Returns the blocks that were compared by KL as a table. It has only heads if no blocks were
+    compared."""
     rows = [["block", f"{record['pruning']['criterion']} score", "KL"]]
     for candidate in (one for phase in record["phases"] for one in phase.get("candidates", [])):
         layers = ", ".join(map(str, candidate["layers"]))
@@ -79,18 +80,19 @@ def candidate_rows(record: Record) -> list[list[str]]:
 def qualities_of(
     record: Record,
 ) -> tuple[dict[str, Any], list[tuple[dict[str, Any], dict[str, Any]]], list[str]]:
-    """What was measured of the dense model, of each phase's model when cut and when healed, and which metrics
-    are shown: by the run's own `evaluation`, else by the Trainer, which measures no model just cut."""
+    """Returns the evaluation of the dense model, the evaluations of each phase (after removal, after
+    healing), and the metrics to show. They come from the run's own `evaluation`, else from the Trainer, which
+    does not evaluate right after a removal."""
     phases = record["phases"]
     if record["dense"] or not phases or any(phase["cut"] for phase in phases):
         dense = record["dense"] or {}
         own = [(phase["cut"] or {}, phase["healed"] or {}) for phase in phases]
         return dense, own, list(dense)[:1]
     at_depth: dict[int, dict[str, Any]] = {}
-    for found in record.get("evaluations", []):  # the last at each depth counts
+    for found in record.get("evaluations", []):  # the last evaluation at each depth counts
         values = {name: value for name, value in found.items() if _is_quality(name, value)}
         at_depth[found["layers"]] = at_depth.get(found["layers"], {}) | values
-    metrics: dict[str, list[Any]] = {}  # of those that are the same everywhere the first is shown
+    metrics: dict[str, list[Any]] = {}  # of metrics with equal values, the first is shown
     for name in dict.fromkeys(name for values in at_depth.values() for name in values):
         column = [values.get(name) for values in at_depth.values()]
         if not any(_same(column, other) for other in metrics.values()):
@@ -102,16 +104,16 @@ def qualities_of(
 
 
 def _speeds_compare(record: Record, measured: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the speeds in a record were all measured in one precision."""
+    """Returns whether all speeds in a record were measured in one precision."""
     precisions = {found.get("precision") for found in measured if "tokens_per_second" in found}
-    # Earlier versions did not note it. They read in that of training what was healed after one removal, but
-    # not what it was compared with.
+    # Earlier versions did not store the precision. They measured a model healed after one removal in the
+    # precision of training, but not the models it is compared with.
     healed_later = "select" in record["pruning"] and any(phase["healed"] for phase in record["phases"])
     return len(precisions) == 1 and not (None in precisions and healed_later)
 
 
 def _is_quality(name: str, value: Any) -> bool:
-    """Whether a metric of the Trainer is of the model, and not of time, memory or progress."""
+    """Returns whether a metric of the Trainer measures quality, and not time, memory or progress."""
     return isinstance(value, (int, float)) and not re.search(
         r"^(step|layers|epoch)$|(runtime|_per_second|_time|num_tokens|num_input_tokens_seen)$|_mem_", name
     )
@@ -125,7 +127,8 @@ def _same(first: list[Any], second: list[Any]) -> bool:
 
 
 def text_rows(record: Record) -> list[list[str]]:
-    """What was read for what, and how much of it, as a table of text; empty where the record does not say."""
+    """Returns the texts of a run by use, with their sizes, as a table. It is empty if the record does not
+    name them."""
     texts = record.get("texts") or _texts_of_recipe(record)
     if "evaluation" not in texts and "tokens" in (record["dense"] or {}):  # of a function of the user's own
         texts = texts | {"evaluation": {"tokens": record["dense"]["tokens"]}}
@@ -137,7 +140,7 @@ def text_rows(record: Record) -> list[list[str]]:
 
 
 def _texts_of_recipe(record: Record) -> dict[str, dict[str, Any]]:
-    """The texts of a run of a recipe whose record, of an earlier version, does not name them."""
+    """Returns the texts of a recipe's run from a record of an earlier version, which does not name them."""
     if "recipe" not in record:
         return {}
     recipe, length = record["recipe"], record["recipe"].get("sequence_length", 256)
@@ -152,13 +155,13 @@ def _texts_of_recipe(record: Record) -> dict[str, dict[str, Any]]:
 
 
 def filled_columns(rows: list[list[str]]) -> list[list[str]]:
-    """Rows of text without the columns in which nothing stands below the heading."""
+    """Returns rows of text without empty columns."""
     filled = [i for i in range(len(rows[0])) if any(row[i] for row in rows[1:])]
     return [[row[i] for i in filled] for row in rows]
 
 
 def markdown_table(rows: list[list[str]]) -> str:
-    """Rows of text, the first of headings, as an aligned Markdown table."""
+    """Returns rows of text, the first with the heads, as an aligned Markdown table."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |"
@@ -169,9 +172,8 @@ def markdown_table(rows: list[list[str]]) -> str:
 
 
 def evaluation_rows(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """Models side by side as a table of text, from [`evaluate_model`] and [`compare_models`]: a row for each
-    measure, with standard errors where they are known. Speeds stand there only if all were measured in one
-    precision."""
+    """Returns models side by side as a table, from [`evaluate_model`] and [`compare_models`]: a row for each
+    metric, with standard errors if known. Speeds are shown only if all were measured in one precision."""
     speeds = len({found["dtype"] for found in results.values() if "dtype" in found}) < 2
     columns = [_measures(found, speeds, i == 0) for i, found in enumerate(results.values())]
     heads = dict.fromkeys(head for column in columns for head in column)
@@ -180,7 +182,7 @@ def evaluation_rows(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]
 
 
 def _measures(found: Mapping[str, Any], speeds: bool, is_first: bool) -> dict[str, str]:
-    """What was found of one model, in words."""
+    """Returns the metrics of one model as text."""
     cells = {
         "layers": str(found["layers"]),
         "parameters": f"{found['parameters'] / 1e6:.1f}M",
@@ -212,7 +214,7 @@ def _measures(found: Mapping[str, Any], speeds: bool, is_first: bool) -> dict[st
         cells["Δ accuracy"] = _with_error(*found["difference"].values())
     if "kept" in found:
         cells[ABOVE_CHANCE] = "{share:.1%} ± {standard_error:.1%}".format(**found["kept"])
-    if is_first:  # with which the others are compared
+    if is_first:  # the others are compared with it
         return cells
     for name, task in tasks.items():
         if "agreement" in task:
@@ -224,15 +226,16 @@ def _measures(found: Mapping[str, Any], speeds: bool, is_first: bool) -> dict[st
 
 
 def is_steady(task: Mapping[str, Any]) -> bool:
-    """Whether the stability of a task is of many questions, not of one or two that outweigh the others."""
+    """Returns whether the stability of a task depends on many questions, and not on a few with large
+    weights."""
     return task.get("stability", {}).get("effective_questions", 0.0) >= EFFECTIVE_QUESTIONS
 
 
 def results_rows(records: Mapping[str, Record]) -> list[list[str]]:
-    """Runs of one dense model side by side as a table of text, from their records with an `evaluation` (see
-    `hf-layerprune card`): a row for the dense model, one for each run, in the order given, and the tasks that
-    the dense model does ([`tasks_done`]). Δ accuracy is the difference of their mean from that of the first
-    run of as many layers, with the paired standard error."""
+    """Returns runs of one dense model as a table, from records with an `evaluation` (see `hf-layerprune
+    card`): a row for the dense model and one for each run, in the given order. It shows the tasks of
+    [`tasks_done`]. Δ accuracy is the difference in mean accuracy from the first run with as many layers, with
+    the paired standard error."""
     first = next(iter(records.values()))
     dense = first["evaluation"]["dense"]
     done = tasks_done(dense)
@@ -256,7 +259,7 @@ def results_rows(records: Mapping[str, Record]) -> list[list[str]]:
 
 
 def healing_tokens(record: Record) -> int:
-    """On how many tokens a run of a recipe trained in all."""
+    """Returns the training tokens of a run."""
     if record.get("texts"):
         return record["texts"].get("healing", {}).get("tokens", 0)
     recipe, steps = record["recipe"], record["training"].get("max_steps", 0)

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..data.targets import Batch, targets_of
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, choose_from
 from ..evaluation.evaluate import Task
 from ..evaluation.multiple_choice import Choices, MultipleChoice, right_answers
 from ..forward.hooks import captured, check_all_ran, hidden
@@ -27,31 +27,31 @@ from .journal import Journal
 from .leave_one_out import Cuts, Metric, PerUnitScores, PrefixCache, leave_out
 
 
-# Orders in which layers go by their place alone (LayerChop, 2305.14864, section 3, and 2411.15558).
+# Orders of removal by position alone (LayerChop, 2305.14864, section 3, and 2411.15558).
 PATTERNS: dict[str, Callable[[float, int], float]] = {
     "output": lambda layer, count: count - layer,  # the deepest first
     "input": lambda layer, count: layer,
     "middle": lambda layer, count: abs(layer - (count - 1) / 2),
-    "both": lambda layer, count: min(layer, count - 1 - layer),  # from both ends inwards
+    "both": lambda layer, count: min(layer, count - 1 - layer),  # from both ends inward
 }
 
 
 @dataclass(frozen=True)
 class ScoringContext:
-    """What a criterion scores, and with what.
+    """The model to score, and the data and settings of the criterion.
 
     Args:
         stack ([`LayerStack`]): the layers of a model in eval mode, without gradients.
-        batches (sequence of dict): calibration, each `input_ids` `(batch, length)` and so on.
-        cuts (`Mapping`): the context without each candidate, by its first layer.
-        block (`int`): how many layers a candidate is.
-        bar (`tqdm`): moves on by 1 after each candidate and batch.
-        journal ([`Journal`]): keeps results, so that stopped work can go on.
+        batches (sequence of dict): calibration batches with `input_ids` `(batch, length)`.
+        cuts (`Mapping`): for each candidate, by its first layer, the context in which the model lacks it.
+        block (`int`): number of layers in a candidate.
+        bar (`tqdm`): the progress bar, advanced by 1 for each candidate and batch.
+        journal ([`Journal`]): stores results, so that interrupted scoring continues.
         racing (`float` or `None`): the confidence with which candidates may be dropped early.
         tasks (sequence of `Callable`): for `task`.
         teacher (`PreTrainedModel` or `None`): for `kl`, the model to compare with; None for the model itself.
-        pattern (`str`): for `positional`.
-        seed (`int`): for `positional` at random.
+        pattern (`str`): for `positional`, the order of removal.
+        seed (`int`): for the pattern `random`.
         prefix_cache ([`PrefixCache`] or `None`): of an earlier round, for leave-one-out.
     """
 
@@ -80,7 +80,8 @@ class CriterionResult:
 
     Args:
         scores (`dict[int, float]`): for each candidate, by its first layer; higher matters more.
-        quality (`float` or `None`): of the model as it is, higher is better; None if none is measured.
+        quality (`float` or `None`): the quality of the whole model, higher is better; None if it is not
+        measured.
         errors (`dict[int, float]`): standard errors of the scores over units, where there are any.
         seen (`dict[int, int]`): how many units of text each candidate was scored with.
     """
@@ -109,13 +110,13 @@ class Criterion:
     Args:
         score (`Callable`): scores all candidates.
         unit (`str`): the unit of the scores, for the axis of a plot.
-        reads_text (`bool`): whether calibration text is read. A task reads its own, or the calibration text.
+        reads_text (`bool`): whether calibration text is read. A task may read its own text.
         leave_one_out (`bool`): whether the model is run without each candidate. Racing and the prefix
             cache are for these.
         needs_next_token (`bool`): whether the model must be a causal language model.
-        takes_teacher (`bool`): whether a teacher can be compared with.
+        takes_teacher (`bool`): whether a teacher can be given.
         needs_task (`bool`): whether a task must be given.
-        measures_quality (`bool`): whether scores are falls of a quality of the model that is measured, too.
+        measures_quality (`bool`): whether scores are decreases of a measured quality of the model.
     """
 
     score: Callable[[ScoringContext], CriterionResult]
@@ -129,7 +130,7 @@ class Criterion:
 
     @property
     def score_is_cost(self) -> bool:
-        """Whether a score says how much worse the model becomes by the removal."""
+        """Whether a score measures the loss of quality by the removal."""
         return self.leave_one_out or self.needs_task
 
 
@@ -137,7 +138,7 @@ def block_influence(context: ScoringContext) -> CriterionResult:
     """Block Influence (ShortGPT, 2403.03853, equation 1): `1 - E[cos(x_i, x_{i+n})]` over tokens, for a block
     of n layers as in LLM-Streamline (2403.19135, section 3.1).
 
-    The states are the raw ones before and after the layers, also at the end of the stack. One forward pass
+    The states are the raw hidden states before and after the layers, without the final norm. One forward pass
     scores all candidates.
     """
 
@@ -166,7 +167,7 @@ def angular(context: ScoringContext) -> CriterionResult:
 
 
 def loss(context: ScoringContext) -> CriterionResult:
-    """Rise of the language-model loss (nats per token) without the layers (SLEB, 2402.09025; Shortened
+    """Increase of the language-model loss (nats per token) without the layers (SLEB, 2402.09025; Shortened
     LLaMA, 2402.02834). The quality is minus the loss."""
 
     def refer(lm_head: ChunkedLMHead, batch: Batch) -> tuple[Any, torch.Tensor]:
@@ -179,13 +180,17 @@ def loss(context: ScoringContext) -> CriterionResult:
 
 
 def kl(context: ScoringContext) -> CriterionResult:
-    """KL divergence (nats per token) of the output without the layers from that of the teacher, or of the
-    model as it is. With a teacher, its rise; the quality is then minus the divergence of the model."""
+    """KL divergence (nats per token) of the output without the layers from the output of the whole model.
+    With a teacher: the increase of the KL divergence from the teacher. The quality is then minus the
+    divergence of the model."""
     teacher = None
     if context.teacher is not None:
         sizes = [text_config(model.config).vocab_size for model in (context.model, context.teacher)]
         if sizes[0] != sizes[1]:
-            raise LayerPruneError(f"Model and teacher have vocabularies of {sizes[0]} and {sizes[1]} tokens.")
+            raise LayerPruneError(
+                f"Model and teacher have vocabularies of {sizes[0]} and {sizes[1]} tokens. Choose a "
+                "teacher with the same tokenizer."
+            )
         teacher = ChunkedLMHead(context.teacher, context.batches[0]["input_ids"])
 
     def refer(lm_head: ChunkedLMHead, batch: Batch) -> tuple[Any, torch.Tensor]:
@@ -205,8 +210,8 @@ def kl(context: ScoringContext) -> CriterionResult:
 
 
 def hidden_mse(context: ScoringContext) -> CriterionResult:
-    """Squared error of the last hidden state without the layers, relative to its own square (so that models
-    compare), mean over tokens."""
+    """Squared error of the last hidden state without the layers, relative to its square so that models
+    compare, mean over tokens."""
 
     places = _predicting_positions if predicts_next_token(context.model) else _without_padding
 
@@ -272,10 +277,10 @@ def taylor(context: ScoringContext) -> CriterionResult:
 
 
 def task(context: ScoringContext) -> CriterionResult:
-    """Fall of a task's score, or of the mean over several, without the layers (Iterative Layer-wise
-    Distillation, 2511.05085, section 3). The quality is the score itself.
+    """Decrease of a task's score, or of the mean over several tasks, without the layers (Iterative Layer-wise
+    Distillation, 2511.05085, section 3). The quality is the score.
 
-    A layer without which the score is not a number is infinitely important.
+    A layer has an infinite score if the task's score without it is not a number.
     """
     choices = [one for one in context.tasks if isinstance(one, MultipleChoice)]
     if len(choices) == len(context.tasks):
@@ -320,8 +325,8 @@ def _score_answers(context: ScoringContext, tasks: Sequence[MultipleChoice]) -> 
 
 
 def positional(context: ScoringContext) -> CriterionResult:
-    """A layer's place alone: by one of LayerChop's patterns (2305.14864, section 3), the deepest first
-    (2411.15558), or at random."""
+    """Scores layers by position alone: a pattern of LayerChop (2305.14864, section 3), the deepest first
+    (2411.15558), or a random order."""
     count = len(context.stack)
     if context.pattern == "random":
         generator = torch.Generator().manual_seed(context.seed)
@@ -362,10 +367,10 @@ def find_criterion(name: str) -> Criterion:
     """Returns the criterion of this name.
 
     Raises:
-        LayerPruneError: there is none.
+        LayerPruneError: there is no such criterion.
     """
     if name not in CRITERIA:
-        raise LayerPruneError(f"Unknown criterion {name!r}: choose from {', '.join(CRITERIA)}.")
+        raise LayerPruneError(f"There is no criterion {name!r}. {choose_from(str(name), CRITERIA)}.")
     return CRITERIA[name]
 
 
@@ -387,7 +392,7 @@ def _predicting_positions(batch: Batch) -> torch.Tensor:
 
 
 def _without_padding(batch: Batch) -> torch.Tensor:
-    """Returns the positions `(batch, length)` that are no padding."""
+    """Returns the positions `(batch, length)` that are not padding."""
     return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
 
 
@@ -418,7 +423,7 @@ def _compare_states(
     distance: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     tokens: Callable[[torch.Tensor], torch.Tensor],
 ) -> CriterionResult:
-    """Compares the raw states before and after each candidate, in one forward pass for all."""
+    """Compares the raw hidden states before and after each candidate, in one forward pass."""
     per_unit = PerUnitScores(without={layer: [] for layer in context.cuts})
     ends = {end for layer in context.cuts for end in (layer, layer + context.block - 1)}
     lm_head = ChunkedLMHead(context.model, context.batches[0]["input_ids"])
@@ -439,8 +444,8 @@ def _compare_states(
 
 
 def _by_position(state: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Returns states as `(batch, length, ...)`. A layer may pass on several streams of them."""
-    if state.dim() == 4 and state.shape[1:3] == real.shape:  # Gemma 3n has its streams in front
+    """Returns hidden states as `(batch, length, ...)`. Some models have several streams."""
+    if state.dim() == 4 and state.shape[1:3] == real.shape:  # Gemma 3n has the streams in the first dimension
         state = state.movedim(0, 2)
     if state.shape[:2] != real.shape:
         raise LayerPruneError(

@@ -1,4 +1,4 @@
-"""Results of long work on disk, so that work which was stopped goes on where it was."""
+"""Results of long work on disk, so that interrupted work continues."""
 
 import json
 import logging
@@ -16,17 +16,17 @@ HEAD = "hf_layerprune journal of"
 
 
 class Journal:
-    """Results of work that computes the same things in the same order, one line of JSON each.
+    """Results of work that always computes the same values in the same order, one JSON line each.
 
-    What an earlier journal of the same work holds is not computed again; one of other work starts afresh. A
-    line that was not written to its end counts as missing.
+    Results in an earlier journal of the same work are not computed again. A journal of other work is
+    overwritten. An incomplete line counts as missing.
 
     Args:
-        path (`str` or `Path`, *optional*): the file; None writes nothing and computes everything.
-        work (`str`): what the results are of.
+        path (`str` or `Path`, *optional*): the file. None: write nothing and compute everything.
+        work (`str`): identifies the work.
 
     Raises:
-        LayerPruneError: the file is there and is no journal.
+        LayerPruneError: the file exists and is not a journal.
     """
 
     def __init__(self, path: str | Path | None, work: str) -> None:
@@ -40,12 +40,12 @@ class Journal:
             values = [json.loads(line) for line in lines]
         except ValueError:
             values = [None]
-        # The first line is written whole, so that of a journal there is one.
+        # The first line is written at once, so a journal always has it.
         if content and (not values or not isinstance(values[0], dict) or HEAD not in values[0]):
-            raise LayerPruneError(f"{self._path} is there already and holds no scores: name another file.")
+            raise LayerPruneError(f"{self._path} exists and holds no scores. Choose another file.")
         if values and values[0][HEAD] == work:
             self._found = values[1:]
-            logger.info("%s: %d results are there already.", self._path, len(self._found))
+            logger.info("%s: continuing after %d results.", self._path, len(self._found))
         elif values:
             logger.warning("%s is of another model or text: it starts afresh.", self._path)
         with whole_file(self._path) as file:
@@ -55,11 +55,11 @@ class Journal:
 
     @property
     def is_ahead(self) -> bool:
-        """Whether the next result is there already."""
+        """Returns whether the next result is in the journal."""
         return bool(self._found)
 
     def once(self, compute: Callable[[], Any]) -> Any:
-        """Returns the next result, of plain JSON values, from the journal, or computes and writes it."""
+        """Returns the next result from the journal, or computes and writes it. It has plain JSON values."""
         if self._found:
             return self._found.pop()
         value = compute()

@@ -1,5 +1,5 @@
-"""What a model loses without each of some layers: exact, by computing only what comes after the missing one,
-and fast, by dropping candidates that are surely not the least important."""
+"""Leave-one-out scores of layers: exact, computing only the layers after the missing one, and fast, dropping
+candidates that are surely not the least important (racing)."""
 
 import logging
 import math
@@ -24,13 +24,13 @@ logger = logging.getLogger(__name__)
 Cuts = Mapping[int, LayerCut]
 Tick = Callable[[int], object]
 
-FIRST_LOOK = 16  # units that are seen before a candidate is dropped
-NEXT_LOOK = 1.2  # times as many before the next look
+FIRST_LOOK = 16  # units before the first candidates are dropped
+NEXT_LOOK = 1.2  # factor of units from one check to the next
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What is measured on a batch.
+    """A metric of a batch.
 
     Args:
         tokens (`Callable`): returns how many tokens of each unit count, `(units,)`.
@@ -46,13 +46,13 @@ class Metric:
 
 @dataclass
 class PerUnitScores:
-    """The sum over tokens for each unit of text (a sequence, or a part of it) and candidate.
+    """The sums over tokens, for each unit of text (a sequence, or a part of it) and candidate.
 
     Args:
         tokens (`list[float]`): of each unit, how many tokens count.
         whole (`list[float]`): of each unit, the whole model's value.
-        without (`dict[int, list[float]]`): of each candidate, the value of each unit it has seen, which are
-            the first ones.
+        without (`dict[int, list[float]]`): of each candidate, the value of each unit that it was scored on,
+        from the first on.
     """
 
     tokens: list[float] = field(default_factory=list)
@@ -60,7 +60,7 @@ class PerUnitScores:
     without: dict[int, list[float]] = field(default_factory=dict)
 
     def score(self, layer: int) -> float:
-        """Returns how much worse the model is without this candidate, per token of the units seen."""
+        """Returns the increase without this candidate, per token of the units that it was scored on."""
         return self._rises(layer).sum().item() / self._count(len(self.without[layer]))
 
     def error(self, layer: int) -> float | None:
@@ -72,12 +72,12 @@ class PerUnitScores:
         return -sum(self.whole) / self._count(len(self.whole))
 
     def possible(self, layers: Collection[int], confidence: float, looks: int, units: int) -> list[int]:
-        """Returns the candidates that may still matter less than the least important so far, by more than a
+        """Returns the candidates that may be less important than the least important so far, by more than a
         standard error of its score on all `units`.
 
-        Candidates are compared unit by unit. What bounds their difference on all units is the quantile of
-        Student's distribution at `confidence`, shared out over candidates and looks (Bonferroni), times its
-        standard error, which falls to nothing when all units are seen.
+        Candidates are compared unit by unit. The bound of their difference on all units is its standard error
+        times the quantile of Student's distribution at `confidence`, with a Bonferroni correction for
+        candidates and checks. The standard error is 0 once all units are scored.
         """
         least = min(layers, key=self.score)
         seen = len(self.without[least])
@@ -118,11 +118,11 @@ class PerUnitScores:
 class PrefixCache:
     """The outputs of layers for each calibration batch, kept for the next round of scoring.
 
-    The layers before the first one that has gone since return the same again, as long as there was no
-    training in between and the batches are the same.
+    The layers before the first removed layer return the same outputs again, if the model was not trained in
+    between and the batches are the same.
 
     Args:
-        limit_mb (`int`, *optional*, defaults to 1024): MiB that may be kept; of further batches nothing is.
+        limit_mb (`int`, *optional*, defaults to 1024): MiB to keep. Further batches are not kept.
     """
 
     def __init__(self, limit_mb: int = 1024) -> None:
@@ -162,20 +162,20 @@ def leave_out(
 ) -> PerUnitScores:
     """Reads all batches with the whole model and without each candidate.
 
-    The layers before the missing one return what they returned in the whole model: the same numbers as one
-    full pass for each candidate, to the bit, in about half the time. Where layers hand on more than their
-    outputs (Gemma's shared keys and values), each candidate gets its full pass. A candidate without which a
-    sum is not finite is dropped.
+    The layers before the missing one return their outputs of the whole model. This gives the same scores as a
+    full pass for each candidate, bit for bit, in about half the time. Models whose layers pass on more than
+    their outputs (Gemma's shared keys and values) get a full pass for each candidate. A candidate is dropped
+    if a sum without it is not finite.
 
     Args:
         stack ([`LayerStack`]): the layers of a model in eval mode, without gradients.
         batches (sequence): as `metric` reads them.
         metric ([`Metric`]): what is measured.
-        example (`torch.Tensor`): `(1, length)`, some tokens of them.
+        example (`torch.Tensor`): `(1, length)`, some tokens of the batches.
         cuts (`Mapping`): for each candidate, by its first layer, the context in which the model lacks it.
         confidence (`float` or `None`): drop candidates that are surely not the least important (racing);
             None keeps all.
-        tick (`Callable`): called with 1 after each candidate and batch, with more when some are dropped.
+        tick (`Callable`): called with the number of finished steps of the progress bar.
         journal ([`Journal`]): of the sums of each batch.
         prefix_cache ([`PrefixCache`], *optional*): of an earlier round.
 
@@ -190,7 +190,7 @@ def leave_out(
         logger.info("Layers of this model hand on more than their outputs: each score takes a full pass.")
 
     def read(number: int, batch: Any) -> list[list[float]]:
-        """Returns the sums of the whole model, and without each candidate that is left."""
+        """Returns the sums of the whole model, and without each remaining candidate."""
         known = prefix_cache.known(number, kept)[: max(cuts)] if prefix_cache and replay else []
         with replayed(stack, known), captured(stack, range(max(alive))) as states:
             reference, sums = metric.refer(lm_head, batch)

@@ -1,4 +1,4 @@
-"""Scoring all candidate layers of a model: one call, one table."""
+"""Scores all candidate layers of a model."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..data.batches import make_batches, model_columns
 from ..data.sequences import context_length
 from ..data.targets import Batch, check_token_labels
-from ..errors import LayerPruneError
+from ..errors import LayerPruneError, choose_from
 from ..evaluation.evaluate import next_token_metric
 from ..evaluation.multiple_choice import MultipleChoice
 from ..forward.hooks import undisturbed
@@ -111,7 +111,7 @@ def score_layers(
     tasks = [next_token_metric(one, given) if hasattr(one, "compute") else one for one in tasks]
     if kind.leave_one_out:
         given = _small_enough(stack, given, cache_mb)
-        if racing is not None:  # the first batches must be like the others
+        if racing is not None:  # racing needs the first batches to be like the others
             random.Random(0).shuffle(given)
     settings = [criterion, block, racing, sorted(cuts), pattern, seed, list(map(_task_label, tasks))]
     choices: dict[str, Any] = {
@@ -184,10 +184,10 @@ def _check_models(model: Any, criterion: str, tasks: list[Any], teacher: PreTrai
 
 
 def _check_block(block_size: Any, count: int) -> int:
-    """Returns how many layers a candidate is.
+    """Returns the number of layers in a candidate.
 
     Raises:
-        LayerPruneError: it is no number of layers, or all of them.
+        LayerPruneError: the number is below 1, or not below the number of layers.
     """
     block = plain_int(block_size)
     if type(block) is not int or not 1 <= block < count:
@@ -208,8 +208,11 @@ def _candidates(
     fixed = {0, count - 1} if protected is None else stack.check_layers(protected)
     starts = [i for i in range(count - block + 1) if fixed.isdisjoint(range(i, i + block))]
     if not starts:
-        raise LayerPruneError(f"No layer to score: {count} layers, protected {sorted(fixed)}.")
-    cuts, refused = stack.removable(starts, block)  # a score is of no use for what cannot be removed
+        raise LayerPruneError(
+            f"No layer to score: the model has {count} layers, of which {sorted(fixed)} are protected. "
+            "Protect fewer layers, or score smaller blocks."
+        )
+    cuts, refused = stack.removable(starts, block)  # layers that cannot be removed need no score
     if not cuts:
         raise LayerPruneError(next(iter(refused.values())))
     return cuts, refused
@@ -219,12 +222,12 @@ def _on_device(model: PreTrainedModel, batches: list[Batch]) -> list[Any]:
     """Returns calibration batches on the model's device, with labels only if they are next tokens.
 
     Raises:
-        LayerPruneError: they have one token each, or labels that are no tokens.
+        LayerPruneError: each row has one token only, or the labels are not tokens.
     """
     on_device = [{k: v.to(model.device) for k, v in batch.items() if torch.is_tensor(v)} for batch in batches]
     if any(batch["input_ids"].shape[1] < 2 for batch in on_device):
         raise LayerPruneError("Calibration batches of one token have nothing to predict.")
-    if not predicts_next_token(model):  # the labels are for its own head, which no criterion runs
+    if not predicts_next_token(model):  # the labels are for the head, which no criterion runs
         return [{k: v for k, v in batch.items() if k != "labels"} for batch in on_device]
     check_token_labels(on_device)
     return on_device
@@ -295,7 +298,7 @@ def rank_correlation(one: ScoreTable, other: ScoreTable) -> float:
 
 def _ranks(scores: list[float]) -> np.ndarray:
     _, place, number = np.unique(scores, return_inverse=True, return_counts=True)
-    return (np.cumsum(number) - (number - 1) / 2)[place]  # of equals, the mean
+    return (np.cumsum(number) - (number - 1) / 2)[place]  # equal scores get their mean rank
 
 
 def check_choices(
@@ -315,18 +318,20 @@ def check_choices(
         raise LayerPruneError("`task` (a function or a metric) and criterion='task' go together.")
     strange = [one for one in tasks if not callable(one) and not hasattr(one, "compute")]
     if strange:
-        raise LayerPruneError(f"{strange[0]!r} is no task: give a function of the model, or a metric.")
+        raise LayerPruneError(f"{strange[0]!r} is not a task. Give a function of the model, or a metric.")
     if teacher is not None and not kind.takes_teacher:
         others = " or ".join(f"criterion={name!r}" for name, one in CRITERIA.items() if one.takes_teacher)
-        raise LayerPruneError(f"{criterion} has no use for a teacher: leave it out, or choose {others}.")
+        raise LayerPruneError(f"{criterion} takes no teacher. Leave it out, or choose {others}.")
     if pattern not in (*PATTERNS, "random"):
-        raise LayerPruneError(f"Unknown pattern {pattern!r}: choose from {', '.join(PATTERNS)}, random.")
+        raise LayerPruneError(
+            f"There is no pattern {pattern!r}. {choose_from(str(pattern), [*PATTERNS, 'random'])}."
+        )
     by_question = bool(tasks) and all(isinstance(one, MultipleChoice) for one in tasks)
     if racing is not None and not ((by_question or kind.leave_one_out) and 0.5 < racing < 1):
         names = ", ".join(name for name, one in CRITERIA.items() if one.leave_one_out)
         raise LayerPruneError(
-            f"racing is {racing!r} with {criterion}: it is a confidence above 0.5 and below 1, as 0.99, for "
-            f"{names}, and for tasks of MultipleChoice."
+            f"racing is {racing!r} and criterion is {criterion}. Choose a confidence above 0.5 and below 1, "
+            f"as 0.99, with {names} or tasks of MultipleChoice."
         )
     return tasks
 
@@ -356,7 +361,7 @@ def check_criterion_fits(model: Any, criterion: str, task: Any = None) -> None:
 
 
 def reads_text(criterion: str, task: Any) -> bool:
-    """Whether a criterion reads calibration text. Tasks that are functions of the model do not."""
+    """Returns whether a criterion reads calibration text. Tasks that are functions of the model do not."""
     tasks = _as_list(task)
     return find_criterion(criterion).reads_text and (
         not tasks or any(hasattr(one, "compute") for one in tasks)
@@ -370,9 +375,10 @@ def _as_list(task: Any) -> list[Any]:
 
 
 def _small_enough(stack: LayerStack, batches: list[Any], cache_mb: int) -> list[Any]:
-    """Returns the batches in parts whose states after all layers fit into so many MiB, or of one row."""
+    """Returns the batches in parts. The hidden states of all layers of a part fit into so many MiB, or the
+    part has one row."""
     embeddings: Any = stack.base.get_input_embeddings().weight
-    # The original depth decides, so that the parts and their prefixes stay the same when layers go.
+    # By the original depth, so that the parts and their prefixes stay the same after a removal.
     state = embeddings.shape[-1] * embeddings.element_size() * stack.lineage.original
     rows = [cache_mb * 2**20 // (state * batch["input_ids"].shape[1]) for batch in batches]
     return [part for batch, most in zip(batches, rows, strict=True) for part in _split(batch, most)]
@@ -390,7 +396,7 @@ def _task_label(task: Any) -> str:
     return getattr(task, "__qualname__", type(task).__qualname__)
 
 
-# Fields of a config that saving and loading fill in: a model that was saved or loaded is the same model.
+# Config fields that saving and loading fill in. They do not make another model.
 SET_BY_SAVING = ("architectures", "dtype", "_name_or_path")
 
 
@@ -418,7 +424,7 @@ def check_plot_path(path: str | Path) -> None:
     """Checks that [`ScoreTable.plot`] can write to `path`, before long work.
 
     Raises:
-        LayerPruneError: its folder does not exist, or its ending is no kind of picture.
+        LayerPruneError: its folder does not exist, or its suffix is not of an image format.
     """
     from matplotlib.backend_bases import FigureCanvasBase
 

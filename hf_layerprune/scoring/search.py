@@ -1,4 +1,4 @@
-"""Which layers to remove together, without training: one after another, or a block, and then exchanged."""
+"""Selects layers to remove together, without training: greedy or as a block, then refined by exchanges."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ class Selection:
 
     Args:
         layers (`list[int]`): present indices, in order.
-        cost (`float`): what the model loses without them, in the criterion's unit: for `"loss"` and `"task"`
-            together, for others the sum of what each takes away from those left before it.
-        steps (`list[tuple[list[int], float]]`): each set on the way, with its cost.
+        cost (`float`): the cost of the removal in the criterion's unit. For `"loss"` and `"task"` it is the
+        decrease of quality, for others the sum of the scores at each step.
+        steps (`list[tuple[list[int], float]]`): the set after each step, with its cost.
     """
 
     layers: list[int]
@@ -46,9 +46,10 @@ def select_layers(
 ) -> Selection:
     """Finds the layers that cost least together. The model is not changed.
 
-    Greedy: the least important layer, then the least important of what is left, and so on (SLEB, 2402.09025).
-    Contiguous: the least important block (LLM-Streamline, 2403.19135; Gromov et al., 2403.17887). Refined: as
-    long as it helps, one of the set is put back and the layer that then costs least is taken out instead.
+    Greedy: the least important layer is removed, then the least important of the remaining layers, and so on
+    (SLEB, 2402.09025). Contiguous: the least important block (LLM-Streamline, 2403.19135; Gromov et al.,
+    2403.17887). Refined: a layer of the set is put back and the cheapest other layer removed instead, as long
+    as this lowers the cost.
 
     Args:
         model (`PreTrainedModel`): a causal language model.
@@ -68,11 +69,13 @@ def select_layers(
     """
     stack = LayerStack(model)
     kept = stack.lineage.kept
-    given = take_rows(batches) if isinstance(batches, Iterator) else batches  # it is read again and again
+    given = take_rows(batches) if isinstance(batches, Iterator) else batches  # it is read several times
     fixed = {0, len(kept) - 1} if protected is None else stack.check_layers(protected)
     remove = plain_int(remove)
     if type(remove) is not int or not 1 <= remove <= len(kept) - len(fixed) - (not fixed):
-        raise LayerPruneError(f"remove is {remove!r}, but {len(kept) - len(fixed)} layers are not protected.")
+        raise LayerPruneError(
+            f"remove is {remove!r}, but {len(kept) - len(fixed)} layers are not protected. Remove fewer."
+        )
     measured = find_criterion(criterion).measures_quality and settings.get("racing") is None
 
     def table(gone: Sequence[int], block: int = 1) -> tuple[ScoreTable, dict[int, int]]:

@@ -17,16 +17,16 @@ class ScoreTable:
     Args:
         criterion (`str`): the criterion that gave the scores.
         scores (`dict[int, float]`): for each candidate, by its index in the present model, its score;
-            higher matters more.
-        quality (`float` or `None`): of the model as it was scored, higher is better: minus the loss in
-            nats per token (`loss`), the task's score (`task`), None (`block_influence`).
+            higher is more important.
+        quality (`float` or `None`): of the scored model, higher is better. For `loss` minus the loss in nats
+        per token, for `task` the task's score, else None.
         kept (`list[int]`): for each present layer, its index in the original model.
-        refused (`dict[int, str]`): for each layer that is no candidate because it cannot be removed
-            exactly, or because the model without it gives no finite score, by its present index, the reason.
-        block_size (`int`): how many layers a candidate is; it is named by the first.
-        errors (`dict[int, float]`): standard errors of the scores, where they have any: over sequences or
-            questions, and for leave-one-out over parts of 64 tokens of a sequence.
-        seen (`dict[int, int]`): with how many of these each candidate was scored.
+        refused (`dict[int, str]`): by present index, why a layer is not a candidate: it cannot be removed
+        exactly, or the score without it is not finite.
+        block_size (`int`): number of layers in a candidate, which is named by its first layer.
+        errors (`dict[int, float]`): standard errors of the scores, if known: over sequences or questions, and
+        for leave-one-out over parts of 64 tokens.
+        seen (`dict[int, int]`): number of sequences, questions or parts that each candidate was scored on.
     """
 
     criterion: str
@@ -39,7 +39,7 @@ class ScoreTable:
     seen: dict[int, int] = field(default_factory=dict)
 
     def ranking(self) -> list[int]:
-        """Returns the candidates, least important first; of equals the deeper first.
+        """Returns the candidates, least important first. Of equal scores, the deeper layer comes first.
 
         Those that racing dropped early come last.
         """
@@ -52,7 +52,7 @@ class ScoreTable:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ScoreTable":
-        """Returns the table of values that [`~ScoreTable.to_dict`] returned, also of an earlier version."""
+        """Returns the table of the values of [`~ScoreTable.to_dict`], also of an earlier version."""
         values = {{"run": "block_size"}.get(name, name): value for name, value in values.items()}
         by_layer = {name: values.get(name, {}) for name in BY_LAYER}
         return cls(**values | {name: {int(i): v for i, v in d.items()} for name, d in by_layer.items()})

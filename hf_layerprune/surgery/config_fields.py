@@ -1,7 +1,7 @@
 """Config fields that name single layers, and how they change when layers are removed.
 
-General rules use a field's form and name. Tables hold what no rule can tell, with the reason. A mistake of
-both is found when the result is compared with a freshly built model (`exact_cut.py`).
+General rules use the form and the name of a field. Tables hold the exceptions, with the reason. The
+comparison with a freshly built model (`exact_cut.py`) finds what rules and tables get wrong.
 """
 
 import re
@@ -14,26 +14,26 @@ from ..errors import LayerPruneError
 
 Fields = dict[str, Any]
 
-# How many layers from the first one on are of a kind: layer i is if i is less.
+# Number of layers of a kind at the start: layer i is of the kind if i is less.
 FIRST = ("first_k_dense_replace", "num_dense_layers", "max_window_layers", "moe_layer_start_index")
-# How many layers from the last one on are of a kind.
+# Number of layers of a kind at the end.
 LAST = ("num_kv_shared_layers",)
-# The last layer of a kind, itself among them; -1 for the last of all.
+# Index of the last layer of a kind; -1 is the last layer of the model.
 UP_TO = ("moe_layer_end_index",)
-# Layers counted from 1.
+# Layer numbers from 1.
 ONE_BASED = ("ple_layer_ids",)
 
 
 def cut_fields(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
-    """Returns the fields of a config after a removal.
+    """Returns the config fields after a removal.
 
     Args:
-        fields (`dict`): the config's fields as `to_dict` gives them. They are not changed.
-        count (`int`): how many layers there are.
+        fields (`dict`): the config's fields from `to_dict`. They are not changed.
+        count (`int`): number of layers before the removal.
         kept (sequence of `int`): the present indices of the layers that stay.
 
     Raises:
-        LayerPruneError: the layers left could not run.
+        LayerPruneError: the remaining layers could not run.
     """
     cut = {name: _cut_value(name, value, count, kept) for name, value in fields.items()}
     for special in SPECIAL:
@@ -42,10 +42,10 @@ def cut_fields(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
 
 
 def is_per_layer(name: str, value: Any, count: int) -> bool:
-    """Whether a field is a list of one entry a layer, as `layer_types`."""
+    """Returns whether a field is a list with one entry for each layer, such as `layer_types`."""
     if not isinstance(value, (list, tuple)) or len(value) != count or _is_indices(name, value, count):
         return False
-    # mlp_multipliers of Falcon-H1 and the like have a length of their own, which may be equal by chance.
+    # Lists such as mlp_multipliers of Falcon-H1 have another length, which may be equal by chance.
     return bool(re.search(r"layer|block|pattern|types|intermediate_size|topk", name)) and "mtp" not in name
 
 
@@ -69,18 +69,18 @@ def _cut_value(name: str, value: Any, count: int, kept: Sequence[int]) -> Any:
 
 
 def _is_indices(name: str, value: Any, count: int) -> bool:
-    """Whether a field is a list of layer indices, as `mlp_only_layers`: numbers that only rise."""
+    """Returns whether a field is a list of layer indices, such as `mlp_only_layers`: increasing numbers."""
     if not isinstance(value, (list, tuple)) or not re.search(r"layer|_idxs", name) or "mtp" in name:
         return False
     rising = all(type(v) is int for v in value) and all(a < b for a, b in pairwise(value))
-    # Of two layers, [0, 1] may as well be a switch for each.
+    # With two layers, [0, 1] may also be a flag for each layer.
     flags = len(value) == count <= 2 and not re.search(r"ids|idx|indices", name)
     return rising and all(0 <= v <= count for v in value) and not flags
 
 
 def _sparse_steps(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
-    """Qwen2-MoE and its kind: layer i has experts if (i + 1) % decoder_sparse_step is 0 and i is not among
-    mlp_only_layers. A period does not survive a removal, so the list has to name all dense layers."""
+    """Qwen2-MoE and similar models: layer i has experts if (i + 1) % decoder_sparse_step is 0 and i is not in
+    mlp_only_layers. A removal breaks the period, so the list has to name all dense layers."""
     step, listed = fields.get("decoder_sparse_step"), fields.get("mlp_only_layers")
     if step is None or listed is None:
         return {}
@@ -89,13 +89,13 @@ def _sparse_steps(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
 
 
 def _repeated_block_types(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
-    """RecurrentGemma: block_types is repeated over the layers, so it has to be written out once."""
+    """RecurrentGemma: block_types is repeated over the layers, so it has to be written out for each layer."""
     types = fields.get("block_types")
     return {"block_types": [types[layer % len(types)] for layer in kept]} if types else {}
 
 
 def _attention_types(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
-    """GPT-Neo: attention_types holds pairs of kinds and how often they are repeated."""
+    """GPT-Neo: attention_types holds pairs: kinds of attention, and how often they are repeated."""
     pairs = fields.get("attention_types")
     if not pairs:
         return {}
@@ -104,13 +104,14 @@ def _attention_types(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
 
 
 def _depth_scale(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
-    """MiniCPM3: what a layer adds is scaled by scale_depth / sqrt(num_hidden_layers). The scale must stay."""
+    """MiniCPM3: the residual of a layer is scaled by scale_depth / sqrt(num_hidden_layers). The scale must
+    stay."""
     scale = fields.get("scale_depth")
     return {"scale_depth": scale * (len(kept) / count) ** 0.5} if scale else {}
 
 
 def _shared_indexers(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
-    """HY-V4 and GLM-MoE-DSA: a layer with a "shared" indexer reads what the last "full" one has chosen."""
+    """HY-V4 and GLM-MoE-DSA: a layer with a "shared" indexer uses the choice of the last "full" indexer."""
     types = fields.get("indexer_types") or []
     for layer in kept:
         source = max((i for i in range(layer + 1) if types[i : i + 1] == ["full"]), default=layer)
@@ -120,7 +121,7 @@ def _shared_indexers(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
 
 
 def _linear_first(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
-    """MiniMax: the cache counts its tokens in layer 0, which a layer of linear attention does not do."""
+    """MiniMax: the cache counts its tokens in layer 0, which must not be a layer of linear attention."""
     types = fields.get("layer_types")
     if fields["model_type"] == "minimax" and types and types[kept[0]] != types[0] == "full_attention":
         raise LayerPruneError("the first layer left has linear attention, which cannot count cached tokens.")
@@ -128,7 +129,7 @@ def _linear_first(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
 
 
 def _rescaled_weights(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
-    """RWKV divides weights by powers of two that go by depth, in place, when it first runs in eval mode."""
+    """RWKV divides weights in place by powers of two that depend on depth when it first runs in eval mode."""
     if fields["model_type"] == "rwkv" and fields.get("rescale_every"):
         raise LayerPruneError("its weights are rescaled by depth as it runs: load it with rescale_every=0.")
     return {}
@@ -145,18 +146,19 @@ SPECIAL: tuple[Callable[[Fields, int, Sequence[int]], Fields], ...] = (
 )
 
 
-# What stands for any layer in a pattern of names.
+# Matches any layer index in a pattern of names.
 _ANY_LAYER = re.compile(r"\*|\.[*+]|\\d[*+]|\[0-9\][*+]|\[\^\.\][*+]")
 
 
 def cut_names(value: Any, stack: str, others: Collection[str], kept: Sequence[int]) -> Any:
-    """Returns an entry of a config, such as `llm_int8_skip_modules`, in which the names of modules follow a
-    removal. Names of layers that are gone are left out.
+    """Returns an entry of a config, such as `llm_int8_skip_modules`, with the names of modules after a
+    removal. Names of removed layers are left out.
 
     Args:
-        value: of the entry: lists of names and dicts by name, in any depth; anything else stays.
+        value: lists of names and dicts by name, nested in any depth. Other values stay the same.
         stack (`str`): the path of the list of layers, for example `"model.layers"`.
-        others (collection of `str`): paths of other lists of the same last name, whose modules keep theirs.
+        others (collection of `str`): paths of other lists with the same last name. Their modules keep their
+        names.
         kept (sequence of `int`): the present indices of the layers that stay.
 
     Raises:
@@ -209,7 +211,7 @@ def cut_name(name: str, stack: str, others: Collection[str], kept: Sequence[int]
 
 
 def _is_of_another(path: str, stack: str, others: Collection[str]) -> bool:
-    """Whether a path, perhaps without its beginning, is one of `others` and not `stack`."""
+    """Returns whether a path, perhaps without its beginning, is one of `others` and not `stack`."""
 
     def fits(whole: str) -> bool:
         return f".{whole}".endswith(f".{path}") or f".{path}".endswith(f".{whole}")

@@ -14,8 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import LayerPruneError
 
 
-# Fields that count decoder layers, the most telling first: Bart's num_hidden_layers are its encoder's, and
-# LongCat's are twice its num_layers.
+# Fields that count decoder layers, the most specific first: num_hidden_layers counts the encoder of Bart, and
+# is twice num_layers in LongCat.
 COUNT_FIELDS = ("decoder_layers", "num_decoder_layers", "num_layers", "num_hidden_layers", "num_blocks")
 
 # Module attributes that hold a layer's own position (key/value cache slot, attention kind).
@@ -26,7 +26,7 @@ SUPPORTED = (
     "vision-language models"
 )
 
-# What a class is called, by what its name says.
+# Words for a class, by the end of its name.
 _KINDS = {
     "SequenceClassification|RewardModel": "a sequence classifier",
     "TokenClassification": "a token classifier",
@@ -52,13 +52,13 @@ class Decoder:
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The decoder layers that the model has now, in order."""
+        """The present decoder layers, in order."""
         return getattr(self.parent, self.attribute)
 
 
 def find_decoder(model: PreTrainedModel) -> Decoder:
-    """Returns where `model` keeps its decoder layers: the outermost module list that is as long as its config
-    says.
+    """Returns the place of the decoder layers of `model`: the outermost module list with the length that its
+    config gives.
 
     Raises:
         LayerPruneError: the model is no `PreTrainedModel`, or has no such list, or more than one.
@@ -70,7 +70,7 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
         )
     config = text_config(model.config)
     count = layer_count(config)
-    # ModernBERT's `decoder`, which get_decoder finds, is its output head.
+    # get_decoder returns the output head of ModernBERT, which is named `decoder`.
     for root in (model.get_decoder(), model):
         stacks = [
             path
@@ -94,17 +94,17 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
 
 
 def _check_counted(model: PreTrainedModel, root: nn.Module, count: int) -> None:
-    """Checks that the only stack of layers of a model is as long as its config says.
+    """Checks that the only stack of layers of a model has the length that its config gives.
 
     Raises:
-        LayerPruneError: it is not.
+        LayerPruneError: the lengths differ.
     """
     lists = [(path, module) for path, module in root.named_modules() if isinstance(module, nn.ModuleList)]
     depth = min((path.count(".") for path, _ in lists), default=0)
     outermost = [(path, module) for path, module in lists if path.count(".") == depth]
     if len(outermost) == 1:
         (path, stack), fields = outermost[0], count_fields(text_config(model.config))
-        if _builds_as_many(model, stack):  # ALBERT runs one layer again and again, Funnel has blocks of them
+        if _builds_as_many(model, stack):  # ALBERT runs one layer several times, Funnel has blocks of layers
             return
         raise LayerPruneError(
             f"{type(model).__name__} has {len(stack)} layers in {path}, but its config counts {count}. If "
@@ -114,12 +114,12 @@ def _check_counted(model: PreTrainedModel, root: nn.Module, count: int) -> None:
 
 
 def _builds_as_many(model: PreTrainedModel, stack: nn.ModuleList) -> bool:
-    """Whether a new model of the same config has as many modules in the place of `stack`."""
+    """Returns whether a new model of the same config has as many modules in the place of `stack`."""
     path = next(name for name, module in model.named_modules() if module is stack)
     try:
         with torch.device("meta"):
             fresh: Any = type(model)(copy.deepcopy(model.config)).get_submodule(path)
-    except Exception:  # the config is not one of such a model
+    except Exception:  # the config belongs to another kind of model
         return False
     return len(fresh) == len(stack)
 
@@ -127,7 +127,7 @@ def _builds_as_many(model: PreTrainedModel, stack: nn.ModuleList) -> bool:
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """Returns the config that counts decoder layers: `config`, or the text part of a multimodal config."""
     text = config.get_text_config(decoder=True)
-    # Of a flat encoder-decoder config that is a changed copy, which nobody would read again.
+    # For a flat encoder-decoder config, this is a changed copy that the model does not read.
     return text if any(text is value for value in vars(config).values()) else config
 
 
@@ -135,7 +135,7 @@ def layer_count(config: PreTrainedConfig) -> int:
     """Returns the number of decoder layers in `config`.
 
     Raises:
-        LayerPruneError: it does not say.
+        LayerPruneError: the config has no such number.
     """
     for name in COUNT_FIELDS:
         count = getattr(config, name, None)
@@ -145,28 +145,28 @@ def layer_count(config: PreTrainedConfig) -> int:
 
 
 def count_fields(config: PreTrainedConfig) -> list[str]:
-    """Returns the fields of `config` that store the number of decoder layers; none where it counts a list."""
+    """Returns the fields of `config` that store the number of decoder layers, none if it counts a list."""
     first = next(name for name in COUNT_FIELDS if type(getattr(config, name, None)) is int)
     names = {config.attribute_map.get(first, first), *COUNT_FIELDS}
     return [name for name in sorted(names) if vars(config).get(name) == layer_count(config)]
 
 
 def predicts_next_token(model: Any) -> bool:
-    """Whether a model, or a class of models, gives logits of the next token, as causal language models and
-    vision-language models do.
+    """Returns whether a model, or a class of models, gives logits of the next token, as causal language
+    models and vision-language models do.
 
     Args:
         model (`PreTrainedModel` or a subclass): the model or its class.
     """
     cls = model if isinstance(model, type) else type(model)
-    if not issubclass(cls, PreTrainedModel):  # an auto class; what is no model at all is refused elsewhere
+    if not issubclass(cls, PreTrainedModel):  # an auto class; other objects are refused elsewhere
         return not re.search("|".join(_KINDS), cls.__name__)
     if cls.can_generate():
         return True
     known = next(base for base in cls.__mro__ if base.__module__.startswith("transformers."))
     if not known.__name__.endswith("PreTrainedModel"):
         return False
-    # Somebody's own class: only the model tells.
+    # A class of the user: only its model tells.
     return isinstance(model, type) or model.get_output_embeddings() is not None
 
 
@@ -199,7 +199,7 @@ def check_reads_text(cls: Any, config: PreTrainedConfig, name: str) -> None:
     Args:
         cls (a subclass of `PreTrainedModel`): what would be loaded.
         config (`PreTrainedConfig`): its config.
-        name (`str`): how the user calls the model.
+        name (`str`): the user's name of the model.
 
     Raises:
         LayerPruneError: it is an encoder-decoder model, or reads pictures or sound.
@@ -224,7 +224,7 @@ def _arguments(cls: Any) -> set[str]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether each process holds only a part of each weight: FSDP, or the third stage of DeepSpeed's ZeRO."""
+    """Returns whether each process holds only a part of each weight: FSDP, or DeepSpeed ZeRO stage 3."""
     kinds = FSDPModule, FullyShardedDataParallel
     return any(isinstance(module, kinds) for module in model.modules()) or any(
         hasattr(parameter, "ds_id") for parameter in model.parameters()

@@ -1,4 +1,4 @@
-"""Changes of attributes of modules and configs that can be undone and made again."""
+"""Changes to attributes of modules and configs that can be undone and made again."""
 
 import weakref
 from collections.abc import Callable
@@ -11,11 +11,11 @@ _UNSET: Any = object()
 
 @dataclass(frozen=True)
 class Computed:
-    """A new value that is computed from the old one when a change is made, and kept by nobody else: it may
-    be gigabytes.
+    """A new value that is computed from the old value when a change is made. It is not kept, as it may be
+    gigabytes.
 
     Args:
-        compute (`Callable`): returns the new value for the old one.
+        compute (`Callable`): returns the new value, given the old value.
     """
 
     compute: Callable[[Any], Any]
@@ -58,13 +58,12 @@ class _Change:
 
 
 class Edits:
-    """Changes of attributes that can be undone and made again.
-
-    Undone, they keep no module and no tensor alive.
+    """Changes to attributes that can be undone and made again. Undone changes keep no module and no tensor
+    alive.
     """
 
     def __init__(self) -> None:
-        self.renumbered: list[int] = []  # layers whose number was not that of their place before
+        self.renumbered: list[int] = []  # layers whose number was not their position before
         self._changes: list[_Change] = []
         self._old: list[Any] = []
 
@@ -75,12 +74,12 @@ class Edits:
         self._changes.append(change)
 
     def undo(self) -> None:
-        """Takes all changes back."""
+        """Undoes all changes."""
         while self._old:
             self._changes[len(self._old) - 1].take_back(self._old.pop())
 
     def make(self) -> None:
-        """Makes all changes again, or none if it is interrupted."""
+        """Makes all changes again, or no change if it is interrupted."""
         try:
             for change in self._changes:
                 self._old.append(change.make())
@@ -89,5 +88,5 @@ class Edits:
             raise
 
     def forget_old(self) -> None:
-        """Lets the changes stand: they can no longer be undone, and the old values may be freed."""
+        """Makes the changes permanent, so that the old values can be freed."""
         self._old.clear()

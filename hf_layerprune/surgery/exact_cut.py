@@ -1,4 +1,4 @@
-"""One removal, after which the model is exactly what its new config builds. Otherwise it is undone."""
+"""Removes layers so that the model is exactly the one that its new config builds, or undoes the removal."""
 
 import copy
 import math
@@ -26,10 +26,10 @@ _UNSET: Any = object()
 
 
 class StateBefore:
-    """How a model differs, before a removal, from what its configs build. Computed when it is first needed.
+    """The differences between a model and a freshly built model before a removal. Computed when first needed.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): the model, which no longer changes.
+        model (`PreTrainedModel` or `PeftModel`): the model. It must not change afterwards.
     """
 
     def __init__(self, model: Any) -> None:
@@ -41,18 +41,18 @@ class StateBefore:
         base = base_of(self._model())
         try:
             return {difference.key for difference in differences(base, build_meta_model(base))}
-        except Exception:  # no model can be built from this config; each removal will say so
+        except Exception:  # no model can be built from this config; each removal reports it
             return set()
 
     @cached_property
     def adapter_differences(self) -> set[str]:
-        """The differences of its adapters to freshly built ones; none without adapters."""
+        """The differences between its adapters and freshly built adapters; none without adapters."""
         model = self._model()
         return set(adapter_differences(model)) if adapter_configs(model) else set()
 
 
 def _kept_layers(kept: list[int]) -> Computed:
-    """Returns the change of a list of layers to those with these indices."""
+    """Returns the change that keeps the layers with these indices in a list."""
 
     def compute(stack: nn.ModuleList) -> nn.ModuleList:
         layers = nn.ModuleList([stack[i] for i in kept])
@@ -63,7 +63,8 @@ def _kept_layers(kept: list[int]) -> Computed:
 
 
 def _kept_part(dimension: int, width: int, kept: list[int]) -> Computed:
-    """Returns the change of a parameter that packs all layers side by side to the part of the kept layers."""
+    """Returns the change that keeps the part of these layers in a parameter that packs all layers side by
+    side."""
 
     def compute(packed: nn.Parameter) -> nn.Parameter:
         entries = [layer * width + i for layer in kept for i in range(width)]
@@ -75,12 +76,12 @@ def _kept_part(dimension: int, width: int, kept: list[int]) -> Computed:
 
 @dataclass(frozen=True)
 class _Removal:
-    """Decides which differences to a fresh model follow from a removal.
+    """Decides which differences to a fresh model are expected after a removal.
 
     Args:
-        count (`int`): how many layers there were.
+        count (`int`): number of layers before the removal.
         kept (`list[int]`): the old indices of those that stay.
-        changed (`dict`): the config's fields that changed, each as it was and as it is.
+        changed (`dict`): the config fields that changed, each with its old and new value.
         places (`dict`): for each module inside a kept layer, the layer's old index.
     """
 
@@ -90,17 +91,17 @@ class _Removal:
     places: dict[nn.Module, int]
 
     def explains(self, difference: Difference) -> bool:
-        """Whether an attribute only follows the removal: a layer's place, the number of layers, a list of the
-        config's, or a table by layer."""
+        """Returns whether an attribute only follows the removal: a layer's position, the number of layers, a
+        list of the config, or a table by layer."""
         name, here, there = difference.name, difference.here, difference.there
         if isinstance(here, list) and isinstance(there, list):
             moved = any(here == old and there == new for old, new in self.changed.values())
-            kinds = len(set(here)) == len(here) and set(there) <= set(here)  # a set of those in use
+            kinds = len(set(here)) == len(here) and set(there) <= set(here)  # a set of the values in use
             return moved or kinds
         if isinstance(here, dict) and isinstance(there, dict):
             return {self.kept.index(k): v for k, v in here.items() if k in self.kept} == there
         if type(here) is float and type(there) is float:
-            return math.isclose(here, there, rel_tol=1e-12)  # the same, computed from other numbers
+            return math.isclose(here, there, rel_tol=1e-12)  # the same value, computed from other numbers
         layer = self.places.get(difference.module)
         if here is True and there is False:  # whether there is a layer of a kind
             return layer is None and bool(re.fullmatch(r"has_\w+_layers", name))
@@ -108,15 +109,15 @@ class _Removal:
             return False
         if (here, there) == (self.count, len(self.kept)):
             return True
-        if layer is None:  # a threshold, or how many layers something has
+        if layer is None:  # a threshold, or a number of layers
             return "layer" in name and there == sum(i < here for i in self.kept)
         new = self.kept.index(layer)
         if (here, there) == (layer, new):
             return True
-        # Which layer's keys and values it reads (Gemma 3n before transformers 5.23).
+        # The layer whose keys and values it reads (Gemma 3n before transformers 5.23).
         if "layer" in name and here in self.kept and there == self.kept.index(here):
             return True
-        # LongCat has two places in the cache for a layer.
+        # LongCat has two cache slots for a layer.
         return name == "layer_idx" and (here // 2, here % 2) == (layer, there % 2) and there // 2 == new
 
     def unpacked(self, difference: Difference) -> tuple[int, int] | None:
@@ -141,7 +142,7 @@ def cut_exactly(model: Any, decoder: Decoder, removed: set[int], before: StateBe
         model (`PreTrainedModel` or `PeftModel`): the model.
         decoder ([`Decoder`]): its decoder.
         removed (`set[int]`): present indices of the layers.
-        before ([`StateBefore`]): of the model as it is.
+        before ([`StateBefore`]): the differences of the model before the removal.
 
     Raises:
         LayerPruneError: these layers cannot be removed exactly.
@@ -204,7 +205,7 @@ def cut_exactly(model: Any, decoder: Decoder, removed: set[int], before: StateBe
 
 
 def _renumber(edits: Edits, earlier: list[Difference], places: dict[nn.Module, int]) -> list[Difference]:
-    """Numbers the layers of a stack anew that was cut by hand, whose modules still have their old numbers.
+    """Renumbers the layers of a model that was cut by hand, whose modules still have their old numbers.
 
     Args:
         edits (`Edits`): where the numbers are set.
@@ -212,8 +213,8 @@ def _renumber(edits: Edits, earlier: list[Difference], places: dict[nn.Module, i
         places (`dict`): for each module inside a kept layer, the layer's old index.
 
     Returns:
-        `list[Difference]`: where there are such numbers, what else of the layers differed before: a config
-            that did not follow the cut.
+        `list[Difference]`: if there are such numbers, the other differences of the layers before: a config
+        that did not follow the cut.
     """
     inside = [difference for difference in earlier if difference.module in places]
     stale = [
@@ -228,10 +229,10 @@ def _renumber(edits: Edits, earlier: list[Difference], places: dict[nn.Module, i
 
 
 def _check_pictures(model: PreTrainedModel) -> None:
-    """Checks that a model does not add features of pictures to the output of layers by their number.
+    """Checks that a model does not add image features to the output of layers by their number.
 
     Raises:
-        LayerPruneError: it does.
+        LayerPruneError: the model does that.
     """
     parts = [model.config.to_dict()]
     for part in parts:
@@ -248,7 +249,7 @@ def _reason(error: Exception) -> str:
 def _cut_config(
     edits: Edits, model: PreTrainedModel, config: PreTrainedConfig, kept: list[int], lineage: Lineage
 ) -> dict[str, tuple[Any, Any]]:
-    """Changes `config` and its copies in modules as the removal needs, and returns the changed fields."""
+    """Updates `config` and its copies in modules for the removal, and returns the changed fields."""
     before = config.to_dict()
     fields = cut_fields(before, layer_count(config), kept)
     fields |= dict.fromkeys(count_fields(config), len(kept)) | {CONFIG_KEY: lineage_entry(lineage)}
@@ -298,7 +299,7 @@ def _cut_names(edits: Edits, model: PreTrainedModel, decoder: Decoder, kept: lis
         settings = getattr(holder, "quantization_config", None)
         fields = changed(holder)
         if hasattr(settings, "__dict__") and (followed := changed(settings)):
-            new = copy.copy(settings)  # the user's own may be for other models, too
+            new = copy.copy(settings)  # the user's own object may be for other models, too
             vars(new).update(followed)
             fields["quantization_config"] = new
         for name, value in fields.items():
@@ -317,7 +318,7 @@ def _cut_names(edits: Edits, model: PreTrainedModel, decoder: Decoder, kept: lis
 
 
 def _reconcile(edits: Edits, model: PreTrainedModel, removal: _Removal) -> list[Difference]:
-    """Changes modules as the removal needs, and returns the differences to a fresh model that remain."""
+    """Updates modules for the removal, and returns the remaining differences to a fresh model."""
     meta_model = build_meta_model(model)
     left = []
     for difference in differences(model, meta_model):
@@ -343,6 +344,6 @@ def _has_cache(config: PreTrainedConfig) -> bool:
     """Whether a key/value cache for this config can tell its length."""
     try:
         DynamicCache(config=config).get_seq_length()
-    except Exception:  # whatever it is, generation would meet it too
+    except Exception:  # any error here would also stop generation
         return False
     return True

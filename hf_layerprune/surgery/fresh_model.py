@@ -1,4 +1,4 @@
-"""A model as its config alone builds it, without weights, and how a live model differs from it."""
+"""Builds a fresh model without weights from a config, and compares a live model with it."""
 
 import copy
 import weakref
@@ -47,9 +47,9 @@ class Difference:
 
 def build_meta_model(model: PreTrainedModel) -> PreTrainedModel:
     """Returns a model of the same class and config as `model` on the meta device, where it has no weights."""
-    # Some models draw random numbers although they hold none (DiffLlama).
+    # Some models draw random numbers while they are built (DiffLlama).
     with torch.device("meta"), torch.random.fork_rng(devices=[]), quiet():
-        # As a reload does it: through plain values, so that the config's own rules run again.
+        # Through plain values, as in a reload, so that the rules of the config run again.
         config = type(model.config).from_dict(copy.deepcopy(model.config.to_dict()))
         return type(model)(config)
 
@@ -70,7 +70,7 @@ def differences(model: PreTrainedModel, meta_model: PreTrainedModel) -> list[Dif
             different.append(Difference(path, module, "", "a module", _ABSENT))
             continue
         here, there = module_facts(module), module_facts(fresh[path])
-        # What is not saved and not built anew is not needed: tables of an attention kind now gone.
+        # Not saved and not in a fresh model: not needed, such as tables of a removed kind of attention.
         stale = here.keys() - there.keys() - _saved_tensors(module)
         different += [
             Difference(path, module, name, here.get(name, _ABSENT), there.get(name, _ABSENT))
@@ -85,7 +85,7 @@ def differences(model: PreTrainedModel, meta_model: PreTrainedModel) -> list[Dif
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within this context transformers logs errors only: users need no warnings about a meta model."""
+    """Makes transformers log errors only within this context: users need no warnings about a meta model."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -95,8 +95,8 @@ def quiet() -> Iterator[None]:
 
 
 def module_facts(module: nn.Module) -> dict[str, Any]:
-    """Returns all of a module that a config determines: its class, the shapes of its own tensors, and its
-    plain attributes."""
+    """Returns the parts of a module that a config determines: class, shapes of its own tensors, plain
+    attributes."""
     parameters = module.named_parameters(recurse=False, remove_duplicate=False)
     buffers = module.named_buffers(recurse=False, remove_duplicate=False)
     facts: dict[str, Any] = {name: tuple(tensor.shape) for name, tensor in (*parameters, *buffers)}

@@ -1,4 +1,4 @@
-"""What a model is made of, and which of its layers can be removed."""
+"""Describes the layers of a model, and which of them can be removed."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,8 +17,8 @@ class LayerFacts:
     Args:
         layer (`int`): its index in the present model.
         original (`int`): its index in the original model.
-        kind (`str`): its kind by the config, as `"sliding_attention, sparse"`, else its class.
-        parameters (`int`): how many there are in it.
+        kind (`str`): its kind in the config, such as `"sliding_attention, sparse"`, else its class.
+        parameters (`int`): its number of parameters.
         refused (`str` or `None`): why it cannot be removed; None if it can.
     """
 
@@ -34,10 +34,10 @@ class Inspection:
     """The result of [`inspect_layers`].
 
     Args:
-        model_type (`str`): the type by its config.
+        model_type (`str`): the model type in its config.
         parameters (`int`): of the whole model.
-        original_layers (`int`): how many layers the original model had.
-        layers (`list[LayerFacts]`): those the model has now, in order.
+        original_layers (`int`): number of layers of the original model.
+        layers (`list[LayerFacts]`): the present layers, in order.
     """
 
     model_type: str
@@ -51,12 +51,12 @@ class Inspection:
 
 
 def inspect_layers(model: PreTrainedModel) -> Inspection:
-    """Returns what each decoder layer of `model` is. The model is not changed and may be on the meta device.
+    """Describes each decoder layer of `model`. The model is not changed and may be on the meta device.
 
-    Whether a layer can be removed is decided for each layer alone. For several at once, call `remove_layers`.
+    `refused` is for the removal of this layer alone. To remove several at once, call `remove_layers`.
 
     Raises:
-        LayerPruneError: the model has no decoder layers that can be told.
+        LayerPruneError: the decoder layers of the model cannot be found.
     """
     stack = LayerStack(model)
     lineage, kinds = stack.lineage, _kinds(stack.config)

@@ -1,4 +1,5 @@
-"""One handle on the decoder layers of a model: which there are, which can be removed, and their removal."""
+"""A handle on the decoder layers of a model: lists them, finds those that can be removed, and removes
+them."""
 
 import copy
 import weakref
@@ -21,8 +22,8 @@ from .peft import adapter_configs, base_of
 class LayerStack:
     """The decoder layers of a model. Public functions make one and pass it on.
 
-    It describes the model as it is at the time of each call, whatever has changed the model. Which layers
-    can be removed is computed once per state of the model, also over several handles on it.
+    Each call describes the model in its present state. The layers that can be removed are computed once per
+    state, and shared by all handles on the model.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): the model.
@@ -43,12 +44,12 @@ class LayerStack:
 
     @property
     def base(self) -> PreTrainedModel:
-        """The transformers model, inside of what PEFT wraps around it."""
+        """The transformers model, without the wrapper of PEFT."""
         return base_of(self.model)
 
     @property
     def decoder(self) -> Decoder:
-        """Where the model keeps its layers. It is searched again when this has changed."""
+        """The place of the layers in the model. It is searched again after a change."""
         base, decoder = self.base, self._found
         is_current = (
             decoder.config is text_config(base.config)
@@ -62,17 +63,17 @@ class LayerStack:
 
     @property
     def config(self) -> PreTrainedConfig:
-        """The config that counts the layers: the model's own, or the text part of it."""
+        """The config that counts the layers: the model's config, or its text part."""
         return self.decoder.config
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The layers that the model has now."""
+        """The present layers of the model."""
         return self.decoder.layers
 
     @property
     def lineage(self) -> Lineage:
-        """The layers of the original model that are left."""
+        """The layers of the original model that remain."""
         return get_lineage(self.base)
 
     def __len__(self) -> int:
@@ -84,12 +85,12 @@ class LayerStack:
         """Finds the layers that can be removed exactly.
 
         Args:
-            layers (iterable of `int`, *optional*): present indices; left out, all that begin a block.
+            layers (iterable of `int`, *optional*): present indices. Default: all layers that begin a block.
             block (`int`, *optional*, defaults to 1): how many consecutive layers are removed together.
 
         Returns:
-            The context without the layer, and those after it up to `block`, for each layer that can be
-            removed; the reason for each other layer.
+            For each layer that can be removed, the context without it (and without the rest of its block).
+            For each other layer, the reason.
         """
         removals, cuts, reasons = self._removals(), {}, {}
         for first in range(len(self) - block + 1) if layers is None else layers:
@@ -104,7 +105,7 @@ class LayerStack:
         """Removes layers in place.
 
         Returns:
-            `list[int]`: the layers among those left that carried the number of another place before.
+            `list[int]`: the remaining layers whose number was not their position before.
 
         Raises:
             LayerPruneError: as [`remove_layers`].
@@ -131,7 +132,7 @@ class LayerStack:
         given: Any = plain_int(layers)
         try:
             named = [given] if isinstance(given, int) else [plain_int(layer) for layer in given]
-        except TypeError:  # neither a number nor several
+        except TypeError:  # not a number and not a sequence
             named = [given]
         count = len(self)
         unknown = [layer for layer in named if type(layer) is not int or not 0 <= layer < count]
@@ -144,7 +145,7 @@ class LayerStack:
         return set(named)
 
     def _removals(self) -> "_Removals":
-        """What is known of removals from the model in its present state."""
+        """The known removals from the model in its present state."""
         state, known = _ModelState.of(self), _REMOVALS.get(self.layers)
         if known is None or not known.state.is_same(state):
             known = _REMOVALS[self.layers] = _Removals(state, StateBefore(self.model))
@@ -152,12 +153,12 @@ class LayerStack:
 
 
 class LayerCut:
-    """A context in which a model lacks some layers; afterwards it is as it was. It can be entered again and
-    again, which takes no time, as long as nothing else changes the model.
+    """A context in which a model lacks some layers. Afterwards the model is restored. It can be entered again
+    at no cost while nothing else changes the model.
 
     Args:
         stack ([`LayerStack`]): the model's layers.
-        edits ([`Edits`]): what removes some of them, not made.
+        edits ([`Edits`]): the edits that remove some of them, not yet made.
     """
 
     def __init__(self, stack: LayerStack, edits: Edits) -> None:
@@ -175,11 +176,11 @@ class LayerCut:
 
 @dataclass
 class _ModelState:
-    """All of a model, but for the values of its weights, that decides whether a removal is exact.
+    """The state of a model, without its weights, that decides whether a removal is exact.
 
     Args:
         objects (list of `weakref.ref`): the model, its modules and configs.
-        facts: what they say, as plain values.
+        facts: their attributes, as plain values.
     """
 
     objects: list["weakref.ref[Any]"]
@@ -208,7 +209,7 @@ class _ModelState:
         return cls([weakref.ref(owner) for owner in objects], facts)
 
     def is_same(self, other: "_ModelState") -> bool:
-        """Whether it is the same model in the same state."""
+        """Returns whether it is the same model in the same state."""
         pairs = zip(self.objects, other.objects, strict=False)
         return (
             len(self.objects) == len(other.objects)
@@ -219,13 +220,13 @@ class _ModelState:
 
 @dataclass
 class _Removals:
-    """What is known of removals from one state of a model.
+    """The known removals from one state of a model.
 
     Args:
         state ([`_ModelState`]): the state.
-        before ([`StateBefore`]): how it differs from a freshly built model.
-        results (`dict`): for each set of layers, the edits that remove it exactly, or the reason why it
-            cannot be removed.
+        before ([`StateBefore`]): its differences to a freshly built model.
+        results (`dict`): for each set of layers, the edits that remove it exactly, or why it cannot be
+        removed.
     """
 
     state: _ModelState
@@ -233,7 +234,7 @@ class _Removals:
     results: dict[frozenset[int], Edits | LayerPruneError] = field(default_factory=dict)
 
     def find(self, stack: LayerStack, removed: set[int]) -> Edits:
-        """Returns the edits that remove some layers. They are not made.
+        """Returns the edits that remove some layers, not yet made.
 
         Raises:
             LayerPruneError: these layers cannot be removed exactly.
@@ -253,7 +254,7 @@ class _Removals:
         return result
 
 
-# Nothing in it keeps a model, a layer or a tensor alive.
+# It keeps no model, layer or tensor alive.
 _REMOVALS: "weakref.WeakKeyDictionary[nn.ModuleList, _Removals]" = weakref.WeakKeyDictionary()
 
 

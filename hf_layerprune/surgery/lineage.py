@@ -1,4 +1,4 @@
-"""Which layers of the original model are left: kept in config.json, composed over many removals."""
+"""The layers of the original model that remain, stored in config.json over all removals."""
 
 import operator
 from collections.abc import Collection
@@ -12,11 +12,11 @@ from .decoder import layer_count, text_config
 
 
 CONFIG_KEY = "layer_pruning"
-MOST_LAYERS = 1_000  # no model has nearly as many, and a damaged config may claim any number
+MOST_LAYERS = 1_000  # more than any model has: a damaged config may give any number
 
 
 def plain_int(number: Any) -> Any:
-    """Returns a whole number of any type, as of numpy or torch, as an `int`, and anything else as it is."""
+    """Returns an integer of any type (numpy, torch) as an `int`, and other values unchanged."""
     if isinstance(number, bool):
         return number
     try:
@@ -27,10 +27,10 @@ def plain_int(number: Any) -> Any:
 
 @dataclass(frozen=True)
 class Lineage:
-    """Which layers of the original model a pruned model has.
+    """The layers of the original model that a pruned model keeps.
 
     Args:
-        original (`int`): how many layers the original model had.
+        original (`int`): number of layers of the original model.
         kept (`list[int]`): for each present layer, its index in the original model.
     """
 
@@ -38,7 +38,7 @@ class Lineage:
     kept: list[int]
 
     def __post_init__(self) -> None:
-        # JSON takes no numbers of numpy or torch.
+        # JSON has no numbers of numpy or torch.
         object.__setattr__(self, "original", plain_int(self.original))
         object.__setattr__(self, "kept", [plain_int(layer) for layer in self.kept])
         increasing = all(a < b for a, b in zip(self.kept, self.kept[1:], strict=False))
@@ -49,12 +49,12 @@ class Lineage:
 
     @property
     def removed(self) -> list[int]:
-        """The original indices of the layers that are gone."""
+        """The original indices of the removed layers."""
         return sorted(set(range(self.original)) - set(self.kept))
 
     @property
     def after_cuts(self) -> list[int]:
-        """The present indices of the layers whose original predecessor is gone."""
+        """The present indices of the layers whose original predecessor was removed."""
         before = [-1, *self.kept[:-1]]
         return [i for i, (a, b) in enumerate(zip(before, self.kept, strict=True)) if b != a + 1]
 
@@ -67,7 +67,7 @@ class Lineage:
 
 
 def get_lineage(model: PreTrainedModel | PreTrainedConfig) -> Lineage:
-    """Returns which original layers a model (or a config) still has: all of them if none was removed.
+    """Returns the lineage of a model or a config. It keeps all layers if no layer was removed.
 
     Raises:
         LayerPruneError: the entry in the config is damaged or lists another number of layers.

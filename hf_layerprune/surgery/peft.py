@@ -25,18 +25,19 @@ from .lineage import get_lineage, lineage_entry
 
 logger = logging.getLogger(__name__)
 
-# Fields of a PeftConfig that name modules, each a list or a dict by name, where a name may hold a layer.
+# Fields of a PeftConfig that name modules: lists, or dicts by name. A name may include a layer index.
 NAMES = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")
 PATTERNS = ("rank_pattern", "alpha_pattern")
-PRUNED_BASE = "pruned_base.json"  # beside adapters: the base model and the layers of it that are kept
+PRUNED_BASE = "pruned_base.json"  # file beside adapters: the base model and its kept layers
 
 
 def base_of(model: Any) -> PreTrainedModel:
-    """Returns the transformers model inside a `PeftModel`, with its adapters in it; any other model as it is.
+    """Returns the transformers model inside a `PeftModel`, with its adapters. Other models are returned as
+    they are.
 
     Raises:
-        LayerPruneError: adapters were put into a transformers model directly, so that nothing holds them, or
-            they are in a `PeftMixedModel`.
+        LayerPruneError: adapters were added to a transformers model directly, without a `PeftModel`, or they
+        are in a `PeftMixedModel`.
     """
     if isinstance(model, PreTrainedModel):
         # Private, as the public `active_adapters` needs PEFT and tells only by an error, and `peft_config` is
@@ -126,13 +127,13 @@ def adapter_differences(model: Any) -> list[str]:
         for name, config in model.peft_config.items():
             config = copy.deepcopy(config)
             if hasattr(config, "init_lora_weights"):
-                config.init_lora_weights = False  # some ways compute them from the base's
+                config.init_lora_weights = False  # some methods compute them from the base weights
             try:
                 if fresh is None:
                     fresh = type(model)(build_meta_model(model.get_base_model()), config, adapter_name=name)
                 else:
                     fresh.add_adapter(name, config)
-            except RuntimeError as error:  # it computes with values
+            except RuntimeError as error:  # the method computes with values
                 raise LayerPruneError(
                     f"PEFT cannot build {config.peft_type.value} adapters without weights, as is needed to "
                     "check them after a removal: use another type, such as LORA, or merge them first."
@@ -170,18 +171,18 @@ def check_adapter_type(config: Any) -> None:
 
 
 def starts_from_weights(model: Any) -> bool:
-    """Whether adapters of a `PeftModel` took their first values out of the weights of its base, as PiSSA and
-    OLoRA do, so that they belong to the base as it was before."""
+    """Returns whether adapters of a `PeftModel` were initialised from the base weights and changed them, as
+    PiSSA and OLoRA do. They then belong to the unchanged base."""
     inits = [getattr(config, "init_lora_weights", None) for config in adapter_configs(model).values()]
     return any(str(init).lower().startswith(("pissa", "olora", "corda", "loftq")) for init in inits)
 
 
 def merged_copy(model: Any) -> PreTrainedModel:
     """Returns a copy of a `PeftModel` with its adapters merged into the weights. The copy is on the CPU, so
-    that a GPU holds the model once; that of a quantised model is where the model is.
+    that a GPU holds the model once. A copy of a quantised model is on the model's device.
 
-    Adapters on the LM head or the embeddings of a model that ties them may make the two differ. The copy is
-    then untied, in its weights and its config.
+    If a model ties LM head and embeddings and adapters change one of them, the copy is untied, in its weights
+    and its config.
 
     Raises:
         LayerPruneError: adapters of this type cannot be merged.
@@ -218,8 +219,8 @@ def merged_copy(model: Any) -> PreTrainedModel:
 
 
 def bare_copy(model: Any) -> PreTrainedModel:
-    """Returns a copy of the model inside a `PeftModel`, without its adapters. It reads the same weights,
-    unless adapters that are loaded onto it may change them."""
+    """Returns a copy of the model inside a `PeftModel`, without its adapters. It shares the weights, unless
+    adapters that are loaded onto it may change them."""
     configs = adapter_configs(model).values()
     is_frozen = all(config.peft_type == "LORA" and config.bias == "none" for config in configs)
     if not is_frozen or starts_from_weights(model):
@@ -245,7 +246,7 @@ def _cpu_tensors(model: nn.Module) -> dict[int, torch.Tensor]:
 
 
 def _computed_tensors(model: nn.Module) -> list[torch.Tensor]:
-    """Returns the tensors in modules that autograd has computed, which a deepcopy refuses."""
+    """Returns the tensors in modules that autograd has computed. deepcopy refuses them."""
 
     def within(value: Any) -> Iterator[torch.Tensor]:
         if torch.is_tensor(value):
@@ -278,7 +279,7 @@ def write_pruned_base(model: Any, folder: Path) -> None:
     base = base_of(model)
     record = {"base_model": base_name(model), **lineage_entry(get_lineage(base))}
     record["class"] = type(base).__name__
-    if not predicts_next_token(base):  # a head of which the stored base may know nothing
+    if not predicts_next_token(base):  # a head that the stored base may not have
         record["num_labels"] = base.config.num_labels
     with whole_file(folder / PRUNED_BASE) as file:
         file.write(f"{json.dumps(record, indent=1)}\n".encode())
@@ -329,5 +330,5 @@ def _write_adapter_card(model: Any, output_dir: str | Path) -> None:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a model's name is that of a repository on the hub, and of no folder here."""
+    """Returns whether a model's name is a repository on the hub, and not a local folder."""
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()

@@ -21,7 +21,8 @@ def remove_layers(model: Any, layers: int | Iterable[int]) -> Lineage:
 
     The config follows: the number of layers, every field that names single layers, and the lineage. The
     indices in modules follow, too. The model then saves, reloads and generates as a plain transformers model.
-    If the result is not exactly what the new config builds, nothing is changed. An optimizer made before
+    If the result is not exactly the model that the new config builds, nothing is changed. An optimizer made
+    before
     keeps the removed parameters: see `LayerPruningCallback`.
 
     Args:
@@ -30,9 +31,9 @@ def remove_layers(model: Any, layers: int | Iterable[int]) -> Lineage:
         layers (`int` or iterable of `int`): indices in the present model, from 0.
 
     Returns:
-        `Lineage`: the original indices of the layers that are left.
+        `Lineage`: the original indices of the remaining layers.
 
-    Layers of a model that was cut by hand before are numbered anew, with a warning.
+    Layers of a model that was cut by hand are renumbered, with a warning.
 
     Raises:
         LayerPruneError: an index is not one of the model's layers or named twice, no layer would be
@@ -55,7 +56,7 @@ def keep_lineage(model: Any, lineage: Lineage) -> None:
     """Removes layers from `model`, in place, until it has exactly the layers that `lineage` keeps.
 
     Raises:
-        LayerPruneError: `lineage` is of another original model, or has a layer that `model` has not.
+        LayerPruneError: `lineage` is of another original model, or has a layer that `model` lacks.
     """
     present = get_lineage(model)
     if present.original != lineage.original or not set(lineage.kept) <= set(present.kept):
@@ -64,9 +65,9 @@ def keep_lineage(model: Any, lineage: Lineage) -> None:
 
 
 def put_back(model: PreTrainedModel, whole: PreTrainedModel) -> None:
-    """Makes `model`, in place, what `whole` is: a model of the same kind that has lost fewer layers.
+    """Turns `model`, in place, into `whole`: a model of the same kind with more of its layers.
 
-    Modules outside of the decoder layers stay the same modules. `whole` is used up.
+    Modules outside of the decoder layers stay the same modules. `whole` cannot be used afterwards.
 
     Raises:
         LayerPruneError: `whole` lacks a layer that `model` has.
@@ -91,7 +92,7 @@ def put_back(model: PreTrainedModel, whole: PreTrainedModel) -> None:
 
 
 def without_layers(model: Any, layers: int | Iterable[int]) -> LayerCut:
-    """Returns a context in which `model` lacks some layers; afterwards it is as it was.
+    """Returns a context in which `model` lacks some layers. Afterwards the model is restored.
 
     Raises:
         LayerPruneError: as [`remove_layers`], before the context is entered.

@@ -41,7 +41,9 @@ def test_what_was_saved_is_the_same(model, tmp_path, dtype):
 
 def test_another_model_when_loaded_is_refused_and_its_weights_kept(llama, tmp_path):
     llama.model.layers[2].self_attn.scaling *= 2  # nothing in the config says so
-    with pytest.raises(LayerPruneError, match=r"another model when loaded: its logits are off by"):
+    with pytest.raises(
+        LayerPruneError, match=r"saved model differs from the model in memory: its logits are off by"
+    ):
         save_model(llama, tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(saved[name], tensor) for name, tensor in tensors(llama).items())
@@ -50,7 +52,7 @@ def test_another_model_when_loaded_is_refused_and_its_weights_kept(llama, tmp_pa
 
 def test_missing_tensors_are_refused(llama, tmp_path):
     llama.config.num_hidden_layers = 7
-    with pytest.raises(LayerPruneError, match=r"does not fit its config: {'missing_keys'"):
+    with pytest.raises(LayerPruneError, match=r"do not fit the config: {'missing_keys'"):
         save_model(llama, tmp_path)
 
 
@@ -63,7 +65,7 @@ def test_what_does_not_load_is_refused(llama, tmp_path, monkeypatch):
         weights.write_bytes(weights.read_bytes()[:1000])
 
     monkeypatch.setattr(llama, "save_pretrained", save_half)
-    with pytest.raises(LayerPruneError, match=r"What was saved does not load"):
+    with pytest.raises(LayerPruneError, match=r"The saved model does not load"):
         save_model(llama, tmp_path)
 
 
@@ -147,7 +149,7 @@ def test_legacy_rotary_keys(family, rope, old, tmp_path):
             },
             "scale by 'longrope'",
         ),
-        ("modernbert-decoder", None, "others for each kind of attention"),
+        ("modernbert-decoder", None, "separate settings for each kind of attention"),
         ("gemma4_text", None, "no older form"),
     ],
 )
@@ -181,7 +183,7 @@ def test_without_memory_for_a_second_model_the_save_stands(llama, tmp_path, monk
     monkeypatch.setattr(again, "to", full)
     monkeypatch.setattr(saving, "load_again", lambda *args: again)
     save_model(llama, tmp_path / "saved")
-    assert "there is no memory to compare its logits" in caplog.text
+    assert "There is no memory to compare its logits" in caplog.text
     assert (tmp_path / "saved" / "model.safetensors").is_file()
 
 
@@ -233,7 +235,7 @@ def test_merged_adapters_are_compared_with_the_live_ones(tmp_path, monkeypatch):
     model, others = with_adapters(), with_adapters()
     others.base_model.model.model.layers[1].self_attn.q_proj.lora_B.default.weight.data.mul_(-1)
     monkeypatch.setattr(saving, "merged_copy", lambda model: adapters.merged_copy(others))
-    with pytest.raises(LayerPruneError, match=r"another model when loaded.* adapters are saved in .*adapter"):
+    with pytest.raises(LayerPruneError, match=r"saved model differs.* adapters are saved in .*adapter"):
         save_model(model, tmp_path)
     again = load_pruned_adapter(str(tmp_path / "adapter"), base_model=make_model(tie_word_embeddings=True))
     assert torch.equal(logits(again.eval(), tokens()), logits(model, tokens()))

@@ -133,7 +133,7 @@ def test_what_was_taught_is_learnt_without_the_teacher(folder, capsys):
         (["evaluate", "model", *DATA, "--tasks", "questions"], "questions=FILE"),
         (
             ["evaluate", "model", *DATA, "--tasks", "piqua"],
-            "no task 'piqua' built in, only hellaswag, arc_easy",
+            "no task 'piqua' built in. Did you mean piqa? Choose from hellaswag, arc_easy",
         ),
         (["evaluate", "model", *DATA, "--tasks", "piqa", "--limit", "1"], "limit is 1"),
         (["evaluate", "model", *DATA, "--json", "no/such/e.json"], "Cannot write no/such/e.json"),
@@ -439,12 +439,12 @@ def test_ctrl_c_ends_with_a_line_that_says_how_to_resume(folder, capsys):
             "wrote no checkpoint",
         ),
         (["prune", "model", *DATA, *TRAIN[:4]], "pruning.prune.prune_layers", "Nothing was kept"),
-        (["score", "model", *DATA, "--json", "s.json"], "scoring.score.score_layers", "again to go on"),
-        (["score", "model", *DATA], "scoring.score.score_layers", "with --json FILE to go on"),
+        (["score", "model", *DATA, "--json", "s.json"], "scoring.score.score_layers", "again to continue"),
+        (["score", "model", *DATA], "scoring.score.score_layers", "with --json FILE to be able to continue"),
         (
             ["cache-teacher", "model", *DATA, "--output_dir", "x"],
             "distillation.teacher_cache.cache_teacher_logits",
-            "to go on",
+            "to continue",
         ),
     ],
 )

@@ -99,7 +99,7 @@ def test_measurements_take_a_config_file(folder, command, capsys):
         ("sequence_length: long", "c.yaml: sequence_length is 'long', but must be a whole number"),
         ("criterion: luck", "c.yaml: criterion is 'luck'. Choose from"),
         ("[1, 2]", "c.yaml is no recipe: it must be lines of `field: value`"),
-        ("a: [", "c.yaml is no plain YAML"),
+        ("a: [", "c.yaml is not plain YAML"),
         ("data: none.txt", "No such file: none.txt"),
     ],
 )

@@ -212,16 +212,16 @@ def test_what_was_reckoned_on_paper_is_what_is_counted(arguments):
 
 
 def test_mistakes_are_said(arguments, capsys):
-    with pytest.raises(LayerPruneError, match="remove is 4, of 6 layers"):
+    with pytest.raises(LayerPruneError, match="remove is 4, but the model has 6 layers"):
         run_study("losses", StudyArguments(**arguments, remove=4))
-    with pytest.raises(LayerPruneError, match="remove is 0, of 6 layers"):
+    with pytest.raises(LayerPruneError, match="remove is 0, but the model has 6 layers"):
         run_study("losses", StudyArguments(**arguments, remove=0))
     Path("short.txt").write_text("Too little of it. " * 5)
     with pytest.raises(
         LayerPruneError, match=r"short\.txt makes 2 sequences, but calibration_sequences is 4"
     ):
         run_study("calibration", StudyArguments(**arguments | {"data": ["text.txt", "short.txt"]}))
-    with pytest.raises(LayerPruneError, match="choose from baseline, losses"):
+    with pytest.raises(LayerPruneError, match=r"Did you mean losses\? Choose from baseline, losses"):
         run_study("loses", StudyArguments(**arguments))
     assert main(["study"]) == 2
     assert "NAME is missing. Choose from baseline, losses" in capsys.readouterr().err

@@ -110,7 +110,7 @@ def test_a_command_that_trains_another_model_is_found_out():
         ({"command": []}, "must be a program"),
         ({"target_layers": 6}, "target_layers is 6"),
         ({"target_layers": 1}, "only 4 are not protected"),
-        ({"criterion": "luck"}, "Unknown criterion 'luck'"),
+        ({"criterion": "luck"}, "There is no criterion 'luck'"),
     ],
 )
 def test_bad_settings_are_refused_before_any_work(settings, message):

@@ -202,10 +202,10 @@ def test_a_model_is_left_as_it_was(llama, criterion, error):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"criterion": "loss", "teacher": "x"}, "no use for a teacher"),
-        ({"criterion": "positional", "pattern": "zigzag"}, "Unknown pattern 'zigzag'"),
-        ({"criterion": "block_influence", "racing": 0.9}, "racing is 0.9 with block_influence"),
-        ({"criterion": "loss", "racing": 99}, "racing is 99 with loss"),
+        ({"criterion": "loss", "teacher": "x"}, "takes no teacher"),
+        ({"criterion": "positional", "pattern": "zigzag"}, "There is no pattern 'zigzag'"),
+        ({"criterion": "block_influence", "racing": 0.9}, "racing is 0.9 and criterion is block_influence"),
+        ({"criterion": "loss", "racing": 99}, "racing is 99 and criterion is loss"),
         (
             {"criterion": "loss", "block_size": 6},
             "block_size is 6: it must be at least 1 and below the 6 layers",

@@ -225,7 +225,10 @@ def test_padding_changes_no_score(llama):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"criterion": "luck"}, "Unknown criterion 'luck': choose from block_influence, angular, loss, kl"),
+        (
+            {"criterion": "luck"},
+            "There is no criterion 'luck'. Choose from block_influence, angular, loss, kl",
+        ),
         ({"criterion": "task"}, "go together"),
         ({"task": len}, "go together"),
         ({"batches": []}, "No calibration batches"),

@@ -38,6 +38,6 @@ def test_the_command_needs_no_weights(tmp_path, capsys):
     printed = capsys.readouterr().out
     found = json.loads((tmp_path / "found.json").read_text())
     assert [layer["layer"] for layer in found["layers"] if layer["refused"]] == [0]
-    assert printed.count("|     no |") == 1
-    assert printed.count("|    yes |") == 6
+    assert printed.count("|        no |") == 1
+    assert printed.count("|       yes |") == 6
     assert "Cannot remove layers [0]" in printed
