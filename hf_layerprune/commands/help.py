@@ -35,7 +35,7 @@ GROUPS = {
         "max_steps learning_rate per_device_train_batch_size gradient_accumulation_steps "
         "activation_checkpointing kl_weight",
         "trainable num_train_epochs bf16 seed hidden_weight ce_weight divergence jsd_beta hidden_loss "
-        "balance_hidden temperature top_k sampling hidden_layers loss_preset tokens batch_tokens "
+        "balance_hidden temperature top_k sampling hidden_layers loss_preset tokens batch_size batch_tokens "
         "answer_tokens",
     ),
     "output": (
