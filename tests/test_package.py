@@ -171,3 +171,15 @@ def test_the_diagram_of_the_folders_is_that_of_the_imports():
     assert {folder for arrow in arrows for folder in arrow} == {folder for folder, _ in imports | arrows} | {
         other for _, other in imports
     }
+
+
+def test_where_a_change_goes_names_files_and_what_is_in_them():
+    table = (ROOT / ".github" / "CONTRIBUTING.md").read_text().partition("## Where a change goes")[2]
+    for row in re.findall(r"^\| a.*", table.partition("\n## ")[0], re.M):
+        names = re.findall(r"`([\w./]+)`", row)
+        files = [name for name in names if "/" in name or name.endswith(".py")]
+        folders = [ROOT, PACKAGE, *(PACKAGE / Path(name).parent for name in files)]
+        paths = [next((f / name for f in folders if (f / name).exists()), None) for name in files]
+        assert None not in paths, row
+        text = "".join(path.read_text() for path in paths if path.is_file())
+        assert all(name in text for name in set(names) - set(files)), row
