@@ -1,4 +1,4 @@
-"""A causal-language-model Trainer script with three lines changed: it takes layers out as it trains.
+"""A Trainer script with three lines changed, so that it removes layers while it trains.
 
 python examples/drop_in.py MODEL TEXT.txt OUTPUT_DIR TARGET_LAYERS [MAX_STEPS]
 """

@@ -1,4 +1,4 @@
-"""Take layers out of a model while adapters of PEFT learn: one copy of the weights, teacher included.
+"""Removes layers while PEFT adapters are trained. The teacher shares the weights of the student.
 
 python examples/lora.py MODEL TEXT.txt OUTPUT_DIR TARGET_LAYERS [MAX_STEPS]
 """

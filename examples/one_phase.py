@@ -1,10 +1,10 @@
-"""One phase of a run whose engine is started anew for each phase, as DeepSpeed and FSDP1 must be:
+"""Trains one phase of a run. DeepSpeed and FSDP1 must start again in each phase:
 
 hf-layerprune phases NAME --data OTHER.txt --target_layers 24 --output_dir healed -- \\
     accelerate launch --config_file examples/deepspeed.yaml \\
     examples/one_phase.py {model} NAME TEXT.txt {output_dir} 300
 
-`phases` scores layers and measures what is left on OTHER.txt; here TEXT.txt is trained on.
+`phases` scores layers and evaluates the pruned model on OTHER.txt. This script trains on TEXT.txt.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""A pruned model as ONNX, with transformers' own exporter, and the logits that onnxruntime gives.
+"""Exports a pruned model to ONNX with the exporter of transformers, and compares the logits of onnxruntime.
 
     python examples/onnx_export.py MODEL FOLDER
 

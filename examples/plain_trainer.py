@@ -1,4 +1,4 @@
-"""The callback alone, in a plain Trainer: layers go one by one while the language-model loss heals.
+"""The callback in a plain Trainer: it removes one layer after another while the model trains on text.
 
 python examples/plain_trainer.py MODEL TEXT.txt OUTPUT_DIR TARGET_LAYERS [MAX_STEPS]
 """

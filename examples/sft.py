@@ -1,4 +1,4 @@
-"""Take layers out of a model while trl's SFTTrainer fine-tunes it, one callback more than before.
+"""Removes layers while the SFTTrainer of trl fine-tunes a model: one callback is added.
 
 python examples/sft.py MODEL TEXT.txt OUTPUT_DIR TARGET_LAYERS [MAX_STEPS]
 """

@@ -20,6 +20,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_layerprune"
 PAGES = [
     ROOT / "README.md",
+    ROOT / "examples" / "README.md",
+    ROOT / "examples" / "benchmarks" / "README.md",
+    ROOT / "model_cards" / "README.md",
     *sorted((ROOT / "examples" / "guides").glob("*.md")),
     *sorted((ROOT / "model_cards").glob("*/README.md")),
 ]

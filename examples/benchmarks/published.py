@@ -69,7 +69,7 @@ def seeds() -> str:
         mean = statistics.fmean(pair.mean() for pair in pairs)
         error = math.sqrt(sum(pair.var(ddof=1) / len(pair) for pair in pairs)) / len(pairs)
         ahead.append(f"`{other}` by {mean:.4f} ± {error:.4f}")
-    words = f"Of both orders of the text together, `default-23` is ahead of {' and of '.join(ahead)}."
+    words = f"Over both orders of the text, `default-23` is ahead of {' and of '.join(ahead)}."
     return textwrap.fill(words, 120)
 
 
