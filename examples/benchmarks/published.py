@@ -93,7 +93,8 @@ def scoring() -> str:
         f"states {full['seconds']:.0f} s, racing {took['racing 0.95']['seconds']:.0f} s, block influence "
         f"{took['block influence']['seconds']:.0f} s (which chose {chose}). On {len(samples)} other samples "
         f"racing was {raced:.1f} times as fast as cached states (median). It chose the same layer as the "
-        f"full scores {same} times, and in all {near} samples a layer within a standard error of it."
+        f"full scores {same} times, and in all {near} samples a layer whose score is within one standard "
+        "error."
     )
     return textwrap.fill(sentences, 120)
 
@@ -134,9 +135,10 @@ def gpu() -> str:
         f"Measured on an {healed['device']} ([script](examples/benchmarks/gpu.py)): {agree} of "
         f"{len(checks['checks'])} correctness checks pass. A distillation step with the shape of "
         f"Qwen2.5-3B and {steps['batch']} x {steps['length']} tokens takes {distil['step_seconds']:.2f} s "
-        f"and {distil['peak_gib']:.0f} GiB. A step of a plain Trainer, which holds all logits at once, takes "
-        f"{plain['step_seconds']:.2f} s and {plain['peak_gib']:.0f} GiB. SmolLM2-135M with 23 of 30 "
-        f"layers was distilled on {run['tokens']:,} tokens in {run['seconds']:.0f} s. It has "
+        f"and {distil['peak_gib']:.0f} GiB. A step of a plain Trainer, without a teacher, takes "
+        f"{plain['step_seconds']:.2f} s, and {plain['peak_gib']:.0f} GiB for all logits at "
+        f"once. SmolLM2-135M with 23 of 30 layers was distilled on {run['tokens']:,} tokens in "
+        f"{run['seconds']:.0f} s. It has "
         f"{100 * kept['share']:.1f}% ± {100 * kept['standard_error']:.1f}% of the dense model's accuracy "
         f"above chance, and a copy accuracy of {found['model']['copying']:.3f}."
     )

@@ -212,11 +212,10 @@ def summary():
     refused = [name for name, reasons in types.items() if all(reasons)]
     return textwrap.fill(
         f"transformers {transformers.__version__} has {len(TYPES)} causal language model types. "
-        f"{len(exact)} are pruned exactly in every place tried ({len(ALL_SETS)} sets of layers of a tiny "
-        "model each). "
-        f"{len(types) - len(exact) - len(refused)} are pruned in some places and refused with the reason in "
-        f"others. {len(refused)} are always refused, and for {len(NOT_BUILT)} no tiny model could be built "
-        "([list](tests/surgery/architectures.md)).",
+        f"For {len(exact)} of them, a tiny model was pruned exactly with each of {len(ALL_SETS)} sets of "
+        f"layers. For {len(types) - len(exact) - len(refused)}, some sets were pruned exactly, and the "
+        f"others were refused with the reason. {len(refused)} are always refused, and for {len(NOT_BUILT)} "
+        "no tiny model could be built ([list](tests/surgery/architectures.md)).",
         120,
     )
 
