@@ -31,12 +31,12 @@ def prune(arguments: list[str]) -> None:
     from ..surgery.decoder import predicts_next_token
 
     check_folder_is_free(output.output_dir)
-    keep_settings(output.output_dir)
     config, tokenizer = check_model(name, source, "prune", removal.criterion)
     sizes = sample.calibration_sequences, sample.heldout_sequences
     writer = partial(load_writer, name, source)
     sequences = make_sequences(data.sources, text, sequence, config, tokenizer, sum(sizes), writer)
     calibration, heldout, _ = split_sequences(sequences, *sizes)
+    keep_settings(output.output_dir)
     model = load_on_device(name, source)
     record = prune_layers(
         model,

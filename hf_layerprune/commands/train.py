@@ -100,8 +100,6 @@ def distill(arguments: list[str]) -> None:
     check_reporters(args.report_to)
     if not resume:
         check_folder_is_free(args.output_dir, resume="--resume")
-        if args.process_index == 0:
-            keep_settings(args.output_dir)
     keep_stored_dtype(args, name, source)
     config, tokenizer = check_model(name, source, "distill")
     if lora.lora_rank is None:
@@ -115,6 +113,8 @@ def distill(arguments: list[str]) -> None:
     check_text_is_left(train, sample)
     taught: Any = {"teacher": teacher.teacher, "lora_rank": lora.lora_rank}
     announce_plan(name, source, pruning, args, train, **taught)
+    if not resume and args.process_index == 0:
+        keep_settings(args.output_dir)
     model = load_on_device(name, source, dtype="float32")
     evaluation = HeldOutText(heldout, args.per_device_eval_batch_size)
     callback = pruning_callback(pruning, calibration=calibration, evaluation=evaluation)

@@ -122,8 +122,6 @@ def prune(
     resume = resume_from_checkpoint or args.resume_from_checkpoint
     if not resume:
         check_folder_is_free(args.output_dir, resume="resume_from_checkpoint=True")
-        if args.process_index == 0:
-            write_settings(settings, args.output_dir)
     if isinstance(model, PreTrainedModel):
         check_next_token(model, "prune")
         config, tokenizer = model.config, tokenizer or _tokenizer_of(model, trust)
@@ -147,6 +145,8 @@ def prune(
         announce_plan(
             chosen.model, source, pruning, args, rows[2], select=chosen.select, teacher=taught.teacher
         )
+    if not resume and args.process_index == 0:
+        write_settings(settings, args.output_dir)
     pruned: Any = model if in_memory else load_on_device(chosen.model, source, dtype="float32")
     frozen = {id(parameter) for parameter in pruned.parameters() if not parameter.requires_grad}
     resolved = resolved_fields([chosen, taught, text, sample, pruning], args)

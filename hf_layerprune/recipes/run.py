@@ -176,8 +176,8 @@ def _check(run: Run, resume: str | bool | None) -> None:
         )
     if run.args.eval_strategy != "no":
         raise LayerPruneError(
-            f"eval_strategy is {run.args.eval_strategy}, but a recipe evaluates before, between and after "
-            "training itself. Leave eval_strategy out."
+            "eval_strategy is set, but a recipe evaluates before, between and after training itself. Leave "
+            "eval_strategy out."
         )
     if resume and run.recipe.trains_only_replacement:
         raise LayerPruneError(

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_layerprune import MultipleChoice, score_layers
 from hf_layerprune.evaluation.evaluate import copying, evaluate_text, measure_quality
-from hf_layerprune.pruning.replacement import replace_by_linear_map
+from hf_layerprune.pruning.linear_map import replace_by_linear_map
 
 from ..conftest import make_model, tokens
 from ..evaluation.test_multiple_choice import QUESTIONS

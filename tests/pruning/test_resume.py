@@ -156,7 +156,7 @@ def test_only_the_trainer_that_trains_is_handed_over(llama):
     with pytest.raises(LayerPruneError, match="set_trainer got a Trainer without this Layer"):
         callback.set_trainer(plain_trainer(llama, []))
     other = plain_trainer(llama, callback)  # which it knows now
-    with pytest.raises(LayerPruneError, match="set_trainer got another Trainer"):
+    with pytest.raises(LayerPruneError, match="set_trainer was called with another Trainer"):
         trainer.train()
     other.train()
 
@@ -188,7 +188,7 @@ def test_a_trainer_hands_itself_only_to_those_that_ask(llama):
 def test_a_wrong_name_of_a_setting_is_refused():
     with pytest.raises(LayerPruneError, match=r"no setting 'seed'. Did you mean scoring_seed\?"):
         pruning(seed=1)
-    with pytest.raises(LayerPruneError, match=r"no setting 'xyz'. Choose from criterion, racing"):
+    with pytest.raises(LayerPruneError, match=r"no setting 'xyz'. Choose from batch_tokens, criterion"):
         pruning(xyz=1)
     with pytest.raises(LayerPruneError, match="target_layers is missing"):
         LayerPruningCallback(criterion="kl")

@@ -508,7 +508,7 @@ def test_a_run_goes_on_only_as_it_began_and_until_it_is_finished(folder, capsys)
     ("flags", "message"),
     [
         (["--calibration_sequences", "10", "--heldout_sequences", "BLOCKS"], "none is left to train on"),
-        (["--eval_strategy", "steps"], "leave --eval_strategy out"),
+        (["--eval_strategy", "steps"], "--eval_strategy is set, but a recipe evaluates"),
         (["--report_to", "nothing"], "nothing is not supported"),
         (["--per_device_eval_batch_size", "0"], "batch size is 0"),
     ],

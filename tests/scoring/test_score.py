@@ -288,7 +288,7 @@ def test_plot_returns_a_figure_that_a_notebook_shows(llama, tmp_path):
     table = score_layers(llama, batches(), progress=False)
     figure = table.plot()
     assert isinstance(figure, Figure)
-    assert "Importance of" in figure.axes[0].get_title()
+    assert "Layer scores by loss" in figure.axes[0].get_title()
     assert figure._repr_png_().startswith(b"\x89PNG")
     assert list(tmp_path.glob("*.png")) == []
     table.plot("scores.png")
