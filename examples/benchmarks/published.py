@@ -86,15 +86,16 @@ def scoring() -> str:
     near = sum(one["within an error"] for one in samples)
     raced = statistics.median(one["ratio"] for one in samples)
     other = took["block influence"]["layer"]
-    chose = "the same layer" if other == full["layer"] else f"layer {other}, not {full['layer']}"
+    chose = f"Block influence chose layer {other}, and the others chose layer {full['layer']}."
+    chose = "All chose the same layer." if other == full["layer"] else chose
     sentences = (
         f"{found['sequences']} C4 sequences of {found['length']} tokens, {found['machine']['cpu_threads']} "
         f"threads, one run: full passes with the model's own loss {took['naive']['seconds']:.0f} s, cached "
         f"states {full['seconds']:.0f} s, racing {took['racing 0.95']['seconds']:.0f} s, block influence "
-        f"{took['block influence']['seconds']:.0f} s (which chose {chose}). On {len(samples)} other samples "
-        f"racing was {raced:.1f} times as fast as cached states (median). It chose the same layer as the "
-        f"full scores {same} times, and in all {near} samples a layer whose score is within one standard "
-        "error."
+        f"{took['block influence']['seconds']:.0f} s. {chose} On {len(samples)} other samples racing was "
+        f"{raced:.1f} times as fast as cached states (median). It chose the same layer as scoring without "
+        f"racing in {same} samples, and in {near} a layer whose score was within one standard error of the "
+        "lowest."
     )
     return textwrap.fill(sentences, 120)
 
@@ -136,8 +137,8 @@ def gpu() -> str:
         f"{len(checks['checks'])} correctness checks pass. A distillation step with the shape of "
         f"Qwen2.5-3B and {steps['batch']} x {steps['length']} tokens takes {distil['step_seconds']:.2f} s "
         f"and {distil['peak_gib']:.0f} GiB. A step of a plain Trainer, without a teacher, takes "
-        f"{plain['step_seconds']:.2f} s, and {plain['peak_gib']:.0f} GiB for all logits at "
-        f"once. SmolLM2-135M with 23 of 30 layers was distilled on {run['tokens']:,} tokens in "
+        f"{plain['step_seconds']:.2f} s. It needs {plain['peak_gib']:.0f} GiB, because it holds all logits "
+        f"at once. SmolLM2-135M with 23 of 30 layers was distilled on {run['tokens']:,} tokens in "
         f"{run['seconds']:.0f} s. It has "
         f"{100 * kept['share']:.1f}% ± {100 * kept['standard_error']:.1f}% of the dense model's accuracy "
         f"above chance, and a copy accuracy of {found['model']['copying']:.3f}."
