@@ -93,8 +93,8 @@ def scoring() -> str:
         f"threads, one run: full passes with the model's own loss {took['naive']['seconds']:.0f} s, cached "
         f"states {full['seconds']:.0f} s, racing {took['racing 0.95']['seconds']:.0f} s, block influence "
         f"{took['block influence']['seconds']:.0f} s. {chose} On {len(samples)} other samples racing was "
-        f"{raced:.1f} times as fast as cached states (median). It chose the same layer as scoring without "
-        f"racing in {same} samples, and in {near} a layer whose score was within one standard error of the "
+        f"{raced:.1f} times as fast as cached states (median). In {same} samples it chose the same layer as "
+        f"scoring without racing. In {near}, the score of its layer was within one standard error of the "
         "lowest."
     )
     return textwrap.fill(sentences, 120)
