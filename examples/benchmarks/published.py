@@ -89,13 +89,13 @@ def scoring() -> str:
     chose = f"Block influence chose layer {other}, and the others chose layer {full['layer']}."
     chose = "All chose the same layer." if other == full["layer"] else chose
     sentences = (
-        f"{found['sequences']} C4 sequences of {found['length']} tokens, {found['machine']['cpu_threads']} "
-        f"threads, one run: full passes with the model's own loss {took['naive']['seconds']:.0f} s, cached "
-        f"states {full['seconds']:.0f} s, racing {took['racing 0.95']['seconds']:.0f} s, block influence "
-        f"{took['block influence']['seconds']:.0f} s. {chose} On {len(samples)} other samples racing was "
-        f"{raced:.1f} times as fast as cached states (median). In {same} samples it chose the same layer as "
-        f"scoring without racing. In {near}, the score of its layer was within one standard error of the "
-        "lowest."
+        f"Scoring read {found['sequences']} C4 sequences of {found['length']} tokens once, with "
+        f"{found['machine']['cpu_threads']} threads. It took {took['naive']['seconds']:.0f} s with full "
+        f"passes, {full['seconds']:.0f} s with cached states, {took['racing 0.95']['seconds']:.0f} s with "
+        f"racing and {took['block influence']['seconds']:.0f} s with block influence. {chose} On "
+        f"{len(samples)} other samples racing was {raced:.1f} times as fast as cached states (median). In "
+        f"{same} of them it chose the same layer as scoring without racing. In {near} of them the layer that "
+        "racing chose had a score within one standard error of the lowest."
     )
     return textwrap.fill(sentences, 120)
 
