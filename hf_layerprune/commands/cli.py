@@ -95,11 +95,10 @@ def main(arguments: list[str] | None = None) -> int:
     handler.setFormatter(_FlagNames("%(message)s"))
     logging.basicConfig(handlers=[handler])
     flag_names.clear()
-    logging.getLogger("hf_layerprune").setLevel(logging.ERROR if quiet else logging.INFO)
     try:
         if command not in COMMANDS:
             raise LayerPruneError(f"There is no command {command!r}. {choose_from(command, COMMANDS)}.")
-        with logging_redirect_tqdm(), _quiet_libraries() if quiet else nullcontext():
+        with _package_logs(quiet), logging_redirect_tqdm(), _quiet_libraries() if quiet else nullcontext():
             COMMANDS[command](rest)
     except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -117,6 +116,18 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 @contextmanager
+def _package_logs(quiet: bool) -> Iterator[None]:
+    """Within this context this package logs what it does, or only errors if `quiet` is set."""
+    package = logging.getLogger("hf_layerprune")
+    level = package.level
+    package.setLevel(logging.ERROR if quiet else logging.INFO)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
+
+
+@contextmanager
 def _quiet_libraries() -> Iterator[None]:
     """Within this context a Trainer prints no logs. Progress bars and warnings of transformers and datasets
     are switched off."""
@@ -125,11 +136,17 @@ def _quiet_libraries() -> Iterator[None]:
 
     from ..pruning.other_callbacks import silent_trainers
 
+    verbosity = transformers_logging.get_verbosity()
     datasets.disable_progress_bars()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    with silent_trainers():
-        yield
+    try:
+        with silent_trainers():
+            yield
+    finally:
+        datasets.enable_progress_bars()
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
 
 
 class _FlagNames(logging.Formatter):

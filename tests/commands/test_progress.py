@@ -9,6 +9,7 @@ import pytest
 import transformers.trainer
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.utils import logging as transformers_logging
 
 from hf_layerprune.commands.cli import main
 from hf_layerprune.pruning import other_callbacks
@@ -144,6 +145,9 @@ def test_quiet_prints_results_alone(folder):
 
 
 def test_quiet_lasts_for_one_command(folder, capsys):
+    package, before = logging.getLogger("hf_layerprune"), transformers_logging.get_verbosity()
+    level = package.level
     assert main(["inspect", folder, "--quiet"]) == 0
+    assert (package.level, transformers_logging.get_verbosity()) == (level, before)
     assert transformers.trainer.DEFAULT_PROGRESS_CALLBACK is ProgressCallback
     assert transformers.trainer.PrinterCallback is PrinterCallback
