@@ -1,4 +1,7 @@
-"""Settings of token sequences and batches, for training arguments, recipes and commands. Imports nothing."""
+"""Settings of token sequences and batches for training arguments, recipes and commands.
+
+This module imports no other module of the package.
+"""
 
 from dataclasses import dataclass, field
 
@@ -9,11 +12,11 @@ LOSSES = ("all", "completion")
 
 @dataclass
 class SequenceArguments:
-    """How text becomes token sequences, see [`prepare_dataset`].
+    """Settings that control how text becomes token sequences, see [`prepare_dataset`].
 
     Args:
-        sequence_length (`int`, *optional*): tokens in a sequence. Default: the context length of the model,
-            at most 1024.
+        sequence_length (`int`, *optional*): number of tokens in a sequence. Default: the context length of
+            the model, at most 1024.
         packing (`str`, *optional*, defaults to `"joined"`): `"joined"`, `"packed"` or `"none"`.
         loss_on (`str`, *optional*, defaults to `"all"`): `"all"` or `"completion"`.
     """
@@ -41,12 +44,12 @@ class SequenceArguments:
 
 @dataclass(kw_only=True)
 class BatchArguments:
-    """How much is read at once without training.
+    """Settings of the batch size outside training.
 
     Args:
-        batch_tokens (`int`, *optional*): tokens in a forward pass of scoring, evaluation and caching.
-            Default: as many as fit into half of the free GPU memory, at most 32,768; on a CPU a few
-            sequences.
+        batch_tokens (`int`, *optional*): number of tokens in a forward pass of scoring, evaluation and
+            caching. Default on a GPU: the number that fits into half of the free memory, at most 32,768.
+            Default on a CPU: a few sequences.
     """
 
     batch_tokens: int | None = field(

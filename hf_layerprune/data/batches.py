@@ -1,4 +1,4 @@
-"""Batches of tokens from calibration and evaluation data of every common form."""
+"""Makes batches of tokens from calibration and evaluation data of every common form."""
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -39,11 +39,11 @@ def make_batches(
             Text: a list of strings, or rows with `text`, `messages`, `conversations`, or `prompt` and
             `completion`, as in trl. It is cut into sequences, see [`prepare_dataset`].
         batch_size (`int`, *optional*, defaults to 8): rows per batch.
-        collate (`Callable`, *optional*): makes a batch of rows of tokens, as a Trainer's `data_collator`.
-            Default: rows of unequal length are padded.
+        collate (`Callable`, *optional*): makes a batch of rows of tokens, like a Trainer's `data_collator`.
+            Default: a collator that pads rows of unequal length.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's tokenizer or processor, for text.
-        sequence_length (`int`, *optional*, defaults to 256): tokens per sequence of text, fewer of a short
-            text.
+        sequence_length (`int`, *optional*, defaults to 256): number of tokens per sequence of text. It is
+            smaller if the text is shorter.
         packing (`str`, *optional*, defaults to `"joined"`), loss_on (`str`, *optional*, defaults to `"all"`):
             for text, see [`prepare_dataset`].
         columns (collection of `str`, *optional*): the columns to keep, see [`model_columns`]. Default: all.
@@ -80,14 +80,16 @@ def make_batches(
         rows = [{name: value for name, value in _as_row(row).items() if name in columns} for row in rows]
     else:
         rows = [_as_row(row) for row in rows]
-    # A separate generator: a loader draws a seed, and scoring must not change the random state.
+    # A loader draws a seed. Scoring must not change the random state, so the loader has its own generator.
     generator = torch.Generator()
     return list(DataLoader(rows, batch_size, collate_fn=collate or PaddingCollator(), generator=generator))
 
 
 def regroup_batches(batches: list[Any], tokens: int) -> list[Any]:
-    """Returns the rows of batches in batches of at most so many tokens, or of one row. Rows of different
-    lengths or columns stay apart."""
+    """Returns the same rows in batches of at most `tokens` tokens, or of one row if the row is longer.
+
+    A batch holds only rows of one length and with the same columns.
+    """
 
     def form(batch: Any) -> list[Any]:
         return [(name, value.shape[1:]) for name, value in sorted(batch.items())]
@@ -102,18 +104,18 @@ def regroup_batches(batches: list[Any], tokens: int) -> list[Any]:
 
 
 def split_rows(batch: Any, rows: int) -> list[Any]:
-    """Returns a batch in parts of at most so many rows, but at least one."""
+    """Splits a batch into parts of at most `rows` rows. Each part has at least one row."""
     split = {name: value.split(max(1, rows)) for name, value in batch.items()}
     return [dict(zip(split, values, strict=True)) for values in zip(*split.values(), strict=True)]
 
 
 def iterate_batches(data: Any) -> Iterable[Batch]:
-    """Returns the batches of a generator or loader one by one, those of other data by [`make_batches`]."""
+    """Returns the batches of `data`: a generator or loader as it is, other data through [`make_batches`]."""
     return data if isinstance(data, (DataLoader, Iterator)) else make_batches(data)
 
 
 def model_columns(model: PreTrainedModel) -> set[str]:
-    """Returns the names of the columns that `model` reads, and those of labels."""
+    """Returns the names of the columns that `model` reads, and of the columns that hold labels."""
     return {*inspect.signature(type(model).forward).parameters, "labels", "label", "label_ids"}
 
 
@@ -121,7 +123,7 @@ def take_rows(stream: Iterable[Any]) -> list[Any]:
     """Returns all entries of a stream, generator or loader.
 
     Raises:
-        LayerPruneError: it has more than [`MOST_ROWS`] entries, and may be endless.
+        LayerPruneError: the stream has more than [`MOST_ROWS`] entries and may be endless.
     """
     rows = list(islice(stream, MOST_ROWS + 1))
     if len(rows) > MOST_ROWS:
@@ -163,7 +165,7 @@ def rows_of(data: Any) -> Any:
 
 
 def _is_batch(entry: Any) -> bool:
-    """Returns whether an entry is a batch and no row."""
+    """Returns whether an entry is a batch, not a row."""
     value = entry.get("input_ids") if isinstance(entry, Mapping) else entry
     if torch.is_tensor(value) or isinstance(value, np.ndarray):
         return value.ndim == 2
@@ -180,7 +182,7 @@ def _is_tokens(entry: Any) -> bool:
 
 
 def _as_row(row: Any) -> dict[str, Any]:
-    """Returns a row of tokens as a dict, without texts and empty values."""
+    """Returns a row of tokens as a dict. Texts and empty values are left out."""
     columns = row if isinstance(row, Mapping) else {"input_ids": row}
     numbers = {name: x for name, x in columns.items() if not isinstance(x, (str, bytes, type(None)))}
     _check_token_ids(torch.as_tensor(numbers["input_ids"]))
@@ -215,7 +217,7 @@ def _check_token_ids(ids: torch.Tensor) -> None:
 
 
 def _text_sequences(rows: Any, tokenizer: Any, length: int, form: dict[str, Any]) -> Dataset:
-    """Returns token sequences of rows of text, shorter ones if there is little text."""
+    """Returns token sequences of rows of text. They are shorter than `length` if there is little text."""
     if not holds_text(rows[0]):
         raise unknown_form(rows[0])
     tokenizer = tokenizer if hasattr(tokenizer, "bos_token_id") else getattr(tokenizer, "tokenizer", None)

@@ -1,4 +1,4 @@
-"""Rows of tokens as one batch, padded where they are of unequal length."""
+"""Data collator that makes one batch of rows of tokens and pads rows of unequal length."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,11 +11,12 @@ from transformers import default_data_collator
 class PaddingCollator:
     """Data collator that pads rows of unequal length on the right.
 
-    `labels` are padded with -100, `attention_mask` and other columns of tokens with 0. Rows of several texts,
-    which have `position_ids`, get no attention mask: it would let tokens attend to other texts.
+    `labels` are padded with -100, `attention_mask` and other columns of tokens with 0. Rows with
+    `position_ids` hold several texts. They get no attention mask, as it would let tokens attend to other
+    texts.
 
     Args:
-        pad_token_id (`int`, *optional*, defaults to 0): pads `input_ids`.
+        pad_token_id (`int`, *optional*, defaults to 0): the token that pads `input_ids`.
     """
 
     def __init__(self, pad_token_id: int = 0) -> None:
@@ -36,7 +37,7 @@ class PaddingCollator:
 
     def _padded(self, row: Any, longest: int) -> dict[str, Any]:
         length = len(row["input_ids"])
-        if "position_ids" in row:  # a mask would hide where texts begin
+        if "position_ids" in row:  # an attention mask would hide the starts of texts
             row = {"labels": row["input_ids"], **row}
         else:
             row = {"attention_mask": [1] * length, **row}
@@ -50,8 +51,11 @@ class PaddingCollator:
 
 
 def padding_collator(tokenizer: Any) -> PaddingCollator:
-    """Returns the collator of a tokenizer or processor. It pads with the padding token, else with the
-    end-of-text token, as for Llama and GPT-2."""
+    """Returns the collator for a tokenizer or processor.
+
+    The collator pads with the padding token. It uses the end-of-text token if the tokenizer has no padding
+    token, as for Llama and GPT-2.
+    """
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     tokens = [getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id")]
     return PaddingCollator(next((token for token in tokens if isinstance(token, int)), 0))

@@ -1,4 +1,4 @@
-"""Text that a model writes itself, for users who have none: chats of its template, and documents."""
+"""Generates text with the model itself, for users without data: chats in its template, and documents."""
 
 import json
 import logging
@@ -18,11 +18,11 @@ from ..files import whole_file
 
 logger = logging.getLogger(__name__)
 
-SELF = "self"  # the name of this text, as a source
-TEXTS_AT_ONCE = 16  # part of the random state: another number gives other text
-CONTENT = "CONTENT"  # stands for what a user says
-LEAST_ROOM = 16  # tokens of a chat beside its template
-CUT_CHARACTER = "\ufffd"  # what a tokenizer decodes half a character as
+SELF = "self"  # the name of the generated text as a data source
+TEXTS_AT_ONCE = 16  # number of texts per batch; another number changes the random numbers and so the text
+CONTENT = "CONTENT"  # placeholder for the user's message
+LEAST_ROOM = 16  # tokens of a chat outside its template
+CUT_CHARACTER = "\ufffd"  # the character that a tokenizer returns for an incomplete character
 
 
 def write_own_text(
@@ -34,30 +34,29 @@ def write_own_text(
     length: int,
     temperature: float = 1.0,
 ) -> list[dict[str, Any]]:
-    """Returns text that a model writes: half from its chat template, if it has one, and half from the start
-    of a document.
+    """Returns text that a model generates.
 
-    Each batch is added to a file, so that a process that was killed goes on where it was. A longer text holds
-    the rows of a shorter one.
+    One half are chats in the model's chat template, if it has one. The other half are documents. Each batch
+    is added to a file, so that a killed process continues after the last batch. The rows for a larger number
+    of tokens include the rows for a smaller number.
 
     Args:
         model (`PreTrainedModel`): the model, in eval mode.
-        tokenizer (`PreTrainedTokenizerBase`): its own.
-        path (`Path`): the file of JSON lines to begin or go on with. It belongs to this model and these
-            settings.
-        tokens (`int`): how many to write.
-        length (`int`): the most tokens of one text.
-        temperature (`float`, *optional*, defaults to 1.0): of sampling.
+        tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
+        path (`Path`): the JSON lines file to create or continue. It belongs to this model and these settings.
+        tokens (`int`): number of tokens to generate.
+        length (`int`): maximum number of tokens in one text.
+        temperature (`float`, *optional*, defaults to 1.0): sampling temperature.
 
     Returns:
         `list[dict]`: rows with `text`, or with `messages` of a user and the assistant.
 
     Raises:
-        LayerPruneError: the model writes no text.
+        LayerPruneError: the model generates no text.
     """
     rows, sampler = _read(path), _Sampler(model, tokenizer, temperature, length)
     forms = list(sampler.forms)
-    share = -(-tokens // len(forms))  # of each form
+    share = -(-tokens // len(forms))  # tokens of each form
 
     def written() -> int:
         return sum(min(share, _count(rows, form)) for form in forms)
@@ -83,7 +82,7 @@ def write_own_text(
 
 
 def on_one_process(write: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Returns what `write` returns on the first process, on all of them."""
+    """Runs `write` on the first process and returns its rows on all processes."""
     if not distributed.is_available() or not distributed.is_initialized():
         return write()
     [rows] = broadcast_object_list([write() if distributed.get_rank() == 0 else None])
@@ -95,7 +94,7 @@ def _form(row: dict[str, Any]) -> str:
 
 
 def _count(rows: list[dict[str, Any]], form: str) -> int:
-    """Returns the tokens of the rows of one form."""
+    """Returns the number of tokens in the rows of one form."""
     return sum(row["tokens"] for row in rows if form in row)
 
 
@@ -116,7 +115,7 @@ def _said_by_user(content: str) -> dict[str, str]:
 
 
 class _Sampler:
-    """Samples batches of texts.
+    """Samples batches of texts from a model.
 
     Args:
         model, tokenizer, temperature, length: see [`write_own_text`].
@@ -135,7 +134,7 @@ class _Sampler:
         self.before, self.after = self._user_turn()
         self.forms = {"text": self.documents}
         if self.before:
-            # The special token that ends the turn of a user, if one does.
+            # The special token that ends the user's turn, if the template has such a token.
             first = self._encoded(self.after)[:1]
             self.ends += [token for token in first if token in tokenizer.all_special_ids]
             self.room = length - len(self._prompt(CONTENT)) + len(self._encoded(CONTENT))
@@ -143,21 +142,25 @@ class _Sampler:
                 self.forms = {"messages": self.chats} | self.forms
 
     def _user_turn(self) -> tuple[str, str]:
-        """Returns what the chat template writes before and after the words of a user; nothing without a
-        template that repeats these words."""
+        """Returns the text that the chat template writes before and after the user's message.
+
+        Both are empty if there is no template, or if the template does not repeat the message.
+        """
         if getattr(self.tokenizer, "chat_template", None) is None:
             return "", ""
         try:
             text = self.tokenizer.apply_chat_template([_said_by_user(CONTENT)], tokenize=False)
-        except Exception as error:  # of a template, which is a small program of its own
+        except Exception as error:  # a template is a program and can raise any error
             logger.warning("The model writes no chats, as its chat template fails: %s", one_line(error))
             return "", ""
         before, found, after = text.partition(CONTENT)
         return (before, after.strip() or after) if found and after else ("", "")
 
     def documents(self) -> list[dict[str, Any]]:
-        """Returns texts that begin where a document begins: after the beginning-of-text token, or after the
-        token that ends the text before."""
+        """Returns texts that start like a document.
+
+        The prompt is the beginning-of-text token, or else the token that ends the previous text.
+        """
         added = self.tokenizer("")["input_ids"][:1]
         first = added or [token for token in (self.tokenizer.eos_token_id, self.pad) if token is not None][:1]
         written = self._sample([first] * TEXTS_AT_ONCE, self.length - 1)
@@ -168,7 +171,7 @@ class _Sampler:
         ]
 
     def chats(self) -> list[dict[str, Any]]:
-        """Returns chats: the model writes the words of the user, then the answer."""
+        """Returns chats. The model generates the user's message, then the answer."""
         written = self._sample([self._encoded(self.before)] * TEXTS_AT_ONCE, self.room // 2)
         questions = [self._decoded(ids).split(self.after)[0].strip() for ids in written]
         talks = [[_said_by_user(question)] for question in questions if question]
@@ -187,7 +190,7 @@ class _Sampler:
         return rows
 
     def _sample(self, prompts: list[list[int]], most: int) -> list[list[int]]:
-        """Returns what follows each prompt, at most so many tokens, up to the token that ends it."""
+        """Returns the continuation of each prompt: at most `most` tokens, up to the token that ends it."""
         width, device = max(map(len, prompts)), self.model.device
         padded = [[self.pad] * (width - len(prompt)) + prompt for prompt in prompts]
         mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -204,7 +207,7 @@ class _Sampler:
         return [row[:stop] for row, stop in zip(written, stops, strict=True)]
 
     def _prompt(self, question: str) -> list[int]:
-        """Returns the tokens of a chat up to the answer to a question."""
+        """Returns the tokens of a chat with this question, up to the start of the answer."""
         talk = [_said_by_user(question)]
         return self._encoded(
             self.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)

@@ -1,4 +1,4 @@
-"""Batches shared by the processes of a distributed run: each reads a part, and all get all results."""
+"""Shares batches among the processes of a distributed run. Each reads a part, and all get all results."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,12 +15,12 @@ Result = TypeVar("Result")
 
 
 def process_count() -> int:
-    """Returns the number of processes of the default group of torch.distributed, 1 without one."""
+    """Returns the number of processes in the default group of torch.distributed; 1 without a group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def process_index() -> int:
-    """Returns the rank of this process, 0 without a process group."""
+    """Returns the rank of this process; 0 without a process group."""
     return dist.get_rank() if process_count() > 1 else 0
 
 
@@ -40,9 +40,10 @@ def sum_over_processes(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def run_together(compute: Callable[[], Result]) -> list[Result]:
-    """Returns the results of all processes, which must be plain values, in the order of their ranks.
+    """Runs `compute` in all processes and returns all results, in the order of their ranks.
 
-    An error in one process is raised in all, so that none waits for another.
+    The results must be plain values. An error in one process is raised in all processes, so that no process
+    waits for another.
 
     Raises:
         LayerPruneError, RuntimeError: the error of the first process that fails.
@@ -54,7 +55,7 @@ def run_together(compute: Callable[[], Result]) -> list[Result]:
         result = compute()
     except Exception as caught:
         error = caught
-    # Errors travel as text: not every exception can be pickled.
+    # Errors are sent as text, because not every exception can be pickled.
     described = None if error is None else (isinstance(error, LayerPruneError), str(error))
     outcomes = gather((result, described))
     for rank, (_, failure) in enumerate(outcomes):
@@ -70,12 +71,12 @@ def run_together(compute: Callable[[], Result]) -> list[Result]:
 def read_turn(
     items: Sequence[Item], first: int, read: Callable[[int, Item], Result], in_step: bool = False
 ) -> list[Result]:
-    """Reads the next items, one in each process. Returns all their results, in order.
+    """Reads the next items, one in each process, and returns all results in order.
 
     Args:
         items (sequence): all items, the same in all processes.
-        first (`int`): place of the first item of this turn.
-        read (`Callable`): takes the place of an item and the item. Returns plain values.
+        first (`int`): index of the first item of this turn.
+        read (`Callable`): takes the index of an item and the item, and returns plain values.
         in_step (`bool`, *optional*, defaults to `False`): a process without an item reads the last one again,
             because the forward pass of a sharded model runs in all processes.
     """
@@ -90,13 +91,13 @@ def read_turn(
 def read_all(
     items: Sequence[Item], read: Callable[[int, Item], Result], in_step: bool = False
 ) -> Iterator[Result]:
-    """Yields the results of all items, in order. Each process reads a part of them, see [`read_turn`]."""
+    """Yields the results of all items in order. Each process reads a part of the items, see [`read_turn`]."""
     for first in range(0, len(items), process_count()):
         yield from read_turn(items, first, read, in_step)
 
 
 def split_for_processes(batches: list[Any]) -> list[Any]:
-    """Returns batches in parts of nearly as many rows each if there are fewer batches than processes."""
+    """Splits the batches into parts of nearly equal size if there are fewer batches than processes."""
     parts = -(-process_count() // max(1, len(batches)))
     split: list[Any] = []
     for batch in batches:
@@ -109,7 +110,7 @@ def check_same_batches(batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
     """Checks that all processes hold the same batches.
 
     Raises:
-        LayerPruneError: they differ.
+        LayerPruneError: the batches differ.
     """
     if process_count() == 1:
         return
@@ -125,11 +126,11 @@ def check_same(value: Any, what: str) -> None:
     """Checks that a plain value is the same in all processes.
 
     Args:
-        value: what is compared.
-        what (`str`): what it is, for the error.
+        value: the value to compare.
+        what (`str`): name of the value in the error.
 
     Raises:
-        LayerPruneError: it differs.
+        LayerPruneError: the value differs.
     """
     if any(other != value for other in gather(value)):
         raise LayerPruneError(

@@ -1,4 +1,4 @@
-"""Texts as token sequences with labels: joined and cut, packed, or one sequence for each text."""
+"""Makes token sequences with labels from texts: joined and cut, packed, or one sequence for each text."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,18 +19,19 @@ from .texts import Text, iter_texts
 
 logger: Any = logging.get_logger(__name__)
 
-LONGEST_DEFAULT = 1024  # tokens of a sequence where no length is set
-IGNORED = -100  # the label of a token that does not count
+LONGEST_DEFAULT = 1024  # tokens of a sequence if no length is set
+IGNORED = -100  # the label of a token that the loss ignores
 
 
 @dataclass
 class Counts:
-    """What happened to the texts of a data set.
+    """Counts of read, truncated and dropped texts of a data set.
 
     Args:
-        texts (`int`): texts that were read.
-        truncated (`int`), tokens_lost (`int`): texts that were longer than a sequence, and tokens cut off.
-        unlabelled (`int`): texts of which no token would have counted; they are left out.
+        texts (`int`): number of texts that were read.
+        truncated (`int`): number of texts that were longer than a sequence.
+        tokens_lost (`int`): number of tokens that truncation removed.
+        unlabelled (`int`): number of texts without a token that counts in the loss. They are dropped.
     """
 
     texts: int = 0
@@ -39,7 +40,7 @@ class Counts:
     unlabelled: int = 0
 
     def report(self, name: str) -> None:
-        """Warns of texts that were left out or cut."""
+        """Warns about texts that were dropped or truncated."""
         if self.truncated:
             logger.warning_once(
                 f"{name}: {self.truncated} of {self.texts} texts are longer than a sequence. "
@@ -64,31 +65,31 @@ def prepare_dataset(
     limit: int | None = None,
     name: str = "The data",
 ) -> Dataset:
-    """Returns text, chats or prompts as token sequences that a Trainer takes.
+    """Returns a data set of token sequences for a Trainer, made of text, chats or prompts.
 
     Args:
-        rows (iterable): see [`text_of`]: strings, or rows with `text`, `messages`, `conversations`, or
-            `prompt` and `completion`.
-        tokenizer (`PreTrainedTokenizerBase`): the model's own.
-        length (`int`, *optional*, defaults to 256): tokens of a sequence.
+        rows (iterable): strings, or rows with `text`, `messages`, `conversations`, or `prompt` and
+            `completion`, see [`text_of`].
+        tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
+        length (`int`, *optional*, defaults to 256): number of tokens in a sequence.
         packing (`str`, *optional*, defaults to `"joined"`):
-            - `"joined"`: texts follow each other with the end-of-text token between them, and are cut into
-              equal sequences. Tokens attend to the text before theirs.
-            - `"packed"`: each sequence holds whole texts. `position_ids` begin again with each text, so that
+            - `"joined"`: texts are joined with the end-of-text token between them and cut into sequences of
+              equal length. Tokens attend to the texts before theirs in the sequence.
+            - `"packed"`: each sequence holds whole texts. `position_ids` start again with each text, so that
               no token attends to another text. A text longer than a sequence is truncated.
-            - `"none"`: one sequence for each text, truncated to `length`.
-        loss_on (`str`, *optional*, defaults to `"all"`): `"all"` tokens, or those of a `"completion"`:
-            assistant turns of a chat, or the completion after a prompt.
+            - `"none"`: each text becomes one sequence, truncated to `length`.
+        loss_on (`str`, *optional*, defaults to `"all"`): the tokens with labels. `"all"`, or `"completion"`
+            for the assistant turns of a chat or the completion after a prompt.
         template (`str`, *optional*), column (`str`, *optional*, defaults to `"text"`): see [`text_of`].
-        limit (`int`, *optional*): stop after this many sequences.
-        name (`str`, *optional*): what warnings call the data.
+        limit (`int`, *optional*): maximum number of sequences.
+        name (`str`, *optional*): name of the data in warnings.
 
     Returns:
-        `Dataset`: with `input_ids` and `labels`, and with `"packed"` also `position_ids`.
+        `Dataset`: columns `input_ids` and `labels`, with `"packed"` also `position_ids`.
 
     Raises:
-        LayerPruneError: a row has no such form, the texts are shorter than one sequence, or completions
-            cannot be told from the rest.
+        LayerPruneError: a row has another form, the texts are shorter than one sequence, or the completions
+            in a text cannot be found.
     """
     if limit is not None and limit < 1:
         raise LayerPruneError(f"{limit} sequences are asked for. Choose at least 1.")
@@ -106,7 +107,7 @@ def iter_sequences(
     column: str = "text",
     name: str = "The data",
 ) -> Iterator[dict[str, list[int]]]:
-    """Yields the sequences of [`prepare_dataset`] one after another."""
+    """Yields the sequences of [`prepare_dataset`] one by one."""
     for setting, value, allowed in (("packing", packing, PACKINGS), ("loss_on", loss_on, LOSSES)):
         if value not in allowed:
             raise LayerPruneError(f"{setting} is {value!r}. Choose from {', '.join(allowed)}.")
@@ -128,14 +129,16 @@ def iter_sequences(
 def token_sequences(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, limit: int | None = None
 ) -> Dataset:
-    """Tokenises documents, joins them with the end-of-text token, and cuts them into sequences of equal
-    length. Each begins with the beginning-of-text token if the tokenizer adds one.
+    """Tokenises documents and makes sequences of equal length.
+
+    The documents are joined with the end-of-text token and cut into sequences. Each sequence starts with the
+    beginning-of-text token if the tokenizer adds one.
 
     Args:
         texts (iterable of `str`): documents.
         tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
-        length (`int`): tokens per sequence. An incomplete last sequence is dropped.
-        limit (`int`, *optional*): the largest number of sequences. Default: all.
+        length (`int`): number of tokens per sequence. An incomplete last sequence is dropped.
+        limit (`int`, *optional*): maximum number of sequences. Default: all.
 
     Returns:
         `datasets.Dataset`: columns `input_ids` and `labels`, each of `length` tokens.
@@ -158,20 +161,20 @@ def stream_sequences(
     revision: str | None = None,
     **form: Any,
 ) -> tuple[Dataset, IterableDataset]:
-    """Returns token sequences of a text that is read during training and is never completely in memory.
+    """Returns token sequences of a text that is streamed during training and never completely in memory.
 
     Args:
         tokenizer, length, column, form: see [`prepare_dataset`].
-        first (`int`): the number of sequences at the beginning that are held out for calibration and
+        first (`int`): number of sequences at the start of the text that are held out for calibration and
             evaluation.
         source, split, config, revision: see [`load_rows`].
 
     Returns:
-        `tuple[Dataset, IterableDataset]`: the first sequences, and all others.
+        `tuple[Dataset, IterableDataset]`: the first sequences, and all other sequences.
 
     Raises:
-        LayerPruneError: as [`load_rows`] and [`prepare_dataset`], or the text has no sequence after the first
-            ones.
+        LayerPruneError: [`load_rows`] or [`prepare_dataset`] fails, or the text has no sequence after the
+            first ones.
     """
     origin = {"source": source, "split": split, "config": config, "revision": revision}
     settings: dict[str, Any] = {
@@ -199,7 +202,10 @@ def _stream(origin: dict[str, Any], form: dict[str, Any], skip: int = 0) -> Iter
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns what the tokenizer itself puts before a text. Gemma reads badly without it; BERT has [CLS]."""
+    """Returns the tokens that the tokenizer adds before a text, for example [CLS] for BERT.
+
+    Gemma predicts badly without its beginning-of-text token.
+    """
     first = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
     return [token for token in tokenizer("")["input_ids"] if token in first][:1]
 
@@ -207,13 +213,13 @@ def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _encoded(
     texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase, loss_on: str, counts: Counts
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Yields the tokens of each text, ended by the end-of-text token, and their labels."""
+    """Yields the tokens of each text, with the end-of-text token at the end, and their labels."""
     last = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     end = [] if last is None else [last]
     for text in texts:
         counts.texts += 1
         if loss_on == "all":
-            # verbose=False: a text may be longer than the model reads, the sequences are not.
+            # verbose=False: a text may be longer than the context of the model. The sequences are not.
             ids = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
             yield ids + end, ids + end
         else:
@@ -223,7 +229,7 @@ def _encoded(
 
 
 def _completion_labels(text: Text, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Returns tokens and labels of a text, of which only completions count."""
+    """Returns the tokens and labels of a text. Only completions have labels."""
     if not text.completions:
         raise LayerPruneError(
             "loss_on is 'completion', but a row has no completion that can be told: it is plain text, has no "
@@ -265,9 +271,12 @@ def _joined(
 def _fitting(
     texts: Iterable[tuple[list[int], list[int]]], start: list[int], length: int, counts: Counts
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Yields texts with the beginning-of-text token, truncated to a sequence, of which some token counts."""
+    """Yields the tokens and labels of each text, with the beginning-of-text token, cut to `length` tokens.
+
+    Texts without a token that counts in the loss are dropped.
+    """
     for ids, labels in texts:
-        if ids[: len(start)] != start:  # as a chat template may have written it
+        if ids[: len(start)] != start:  # a chat template may have added it
             ids, labels = start + ids, [IGNORED] * len(start) + labels
         if len(ids) > length:
             counts.truncated += 1
@@ -282,13 +291,13 @@ def _fitting(
 def _packed(
     texts: Iterable[tuple[list[int], list[int]]], start: list[int], length: int, counts: Counts
 ) -> Iterator[dict[str, list[int]]]:
-    """Yields sequences of whole texts, in their order; a sequence ends before the text that does not fit."""
+    """Yields sequences of whole texts in order. A sequence ends before the first text that does not fit."""
     held: dict[str, list[int]] = {"input_ids": [], "labels": [], "position_ids": []}
     for ids, labels in _fitting(texts, start, length, counts):
         if held["input_ids"] and len(held["input_ids"]) + len(ids) > length:
             yield held
             held = {"input_ids": [], "labels": [], "position_ids": []}
-        # The first token of a text is no target of the last one before.
+        # The last token of a text does not predict the first token of the next text.
         held["input_ids"] += ids
         held["labels"] += [IGNORED, *labels[1:]]
         held["position_ids"] += list(range(len(ids)))
@@ -312,7 +321,7 @@ def check_sequence_length(length: int, model: PreTrainedModel | PreTrainedConfig
     """Checks that the context of a model is long enough for sequences of `length` tokens.
 
     Raises:
-        LayerPruneError: the context is shorter.
+        LayerPruneError: the context of the model is shorter.
     """
     longest = context_length(model)
     if longest is not None and length > longest:
@@ -320,10 +329,10 @@ def check_sequence_length(length: int, model: PreTrainedModel | PreTrainedConfig
 
 
 def resolve_length(length: int | None, model: PreTrainedModel | PreTrainedConfig) -> int:
-    """Returns the sequence length that is set, else the context length of a model, at most 1024 tokens.
+    """Returns `length` if it is set, else the context length of a model, at most 1024 tokens.
 
     Raises:
-        LayerPruneError: the context of the model is shorter than the length that is set.
+        LayerPruneError: the context of the model is shorter than `length`.
     """
     if length is None:
         return min(LONGEST_DEFAULT, context_length(model) or LONGEST_DEFAULT)
@@ -338,8 +347,9 @@ def context_length(model: PreTrainedModel | PreTrainedConfig) -> int | None:
 
 
 def split_sequences(sequences: Dataset, calibration: int, heldout: int) -> tuple[Dataset, Dataset, Dataset]:
-    """Splits sequences into a part for calibration and one for evaluation, both spread evenly over the text,
-    and the rest for training.
+    """Splits sequences into three parts for calibration, evaluation and training.
+
+    The sequences for calibration and evaluation are spread evenly over the text.
 
     Raises:
         LayerPruneError: there are too few sequences, or a part would be empty.

@@ -1,4 +1,4 @@
-"""Rows of text, chats or prompts from files, folders, standard input and the hub."""
+"""Loads rows of text, chats or prompts from files, folders, standard input and the hub."""
 
 import codecs
 import glob
@@ -16,7 +16,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from ..errors import LayerPruneError, one_line
 
 
-# The loader of the datasets library for each kind of file.
+# The loader of the datasets library for each file ending.
 LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".txt": ("text", {"sample_by": "document", "encoding": "utf-8-sig"}),
     ".md": ("text", {"sample_by": "document", "encoding": "utf-8-sig"}),
@@ -26,7 +26,7 @@ LOADERS: dict[str, tuple[str, dict[str, Any]]] = {
     ".parquet": ("parquet", {}),
     ".arrow": ("arrow", {}),
 }
-COMPRESSED = (".gz", ".zst")  # of text files; parquet and arrow files are compressed inside
+COMPRESSED = (".gz", ".zst")  # of text files; parquet and arrow files are compressed internally
 TEXT_FILES = (".txt", ".md", ".json", ".jsonl", ".csv")
 STREAM_CHECKED = 2**24  # bytes of a text file that are checked before it is streamed
 SUPPORTED = (
@@ -45,18 +45,21 @@ def load_rows(
     """Returns the rows of one or more sources as one data set.
 
     Args:
-        source (`str`, `Path` or a sequence of them): files (.txt, .md, .json, .jsonl, .csv, .parquet, .arrow;
-            text files also .gz or .zst), folders of files, folders of `save_to_disk`, globs, ids of data sets
-            on the hub, or `"-"` for standard input. A .txt or .md file is one row.
-        split (`str`, *optional*, defaults to `"train"`): the split of a data set on the hub or of
-            `save_to_disk`, for example `"train[:1000]"` on the hub.
+        source (`str`, `Path` or a sequence of them): one or more of
+            - files: .txt, .md, .json, .jsonl, .csv, .parquet or .arrow; text files also with .gz or .zst. A
+              .txt or .md file is one row.
+            - folders of files, folders written by `save_to_disk`, and globs.
+            - ids of data sets on the hub.
+            - `"-"` for standard input.
+        split (`str`, *optional*, defaults to `"train"`): the split of a data set on the hub, for example
+            `"train[:1000]"`, or of a data set written by `save_to_disk`.
         config (`str`, *optional*): the configuration of a data set on the hub.
         revision (`str`, *optional*): the branch, tag or commit of a data set on the hub.
-        streaming (`bool`, *optional*, defaults to `False`): read rows as they are needed.
+        streaming (`bool`, *optional*, defaults to `False`): read rows only when they are needed.
 
     Returns:
-        `Dataset`, or `IterableDataset` with `streaming=True`. Rows of several sources follow each other; a
-            column that one source lacks is None in its rows.
+        `Dataset`, or `IterableDataset` with `streaming=True`: the rows of all sources, one source after
+            another. A column that a source lacks is None in its rows.
 
     Raises:
         LayerPruneError: a source does not exist, is of another kind, or cannot be read.
@@ -77,8 +80,8 @@ def load_rows(
 
 
 def _with_plain_strings(rows: Any) -> Any:
-    """Returns rows with strings of one type: the csv loader makes other ones than the json loader."""
-    features = rows.features or {}  # of a stream they may be unknown
+    """Returns rows whose strings have one type. The csv and json loaders return different string types."""
+    features = rows.features or {}  # may be unknown for a stream
     large = {name: Value("string") for name, kind in features.items() if kind == Value("large_string")}
     return rows.cast(Features(dict(features) | large)) if large else rows
 
@@ -112,7 +115,7 @@ def _load_source(
 
 
 def kind_of(path: Path) -> str | None:
-    """Returns the ending of a readable file without that of its compression, as `.jsonl`; else None."""
+    """Returns the ending of a supported file without `.gz` or `.zst`, for example `.jsonl`; else None."""
     name = path.name
     for ending in COMPRESSED:
         if name.endswith(ending):
@@ -132,7 +135,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _load_files(files: list[Path], streaming: bool) -> list[Any]:
-    """Returns one data set for each kind of file."""
+    """Returns one data set for each file ending."""
     kinds: dict[str, list[Path]] = {}
     for file in files:
         kind = kind_of(file)
@@ -160,15 +163,15 @@ def _check_utf8(path: Path, most: int | None) -> None:
     """Checks that a file, or its first `most` bytes, is UTF-8 text.
 
     Raises:
-        LayerPruneError: it is not.
+        LayerPruneError: the file is not UTF-8 text.
     """
-    if path.name.endswith(".zst"):  # which only the loader reads
+    if path.name.endswith(".zst"):  # only the loader can read it
         return
     decoder, read, wide = codecs.getincrementaldecoder("utf-8")(), 0, False
     try:
         with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as file:
             while (most is None or read < most) and (piece := file.read(2**20)):
-                wide = b"\0" in piece  # as every second byte of English in UTF-16 is
+                wide = b"\0" in piece  # every second byte of English text in UTF-16 is zero
                 decoder.decode(piece)
                 if wide:
                     raise UnicodeError("it holds zero bytes")
@@ -181,19 +184,19 @@ def _check_utf8(path: Path, most: int | None) -> None:
             f"{path} is not UTF-8 ({error}), but text files must be. Convert the file, for example: "
             f"iconv -f {encoding} -t UTF-8 {path.name} > NEW_FILE"
         ) from error
-    except (OSError, EOFError, zlib.error):  # a damaged file, which the loader reports
+    except (OSError, EOFError, zlib.error):  # a damaged file: the loader raises the error
         return
 
 
 def unreadable(source: str, error: Exception) -> LayerPruneError:
-    """Returns the error for a source whose content the datasets library refuses, with the first cause."""
+    """Returns the error for a source that the datasets library cannot read, with the first cause."""
     while isinstance(error.__cause__, Exception):
         error = error.__cause__
     return LayerPruneError(f"Cannot read {source}: {one_line(error)}")
 
 
 def _load_saved(folder: Path, split: str, streaming: bool) -> Any:
-    """Returns a data set that `save_to_disk` wrote, of several splits the named one."""
+    """Returns a data set that `save_to_disk` wrote. If it has several splits, returns the named split."""
     try:
         found = load_from_disk(str(folder))
     except (OSError, ValueError, KeyError) as error:
@@ -206,7 +209,7 @@ def _load_saved(folder: Path, split: str, streaming: bool) -> Any:
 
 
 def _read_standard_input() -> Dataset:
-    """Returns the rows of standard input: JSON lines, or else all of it as one text."""
+    """Returns the rows of standard input: JSON lines, or one row with the whole text."""
     try:
         text = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeError as error:
@@ -226,5 +229,5 @@ def _read_standard_input() -> Dataset:
 
 
 def names_of(sources: Iterable[str | Path]) -> str:
-    """Returns what a card calls sources: names of files and folders without their paths, ids as they are."""
+    """Returns the names of sources for a card: file and folder names without their paths, and hub ids."""
     return ", ".join(Path(one).name if Path(one).exists() else str(one) for one in sources)

@@ -1,4 +1,4 @@
-"""Which positions of a batch predict a token that counts."""
+"""Finds the positions of a batch whose next-token prediction counts in the loss."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,10 +16,9 @@ def token_mask(
     labels: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns which positions predict a token that counts, shifted as the logits are.
+    """Returns a mask of the positions whose prediction counts, shifted like the logits.
 
-    Position t counts if its target, token t + 1, has a label (not -100), and neither of the two is
-    padding.
+    Position t counts if its target, token t + 1, has a label (not -100), and neither token is padding.
 
     Args:
         input_ids (`torch.Tensor`): `(batch, length)`.
@@ -48,8 +47,7 @@ def token_mask(
 
 
 def targets_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the mask `(batch, length - 1)` of the positions that count, and the labels `(batch,
-    length)`."""
+    """Returns the mask of the counted positions `(batch, length - 1)` and the labels `(batch, length)`."""
     labels = batch.get("labels")
     mask = token_mask(batch["input_ids"], labels, batch.get("attention_mask"))
     return mask, batch["input_ids"] if labels is None else labels
@@ -57,11 +55,13 @@ def targets_of(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Positions:
-    """The positions of a batch that count, looked up once: the CPU waits for a GPU to find them.
+    """The positions of a batch that count, as indices.
+
+    They are computed once, because the CPU waits for the GPU in each computation.
 
     Args:
-        rows, places (`torch.Tensor`): `(positions,)`, row and place of each.
-        shape (`torch.Size`): of the mask, `(batch, places)`.
+        rows, places (`torch.Tensor`): `(positions,)`, the row of each position and its place in the row.
+        shape (`torch.Size`): the shape of the mask, `(batch, places)`.
     """
 
     rows: torch.Tensor
@@ -70,12 +70,16 @@ class Positions:
 
     @classmethod
     def of(cls, mask: torch.Tensor) -> "Positions":
-        """Returns the positions that are true in a mask `(batch, places)`."""
+        """Makes the positions from a mask `(batch, places)` that is true at each of them."""
         rows, places = mask.nonzero(as_tuple=True)
         return cls(rows, places, mask.shape)
 
     def select(self, values: torch.Tensor) -> torch.Tensor:
-        """Returns the values `(batch, places or more, ...)` at these positions, `(positions, ...)`."""
+        """Returns the `values` at these positions, `(positions, ...)`.
+
+        Args:
+            values (`torch.Tensor`): `(batch, length, ...)`, where `length` is at least the number of places.
+        """
         return values[self.rows, self.places]
 
 

@@ -1,4 +1,4 @@
-"""Rows as text: plain text, chats, prompts with completions, and templates over columns."""
+"""Converts rows to text: plain text, chats, prompts with completions, and templates over columns."""
 
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,13 +12,13 @@ from ..errors import LayerPruneError, one_line
 from .sources import load_rows, names_of
 
 
-logger: Any = logging.get_logger(__name__)  # of transformers, as it has warning_once
+logger: Any = logging.get_logger(__name__)  # the logger of transformers has warning_once
 
 COLUMNS = ("text", "messages", "conversations", "prompt")
-# Columns, and types of parts of a message, that hold something other than text, as in trl and chat templates.
+# Columns and message parts that hold other things than text. The names are those of trl and chat templates.
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 MEDIA_PARTS = (*MEDIA, "image_url", "video_url", "audio_url", "input_audio")
-# Roles of ShareGPT's conversations, as chat templates call them.
+# Maps the roles of ShareGPT conversations to the roles of chat templates.
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -28,8 +28,8 @@ class Text:
 
     Args:
         text (`str`): the text, with all special tokens that a chat template writes.
-        completions (`list[tuple[int, int]]`): first and last-but-one character of each completion or
-            assistant turn; of plain text none.
+        completions (`list[tuple[int, int]]`): start and end of each completion or assistant turn, as
+            character offsets. The end is exclusive. The list is empty for plain text.
     """
 
     text: str
@@ -41,14 +41,15 @@ def text_of(row: Any, tokenizer: Any = None, template: str | None = None, column
 
     Args:
         row (`str`, messages, or `dict`): a string; a list of messages; or a row with the column `text`,
-            `messages`, `conversations` (ShareGPT), or `prompt` and `completion`, as trl takes them.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's own; its chat template writes messages.
-        template (`str`, *optional*): a text with the names of columns, as `"{instruction}\\n{output}"`.
+            `messages`, `conversations` (ShareGPT), or `prompt` and `completion`, as in trl.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's tokenizer. Its chat template formats
+            messages.
+        template (`str`, *optional*): a text with column names, for example `"{instruction}\\n{output}"`.
         column (`str`, *optional*, defaults to `"text"`): the column that holds plain text.
 
     Raises:
-        LayerPruneError: the row has none of these forms, the chat template cannot write its messages, or the
-            row holds pictures or sound.
+        LayerPruneError: the row has none of these forms, the chat template cannot format its messages, or
+            the row holds pictures, video or sound.
     """
     if template is not None:
         return Text(_filled(template, row))
@@ -68,16 +69,16 @@ def text_of(row: Any, tokenizer: Any = None, template: str | None = None, column
         return _prompt_and_completion(row["prompt"], row.get("completion"), tokenizer)
     if column != "text" and column not in row:
         raise LayerPruneError(f"The data has no field {column!r}, only {list(row)}. Name one of these.")
-    if any(name in row for name in (column, *COLUMNS)):  # of a row in which it is empty
+    if any(name in row for name in (column, *COLUMNS)):  # the column exists but is empty
         return Text("")
     raise unknown_form(row)
 
 
 def _check_text_alone(row: Any) -> None:
-    """Checks that a row holds text alone. Tokens that stand for a picture mean nothing without it.
+    """Checks that a row holds only text. The placeholder tokens of a picture mean nothing without it.
 
     Raises:
-        LayerPruneError: it holds pictures, video or sound.
+        LayerPruneError: the row holds pictures, video or sound.
     """
     columns = row if isinstance(row, Mapping) else {}
     found = [f"in column {name!r}" for name in MEDIA if not _is_empty(columns.get(name))]
@@ -106,11 +107,11 @@ def iter_texts(
     column: str = "text",
     name: str = "The data",
 ) -> Iterator[Text]:
-    """Yields the texts of rows, without the empty ones. Warns of these, also if it is stopped early.
+    """Yields the texts of rows. Skips empty texts and warns about them, also if iteration stops early.
 
     Args:
         rows (iterable), tokenizer, template, column: see [`text_of`].
-        name (`str`, *optional*): what warnings call the data.
+        name (`str`, *optional*): name of the data in warnings.
     """
     read, skipped, where = 0, 0, ""
     try:
@@ -131,7 +132,7 @@ def iter_texts(
 def load_texts(
     source: str | Path, field: str = "text", split: str = "train", config: str | None = None
 ) -> list[str]:
-    """Returns the documents of a column of files, or of a data set on the hub.
+    """Returns the documents in a column of files or of a data set on the hub.
 
     Args:
         source (`str` or `Path`): see [`load_rows`].
@@ -141,7 +142,7 @@ def load_texts(
         config (`str`, *optional*): the configuration of a data set.
 
     Raises:
-        LayerPruneError: there is no such file, data set or field, or no text in it.
+        LayerPruneError: the file, data set or field does not exist, or it holds no text.
     """
     rows = load_rows(source, split, config)
     if field not in rows.column_names:
@@ -154,7 +155,7 @@ def load_texts(
 
 
 def holds_text(row: Any, column: str = "text") -> bool:
-    """Returns whether a row holds text, a chat or a prompt, and no tokens."""
+    """Returns whether a row holds text, a chat or a prompt, not tokens."""
     if isinstance(row, Mapping):
         return "input_ids" not in row and any(name in row for name in (column, *COLUMNS))
     return isinstance(row, str) or is_chat(row)
@@ -169,7 +170,7 @@ def is_chat(value: Any) -> bool:
 
 
 def unknown_form(entry: Any) -> LayerPruneError:
-    """Returns the error for data that is no text."""
+    """Returns the error for data that is not text."""
     what = f"a row with {list(entry)}" if isinstance(entry, Mapping) else f"a {type(entry).__name__}"
     return LayerPruneError(
         f"The data holds {what}. Each row needs input_ids, or text in a column text, messages, "
@@ -198,7 +199,7 @@ def _filled(template: str, row: Any) -> str:
 
 
 def _messages(value: Any) -> list[dict[str, Any]]:
-    """Returns messages with the keys of chat templates."""
+    """Returns messages with the keys that chat templates read."""
     found = []
     for message in value:
         if "role" in message:
@@ -213,14 +214,14 @@ def _messages(value: Any) -> list[dict[str, Any]]:
 
 
 def _chat(value: Any, tokenizer: Any, first: int = 0) -> Text:
-    """Returns the text of messages, of which those from number `first` on may be completions."""
+    """Returns the text of messages. Only messages from index `first` on may be completions."""
     messages = _messages(value)
     text = _written(messages, tokenizer)
     spans: list[tuple[int, int]] = []
     for number, message in enumerate(messages):
         if message["role"] != "assistant" or number < first:
             continue
-        # What a template writes for the turns so far must be how the whole text begins.
+        # The whole text must start with the text that the template writes for the turns so far.
         begin = _written(messages[:number], tokenizer, generates=True) if number else ""
         end = _written(messages[: number + 1], tokenizer)
         if not (text.startswith(begin) and text.startswith(end) and len(begin) < len(end)):
@@ -237,7 +238,7 @@ def _written(messages: list[dict[str, Any]], tokenizer: Any, generates: bool = F
         )
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generates)
-    except Exception as error:  # of a template, which is a small program of its own
+    except Exception as error:  # a template is a program and can raise any error
         raise LayerPruneError(
             f"The chat template of the tokenizer cannot write these messages: {one_line(error)} Give texts, "
             "or a tokenizer with another chat template."

@@ -1,4 +1,4 @@
-"""Raw rows of a Trainer as token sequences."""
+"""Prepares the raw rows of a Trainer as token sequences."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -19,18 +19,18 @@ def prepare_rows(
     settings: SequenceArguments,
     name: str,
 ) -> Any:
-    """Returns raw rows as token sequences. Returns rows of tokens as they are.
+    """Returns raw rows as token sequences, and rows of tokens unchanged.
 
     Args:
         data (`Dataset`, `IterableDataset`, list, or `dict` of these): see [`prepare_dataset`]. Data of any
-            other kind is returned as it is.
+            other type is returned unchanged.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's tokenizer or processor.
-        model (`PreTrainedModel` or `PreTrainedConfig`): bounds the sequence length.
-        settings ([`SequenceArguments`]): how text becomes sequences.
-        name (`str`): the argument that holds the data, for errors.
+        model (`PreTrainedModel` or `PreTrainedConfig`): the model. Its context limits the sequence length.
+        settings ([`SequenceArguments`]): settings of the sequences.
+        name (`str`): name of the argument that holds the data, for errors.
 
     Raises:
-        LayerPruneError: raw rows have no tokenizer, or cannot be prepared.
+        LayerPruneError: raw rows are given without a tokenizer, or cannot be prepared.
     """
     if isinstance(data, dict):
         return {
@@ -39,7 +39,7 @@ def prepare_rows(
         }
     if not _is_raw(data):
         return data
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has a tokenizer
     if tokenizer is None:
         raise LayerPruneError(
             f"{name} holds text, which needs a tokenizer. Give processing_class=, or give tokens: "
@@ -62,7 +62,7 @@ def prepare_rows(
 
 def _is_raw(data: Any) -> bool:
     if isinstance(data, (Dataset, IterableDataset)):
-        names = data.column_names or list(next(iter(data), {}))  # of a stream only the rows tell
+        names = data.column_names or list(next(iter(data), {}))  # a stream may lack column_names
         return holds_text(dict.fromkeys(names))
     return isinstance(data, (list, tuple)) and bool(data) and holds_text(data[0])
 
