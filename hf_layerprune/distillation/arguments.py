@@ -1,4 +1,4 @@
-"""Settings of distillation, added to those of the Trainer."""
+"""Training arguments with the settings of distillation."""
 
 import logging
 from dataclasses import dataclass, field
@@ -13,8 +13,8 @@ from ..surgery.lineage import plain_int
 from .trainable import check_trainable
 
 
-# Iterative Layer-wise Distillation (2511.05085) adds sum(KL) / 100, over the positions of a batch of
-# 2 x 2048, to the SUM of two hidden-state errors. Here all terms are means: per token, over layers.
+# Iterative Layer-wise Distillation (2511.05085) adds sum(KL) / 100 to the SUM of two hidden-state errors. Its
+# sum(KL) is over the positions of a batch of 2 x 2048. Here all terms are means per token and over layers.
 LOSS_PRESETS = {
     "paper": {
         "kl_weight": 2 * 2048 / 100,
@@ -30,13 +30,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def quieten_replicas(args: TrainingArguments) -> None:
-    """Makes all processes but the main one log only errors of this package. It applies to the whole process,
-    as `log_level_replica` of transformers."""
+    """Limits the logs of this package to errors in all processes except the main one.
+
+    The limit applies to the whole process, like `log_level_replica` of transformers.
+    """
     if args.process_index:
         logging.getLogger("hf_layerprune").setLevel(logging.ERROR)
 
 
-# Environment variables of launchers with the number of processes, as in accelerate.
+# Environment variables in which launchers give the number of processes, as in accelerate.
 WORLD_SIZES = ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"]
 
 
@@ -44,7 +46,7 @@ def check_processes_joined(args: TrainingArguments) -> None:
     """Checks that the processes of a launcher train one model together.
 
     Raises:
-        LayerPruneError: each process would train a model alone.
+        LayerPruneError: each process would train its own model.
     """
     started = get_int_from_env(WORLD_SIZES, 1)
     if started > 1 and args.world_size == 1:
@@ -58,55 +60,60 @@ def check_processes_joined(args: TrainingArguments) -> None:
 
 @dataclass
 class DistillationTrainingArguments(SequenceArguments, TrainingArguments):
-    """[`~transformers.TrainingArguments`] with the settings of distillation.
+    """Extends [`~transformers.TrainingArguments`] by the settings of distillation.
 
     Args:
         kl_weight (`float`, *optional*, defaults to 1.0):
-            Weight of the divergence from the teacher's next-token distribution, mean per token.
+            Weight of the divergence from the teacher's next-token distribution (mean per token).
         divergence (`str`, *optional*, defaults to `"kl"`):
             `"kl"`, KL(teacher || student); `"reverse_kl"`, KL(student || teacher); or `"jsd"`, the
-            Jensen-Shannon divergence between the two.
+            Jensen-Shannon divergence between both distributions.
         jsd_beta (`float`, *optional*, defaults to 0.5):
-            For `"jsd"`: a value near 0 is close to the forward KL, near 1 to the reverse KL (2306.13649,
-            section 2).
+            For `"jsd"`: a value near 0 is close to the forward KL, and a value near 1 to the reverse KL
+            (2306.13649, section 2).
         hidden_weight (`float`, *optional*, defaults to 0.0):
-            Weight of the hidden-state error, mean per token and compared layer.
+            Weight of the hidden-state error (mean per token and compared layer).
         hidden_loss (`str`, *optional*, defaults to `"mse"`):
             `"mse"`, the mean squared error, whose scale differs by orders of magnitude between models;
-            `"normalized_mse"`, relative to the teacher's mean square; or `"cosine"`, one minus the cosine.
+            `"normalized_mse"`, the same relative to the teacher's mean square; or `"cosine"`, one minus the
+            cosine similarity.
         balance_hidden (`bool`, *optional*, defaults to `False`):
-            Make `hidden_weight` relative to the other loss terms: it is multiplied by their mean divided by
-            the mean hidden-state error, both since the last removal, so that 1.0 makes both equal. The first
-            step after a removal has no hidden-state error.
+            Make `hidden_weight` relative to the other loss terms, so that 1.0 gives both the same size. The
+            weight is multiplied by the mean of the other terms and divided by the mean hidden-state error.
+            Both means start again after each removal. The first step after a removal has no hidden-state
+            error.
         ce_weight (`float`, *optional*, defaults to 0.0):
-            Weight of the cross-entropy on the labels, mean per token.
+            Weight of the cross-entropy on the labels (mean per token).
         temperature (`float`, *optional*, defaults to 1.0):
-            Divides both logits in the divergence.
+            Divides the logits of teacher and student in the divergence.
         top_k (`int`, *optional*):
-            Number of the teacher's top tokens in the divergence; all others count as one. Default: all
-            tokens, or those of the cached teacher logits.
+            Number of the teacher's top tokens in the divergence. All other tokens count as one token.
+            Default: all tokens, or the number in the cached teacher logits.
         hidden_layers (`list[int]`, *optional*):
             Layers whose outputs are compared, as indices in the original model. Default: the layer after each
-            cut and the last layer (after the final norm), or the cached layers of the teacher.
+            cut and the last layer (after the final norm), or the layers in the teacher cache.
         trainable (`str`, *optional*, defaults to `"all"`):
             Which parameters with `requires_grad` to train: `"all"`; `"around_cuts"`, the layers next to each
-            cut (2511.05085), chosen again after each removal; or a number N as `"4"`, the LM head and the
-            last N layers. The layers before the first trained one run once for teacher and student.
+            cut (2511.05085), chosen again after each removal; or a number N, for example `"4"`, for the LM
+            head and the last N layers. The layers before the first trained layer run once for both teacher
+            and student.
         loss_preset (`str`, *optional*):
-            `"paper"` sets the four numbers above as in 2511.05085 at its batch of 2 x 2048 positions.
+            `"paper"` sets `kl_weight`, `hidden_weight`, `ce_weight` and `temperature` as in 2511.05085 at its
+            batch of 2 x 2048 positions.
         export (`str`, *optional*, defaults to `"merged"`):
             How to save a model with adapters, except in checkpoints: `"merged"`, a plain model; or
             `"adapter"`, the adapters and the list of kept layers, see [`save_adapter`].
         verify_save (`bool`, *optional*, defaults to `True`):
             Load each saved model again on the CPU, and stop if its weights or logits differ. The saved
-            weights are kept. A GPU holds the weights once.
+            weights are kept. The check takes no GPU memory for a second copy of the weights.
         save_dtype (`str`, *optional*):
-            Dtype of the saved model: `"float32"`, `"bfloat16"` or `"float16"`. Default: that of the model.
-            Checkpoints and adapters have the dtype of training.
+            Dtype of the saved model: `"float32"`, `"bfloat16"` or `"float16"`. Default: the dtype of the
+            model. Checkpoints and adapters keep the dtype of training.
         legacy_rope (`bool`, *optional*, defaults to `False`):
             Also write the rotary settings under their old names, for transformers 4 and converters.
         sequence_length, packing, loss_on (*optional*):
-            How raw rows (text, chats, prompts with completions) become sequences: see [`SequenceArguments`].
+            Settings that make sequences of raw rows (text, chats, prompts with completions), see
+            [`SequenceArguments`].
     """
 
     kl_weight: float = field(

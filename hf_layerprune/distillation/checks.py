@@ -1,4 +1,4 @@
-"""Checks before training: arguments, the teacher's logits and hidden states, and the data."""
+"""Checks the arguments, the student, the teacher and the data before training, and the loss during it."""
 
 import logging
 from collections.abc import Callable, Collection, Iterable
@@ -30,7 +30,7 @@ def check_arguments(args: Any, unused: dict[str, Any]) -> None:
 
     Args:
         args ([`DistillationTrainingArguments`]): the settings.
-        unused (`dict`): arguments of a Trainer that distillation does not use.
+        unused (`dict`): Trainer arguments that distillation does not use.
 
     Raises:
         LayerPruneError: an unused argument was given, or settings exclude each other.
@@ -59,10 +59,10 @@ def check_student(model: Any, args: DistillationTrainingArguments, peft_config: 
     Args:
         model (`PreTrainedModel` or `PeftModel`): the student.
         args ([`DistillationTrainingArguments`]): the settings.
-        peft_config (`PeftConfig`, *optional*): adapters that it shall get.
+        peft_config (`PeftConfig`, *optional*): the adapters that the student will get.
 
     Raises:
-        LayerPruneError: it cannot.
+        LayerPruneError: `model` cannot be distilled or saved.
     """
     if model is None:
         raise LayerPruneError(
@@ -85,7 +85,7 @@ def check_student(model: Any, args: DistillationTrainingArguments, peft_config: 
 
 
 def quantised_weights(config: PreTrainedConfig, name: str) -> LayerPruneError:
-    """Returns the error for a model with quantised weights of which all weights would be trained.
+    """Returns the error for full training of a model with quantised weights.
 
     Args:
         config (`PreTrainedConfig`): the config of the model.
@@ -101,15 +101,17 @@ def quantised_weights(config: PreTrainedConfig, name: str) -> LayerPruneError:
     )
 
 
-STOCHASTIC = ("adamw_torch_4bit", "adamw_torch_8bit")  # which may round up or down by chance
+STOCHASTIC = ("adamw_torch_4bit", "adamw_torch_8bit")  # optimizers that can round stochastically
 
 
 def check_trained_dtype(trainer: Any, model: Any) -> None:
-    """Checks that small updates change the trained weights. Warns of bfloat16 weights, in which a plain
-    optimizer rounds most of them away. FSDP and DeepSpeed keep float32 weights themselves.
+    """Checks that the dtype of the trained weights is precise enough for small updates.
+
+    Warns about bfloat16 weights: a plain optimizer rounds most of their updates away. FSDP and DeepSpeed keep
+    float32 weights themselves.
 
     Raises:
-        LayerPruneError: float16 weights are trained in float16, which the Trainer refuses in the first step.
+        LayerPruneError: float16 weights are trained in float16. The Trainer fails on them in the first step.
     """
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad}
     if trainer.args.fp16 and torch.float16 in dtypes:
@@ -133,10 +135,10 @@ def check_trained_dtype(trainer: Any, model: Any) -> None:
 def check_teacher(
     teacher: PreTrainedModel | CachedTeacherLogits, args: DistillationTrainingArguments
 ) -> TeacherLayers:
-    """Checks that a teacher has the logits and hidden states that `args` ask for, and returns its layers.
+    """Checks that a teacher has the logits and hidden states that `args` need. Returns its layers.
 
     Raises:
-        LayerPruneError: it has not.
+        LayerPruneError: the teacher lacks them.
     """
     if isinstance(teacher, PreTrainedModel):
         lineage, size = get_lineage(teacher), text_config(teacher.config).vocab_size
@@ -189,7 +191,7 @@ def check_finite(loss: torch.Tensor, input_ids: torch.Tensor, step: int, output_
 
 
 def check_data(trainer: Any, student: Any) -> None:
-    """Checks the data of a Trainer before it trains. Streams are checked while they are read.
+    """Checks the data of a Trainer before training. Streams are checked while they are read.
 
     Raises:
         LayerPruneError: a row is not in the teacher cache, or no token of the training data counts.
@@ -206,7 +208,7 @@ def check_data(trainer: Any, student: Any) -> None:
 def check_rows_are_cached(
     teacher: Any, datasets: Iterable[Any], columns: Collection[str] | None, collate: Callable[..., Any]
 ) -> None:
-    """Checks that a teacher cache has all rows of the data sets. Streams are checked while they are read.
+    """Checks that a teacher cache holds all rows of the data sets. Streams are checked while they are read.
 
     Args:
         teacher ([`CachedTeacherLogits`] or model): the teacher. A model has no cache to check.
@@ -215,7 +217,7 @@ def check_rows_are_cached(
         collate (`Callable`): makes a batch of rows.
 
     Raises:
-        LayerPruneError: a row is missing.
+        LayerPruneError: a row is not in the cache.
     """
     if not isinstance(teacher, CachedTeacherLogits):
         return
@@ -232,8 +234,9 @@ def check_some_token_counts(
     batch_size: int,
     model: PreTrainedModel,
 ) -> None:
-    """Checks that some token of the training data counts. Reads batches up to the first such token,
-    and leaves the random state as it is. A stream is not read.
+    """Checks that at least one token of the training data counts.
+
+    Reads batches up to the first such token and does not change the random state. Streams are not read.
 
     Raises:
         LayerPruneError: all labels are -100, or all tokens are padding.
@@ -253,10 +256,10 @@ def check_some_token_counts(
 
 
 def _rows_of(dataset: Any, columns: Collection[str] | None) -> Any:
-    """Returns the rows that can be read before training, with these columns only; none of a stream."""
+    """Returns the rows that can be read before training, with only these columns. A stream has none."""
     if not isinstance(dataset, Dataset):
         return []
     if columns is None:
         return dataset
     known = [name for name in dataset.column_names if name in columns]
-    return dataset.select_columns(known) if known else []  # the Trainer refuses data without a known column
+    return dataset.select_columns(known) if known else []  # the Trainer raises its own error

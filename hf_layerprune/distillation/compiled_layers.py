@@ -1,4 +1,4 @@
-"""Decoder layers under torch.compile, one by one, so that layers can be removed."""
+"""Compiles decoder layers one by one, so that compiled models can lose layers."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,8 +16,8 @@ class CompiledLayers:
     """Compiles the decoder layers of models.
 
     Args:
-        enabled (`bool`): whether layers are compiled at all.
-        settings: arguments of `torch.compile`.
+        enabled (`bool`): whether to compile the layers.
+        settings: keyword arguments for `torch.compile`.
     """
 
     def __init__(self, enabled: bool, **settings: Any) -> None:
@@ -26,8 +26,10 @@ class CompiledLayers:
 
     @contextmanager
     def running(self, model: Any) -> Iterator[None]:
-        """Within this context the decoder layers of `model` run compiled. Outside of it, as in scoring and
-        saving, the model is plain."""
+        """Runs the decoder layers of `model` compiled within this context.
+
+        Outside the context, for example in scoring and saving, the model is not compiled.
+        """
         if not self._enabled:
             yield
             return
@@ -37,13 +39,13 @@ class CompiledLayers:
                 if layer not in self._forwards:
                     self._forwards[layer] = torch.compile(layer.forward, **self._settings)
                 patches.enter_context(running(layer, self._forwards[layer]))
-            # Private: torch.compiler.config has this limit in new releases of torch only. It is 8 by default,
-            # and each kind of attention is compiled twice, as a trained and as a frozen layer.
+            # Private: torch.compiler.config has this limit only in new releases of torch. The default is 8.
+            # Each kind of attention is compiled twice, for trained and for frozen layers.
             patches.enter_context(torch._dynamo.config.patch(recompile_limit=64))
             yield
 
     def forget(self) -> None:
-        """Frees all compiled layers. They are compiled again when they run next."""
+        """Frees all compiled layers. They are compiled again in their next run."""
         if self._forwards:
             self._forwards.clear()
             torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""Training in several processes: gradient buckets after a removal, repeated rows in an evaluation."""
+"""Helpers for several processes: DDP buckets after a removal, and repeated rows in evaluation."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ def reinitialize_ddp(model: DistributedDataParallel, handler: Any) -> None:
 
     Args:
         model (`DistributedDataParallel`): the wrapper.
-        handler (`DistributedDataParallelKwargs`, *optional*): accelerate's settings of the wrapper.
+        handler (`DistributedDataParallelKwargs`, *optional*): settings of the wrapper in accelerate.
     """
     synchronised = model.require_backward_grad_sync
     settings: dict[str, Any] = {} if handler is None else handler.to_kwargs()
@@ -22,8 +22,10 @@ def reinitialize_ddp(model: DistributedDataParallel, handler: Any) -> None:
 
 
 def count_distinct_rows(accelerator: Any, rows: int) -> int:
-    """Returns how many of the first `rows` rows of an evaluation batch count. Accelerate repeats rows in the
-    last batch, so that every process has the same number."""
+    """Returns how many of the first `rows` rows of an evaluation batch are not repeated.
+
+    Accelerate repeats rows in the last batch, so that every process has the same number of rows.
+    """
     state = accelerator.gradient_state
     if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
         return rows

@@ -1,4 +1,4 @@
-"""The forward pass of teacher and student over the same batch."""
+"""Runs teacher and student over the same batch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,8 +22,8 @@ class ForwardPass:
     Args:
         teacher (`PreTrainedModel` or [`CachedTeacherLogits`]): the teacher, or its cached logits.
         student (`PreTrainedModel` or `PeftModel`): the student.
-        input_ids (`torch.Tensor`): `(batch, length)`, some tokens to try the LM heads with.
-        compiled ([`CompiledLayers`], *optional*): compiles decoder layers. Default: nothing is compiled.
+        input_ids (`torch.Tensor`): `(batch, length)`, tokens to test the LM heads with.
+        compiled ([`CompiledLayers`], *optional*): compiles decoder layers. Default: no compilation.
     """
 
     def __init__(
@@ -50,20 +50,20 @@ class ForwardPass:
         shared_layers: int = 0,
         wrapped_student: nn.Module | None = None,
     ) -> tuple[ModelOutputs, ModelOutputs]:
-        """Returns the outputs of the student and of the teacher.
+        """Returns the outputs of the student and the outputs of the teacher.
 
         Args:
-            inputs (`dict`): `input_ids` `(batch, length)` and what else the models read.
+            inputs (`dict`): `input_ids` `(batch, length)` and the other inputs of the models.
             layer_pairs (`list[tuple[int, int]]`, *optional*): the student and teacher layers whose hidden
                 states are compared.
-            shared_layers (`int`, *optional*, defaults to 0): the number of first layers that run once for
-                both models, see [`shared_prefix`].
+            shared_layers (`int`, *optional*, defaults to 0): number of first layers that run once for both
+                models, see [`shared_prefix`].
             wrapped_student (`nn.Module`, *optional*): the student inside its wrapper for training on several
                 devices.
         """
         last_shared = [shared_layers - 1] if shared_layers else []
         teacher = self._run_teacher(inputs, [layer for _, layer in layer_pairs] + last_shared)
-        # The student continues from the last shared layer. Earlier outputs matter only if they are compared.
+        # The student continues after the last shared layer. Earlier outputs are kept only for the comparison.
         shared_outputs = [
             teacher.layers[layer if layer in teacher.layers else shared_layers - 1][1]
             for layer in range(shared_layers)
@@ -89,7 +89,10 @@ class ForwardPass:
 
 
 def _with_gradient(output: Any) -> Any:
-    """Returns the output of a layer with a hidden state that requires gradient. Reentrant checkpoints give no
-    gradients to the parameters of a layer if its input requires none."""
+    """Returns the output of a layer with a hidden state that requires gradient.
+
+    Reentrant activation checkpointing computes no gradients for the parameters of a layer if its input
+    requires none.
+    """
     state = hidden(output).detach().requires_grad_()
     return (state, *output[1:]) if isinstance(output, (tuple, list)) else state

@@ -1,4 +1,4 @@
-"""The weight of the hidden-state error relative to the other loss terms (`balance_hidden`)."""
+"""Scales the hidden-state error relative to the other loss terms (`balance_hidden`)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,14 +8,14 @@ import torch
 from .objective import DistillationLoss
 
 
-KEY = "hidden_balance"  # in the trainer's state, which checkpoints contain
+KEY = "hidden_balance"  # key in the trainer's state, which checkpoints contain
 
 
 class HiddenBalance:
     """Scales the hidden-state error to the size of the other loss terms.
 
-    The scale of a step is the sum of the other terms divided by the sum of the error, over all earlier steps
-    with the same layers. It is 0 in the first step.
+    The scale is the sum of the other terms divided by the sum of the error. Both sums are over all earlier
+    steps with the same layers. The scale is 0 in the first step.
 
     Args:
         reduce (`Callable`): sums a tensor over all processes.
@@ -29,9 +29,9 @@ class HiddenBalance:
         """Returns the scale of a step.
 
         Args:
-            memory (`dict`): where the sums are kept between steps, as plain values for JSON.
-            layers (`list[int]`): the student's layers, as original indices. The sums start again when they
-                change.
+            memory (`dict`): holds the sums between steps, as plain values for JSON.
+            layers (`list[int]`): the student's layers, as original indices. The sums start again when the
+                layers change.
             step (`int`): the optimizer step. All its micro-batches have the same scale.
         """
         if memory.get(KEY, {}).get("kept") != layers:
@@ -42,7 +42,7 @@ class HiddenBalance:
         return self._scale
 
     def add(self, memory: Any, loss: DistillationLoss) -> None:
-        """Adds a batch to the sums."""
+        """Adds the loss of a batch to the sums."""
         total, error = self._reduce(torch.stack([loss.logit_loss, loss.hidden_error]))
         memory[KEY]["total"] += total.item()
         memory[KEY]["error"] += error.item()

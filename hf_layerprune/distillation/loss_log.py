@@ -1,4 +1,4 @@
-"""The sums of each loss term between two logs, and the steps in which no token counts."""
+"""Sums each loss term between two logs and counts the steps without tokens."""
 
 import logging
 import math
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class LossLog:
-    """Means of each loss term per token, over the steps since the last log or over an evaluation.
+    """Computes the mean of each loss term per token, since the last log or over an evaluation.
 
     Args:
         reduce (`Callable`): sums a tensor over all processes.
@@ -29,25 +29,27 @@ class LossLog:
         self._warned = False
 
     def add(self, mode: str, terms: dict[str, torch.Tensor], tokens: torch.Tensor, divisor: Any = 1) -> None:
-        """Adds the terms of a batch and the number of its tokens.
+        """Adds the loss terms of a batch and its number of tokens.
 
         Args:
             mode (`str`): `"train"` or `"eval"`.
             terms (`dict[str, torch.Tensor]`): sums over tokens.
             tokens (`torch.Tensor`): the number of tokens that count.
-            divisor (*optional*, defaults to 1): divides both. In training it is the number of tokens of the
-                step, so that every step has the same weight.
+            divisor (*optional*, defaults to 1): divides the terms and the number of tokens. In training it is
+                the number of tokens of the step, so that every step has the same weight.
         """
         for name, total in {**terms, "tokens": tokens}.items():
             self._sums[mode][name] += total.detach() / divisor
 
     def training_logs(self, loss: float, settings: Any) -> dict[str, float]:
-        """Returns what a training log says since the last: the mean of each term per token, and the mean loss
-        over the steps with tokens. Starts again.
+        """Returns the values for a training log: the mean of each loss term per token and the mean loss.
+
+        The mean loss is over the steps with tokens. The sums start again. Warns if the hidden-state error
+        dominates the loss.
 
         Args:
             loss (`float`): the mean loss over all steps since the last log.
-            settings ([`DistillationTrainingArguments`]): the settings. Warns if one loss term dominates.
+            settings ([`DistillationTrainingArguments`]): the settings.
         """
         terms = self.means("train")
         mean = self._mean_over_steps_with_tokens(loss)
@@ -57,8 +59,10 @@ class LossLog:
         return {"loss": mean, **terms}
 
     def evaluation_metrics(self, prefix: str) -> dict[str, float]:
-        """Returns the mean of each term of an evaluation per token, and `{prefix}_loss`, which is the
-        cross-entropy. Starts again."""
+        """Returns the mean of each loss term per token over an evaluation. The sums start again.
+
+        `{prefix}_loss` is the cross-entropy.
+        """
         terms = self.means("eval", f"{prefix}_")
         if f"{prefix}_ce" in terms:
             terms[f"{prefix}_loss"] = terms[f"{prefix}_ce"]
@@ -66,8 +70,10 @@ class LossLog:
         return terms
 
     def means(self, mode: str, prefix: str = "") -> dict[str, float]:
-        """Returns the mean of each term per token over all processes, and starts again. Means over no token
-        are nan."""
+        """Returns the mean of each loss term per token over all processes. The sums start again.
+
+        A mean is nan if there are no tokens.
+        """
         sums = {name: float(self._reduce(total)) for name, total in self._sums[mode].items()}
         self.clear(mode)
         tokens = sums.pop("tokens", 0.0)
@@ -77,11 +83,11 @@ class LossLog:
         }
 
     def clear(self, mode: str) -> None:
-        """Forgets all terms of a mode."""
+        """Clears all loss terms of a mode."""
         self._sums[mode].clear()
 
     def clear_steps(self) -> None:
-        """Forgets how many steps there were."""
+        """Clears the counts of steps."""
         self._steps = self._steps_without_tokens = 0
 
     def count_step(self, step: int, tokens: Any) -> None:
@@ -100,8 +106,11 @@ class LossLog:
             )
 
     def _mean_over_steps_with_tokens(self, loss: float) -> float:
-        """Returns the mean loss over the steps with tokens, from the mean over all steps since the last log;
-        nan if there are none."""
+        """Returns the mean loss over the steps with tokens; nan if no step has tokens.
+
+        Args:
+            loss (`float`): the mean loss over all steps since the last log.
+        """
         if not self._steps_without_tokens:
             return loss
         steps = self._steps - self._steps_without_tokens

@@ -1,6 +1,7 @@
-"""Losses over tokens: each a float32 sum over the tokens that count, for the caller to divide.
+"""Losses over tokens. Each loss is a float32 sum over the tokens that count, and the caller divides it.
 
-The divisor is the number of tokens in the whole accumulated and distributed batch. No micro-batch knows it.
+The divisor is the number of tokens in the whole accumulated and distributed batch. A single micro-batch does
+not know this number.
 """
 
 import math
@@ -17,16 +18,17 @@ from ..surgery.lineage import Lineage
 from .sampled_tokens import SampledTokens, sampled_kl
 
 
-DOMINANCE = 10.0  # the hidden-state error dominates from this multiple of the other terms on
+DOMINANCE = 10.0  # the hidden-state error dominates if it is above this multiple of the other terms
 
 
 @dataclass
 class TopKLogProbs:
-    """The top-k tokens of each position with their log-probabilities, and all other tokens as one.
+    """The top-k tokens of each position with their log-probabilities. All other tokens count as one token.
 
     Args:
         ids (`torch.Tensor`): `(..., k)`, the most probable token first.
-        log_probs (`torch.Tensor`): `(..., k + 1)`, float32. The last is that of all other tokens together.
+        log_probs (`torch.Tensor`): `(..., k + 1)`, float32. The last value is the log-probability of all
+            other tokens together.
     """
 
     ids: torch.Tensor
@@ -37,7 +39,7 @@ class TopKLogProbs:
 
 
 def top_k_log_probs(logits: torch.Tensor, k: int, temperature: float = 1.0) -> TopKLogProbs:
-    """Returns the `k` most probable tokens of logits `(..., vocabulary)`. `k` is below their number."""
+    """Returns the `k` most probable tokens of logits `(..., vocabulary)`. `k` must be below `vocabulary`."""
     ids = logits.topk(k, dim=-1).indices
     return TopKLogProbs(ids, _log_probs_with_rest(scaled_logits(logits, temperature), ids))
 
@@ -58,21 +60,23 @@ def divergence(
 ) -> torch.Tensor:
     """Returns the divergence of two distributions in nats, summed over positions.
 
-    The divergence and its gradients are finite also where a logit is -inf: a masked token lies [`LOWEST`]
-    nats below the most probable one. It is multiplied by the squared temperature, so that the gradient
-    keeps its scale (Hinton et al., 1503.02531, section 2).
+    The divergence and its gradients are finite even if a logit is -inf: a masked token is placed [`LOWEST`]
+    nats below the most probable token. The divergence is multiplied by the squared temperature, so that the
+    gradient keeps its scale (Hinton et al., 1503.02531, section 2).
 
     Args:
         student_logits (`torch.Tensor`): `(positions, vocabulary)`.
-        teacher_logits (`torch.Tensor`, [`TopKLogProbs`] or [`SampledTokens`]): `(positions, vocabulary)`, or
-            the top-k tokens at this temperature. Then both are distributions over these tokens and all others
-            as one, and the divergence is at most that over all tokens. Or sampled tokens, for `"kl"` alone.
+        teacher_logits (`torch.Tensor`, [`TopKLogProbs`] or [`SampledTokens`]): one of
+            - the logits `(positions, vocabulary)`.
+            - the top-k tokens at this temperature. Both distributions are then over these tokens and one
+              token for all others. The divergence is at most the divergence over all tokens.
+            - sampled tokens, only for `"kl"`.
         kind (`str`, *optional*, defaults to `"kl"`): `"kl"`, forward, KL(teacher || student);
             `"reverse_kl"`, KL(student || teacher); or `"jsd"`, the generalised Jensen-Shannon divergence
             `beta KL(teacher || m) + (1 - beta) KL(student || m)` with `m = beta teacher + (1 - beta) student`
             (Agarwal et al., 2306.13649, section 2).
         temperature (`float`, *optional*, defaults to 1.0): divides both logits.
-        beta (`float`, *optional*, defaults to 0.5): of `"jsd"`, above 0 and below 1.
+        beta (`float`, *optional*, defaults to 0.5): the weight in `"jsd"`, above 0 and below 1.
     """
     if isinstance(teacher_logits, SampledTokens):
         return sampled_kl(student_logits, teacher_logits, temperature) * temperature**2
@@ -100,9 +104,10 @@ def divergence(
 
 
 class _ForwardKL(torch.autograd.Function):
-    """The forward KL divergence of all tokens with its gradient in closed form: `softmax(student) - teacher`.
+    """Computes the forward KL divergence over all tokens with its gradient in closed form.
 
-    Autograd would make about three times as many passes over the logits.
+    The gradient is `softmax(student) - teacher`. Autograd would make about three times as many passes over
+    the logits.
     """
 
     @staticmethod
@@ -122,12 +127,12 @@ class _ForwardKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *loss_gradient: torch.Tensor) -> Any:
         (gradient,) = ctx.saved_tensors
-        # In place: a second backward pass is refused, as always.
+        # In place, because autograd does not allow a second backward pass.
         return gradient.mul_(loss_gradient[0]).to(ctx.dtype), None, None
 
 
 def _log_probs(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Returns log-probabilities in float32, all finite, see [`divergence`]."""
+    """Returns finite log-probabilities in float32, see [`divergence`]."""
     scaled = logits if temperature == 1.0 else logits.float() / temperature
     return scaled.log_softmax(-1, dtype=torch.float32).clamp_(min=LOWEST)
 
@@ -135,7 +140,10 @@ def _log_probs(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 def liger_divergence(
     student: torch.Tensor, teacher: torch.Tensor, kind: str = "kl", beta: float = 0.5
 ) -> torch.Tensor:
-    """Returns [`divergence`] of log-probabilities `(positions, tokens)` by a Liger kernel (2410.10989)."""
+    """Returns the [`divergence`] of log-probabilities `(positions, tokens)`.
+
+    A Liger kernel computes it (2410.10989).
+    """
     from liger_kernel.transformers import LigerJSD
 
     if not len(student):
@@ -146,7 +154,7 @@ def liger_divergence(
 
 
 def _kl(target: torch.Tensor, approximation: torch.Tensor) -> torch.Tensor:
-    """Returns KL(target || approximation) of log-probabilities, summed."""
+    """Returns the summed KL(target || approximation) of log-probabilities."""
     return F.kl_div(approximation, target, reduction="sum", log_target=True)
 
 
@@ -155,9 +163,9 @@ def hidden_error(student: torch.Tensor, teacher: torch.Tensor, kind: str = "mse"
 
     Args:
         student, teacher (`torch.Tensor`): `(positions, hidden)`, or `(positions, streams, hidden)`.
-        kind (`str`, *optional*, defaults to `"mse"`): `"mse"`, the squared error, mean over features;
+        kind (`str`, *optional*, defaults to `"mse"`): `"mse"`, the mean squared error over features;
             `"normalized_mse"`, the same relative to the teacher's mean square, which makes models and layers
-            comparable; `"cosine"`, one minus the cosine.
+            comparable; or `"cosine"`, one minus the cosine similarity.
     """
     student, teacher = student.float().flatten(1), teacher.float().flatten(1)
     if kind == "cosine":
@@ -171,16 +179,16 @@ def hidden_error(student: torch.Tensor, teacher: torch.Tensor, kind: str = "mse"
 def hidden_pairs(
     student: Lineage, teacher: Lineage, layers: list[int] | None = None
 ) -> list[tuple[int, int]]:
-    """Returns which student layer is compared with which teacher layer, as present indices.
+    """Returns the pairs of student and teacher layers to compare, as present indices.
 
-    Iterative Layer-wise Distillation (2511.05085) compares a student layer with the layer it came from, at
-    the cut and at the end. The end is [`LAST`], the input of the LM head.
+    Iterative Layer-wise Distillation (2511.05085) compares each student layer with its original layer, at
+    each cut and at the end. The end is [`LAST`], the input of the LM head.
 
     Args:
         student (`Lineage`): the lineage of the trained model.
         teacher (`Lineage`): the lineage of the teacher, which has all layers of the student.
-        layers (`list[int]`, *optional*): original indices of the layers to compare. Removed ones are skipped.
-            Default: the layer after each cut and the last.
+        layers (`list[int]`, *optional*): original indices of the layers to compare. Removed layers are
+            skipped. Default: the layer after each cut and the last layer.
     """
     if layers is None:
         wanted = [student.kept[i] for i in student.after_cuts] + [student.original - 1]
@@ -195,10 +203,10 @@ def hidden_pairs(
 
 
 def hidden_loss_dominates(hidden: float, others: float) -> str | None:
-    """Returns a warning if the error of hidden states is much larger than the other loss terms, else None.
+    """Returns a warning if the hidden-state error is much larger than the other loss terms, else None.
 
     Args:
-        hidden, others (`float`): the weighted error, and the sum of the weighted other terms.
+        hidden, others (`float`): the weighted hidden-state error, and the sum of the other weighted terms.
     """
     if not hidden > DOMINANCE * others:
         return None

@@ -1,4 +1,4 @@
-"""The distillation loss: the outputs of student and teacher become one scalar and named sums."""
+"""Computes the distillation loss from the outputs of student and teacher."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,14 +31,14 @@ class LossSettings(Protocol):
 
 @dataclass(frozen=True)
 class ModelOutputs:
-    """What one model computed for a batch.
+    """The outputs of one model for a batch.
 
     Args:
         lm_head ([`ChunkedLMHead`] or [`CachedTeacherLogits`]): makes logits of `last_hidden_state`.
         last_hidden_state (`torch.Tensor`, [`TopKLogProbs`] or [`SampledTokens`]): `(batch, length, hidden)`,
             the input of the LM head; or the cached tokens of a teacher.
-        layers (`dict[int, tuple]`): the input and the output of each compared layer, as
-            [`~hf_layerprune.forward.hooks.captured`] returns them.
+        layers (`dict[int, tuple]`): the input and output of each compared layer, in the form of
+            [`~hf_layerprune.forward.hooks.captured`].
     """
 
     lm_head: ChunkedLMHead | CachedTeacherLogits
@@ -46,8 +46,10 @@ class ModelOutputs:
     layers: dict[int, tuple[Any, Any]]
 
     def hidden_state(self, layer: int) -> torch.Tensor:
-        """Returns the output `(batch, length, hidden)` of a layer, by present index or
-        [`~hf_layerprune.forward.hooks.LAST`].
+        """Returns the output `(batch, length, hidden)` of a layer.
+
+        Args:
+            layer (`int`): the present index, or [`~hf_layerprune.forward.hooks.LAST`].
 
         Raises:
             LayerPruneError: the layer did not run.
@@ -73,10 +75,10 @@ class DistillationLoss:
 
     Args:
         total (`torch.Tensor`): the weighted sum of all terms, with gradient.
-        terms (`dict[str, torch.Tensor]`): each term by its name in the log, unweighted, without gradient.
+        terms (`dict[str, torch.Tensor]`): each term by its name in the log, without weight and gradient.
         logit_loss (`torch.Tensor`): the weighted sum of the terms that read logits, without gradient.
-        hidden_error (`torch.Tensor`): the error of hidden states, unweighted, without gradient; 0 if none are
-            compared.
+        hidden_error (`torch.Tensor`): the hidden-state error, without weight and gradient. It is 0 if no
+            layers are compared.
     """
 
     total: torch.Tensor
@@ -97,8 +99,10 @@ def distillation_loss(
     hidden_scale: float = 1.0,
     with_cross_entropy: bool = False,
 ) -> DistillationLoss:
-    """Returns the distillation loss of a batch: divergence of the logits, cross-entropy on the labels, error
-    of hidden states, and the balancing losses of a mixture of experts.
+    """Returns the distillation loss of a batch.
+
+    The terms are the divergence of the logits, the cross-entropy on the labels, the hidden-state error, and
+    the balancing losses of a mixture of experts.
 
     Args:
         student, teacher ([`ModelOutputs`]): the outputs of both models.
@@ -108,13 +112,13 @@ def distillation_loss(
         settings ([`LossSettings`]): weights and kinds of the terms.
         layer_pairs (`list[tuple[int, int]]`, *optional*): the compared student and teacher layers, see
             [`hidden_pairs`]. Default: none.
-        router_losses (`list[tuple[float, torch.Tensor]]`, *optional*): weight and value of each balancing
-            loss of the student, a mean over the batch.
+        router_losses (`list[tuple[float, torch.Tensor]]`, *optional*): the weight and value of each balancing
+            loss of the student. The value is a mean over the batch.
         hidden_scale (`float`, *optional*, defaults to 1.0): multiplies `hidden_weight`.
-        with_cross_entropy (`bool`, *optional*, defaults to `False`): compute the cross-entropy also where its
+        with_cross_entropy (`bool`, *optional*, defaults to `False`): compute the cross-entropy even if its
             weight is 0.
     """
-    # The mask becomes indices once, as a GPU has to wait for each use of a mask as an index.
+    # Convert the mask to indices once: each use of a mask as an index makes the CPU wait for the GPU.
     rows, places = mask.nonzero(as_tuple=True)
     student_states = student.last_hidden_state[rows, places]
     teacher_states = teacher.last_hidden_state[rows, places]
@@ -152,7 +156,7 @@ def distillation_loss(
         total = total + settings.hidden_weight * hidden_scale * error
         terms[f"hidden_{settings.hidden_loss}"] = error.detach()
     for weight, mean in router_losses:
-        router_loss = mean * mask.sum()  # a sum over tokens, as all other terms
+        router_loss = mean * mask.sum()  # a sum over tokens, like all other terms
         total = total + weight * router_loss
         terms["aux_loss"] = router_loss.detach()
     return DistillationLoss(total, terms, logit_loss, error.detach())
@@ -166,7 +170,7 @@ def _logit_losses(
     vocabulary: int,
     with_cross_entropy: bool,
 ) -> dict[str, torch.Tensor]:
-    """Returns the summed losses of some logits. Tokens from `vocabulary` on only pad one of the models."""
+    """Returns the sum of each loss that reads logits. Tokens from index `vocabulary` on are padding."""
     if torch.is_tensor(teacher_logits):
         teacher_logits = teacher_logits[:, :vocabulary]
         if settings.top_k:

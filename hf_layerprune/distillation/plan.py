@@ -1,4 +1,4 @@
-"""What a training run costs, from the config alone: memory by part, FLOPs and time."""
+"""Estimates the memory by part, the FLOPs and the time of a training run from the config alone."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode  # private: torch has no public name for it
+from torch._subclasses.fake_tensor import FakeTensorMode  # private: torch has no public name for this
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import PreTrainedModel
 
@@ -20,7 +20,7 @@ from .tiled_loss import LOGITS_PER_CHUNK_CPU, LOGITS_PER_CHUNK_GPU
 GIB = 2**30
 MFU = 0.33  # model FLOPs utilization that a Qwen2.5-3B distillation step reached on an H200
 TILE_COPIES = 6  # float32 tensors of one tile of logits that the loss and its gradient hold at once
-# Memory in GiB and dense 16-bit TFLOP/s, from the vendors' data sheets.
+# Memory in GiB and dense 16-bit TFLOP/s from the vendors' data sheets.
 DEVICES = {
     "l4-24gb": (22.5, 121),
     "rtx4090-24gb": (23.6, 165),
@@ -30,25 +30,27 @@ DEVICES = {
     "h100-80gb": (79.2, 989),
     "h200-141gb": (139.8, 989),
 }
-# Bytes of state for each trained parameter.
+# Bytes of optimizer state per trained parameter.
 OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 0, "lion_32bit": 4, "paged_lion_32bit": 4}
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one forward pass of a model leaves in memory for its backward pass, and its FLOPs.
+    """The memory that a forward pass of a model saves for the backward pass, and the FLOPs of the pass.
 
     Args:
-        layers (`int`): decoder layers of the model.
-        saved_by_layer (`float`): bytes that one layer saves, on average.
-        saved_elsewhere (`int`): bytes that the rest of the model without the output head saves.
+        layers (`int`): number of decoder layers in the model.
+        saved_by_layer (`float`): bytes that one layer saves on average.
+        saved_elsewhere (`int`): bytes that the rest of the model saves, without the LM head.
         layer_input (`int`): bytes of the input of one layer.
-        layer_flops (`float`): forward FLOPs of one layer, on average.
-        head_flops (`float`): forward FLOPs of the output head.
-        layer_parameters (`float`), trained_by_layer (`float`): of one layer, on average.
-        parameters (`int`), trained (`int`): of the whole model.
-        head_parameters (`int`), trains_head (`bool`): of the output head.
-        logits (`int`): logits of the batch.
+        layer_flops (`float`): forward FLOPs of one layer on average.
+        head_flops (`float`): forward FLOPs of the LM head.
+        layer_parameters (`float`), trained_by_layer (`float`): number of parameters and of trained parameters
+            in one layer on average.
+        parameters (`int`), trained (`int`): number of parameters and of trained parameters in the model.
+        head_parameters (`int`), trains_head (`bool`): number of parameters in the LM head, and whether they
+            are trained.
+        logits (`int`): number of logits of the batch.
     """
 
     layers: int
@@ -66,21 +68,22 @@ class Footprint:
     logits: int
 
     def forward_flops(self, layers: int) -> float:
-        """Returns the FLOPs of a forward pass with so many layers."""
+        """Returns the FLOPs of a forward pass with `layers` layers."""
         return layers * self.layer_flops + self.head_flops
 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """Memory, FLOPs and tokens of one optimizer step on one device.
+    """The memory, FLOPs and tokens of one optimizer step on one device.
 
     Args:
-        parameters_before (`int`), parameters_after (`int`): of the model, before and after pruning.
+        parameters_before (`int`), parameters_after (`int`): number of parameters of the model before and
+            after pruning.
         memory (`dict[str, float]`): bytes by part.
-        peak (`float`): bytes at the most. Gradients grow while activations are freed, so this is less than
-            the sum of all parts.
+        peak (`float`): peak memory in bytes. It is less than the sum of all parts, because gradients grow
+            while activations are freed.
         step_flops (`float`): FLOPs of one optimizer step.
-        step_tokens (`int`): tokens of one optimizer step.
+        step_tokens (`int`): number of tokens in one optimizer step.
     """
 
     parameters_before: int
@@ -96,13 +99,13 @@ class TrainingPlan:
 
 
 def measure_footprint(model: PreTrainedModel, batch: int, length: int, bf16: bool) -> Footprint:
-    """Runs a model on tensors without values and counts what its backward pass would need.
+    """Runs a model on tensors without values and measures the memory that its backward pass would need.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): on the meta device, in the dtype it is trained in. It is
-            used up: its tensors become tensors without values.
-        batch (`int`), length (`int`): sequences of a batch, and their tokens.
-        bf16 (`bool`): run under bfloat16 autocast.
+        model (`PreTrainedModel` or `PeftModel`): a model on the meta device, in the dtype of training. It
+            cannot be used afterwards: its tensors become tensors without values.
+        batch (`int`), length (`int`): number of sequences in a batch, and of tokens in a sequence.
+        bf16 (`bool`): whether to run under bfloat16 autocast.
 
     Raises:
         LayerPruneError: the model cannot run without values.
@@ -113,7 +116,7 @@ def measure_footprint(model: PreTrainedModel, batch: int, length: int, bf16: boo
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
-            base.tie_weights()  # which are apart now
+            base.tie_weights()  # the new tensors are not tied
             ids = torch.zeros(batch, length, dtype=torch.long)
             counter = FlopCounterMode(display=False, custom_mapping=_cpu_attention())
             with (
@@ -152,9 +155,9 @@ def measure_footprint(model: PreTrainedModel, batch: int, length: int, bf16: boo
 @contextmanager
 def _saved_bytes(model: nn.Module) -> Iterator[dict[Any, int]]:
     """Yields the bytes of each storage that autograd saves within this context, without parameters."""
-    # Private: storages without values have no public address. test_plan.py fails if it changes.
+    # Private: storages without values have no public address. test_plan.py fails if torch changes this.
     own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
-    kept: list[Any] = []  # or another storage could come to the same address
+    kept: list[Any] = []  # keep them, so that no other storage gets the same address
     saved: dict[Any, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -170,7 +173,7 @@ def _saved_bytes(model: nn.Module) -> Iterator[dict[Any, int]]:
 
 @contextmanager
 def _marks(layers: Any, saved: dict[Any, int]) -> Iterator[list[tuple[int, int]]]:
-    """Yields a list that gets, when a layer has run within this context, the saved bytes before and after."""
+    """Yields a list that gets the saved bytes before and after each layer that runs within this context."""
     marks: list[tuple[int, int]] = []
     begun: list[int] = []
     hooks: list[Any] = []
@@ -185,27 +188,29 @@ def _marks(layers: Any, saved: dict[Any, int]) -> Iterator[list[tuple[int, int]]
 
 
 def _cpu_attention() -> dict[Any, Any]:
-    """The CPU's flash attention, which FlopCounterMode does not know, with the FLOPs of any attention."""
+    """Returns the FLOP formula for flash attention on CPUs, which FlopCounterMode does not know."""
 
     def flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-        return sdpa_flop_count(query, key, value)  # of shapes
+        return sdpa_flop_count(query, key, value)  # the arguments are shapes
 
     return {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flops}
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What of a run's settings decides its memory.
+    """The settings of a run that determine its memory.
 
     Args:
-        batch (`int`), accumulation (`int`): sequences of a batch, and batches of a step.
-        bf16 (`bool`), activation_checkpointing (`bool`): as in the training arguments.
-        optim (`str`): the optimizer's name in the training arguments.
-        weight_bytes (`int`), teacher_bytes (`int`): of one parameter of the student, and of the teacher. 0
-            for a teacher whose logits are cached, or that shares the student's weights (LoRA).
-        teacher_runs (`bool`): the teacher computes its logits in each step.
-        teacher ([`Footprint`], *optional*): of the teacher, with the same batch. Default: that of the model.
-        on_cpu (`bool`): the run is on a CPU, where the loss takes fewer logits at once.
+        batch (`int`), accumulation (`int`): number of sequences in a batch, and of batches in a step.
+        bf16 (`bool`), activation_checkpointing (`bool`): the settings in the training arguments.
+        optim (`str`): name of the optimizer in the training arguments.
+        weight_bytes (`int`), teacher_bytes (`int`): bytes per parameter of the student and of the teacher.
+            `teacher_bytes` is 0 if the teacher's logits are cached, or if it shares the student's weights
+            (LoRA).
+        teacher_runs (`bool`): whether the teacher computes its logits in each step.
+        teacher ([`Footprint`], *optional*): footprint of the teacher with the same batch. Default: the
+            footprint of the model.
+        on_cpu (`bool`): whether the run is on a CPU, where the loss reads fewer logits at once.
     """
 
     batch: int
@@ -226,10 +231,11 @@ def plan_training(
     """Plans a distillation run on one device.
 
     Args:
-        footprint ([`Footprint`]): of the model with all its layers, with `settings.batch` sequences.
-        target_layers (`int`): how many layers the pruned model has.
-        start_layers (`int`): how many layers it has when training begins, which takes the most memory.
-        length (`int`): tokens of a sequence.
+        footprint ([`Footprint`]): footprint of the model with all layers and `settings.batch` sequences.
+        settings ([`TrainingSettings`]): the settings that determine the memory.
+        target_layers (`int`): number of layers of the pruned model.
+        start_layers (`int`): number of layers at the start of training, when the run needs the most memory.
+        length (`int`): number of tokens in a sequence.
     """
     gone = footprint.layers - start_layers
     parameters = footprint.parameters - gone * footprint.layer_parameters
@@ -253,14 +259,14 @@ def plan_training(
     held = memory["weights"] + memory["teacher"] + memory["optimizer"]
     at_loss = held + activations + memory["logits"] + memory["gradients"] * (settings.accumulation > 1)
     at_end = held + memory["gradients"] + layer
-    backward = 2 if footprint.trained >= parameters else 1  # frozen weights get no gradient of their own
+    backward = 2 if footprint.trained >= parameters else 1  # frozen weights get no gradient
     student = start_layers * footprint.layer_flops + footprint.head_flops
     flops = student * (1 + backward + settings.activation_checkpointing)
     if settings.teacher_runs:
         flops += teacher.layers * teacher.layer_flops + teacher.head_flops
     removed = footprint.layers - target_layers
     before, per_layer = footprint.parameters, footprint.layer_parameters
-    if footprint.trained < footprint.parameters:  # adapters, which are merged in the end
+    if footprint.trained < footprint.parameters:  # adapters, which are merged after training
         before, per_layer = before - footprint.trained, per_layer - footprint.trained_by_layer
     return TrainingPlan(
         parameters_before=before,
@@ -273,13 +279,13 @@ def plan_training(
 
 
 def _teacher_memory(teacher: Footprint, settings: TrainingSettings) -> float:
-    """Returns the bytes of the teacher. Autocast holds its float32 weights in 16 bits, but no embeddings."""
+    """Returns the bytes of the teacher. Autocast holds its float32 weights in 16 bits, except embeddings."""
     embeddings = 2 * teacher.head_parameters * (settings.teacher_bytes == 2 < settings.weight_bytes)
     return teacher.parameters * settings.teacher_bytes + embeddings
 
 
 def optimizer_bytes(optim: str) -> int:
-    """Returns the bytes of state that an optimizer of the Trainer holds for each trained parameter."""
+    """Returns the bytes of state per trained parameter for an optimizer of the Trainer."""
     if optim in OPTIMIZER_BYTES:
         return OPTIMIZER_BYTES[optim]
     return 2 if "8bit" in optim else 8
@@ -288,8 +294,10 @@ def optimizer_bytes(optim: str) -> int:
 def settings_that_fit(
     footprint: Footprint, settings: TrainingSettings, target: int, start: int, length: int, memory: float
 ) -> list[str]:
-    """Returns the changes of settings, the mildest first, that together make a run fit into `memory` bytes;
-    none if even all of them do not. Changes that save nothing are left out."""
+    """Returns the changes of settings with which a run fits into `memory` bytes, the mildest change first.
+
+    The list is empty if the run does not fit even with all changes. Changes that save no memory are left out.
+    """
     chosen: list[str] = []
     present = settings
     peak = plan_training(footprint, present, target, start, length).peak
@@ -311,11 +319,11 @@ def settings_that_fit(
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU that a run is planned for.
+    """A GPU to plan a run for.
 
     Args:
-        name (`str`): as people call it.
-        memory (`float`): bytes.
+        name (`str`): the common name of the GPU.
+        memory (`float`): memory in bytes.
         flops (`float`): FLOP/s that training reaches, see `MFU`.
     """
 
@@ -325,10 +333,10 @@ class Device:
 
 
 def check_device(name: str | None) -> Device:
-    """Returns the named device; without a name the GPU of this machine, else an H100.
+    """Returns the device with this name. Default: the GPU of this machine, or an H100 if there is no GPU.
 
     Raises:
-        LayerPruneError: no such device is known.
+        LayerPruneError: the device is unknown.
     """
     if name is None and torch.cuda.is_available():
         present = torch.cuda.get_device_name().lower()

@@ -1,4 +1,4 @@
-"""Block reconstruction: the layers next to each cut are trained on the teacher's hidden states."""
+"""Block reconstruction: trains the layers next to each cut on the teacher's hidden states."""
 
 import logging
 from collections.abc import Collection, Sequence
@@ -28,7 +28,7 @@ from .windows import check_teacher_has_layers, find_windows
 
 logger = logging.getLogger(__name__)
 
-KL_TOKENS = 4096  # tokens of the divergence before and after
+KL_TOKENS = 4096  # number of tokens for the KL divergence before and after reconstruction
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class WindowResult:
     Args:
         layers (`list[int]`): the trained layers, as indices in the original model.
         error_before, error_after (`float`): squared error of the last layer's output, relative to the
-            teacher's mean square; mean over tokens.
+            teacher's mean square (mean over tokens).
     """
 
     layers: list[int]
@@ -83,41 +83,41 @@ def reconstruct_layers(
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> Reconstruction:
-    """Trains the layers next to each cut of `model`, in place, so that the hidden state after them equals the
-    teacher's (the block-wise distillation of Puzzle, 2411.19146, section 3.2, at the cut alone).
+    """Trains the layers next to each cut of `model`, in place, on the teacher's hidden states.
 
-    Inputs and targets are the teacher's hidden states, computed once, so that a step runs a few layers and no
-    LM head. Overlapping windows are trained together, others one after another. Each step reads one of
-    `batches`; every epoch takes them in a new order. Each of several processes reads its share of the rows of
-    every batch.
+    The hidden state after these layers learns to equal the teacher's (the block-wise distillation of Puzzle,
+    2411.19146, section 3.2, only at the cuts). Inputs and targets are hidden states of the teacher that are
+    computed once. A step therefore runs a few layers and no LM head. Overlapping windows are trained
+    together, and other windows one after another. Each step reads one batch, and every epoch has a new order.
+    Each process reads its share of the rows of every batch.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): a model that lost layers. In a `PeftModel` only the adapters
             of these layers are trained.
-        teacher (`PreTrainedModel`): the original model, or one with more of its layers.
-        batches: batches with `input_ids` `(batch, length)` and where needed `attention_mask`, or another form
-            of tokens that [`make_batches`] accepts. Labels are ignored.
-        layers_before, layers_after (`int`, *optional*, defaults to 1): the number of trained layers on either
-            side of a cut.
-        removed (collection of `int`, *optional*): train only next to the cuts where one of these layers was,
-            as original indices. Default: next to all cuts.
-        epochs (`int`, *optional*, defaults to 4): the number of passes over the batches.
-        learning_rate (`float`, *optional*, defaults to 1e-3): the peak of a cosine schedule, for AdamW.
+        teacher (`PreTrainedModel`): the original model, or a model with more of its layers than `model`.
+        batches: batches with `input_ids` `(batch, length)` and if needed `attention_mask`, or another form of
+            tokens that [`make_batches`] accepts. Labels are ignored.
+        layers_before, layers_after (`int`, *optional*, defaults to 1): number of trained layers before and
+            after each cut.
+        removed (collection of `int`, *optional*): train only next to the cuts that removed one of these
+            layers, given as original indices. Default: all cuts.
+        epochs (`int`, *optional*, defaults to 4): number of passes over the batches.
+        learning_rate (`float`, *optional*, defaults to 1e-3): peak of a cosine schedule for AdamW.
         autocast (`torch.dtype`, *optional*): compute in this precision, for example `torch.bfloat16`. 16-bit
             weights are float32 during training and return to their own dtype afterwards.
-        seed (`int`, *optional*, defaults to 0): the seed of the order of the batches.
-        folder (`str` or `Path`, *optional*): holds hidden states that do not fit in memory, and checkpoints.
-            A stopped run that is called again with the same model and arguments ends with the same bits. The
-            files are removed at the end.
+        seed (`int`, *optional*, defaults to 0): seed for the order of the batches.
+        folder (`str` or `Path`, *optional*): folder for checkpoints and for hidden states that do not fit in
+            memory. A stopped run that is called again with the same model and arguments gives the same result
+            bit for bit. The files are removed at the end.
         progress (`bool`, *optional*, defaults to `True`): show a progress bar.
 
     Returns:
-        [`Reconstruction`]
+        [`Reconstruction`]: errors and divergences before and after training.
 
     Raises:
         LayerPruneError: before training, if the model has no cut, the teacher lacks a layer, the layers
-            cannot run alone, or a setting is invalid. During training, if the gradient is not finite; the
-            weights are those before the step.
+            cannot run alone, or a setting is invalid. During training, if the gradient is not finite. The
+            weights then stay as before the step.
     """
     base: Any = base_of(model)
     batches = make_batches(batches)
@@ -126,7 +126,7 @@ def reconstruct_layers(
     _check_models(base, teacher)
     _check_layers_stand_alone(base, [one.first for one in windows], [one.last for one in windows], batches)
     trained = [window_parameters(base, window) for window in windows]
-    # A checkpoint is valid for these models, this text and these settings only.
+    # A checkpoint is valid only for these models, this text and these settings.
     settings = [windows, str(autocast)]
     run_key = [] if folder is None else [fingerprint([base, teacher], batches, settings)]
     kl_before = mean_kl(base, teacher, batches)
@@ -163,8 +163,10 @@ def mean_kl(
     batches: Sequence[Batch],
     max_tokens: int = KL_TOKENS,
 ) -> float:
-    """Returns KL(teacher || student) in nats per token, on the first batches of about `max_tokens` tokens.
-    All tokens but padding count, whatever their labels."""
+    """Returns KL(teacher || student) in nats per token on the first batches, about `max_tokens` tokens.
+
+    All tokens except padding count, whatever their labels are.
+    """
     total, tokens = 0.0, 0
     models = student, teacher
     with undisturbed(student), undisturbed(teacher):
@@ -193,10 +195,10 @@ def mean_kl(
 
 
 def check_can_reconstruct(model: PreTrainedModel, teacher: PreTrainedModel, batches: Sequence[Batch]) -> None:
-    """Checks, before any layer is removed, that [`reconstruct_layers`] will work for whichever layers go.
+    """Checks before any removal that [`reconstruct_layers`] will work, whichever layers are removed.
 
     Raises:
-        LayerPruneError: it will not, for these models or this text.
+        LayerPruneError: reconstruction cannot work for these models or this text.
     """
     base: Any = base_of(model)
     _check_text(batches)
@@ -213,7 +215,7 @@ def check_can_reconstruct(model: PreTrainedModel, teacher: PreTrainedModel, batc
 
 
 def _check(batches: Sequence[Batch], epochs: int, learning_rate: float, autocast: torch.dtype | None) -> None:
-    """Checks text and settings before any work."""
+    """Checks the text and the settings before any work."""
     _check_text(batches)
     if autocast is torch.float16:
         raise LayerPruneError(
@@ -227,7 +229,7 @@ def _check(batches: Sequence[Batch], epochs: int, learning_rate: float, autocast
 
 
 def _check_text(batches: Sequence[Batch]) -> None:
-    """Checks that some token counts."""
+    """Checks that at least one token counts."""
     if not any(bool(counted_positions(batch).any()) for batch in batches):
         raise LayerPruneError(
             "No token of the batches counts: all are padding, or the first of their sequence. Give sequences "
@@ -236,7 +238,7 @@ def _check_text(batches: Sequence[Batch]) -> None:
 
 
 def _check_models(model: Any, teacher: PreTrainedModel) -> None:
-    """Checks that both models are whole and of one width."""
+    """Checks that neither model is sharded and that both have the same hidden size."""
     widths = [find_decoder(each).config.hidden_size for each in (model, teacher)]
     if widths[0] != widths[1]:
         raise LayerPruneError(
@@ -254,14 +256,15 @@ def _check_models(model: Any, teacher: PreTrainedModel) -> None:
 def _check_layers_stand_alone(
     model: Any, firsts: Sequence[int], lasts: Sequence[int], batches: Sequence[Batch]
 ) -> None:
-    """Checks that a layer passes on one hidden state `(batch, length, hidden)` and nothing else, so that a
-    window can run from its input alone.
+    """Checks that layers pass only one hidden state `(batch, length, hidden)` to the next layer.
+
+    A window can then run from its input alone.
 
     Args:
-        firsts, lasts (sequence of `int`): where windows may begin and end.
+        firsts, lasts (sequence of `int`): the layers with which windows may begin and end.
 
     Raises:
-        LayerPruneError: it passes on more.
+        LayerPruneError: a layer passes more than one hidden state.
     """
     input_ids = batches[0]["input_ids"][:1, :8].to(model.device)
     layers = {layer for layer in (*(first - 1 for first in firsts), *lasts) if layer >= 0}

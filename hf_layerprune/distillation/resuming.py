@@ -1,4 +1,4 @@
-"""Where a run starts: the student, and the checkpoint with its layers and weights."""
+"""Loads the student and the checkpoint from which a run starts."""
 
 from functools import reduce
 from pathlib import Path
@@ -16,8 +16,10 @@ from .teacher import find_tokenizer
 
 
 def load_student(model: Any, processing_class: Any, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Returns the student and its tokenizer or processor. A folder or hub id is loaded in float32, with its
-    tokenizer if none was given."""
+    """Returns the student and its tokenizer or processor.
+
+    A folder or hub id is loaded in float32. Its tokenizer is loaded if none is given.
+    """
     if not isinstance(model, (str, Path)):
         return model, processing_class
     student = load_model(str(model), dtype="float32", trust_remote_code=trust_remote_code)
@@ -30,11 +32,12 @@ def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) 
     """Returns the checkpoint to resume from; None to start from the beginning.
 
     Args:
-        resume_from_checkpoint (`str` or `bool`, *optional*): a folder, or `True` for the last complete one.
-        output_dir (`str`): the folder of the run.
+        resume_from_checkpoint (`str` or `bool`, *optional*): a folder, or `True` for the last complete
+            checkpoint.
+        output_dir (`str`): the output folder of the run.
 
     Raises:
-        LayerPruneError: there is no such checkpoint, or it is incomplete.
+        LayerPruneError: the checkpoint does not exist or is incomplete.
     """
     if resume_from_checkpoint is True:
         resume_from_checkpoint = checkpoint_of(output_dir)
@@ -49,16 +52,16 @@ def find_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str) 
 
 
 def remove_as_in_checkpoint(student: Any, checkpoint: str, copied_teacher: Lineage | None) -> None:
-    """Removes the layers from `student`, in place, that a checkpoint lacks.
+    """Removes from `student`, in place, the layers that a checkpoint lacks.
 
     Args:
-        student (`PreTrainedModel` or `PeftModel`): the model that goes on training.
-        checkpoint (`str`): the checkpoint.
-        copied_teacher ([`Lineage`], *optional*): the layers of a teacher copied from the student.
+        student (`PreTrainedModel` or `PeftModel`): the model that continues training.
+        checkpoint (`str`): the folder of the checkpoint.
+        copied_teacher ([`Lineage`], *optional*): the layers of a teacher that was copied from the student.
 
     Raises:
         LayerPruneError: the student lacks layers of the checkpoint, or a copied teacher lacks layers of the
-            original model. It does if the student was loaded from a checkpoint.
+            original model. The latter happens if the student was loaded from a checkpoint.
     """
     record = read_record(checkpoint)
     if record is not None and copied_teacher is not None:
@@ -72,7 +75,7 @@ def remove_as_in_checkpoint(student: Any, checkpoint: str, copied_teacher: Linea
 
 
 def load_weights(student: Any, folder: str) -> None:
-    """Loads the weights of a checkpoint in place, as a new process would: each tensor in its own dtype.
+    """Loads the weights of a checkpoint in place, like a new process would: each tensor in its own dtype.
 
     Raises:
         LayerPruneError: the checkpoint lacks a weight.

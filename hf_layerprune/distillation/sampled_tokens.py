@@ -1,7 +1,7 @@
-"""Tokens sampled from a teacher's distribution: an unbiased estimate of the KL divergence over all tokens.
+"""Samples tokens from a teacher's distribution for an unbiased estimate of the KL divergence over all tokens.
 
-Random Sampling Knowledge Distillation (2503.16870). The top-k tokens alone give a biased gradient: the
-student learns nothing about the order of the other tokens.
+This is Random Sampling Knowledge Distillation (2503.16870). The top-k tokens alone give a biased gradient:
+the student learns nothing about the order of the other tokens.
 """
 
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from ..forward.token_losses import scaled_logits, sum_dtype
 
 @dataclass
 class SampledTokens:
-    """Tokens of each position, sampled from the teacher's distribution, each with the same weight `1 / n`.
+    """Tokens sampled from the teacher's distribution at each position, each with the weight `1 / n`.
 
-    They are sampled with their own probability, so that all importance weights are equal. A token may be
-    there several times.
+    Each token is sampled with its own probability, so that all importance weights are equal. A token may
+    occur several times.
 
     Args:
-        ids (`torch.Tensor`): `(..., n)`.
-        entropy (`torch.Tensor`): `(...)`, float32, of the teacher's whole distribution in nats.
+        ids (`torch.Tensor`): `(..., n)`, the sampled tokens.
+        entropy (`torch.Tensor`): `(...)`, float32, the entropy of the teacher's whole distribution in nats.
     """
 
     ids: torch.Tensor
@@ -34,21 +34,21 @@ class SampledTokens:
 def sample_tokens(
     logits: torch.Tensor, count: int, offsets: torch.Tensor, temperature: float = 1.0
 ) -> SampledTokens:
-    """Samples `count` tokens of each position, as often as their probability says on average.
+    """Samples `count` tokens at each position, on average in proportion to their probability.
 
     The sampling is systematic: `count` points at equal distances cut the cumulative distribution, and one
-    random number shifts them all. Independent draws have the same mean and a larger variance.
+    random number shifts all points. Independent draws have the same mean and a larger variance.
 
     Args:
-        logits (`torch.Tensor`): `(..., vocabulary)`, of the teacher.
-        count (`int`): tokens of each position.
+        logits (`torch.Tensor`): `(..., vocabulary)`, the teacher's logits.
+        count (`int`): number of tokens per position.
         offsets (`torch.Tensor`): `(...)`, a uniform random number from 0 to 1 for each position.
         temperature (`float`, *optional*, defaults to 1.0): divides the logits.
     """
     log_probs = scaled_logits(logits, temperature).log_softmax(-1)
     probabilities = log_probs.exp()
     entropy = -(probabilities * log_probs).sum(-1)
-    # float32 would lose the probabilities of a large vocabulary in their sum.
+    # A float32 sum would lose the small probabilities of a large vocabulary.
     cumulative = probabilities.to(sum_dtype(logits.device)).cumsum(-1)
     points = torch.arange(count, device=logits.device, dtype=cumulative.dtype) + offsets[..., None]
     points = points / count * cumulative[..., -1:]
@@ -59,12 +59,13 @@ def sample_tokens(
 def sampled_kl(
     student_logits: torch.Tensor, teacher: SampledTokens, temperature: float = 1.0
 ) -> torch.Tensor:
-    """Returns an estimate of KL(teacher || student) over all tokens, summed over positions. Its mean over
-    samples, and that of its gradient, are those of all tokens.
+    """Returns an estimate of KL(teacher || student) over all tokens, summed over positions.
+
+    The estimate and its gradient are unbiased.
 
     Args:
         student_logits (`torch.Tensor`): `(positions, vocabulary)`.
-        teacher ([`SampledTokens`]): of the teacher at this temperature.
+        teacher ([`SampledTokens`]): the teacher's sampled tokens at this temperature.
         temperature (`float`, *optional*, defaults to 1.0): divides the student's logits.
     """
     scaled = scaled_logits(student_logits, temperature)

@@ -1,4 +1,4 @@
-"""The first layers that are the same in student and teacher, so that they run once for both."""
+"""Finds the first layers that are equal in student and teacher, so that they run once for both."""
 
 import logging
 from typing import Any
@@ -17,11 +17,13 @@ logger = logging.getLogger(__name__)
 
 
 class SharedPrefix:
-    """Counts the shared first layers, again whenever a parameter of the student is frozen, unfrozen or, while
-    it is frozen, changed.
+    """Counts the first layers that student and teacher share.
+
+    They are counted again when a parameter of the student is frozen or unfrozen, or when a frozen parameter
+    changes.
 
     Args:
-        teacher: the teacher. A teacher that is no model shares nothing.
+        teacher: the teacher. A teacher that is not a model shares no layers.
     """
 
     def __init__(self, teacher: Any) -> None:
@@ -30,8 +32,10 @@ class SharedPrefix:
         self._parameters: list[tuple[bool, int]] | None = None
 
     def update(self, student: Any, input_ids: torch.Tensor) -> None:
-        """Sets `length` to the number of first layers that `student`, in training mode, shares with the
-        teacher."""
+        """Sets `length` to the number of first layers that `student` shares with the teacher.
+
+        The student must be in training mode.
+        """
         # Private: torch has no public counter of in-place changes to a tensor.
         parameters = [(p.requires_grad, 0 if p.requires_grad else p._version) for p in student.parameters()]
         if parameters == self._parameters:
@@ -57,14 +61,14 @@ class SharedPrefix:
 
 
 def shared_prefix(student: Any, teacher: Any, input_ids: torch.Tensor) -> int:
-    """Returns how many of the first layers are frozen and compute the same in `student` and `teacher`.
+    """Returns the number of first layers that are frozen and compute the same in `student` and `teacher`.
 
-    Their tensors must be equal, and their outputs for some tokens must be bit-identical and without gradient,
-    also with the student's dropout on.
+    Their tensors must be equal. Their outputs for some tokens must be equal bit for bit and without gradient,
+    even with the student's dropout on.
 
     Args:
-        student, teacher (`PreTrainedModel`): the models; the student's mode is that of training.
-        input_ids (`torch.Tensor`): `(batch, length)`, some tokens.
+        student, teacher (`PreTrainedModel`): the models, the student in training mode.
+        input_ids (`torch.Tensor`): `(batch, length)`, tokens to compare the outputs on.
     """
     trained = {id(parameter) for parameter in student.parameters() if parameter.requires_grad}
     if len(trained) == len(list(student.parameters())):
@@ -78,7 +82,7 @@ def shared_prefix(student: Any, teacher: Any, input_ids: torch.Tensor) -> int:
         teacher(input_ids=input_ids, use_cache=False)
 
     def difference(layer: int) -> str | None:
-        """Returns why a layer cannot be shared, None if it can."""
+        """Returns the reason why a layer cannot be shared; None if it can."""
         if layer not in student_outputs:
             return f"layer {layer} did not run"
         if any(id(parameter) in trained for parameter in student_layers[layer].parameters()):
@@ -106,7 +110,7 @@ def shared_prefix(student: Any, teacher: Any, input_ids: torch.Tensor) -> int:
 
 
 def _obstacle(student: Any, teacher: Any, input_ids: torch.Tensor, count: int) -> str | None:
-    """Returns why the student cannot go on from the outputs of `count` equal layers, None if it can."""
+    """Returns the reason why the student cannot continue after `count` equal layers; None if it can."""
     body: Any = base_of(teacher).base_model
     if not _same_tensors(_frozen_outside_layers(student), body.state_dict()):
         return "the embeddings, or other weights outside the layers, differ"
@@ -123,7 +127,7 @@ def _log_nothing_shared(reason: str) -> None:
 def _depends_on(tensor: torch.Tensor, parameters: set[int]) -> bool:
     """Returns whether the gradient of `tensor` reaches one of these parameters, given by `id`.
 
-    `requires_grad` does not say so: activation checkpointing sets it on frozen embeddings.
+    `requires_grad` is not enough: activation checkpointing sets it on the output of frozen embeddings.
     """
     nodes, seen = [tensor.grad_fn], set()
     while nodes:
@@ -138,7 +142,7 @@ def _depends_on(tensor: torch.Tensor, parameters: set[int]) -> bool:
 
 
 def _frozen_outside_layers(model: Any) -> dict[str, torch.Tensor]:
-    """Returns the frozen tensors outside the decoder layers, among them the embeddings."""
+    """Returns the frozen tensors outside the decoder layers, including the embeddings."""
     base = base_of(model)
     body: Any = base.base_model
     in_layers = {id(tensor) for tensor in find_decoder(base).layers.state_dict(keep_vars=True).values()}
@@ -147,7 +151,7 @@ def _frozen_outside_layers(model: Any) -> dict[str, torch.Tensor]:
 
 
 def _same_tensors(tensors: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> bool:
-    """Returns whether `reference` has all `tensors`, by name and by value in the dtype of `reference`."""
+    """Returns whether `reference` holds all `tensors` with equal values, compared in its dtype."""
     return all(
         name in reference and torch.equal(value.to(reference[name].dtype), reference[name])
         for name, value in tensors.items()

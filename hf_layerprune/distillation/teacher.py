@@ -1,4 +1,4 @@
-"""The teacher: where it comes from, and whether it fits the student."""
+"""Loads or copies the teacher, and checks that it fits the student."""
 
 import copy
 import logging
@@ -28,9 +28,9 @@ from .teacher_cache import CachedTeacherLogits, is_teacher_cache
 logger = logging.getLogger(__name__)
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-PROBED_TOKENS = 8  # that tell whether adapters change the logits
-LOGIT_TOLERANCE = 0.05  # of the largest logit, above the rounding of bfloat16
-DIFFERENT_TOKENS = 0.01  # from this share of different tokens on, a tokenizer is another one
+PROBED_TOKENS = 8  # number of tokens to test whether adapters change the logits
+LOGIT_TOLERANCE = 0.05  # relative to the largest logit, above the rounding of bfloat16
+DIFFERENT_TOKENS = 0.01  # tokenizers count as different from this share of different tokens on
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class TeacherLayers:
 
     Args:
         lineage ([`Lineage`]): the layers that the teacher has.
-        available (`list[int]`): the layers whose hidden states it can give, as original indices.
+        available (`list[int]`): the layers whose hidden states the teacher can return, as original indices.
         compared (`list[int]`, *optional*): the layers whose hidden states are compared, as original indices.
-            Default: the layer after each cut and the last.
+            Default: the layer after each cut and the last layer.
     """
 
     lineage: Lineage
@@ -49,10 +49,10 @@ class TeacherLayers:
     compared: list[int] | None
 
     def pairs_with(self, student: Lineage) -> list[tuple[int, int]]:
-        """Returns the compared layers of student and teacher, see [`hidden_pairs`].
+        """Returns the pairs of student and teacher layers to compare, see [`hidden_pairs`].
 
         Raises:
-            LayerPruneError: the student has lost all of them.
+            LayerPruneError: the student has lost all compared layers.
         """
         pairs = hidden_pairs(student, self.lineage, self.compared)
         if not pairs:
@@ -74,20 +74,20 @@ def make_teacher(
     """Returns the teacher of `student`: a frozen model in eval mode, or the cached logits of one.
 
     Args:
-        teacher (`PreTrainedModel` or `str`, *optional*): a model (frozen in place), a folder (also of
-            [`cache_teacher_logits`]) or a hub id. Default: a copy of `student`, of a `PeftModel` without its
-            adapters.
+        teacher (`PreTrainedModel` or `str`, *optional*): a model (frozen in place), a folder (also a cache of
+            [`cache_teacher_logits`]) or a hub id. Default: a copy of `student`. The copy of a `PeftModel` has
+            no adapters.
         student (`PreTrainedModel` or `PeftModel`): the model that will be trained.
         hidden_states (`bool`): whether hidden states will be compared.
         adapters (`bool`, *optional*, defaults to `False`): whether only adapters will be trained, so that a
             copy shares the student's weights.
         tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*): the student's tokenizer. Logits
-            beyond its tokens are padding, so vocabularies may differ there.
+            beyond its tokens are padding, so the vocabulary sizes may differ by padding.
         trust_remote_code (`bool`, *optional*, defaults to `False`): run the code that comes with the teacher.
 
     Raises:
-        LayerPruneError: the teacher has another vocabulary or tokenizer, or hidden states that do not match
-            the student's; it shares weights with the student, or cannot be loaded.
+        LayerPruneError: the teacher has another vocabulary or tokenizer, its hidden states do not match the
+            student's, it shares weights with the student, or it cannot be loaded.
     """
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
     tokens = len(tokenizer) if hasattr(tokenizer, "__len__") else None
@@ -137,7 +137,7 @@ def _without_adapters(student: Any) -> PreTrainedModel:
     """Returns a frozen copy of a `PeftModel` without adapters. It shares all weights that are not trained.
 
     Raises:
-        LayerPruneError: the adapters change what the model predicts, so the copy is another model.
+        LayerPruneError: the adapters change the predictions of the model, so the copy is a different model.
     """
     shared = {id(tensor): tensor for tensor in _tensors(student) if not tensor.requires_grad}
     teacher = copy.deepcopy(student, shared).unload().eval().requires_grad_(False)
@@ -159,8 +159,8 @@ def hold_in_autocast_dtype(teacher: PreTrainedModel | CachedTeacherLogits, accel
     """Casts, in place, the float32 weights that autocast would cast in every forward pass.
 
     These are the weights of linear layers that no other kind of module reads. Embeddings, norms, and experts
-    in one tensor stay in float32. The outputs under autocast stay the same to the bit. Without 16-bit
-    autocast nothing is cast.
+    in one tensor stay in float32. The outputs under autocast stay the same bit for bit. Without 16-bit
+    autocast no weight is cast.
     """
     dtype = AUTOCAST_DTYPES.get(accelerator.mixed_precision)
     if not isinstance(teacher, PreTrainedModel) or not accelerator.native_amp or dtype is None:
@@ -177,10 +177,10 @@ def hold_in_autocast_dtype(teacher: PreTrainedModel | CachedTeacherLogits, accel
 
 
 def place_teacher(teacher: PreTrainedModel | CachedTeacherLogits, accelerator: Accelerator) -> Any:
-    """Returns the teacher on the accelerator's device, and sharded as the accelerator says."""
+    """Places the teacher on the accelerator's device, sharded by the accelerator's settings. Returns it."""
     if not isinstance(teacher, PreTrainedModel):
         return teacher
-    # Under FSDP accelerate leaves a model where it is by default. A quantised one must stay there.
+    # By default accelerate does not move a model under FSDP. A quantised model must not be moved.
     place = None if getattr(teacher, "is_quantized", False) else True
     return accelerator.prepare_model(teacher, device_placement=place, evaluation_mode=True)
 
@@ -192,7 +192,7 @@ def _is_linear(module: nn.Module) -> bool:
 def check_tokens(
     teacher: PreTrainedModel, student: PreTrainedModel, tokenizer: Any, trust_remote_code: bool = False
 ) -> None:
-    """Checks that token ids mean the same text to both models. Warns if their tokenizers are unknown.
+    """Checks that both models have the same text for each token id. Warns if a tokenizer is unknown.
 
     Args:
         teacher, student (`PreTrainedModel`): the models.
@@ -220,13 +220,14 @@ def check_tokenizers(
     tokenizer: Any,
     trust_remote_code: bool = False,
 ) -> bool:
-    """Checks that the same token ids mean the same text to teacher and student.
+    """Checks that teacher and student have the same text for each token id.
 
     Args:
-        teacher (`str` or `None`): the folder or hub id of the teacher, if it has one.
-        vocabulary (`int`): the number of the teacher's logits.
+        teacher (`str` or `None`): the folder or hub id of the teacher; None if it has none.
+        vocabulary (`int`): the number of logits of the teacher.
         student (`PreTrainedModel`): the model that will be trained.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): the student's. Default: that of its folder.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the student's tokenizer. Default: the tokenizer in
+            the student's folder.
         trust_remote_code (`bool`, *optional*, defaults to `False`): run the code that comes with a tokenizer.
 
     Returns:
@@ -274,11 +275,11 @@ def check_tokenizers(
 
 
 def find_tokenizer(name: str | None, trust_remote_code: bool) -> Any:
-    """Returns the tokenizer in a folder or on the hub; None if there is none."""
+    """Returns the tokenizer in a folder or on the hub; None if no tokenizer exists."""
     if not name:
         return None
     try:
-        # Some classes make an empty tokenizer of a folder without tokenizer files.
+        # Some classes return an empty tokenizer for a folder without tokenizer files.
         cached_file(name, TOKENIZER_CONFIG_FILE)
         return load_tokenizer(name, trust_remote_code)
     except (OSError, LayerPruneError) as error:
@@ -287,7 +288,7 @@ def find_tokenizer(name: str | None, trust_remote_code: bool) -> Any:
 
 
 def _same_embeddings(teacher: PreTrainedModel, student: PreTrainedModel) -> bool:
-    """Returns whether both models have the same token embeddings, so that one was made from the other."""
+    """Returns whether both models have the same token embeddings and so come from the same model."""
     student_weight, teacher_weight = (
         getattr(model.get_input_embeddings(), "weight", None) for model in (student, teacher)
     )
@@ -299,7 +300,7 @@ def _same_embeddings(teacher: PreTrainedModel, student: PreTrainedModel) -> bool
 
 
 def describe_teacher(teacher: PreTrainedModel | CachedTeacherLogits, student: PreTrainedModel) -> str:
-    """Returns a description of the teacher and of the memory that it takes or shares."""
+    """Returns a description of the teacher and of the memory that it uses or shares."""
     if isinstance(teacher, CachedTeacherLogits):
         rows = len(teacher.keys)
         return f"cached logits of {rows} rows in {teacher.folder}, without a second model"
@@ -316,8 +317,8 @@ def _tensors(model: Any) -> list[torch.Tensor]:
     """Returns all tensors that a copy of `model` may share with it."""
     tensors = [*model.parameters(), *model.buffers()]
     for module in model.modules():
-        # The first forward pass of an 8-bit layer of bitsandbytes moves scales off the weight. That must
-        # happen before two layers share the weight.
+        # The first forward pass of an 8-bit bitsandbytes layer moves the scales away from the weight. This
+        # must happen before two layers share the weight.
         if getattr(getattr(module, "weight", None), "CB", None) is not None:
             module.init_8bit_state()
         state = getattr(module, "state", None)
@@ -327,10 +328,10 @@ def _tensors(model: Any) -> list[torch.Tensor]:
 
 
 def add_adapters(model: PreTrainedModel, peft_config: Any) -> Any:
-    """Returns a `PeftModel` around `model`, whose own weights do not change, as the teacher may share them.
+    """Returns a `PeftModel` around `model`. The weights of `model` do not change: the teacher may share them.
 
     Raises:
-        LayerPruneError: the adapters fit no layer, or train or change the model's own weights.
+        LayerPruneError: the adapters fit no layer, or train or change the weights of `model`.
     """
     from peft import get_peft_model
 
@@ -354,7 +355,7 @@ def add_adapters(model: PreTrainedModel, peft_config: Any) -> Any:
 
 
 def _fingerprint(parameter: torch.Tensor) -> tuple[int, float]:
-    """Returns values that differ after a change of the parameter: its address and its sum."""
+    """Returns the address and the sum of a parameter. They differ after a change of the parameter."""
     if parameter.is_meta:
         return parameter.data_ptr(), 0.0
     total = parameter.detach().sum(dtype=sum_dtype(parameter.device))
@@ -369,7 +370,7 @@ def _check(
     hidden_states: bool,
     tokens: int | None,
 ) -> None:
-    """Checks that a teacher of this vocabulary, hidden size and lineage fits `student`."""
+    """Checks that a teacher with this vocabulary, hidden size and lineage fits `student`."""
     config, student_lineage = find_decoder(student).config, get_lineage(student)
     smaller = min(vocabulary, config.vocab_size)
     if vocabulary != config.vocab_size and (tokens is None or smaller < tokens):

@@ -1,4 +1,4 @@
-"""Cached logits of a teacher, the top-k or sampled: computed once, read in any number of runs and epochs."""
+"""Caches a teacher's top-k or sampled logits: computed once, read in any number of runs and epochs."""
 
 import hashlib
 import json
@@ -26,11 +26,11 @@ from .sampled_tokens import SampledTokens, sample_tokens
 
 
 HEAD = "teacher_cache.json"
-SHARD = 2**15  # positions in a file
+SHARD = 2**15  # number of positions in a file
 
 
 def is_teacher_cache(folder: str | Path) -> bool:
-    """Returns whether a folder holds cached logits, and no model."""
+    """Returns whether a folder holds cached logits instead of a model."""
     return (Path(folder) / HEAD).exists()
 
 
@@ -43,31 +43,32 @@ def cache_teacher_logits(
     hidden_layers: Sequence[int] = (),
     sampling: bool = False,
 ) -> None:
-    """Caches the teacher's logits: training with `teacher_model=folder` needs no teacher in memory.
+    """Caches the teacher's logits, so that training with `teacher_model=folder` needs no teacher in memory.
 
-    The cache has for each position the top-k tokens, their log-probabilities, that of all other tokens
-    together, and the hidden states of `hidden_layers`. With `sampling` it has tokens sampled from the
-    teacher's distribution instead, whose KL divergence has the gradient of all tokens on average.
+    For each position the cache holds the top-k tokens, their log-probabilities, the log-probability of all
+    other tokens together, and the hidden states of `hidden_layers`. With `sampling` it holds tokens sampled
+    from the teacher's distribution instead. The gradient of their KL divergence equals on average the
+    gradient over all tokens.
 
-    Rows are found by their tokens, so training may use another order, padding and batch size. A second call
-    computes only the rows that are missing.
+    Rows are looked up by their tokens, so training may use another order, padding and batch size. A second
+    call computes only the missing rows.
 
     Args:
-        teacher (`PreTrainedModel`): the model.
-        batches (iterable of `dict`): `input_ids` `(batch, length)` and what else the model reads, as the
-            trainer's collator makes it. Include the evaluation data if the trainer evaluates.
-        folder (`str` or `Path`): a new folder or an earlier cache. A position takes `8 * top_k + 4` bytes,
-            `4 * top_k + 4` with `sampling`, and the hidden size in the model's precision for each of
-            `hidden_layers`.
-        top_k (`int`, *optional*, defaults to 64): the number of tokens per position.
+        teacher (`PreTrainedModel`): the teacher.
+        batches (iterable of `dict`): `input_ids` `(batch, length)` and the other inputs of the model, in the
+            form of the trainer's collator. Include the evaluation data if the trainer evaluates.
+        folder (`str` or `Path`): a new folder or an earlier cache. A position takes `8 * top_k + 4` bytes, or
+            `4 * top_k + 4` bytes with `sampling`. Each of `hidden_layers` adds a hidden state in the model's
+            precision.
+        top_k (`int`, *optional*, defaults to 64): number of tokens per position.
         temperature (`float`, *optional*, defaults to 1.0): the temperature of training.
         hidden_layers (`list[int]`, *optional*): the layers whose outputs to cache, as original indices.
         sampling (`bool`, *optional*, defaults to `False`): sample `top_k` tokens from the teacher's
-            distribution instead of the most probable ones (2503.16870). Training then needs
+            distribution instead of taking the most probable tokens (2503.16870). Training then needs
             `divergence="kl"`.
 
     Raises:
-        LayerPruneError: a setting is invalid, or the folder holds something else.
+        LayerPruneError: a setting is invalid, or the folder holds other files or another cache.
     """
     check_next_token(teacher, "cache_teacher_logits")
     top_k, hidden_layers = plain_int(top_k), [plain_int(layer) for layer in hidden_layers]
@@ -82,13 +83,13 @@ def cache_teacher_logits(
             )
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        # The name of the teacher finds its tokenizer. It is no setting: a copy gives the same logits.
+        # The teacher's name is used to find its tokenizer. It is not a setting: a copy has the same logits.
         head = settings | {"teacher": teacher.name_or_path}
         with whole_file(folder / HEAD) as file:
             file.write(json.dumps(head, indent=1).encode())
         cache = CachedTeacherLogits(folder)
     keys, files = cache.keys, cache.files
-    parts: list[dict[str, torch.Tensor]] = []  # computed and not yet written
+    parts: list[dict[str, torch.Tensor]] = []  # computed rows that are not yet written
     positions = 0
     layers = {_tensor_name(layer): _present_index(layer, get_lineage(teacher)) for layer in hidden_layers}
     lm_head = None
@@ -111,7 +112,7 @@ def cache_teacher_logits(
 def _settings(
     teacher: PreTrainedModel, top_k: int, temperature: float, hidden_layers: Sequence[int]
 ) -> dict[str, Any]:
-    """Returns what the cached logits depend on besides the text.
+    """Returns the settings that determine the cached logits, besides the text.
 
     Raises:
         LayerPruneError: a setting is invalid.
@@ -146,9 +147,9 @@ def _compute_rows(
     layers: dict[str, int],
     settings: dict[str, Any],
 ) -> dict[str, torch.Tensor]:
-    """Returns the tensors of the rows with these keys, over all positions but the last of each row."""
+    """Returns the tensors of the rows with these keys, for all positions except the last of each row."""
     mask = _not_padding(batch)
-    mask &= mask.flip(1).cumsum(1).flip(1) > 1  # nothing follows the last token
+    mask &= mask.flip(1).cumsum(1).flip(1) > 1  # the last token has no next token
     with captured(lm_head.model, layers.values()) as states:
         last_hidden_state = lm_head.states(batch)[mask]
     if any(hidden(output).dim() != 3 for _, output in states.values()):
@@ -182,8 +183,10 @@ def _compute_rows(
 
 
 def _offsets(keys: list[bytes], mask: torch.Tensor) -> torch.Tensor:
-    """Returns a random number for each position in `mask`. It depends on the row alone, so that every order
-    of the rows gives the same cache."""
+    """Returns a random number for each position in `mask`.
+
+    The number depends only on the row, so that every order of the rows gives the same cache.
+    """
     numbers = []
     for key, count in zip(keys, mask.sum(1).tolist(), strict=True):
         generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "little"))
@@ -204,12 +207,12 @@ def _tensor_name(layer: int) -> str:
 
 
 def _present_index(layer: int, lineage: Lineage) -> int:
-    """Returns the present index of an original layer; for the last layer the input of the LM head."""
+    """Returns the present index of an original layer; for the last layer the index of the LM head's input."""
     return LAST if layer == lineage.original - 1 else lineage.kept.index(layer)
 
 
 class CachedTeacherLogits:
-    """The cached logits of a teacher, made by [`cache_teacher_logits`], in place of a [`ChunkedLMHead`].
+    """Reads the cached logits of a teacher from [`cache_teacher_logits`], in place of a [`ChunkedLMHead`].
 
     Args:
         folder (`str` or `Path`): the folder of the cache.
@@ -243,12 +246,12 @@ class CachedTeacherLogits:
 
     @property
     def keys(self) -> set[bytes]:
-        """The [`row_keys`] of all cached rows."""
+        """Returns the [`row_keys`] of all cached rows."""
         return set(self._rows)
 
     @property
     def files(self) -> int:
-        """The number of files."""
+        """Returns the number of files."""
         return len(self._files)
 
     def check_has(self, batch: Batch) -> None:
@@ -268,16 +271,18 @@ class CachedTeacherLogits:
     def read(
         self, batch: Batch, layers: Sequence[int]
     ) -> tuple[TopKLogProbs | SampledTokens, dict[int, Any]]:
-        """Returns the cached logits and hidden states of a batch, zero at padding and at the last token.
+        """Returns the cached logits and hidden states of a batch.
+
+        They are zero at padding and at the last token of a row.
 
         Args:
-            batch (`dict`): `input_ids` `(batch, length)` and what else the model reads.
+            batch (`dict`): `input_ids` `(batch, length)` and the other inputs of the model.
             layers (`list[int]`): the layers whose hidden states are returned, as present indices of the
                 teacher or [`~hf_layerprune.forward.hooks.LAST`].
 
         Returns:
-            The top-k or sampled tokens `(batch, length, k)`, and for each layer its output
-            `(batch, length, hidden)` twice, as input and output in [`captured`].
+            `tuple`: the top-k or sampled tokens `(batch, length, k)`, and a `dict` that holds the output
+            `(batch, length, hidden)` of each layer twice, in the places of input and output in [`captured`].
 
         Raises:
             LayerPruneError: a row is missing.
@@ -302,20 +307,20 @@ class CachedTeacherLogits:
         return self.lineage.original - 1 if layer == LAST else self.lineage.kept[layer]
 
     def head(self, cached: TopKLogProbs | SampledTokens) -> TopKLogProbs | SampledTokens:
-        """Returns the cached logits as they are: no LM head runs."""
+        """Returns the cached logits unchanged, because no LM head runs."""
         return cached
 
     @contextmanager
     def cast_once(self) -> Iterator[None]:
-        """Does nothing: there is no LM head to cast."""
+        """Does nothing, because there is no LM head to cast."""
         yield
 
 
 def row_keys(batch: Batch) -> list[bytes]:
-    """Returns a fingerprint of what the model reads in each row, independent of padding and labels.
+    """Returns a fingerprint of the model inputs in each row, independent of padding and labels.
 
     Raises:
-        LayerPruneError: the rows hold more than tokens, as pixels.
+        LayerPruneError: the rows hold other inputs than tokens, for example pixels.
     """
     names = sorted(set(batch) - {"labels", "attention_mask"})
     for name in names:
@@ -335,6 +340,6 @@ def row_keys(batch: Batch) -> list[bytes]:
 
 
 def _not_padding(batch: Batch) -> torch.Tensor:
-    """Returns which tokens are no padding, `(batch, length)`."""
+    """Returns a mask `(batch, length)` of the tokens that are not padding."""
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     return torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()

@@ -1,4 +1,4 @@
-"""Losses of logits, tile by tile: memory never holds the logits or their gradients of all tokens at once."""
+"""Computes losses of logits tile by tile, so that memory never holds all logits or their gradients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +12,11 @@ from .teacher_cache import CachedTeacherLogits
 
 LOGITS_PER_CHUNK_CPU = 2**23  # logits per tile on a CPU
 LOGITS_PER_CHUNK_GPU = 2**26  # logits per tile on a GPU, where each kernel launch has a cost
-LOGITS_PER_CHUNK_LARGE_GPU = 2**27  # a tenth faster, and 1.5 GiB more
-FREE_FOR_LARGE = 16 * 2**30  # free bytes of a GPU from which tiles are large
+LOGITS_PER_CHUNK_LARGE_GPU = 2**27  # logits per large tile: a tenth faster, with 1.5 GiB more memory
+FREE_FOR_LARGE = 16 * 2**30  # free bytes of a GPU at which tiles become large
 
-# Takes the student's logits `(positions, vocabulary)` in float32, the teacher's logits, and the targets
-# `(positions,)`. Returns the sum of each loss.
+# A function of the student's logits `(positions, vocabulary)` in float32, the teacher's logits, and the
+# targets `(positions,)`. It returns the sum of each loss.
 Losses = Callable[[torch.Tensor, Any, torch.Tensor], dict[str, torch.Tensor]]
 
 
@@ -31,24 +31,26 @@ def tiled_loss(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Returns the weighted sum of the losses of logits, and the sum of each loss without gradient.
 
-    The gradient is computed together with the loss (as in Liger's fused losses, 2410.10989, section 3.2), in
-    float32 down to the logits.
+    The gradient is computed together with the loss, in float32 down to the logits (as in Liger's fused
+    losses, 2410.10989, section 3.2).
 
     Args:
-        student, teacher ([`ChunkedLMHead`]): the LM heads, which make logits of hidden states. The
-            teacher's may be [`CachedTeacherLogits`].
-        student_states, teacher_states (`torch.Tensor`): `(positions, hidden)`, the last hidden states; or the
-            cached [`TopKLogProbs`] or [`SampledTokens`] of the teacher.
+        student, teacher ([`ChunkedLMHead`]): the LM heads, which compute logits from hidden states. `teacher`
+            may be [`CachedTeacherLogits`].
+        student_states, teacher_states (`torch.Tensor`): `(positions, hidden)`, the last hidden states.
+            `teacher_states` may be the cached [`TopKLogProbs`] or [`SampledTokens`] of the teacher.
         targets (`torch.Tensor`): `(positions,)`, the next tokens.
-        losses (`Callable`): the losses.
+        losses (`Callable`): the function that computes the losses, see `Losses`.
         weights (`dict[str, float]`): the weight of each loss.
     """
     parameters = student.head_parameters()
     sums: dict[str, torch.Tensor] = {}
 
     def tile_loss(tile: slice, with_gradient: bool) -> tuple[torch.Tensor, list[Any]]:
-        """Returns the weighted sum over one tile, and if asked for the gradients of the states and of each
-        parameter."""
+        """Returns the weighted sum over one tile.
+
+        With `with_gradient` it also returns the gradients of the states and of each parameter.
+        """
         teacher_logits = teacher.head(teacher_states[tile])
         with torch.set_grad_enabled(with_gradient):
             states = student_states[tile].detach().requires_grad_(with_gradient)
@@ -69,20 +71,20 @@ def tiled_loss(
                 sums[name] = sums.get(name, 0.0) + value.detach()
         if logits_gradient is None:
             return total, []
-        del teacher_logits  # the backward pass below needs the most memory
+        del teacher_logits  # free memory: the backward pass below needs the most
         used = [student.stand_in(parameter) for parameter in parameters]
         inputs = [states, *used]
         return total, list(torch.autograd.grad(logits, inputs, logits_gradient, allow_unused=True))
 
     def whole_loss(with_gradient: bool) -> tuple[torch.Tensor, list[Any]]:
-        """Returns the weighted sum over all tiles, and if asked for the gradients."""
+        """Returns the weighted sum over all tiles, with `with_gradient` also the gradients."""
         step = max(1, logits_per_chunk(student_states.device) // student.vocabulary)
         total = torch.zeros((), device=student_states.device)
         gradients: list[Any] = []
         if with_gradient:
             gradients = [torch.empty_like(student_states), *[None] * len(parameters)]
         with student.cast_once(), teacher.cast_once():
-            for start in range(0, max(1, len(student_states)), step):  # also once if there is no position
+            for start in range(0, max(1, len(student_states)), step):  # runs once even without positions
                 tile = slice(start, start + step)
                 tile_total, tile_gradients = tile_loss(tile, with_gradient)
                 total += tile_total
@@ -97,7 +99,7 @@ def tiled_loss(
 
 
 def logits_per_chunk(device: torch.device) -> int:
-    """Returns how many logits a tile has on a device: more where memory is free."""
+    """Returns the number of logits per tile on a device. It is larger if much memory is free."""
     if device.type == "cpu":
         return LOGITS_PER_CHUNK_CPU
     free = free_gpu_memory(device)
@@ -118,13 +120,13 @@ class _LossWithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *loss_gradient: torch.Tensor) -> Any:
-        # In place, as the gradient of an LM head is large. A second backward pass is refused, as always.
+        # In place, as the gradient of an LM head is large. Autograd does not allow a second backward pass.
         gradients = [None if saved is None else saved.mul_(loss_gradient[0]) for saved in ctx.saved_tensors]
         return None, None, *gradients
 
 
 def _added(total: torch.Tensor | None, more: torch.Tensor | None) -> torch.Tensor | None:
-    """Returns the sum of the gradients of tiles, in float32."""
+    """Returns the sum of the gradients of two tiles in float32. None counts as zero."""
     if total is None or more is None:
         return total if more is None else more.float()
     return total.add_(more)

@@ -1,4 +1,4 @@
-"""Which parameters of a pruned model are trained."""
+"""Chooses the trained parameters of a pruned model."""
 
 import logging
 from typing import Any
@@ -17,7 +17,7 @@ CHOICES = "'all', 'around_cuts', or a number of last layers, as '4'"
 
 
 def forget_parameters(optimizer: Any, model: nn.Module) -> None:
-    """Removes the parameters that `model` no longer has from `optimizer`, in place, with their state."""
+    """Removes from `optimizer`, in place, the parameters that `model` no longer has, and their state."""
     inner = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
     live = {id(parameter) for parameter in model.parameters()}
     for group in inner.param_groups:
@@ -30,7 +30,7 @@ def check_trainable(what: str) -> None:
     """Checks the setting `trainable`.
 
     Raises:
-        LayerPruneError: the value is not allowed.
+        LayerPruneError: `what` is not an allowed value.
     """
     if what not in ("all", "around_cuts") and not (what.isdecimal() and int(what) > 0):
         raise LayerPruneError(f"trainable is {what!r}: it must be {CHOICES}.")
@@ -41,8 +41,8 @@ def trained_layers(lineage: Lineage, what: str) -> list[int]:
 
     Args:
         lineage (`Lineage`): the lineage of the model.
-        what (`str`): `"all"`; `"around_cuts"`, the last layer before and the first after each cut (Iterative
-            Layer-wise Distillation, 2511.05085, section 3); or a number of last layers.
+        what (`str`): `"all"`; `"around_cuts"`, the last layer before and the first layer after each cut
+            (Iterative Layer-wise Distillation, 2511.05085, section 3); or a number of last layers.
     """
     count = len(lineage.kept)
     if what == "all":
@@ -54,11 +54,12 @@ def trained_layers(lineage: Lineage, what: str) -> list[int]:
 
 
 def trained_parameters(model: Any, what: str) -> list[nn.Parameter]:
-    """Returns the trained parameters of `model`: those of [`trained_layers`], or all for `"all"`. A number of
-    last layers includes the LM head, unless it is tied to the embeddings.
+    """Returns the trained parameters of `model`: all for `"all"`, else the parameters of [`trained_layers`].
+
+    If `what` is a number of last layers, the LM head is included unless it is tied to the embeddings.
 
     Raises:
-        LayerPruneError: there is no such parameter.
+        LayerPruneError: no parameter matches `what`.
     """
     if what == "all":
         return list(model.parameters())
@@ -93,17 +94,17 @@ class TrainedParameters:
         """Chooses the trained parameters of `model` by its current layers.
 
         Raises:
-            LayerPruneError: no parameter is left to train.
+            LayerPruneError: there is no parameter to train.
         """
         if self._not_frozen_by_user is None:
             self._not_frozen_by_user = [p for p in model.parameters() if p.requires_grad]
-        # Parameters of removed layers are not kept, so that their memory is freed.
+        # Drop the parameters of removed layers, so that their memory is freed.
         present = {id(parameter) for parameter in model.parameters()}
         self._not_frozen_by_user = [p for p in self._not_frozen_by_user if id(p) in present]
         chosen = {id(parameter) for parameter in trained_parameters(model, self._trainable)}
         for parameter in self._not_frozen_by_user:
             parameter.requires_grad_(id(parameter) in chosen)
-        # DeepSpeed ZeRO-3 empties parameters and keeps their sizes in ds_numel.
+        # DeepSpeed ZeRO-3 empties parameters and stores their sizes in ds_numel.
         trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
         if not trained:
             raise LayerPruneError(

@@ -1,4 +1,4 @@
-"""A Trainer whose loss is the distance to a teacher."""
+"""A Trainer whose loss is the distance of the student to a teacher."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -74,42 +74,45 @@ logger = logging.getLogger(__name__)
 
 
 class DistillationTrainer(Trainer):
-    """[`~transformers.Trainer`] that trains a causal language model to predict what its teacher predicts.
+    """Trains a causal language model to match the predictions of its teacher.
 
-    Iterative Layer-wise Distillation (2511.05085, section 3): KL divergence of the logits and squared error
-    of hidden states against the original model. Student layers are matched with teacher layers by the
-    student's lineage, so layers may be removed during training: see [`LayerPruningCallback`]. Each loss term
-    is logged under its own name. `eval_loss` is the cross-entropy on the labels, which compares with any
-    other model's; the distillation terms are `eval_kl` and `eval_hidden_mse`. It is nan where no token has a
-    label. A mixture of experts with `output_router_logits=True` in its config is also trained with its
-    balancing loss, logged as `aux_loss`: the mean over the accumulated batch, weighted by tokens and by
-    `router_aux_loss_coef`.
+    The loss is the KL divergence of the logits and the squared error of hidden states against the original
+    model (Iterative Layer-wise Distillation, 2511.05085, section 3). Student layers are matched with teacher
+    layers by the student's lineage, so layers may be removed during training: see [`LayerPruningCallback`].
+
+    Each loss term is logged under its own name:
+
+    - `eval_loss` is the cross-entropy on the labels, which can be compared with other models. It is nan if no
+      token has a label.
+    - `eval_kl` and `eval_hidden_mse` are the distillation terms.
+    - `aux_loss` is the balancing loss of a mixture of experts with `output_router_logits=True` in its config.
+      It is the mean over the accumulated batch, weighted by tokens and by `router_aux_loss_coef`.
 
     Args:
         model (`PreTrainedModel`, `PeftModel` or `str`): the student, as a model, a folder or a hub id. A
-            folder or hub id is loaded in float32, as trl does, and its tokenizer is the default
-            `processing_class`. Of a `PeftModel` the adapters are trained.
+            folder or hub id is loaded in float32, as in trl, and its tokenizer is the default
+            `processing_class`. Only the adapters of a `PeftModel` are trained.
         args ([`DistillationTrainingArguments`], *optional*): settings.
-        teacher_model (`PreTrainedModel` or `str`, *optional*): a model, a folder (also of
-            [`cache_teacher_logits`]) or a hub id. Default: a frozen copy of `model`; with adapters one
-            without them that shares its weights. Under 16-bit mixed precision a copy or a loaded teacher
-            holds the weights of its linear layers in 16 bits, in which autocast uses them.
+        teacher_model (`PreTrainedModel` or `str`, *optional*): a model, a folder (also a cache of
+            [`cache_teacher_logits`]) or a hub id. Default: a frozen copy of `model`. If adapters are trained,
+            the copy has no adapters and shares the weights of `model`. Under 16-bit mixed precision, a copy
+            or a loaded teacher holds the weights of its linear layers in 16 bits, like autocast uses them.
         peft_config (`PeftConfig`, *optional*): train these PEFT adapters instead of the model's weights.
         trust_remote_code (`bool`, *optional*, defaults to `False`): run the code that comes with `model` and
             `teacher_model` if these are folders or hub ids.
 
-    All other arguments are those of [`~transformers.Trainer`]. `train_dataset` and `eval_dataset` may
-    hold raw rows with `text`, `messages`, `conversations`, or `prompt` and `completion`: [`prepare_dataset`]
+    All other arguments are the same as in [`~transformers.Trainer`]. `train_dataset` and `eval_dataset` may
+    hold raw rows with `text`, `messages`, `conversations`, or `prompt` and `completion`. [`prepare_dataset`]
     makes token sequences of them with the tokenizer in `processing_class`. The default `data_collator` pads
-    rows of unequal length on the right. A saved model is loaded again and compared,
-    see [`DistillationTrainingArguments`].
+    rows of unequal length on the right. A saved model is loaded again and compared, see `verify_save` in
+    [`DistillationTrainingArguments`].
 
     Raises:
-        LayerPruneError: the teacher does not fit the student, or an argument is not used in distillation.
+        LayerPruneError: the teacher does not fit the student, or distillation does not use an argument.
     """
 
     args: DistillationTrainingArguments
-    # Each loss term is a sum over tokens divided by the tokens of the whole accumulated batch.
+    # Each loss term is a sum over tokens, divided by the number of tokens in the accumulated batch.
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -153,7 +156,7 @@ class DistillationTrainer(Trainer):
         student = base_of(student)
         self._copied_teacher = teacher_model is None
         self._teacher_layers = check_teacher(teacher, args)
-        # The Trainer switches the cache off in the config.
+        # The Trainer disables the cache in the config.
         self._use_cache = getattr(student.config, "use_cache", None) or student.generation_config.use_cache
         if shares_weights and args.export == "merged" and not is_sharded(trained):
             check_merge(trained)
@@ -179,17 +182,17 @@ class DistillationTrainer(Trainer):
         self.add_callback(_ConfigCheck)
         self._hand_over()
         student.add_model_tags(["hf_layerprune", "knowledge-distillation"])
-        if args.torch_compile:  # layer by layer instead, as a compiled model would keep its removed layers
+        if args.torch_compile:  # compile layer by layer: a compiled model would keep removed layers
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
         if teacher is not teacher_model and not shares_weights:
             hold_in_autocast_dtype(teacher, self.accelerator)
         logger.info("Teacher: %s.", describe_teacher(teacher, student))
-        # The teacher is never part of self.model, which is trained, saved and broadcast.
+        # The teacher is not part of self.model, because self.model is trained, saved and broadcast.
         self.teacher: Any = place_teacher(teacher, self.accelerator)
         self._compiled_layers = CompiledLayers(
             args.torch_compile, backend=args.torch_compile_backend, mode=args.torch_compile_mode
         )
-        self._forward_pass: ForwardPass | None = None  # made with the first batch
+        self._forward_pass: ForwardPass | None = None  # created with the first batch
         self._trained_parameters = TrainedParameters(args.trainable)
         self._shared_prefix = SharedPrefix(self.teacher)
         self._hidden_balance = HiddenBalance(self.accelerator.reduce)
@@ -198,12 +201,12 @@ class DistillationTrainer(Trainer):
         self._needs_logits = True
 
     def add_callback(self, callback: Any) -> None:
-        """See [`~transformers.Trainer.add_callback`]."""
+        """Adds a callback, see [`~transformers.Trainer.add_callback`]."""
         super().add_callback(callback)
         self._hand_over()
 
     def _hand_over(self) -> None:
-        """Hands this Trainer over to the callbacks that ask for it, as [`LayerPruningCallback`]."""
+        """Passes this Trainer to the callbacks that need it, such as [`LayerPruningCallback`]."""
         for callback in list(self.callback_handler.callbacks):
             if hasattr(callback, "set_trainer") and getattr(callback, "trainer", None) is not self:
                 callback.set_trainer(self)
@@ -215,11 +218,13 @@ class DistillationTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Returns the sum of the weighted loss terms, divided by the tokens of the accumulated batch; in
-        evaluation the mean cross-entropy. See [`~transformers.Trainer.compute_loss`]."""
+        """Returns the sum of the weighted loss terms, divided by the tokens of the accumulated batch.
+
+        In evaluation it returns the mean cross-entropy. See [`~transformers.Trainer.compute_loss`].
+        """
         training, student = model.training, self.accelerator.unwrap_model(model)
         mask, labels = targets_of(inputs)
-        # Evaluation with Liger kernels sets skip_logits, for a forward with labels.
+        # Evaluation with Liger kernels sets skip_logits, which only a forward pass with labels can use.
         inputs = {name: x for name, x in inputs.items() if name not in ("labels", "skip_logits")}
         lineage, shared_layers = get_lineage(student), 0
         pairs = self._teacher_layers.pairs_with(lineage) if self.args.hidden_weight else []
@@ -256,14 +261,14 @@ class DistillationTrainer(Trainer):
         self._loss_log.add("train" if training else "eval", loss.terms, tokens, divisor if training else 1)
         value = (loss.total if training else loss.terms["ce"]) / divisor
         if training and self.args.average_tokens_across_devices:
-            # The divisor is of all processes, and gradients are averaged over them.
+            # The divisor counts the tokens of all processes, and gradients are averaged over processes.
             value = value * self.accelerator.num_processes
         if not return_outputs:
             return value
         return value, CausalLMOutput(logits=outputs.logits() if self._needs_logits else None)
 
     def _follow_removals(self, model: nn.Module, student: Any, input_ids: torch.Tensor) -> None:
-        """After a removal, chooses again what is trained; then counts the shared first layers."""
+        """Chooses the trained parameters again after a removal. Then counts the shared first layers."""
         kept = get_lineage(student).kept
         if kept != self._kept_layers:
             self._kept_layers = kept
@@ -276,7 +281,10 @@ class DistillationTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any
     ) -> Any:
-        """See [`~transformers.Trainer.prediction_step`]. Makes whole logits only if they are asked for."""
+        """Runs one evaluation step, see [`~transformers.Trainer.prediction_step`].
+
+        Computes the whole logits only if they are needed.
+        """
         self._needs_logits = not prediction_loss_only
         if "labels" not in inputs:  # without labels the Trainer would measure nothing
             inputs = {**inputs, "labels": inputs["input_ids"]}
@@ -286,18 +294,20 @@ class DistillationTrainer(Trainer):
             self._needs_logits = True
 
     def compute_loss_context_manager(self) -> Any:
-        """See [`~transformers.Trainer.compute_loss_context_manager`]. Adds the mixed precision of training
-        for parts of the model that run alone: accelerate wraps the forward of the whole model only, which for
-        PEFT is not the one with the LM head."""
+        """Adds mixed precision for parts of the model that run alone.
+
+        Accelerate wraps only the forward pass of the whole model. For PEFT this model does not contain the LM
+        head directly. See [`~transformers.Trainer.compute_loss_context_manager`].
+        """
         contexts = super().compute_loss_context_manager()
         contexts.enter_context(self.accelerator.autocast())
         return contexts
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """See [`~transformers.Trainer.training_step`].
+        """Runs one training step, see [`~transformers.Trainer.training_step`].
 
         Raises:
-            LayerPruneError: the loss is not finite; the weights are still as they were before the step.
+            LayerPruneError: the loss is not finite. The weights are the same as before the step.
         """
         loss = super().training_step(model, inputs, *args, **kwargs)
         check_finite(loss, inputs["input_ids"], self.state.global_step + 1, str(self.args.output_dir))
@@ -306,8 +316,11 @@ class DistillationTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, torch.Tensor | int | None]:
-        """See [`~transformers.Trainer.get_batch_samples`]. Counts the tokens by the mask of the loss, on all
-        processes. Warns once if no token of a step counts."""
+        """Returns the batches of a step and their number of tokens.
+
+        Counts the tokens with the mask of the loss, on all processes. Warns once if no token of a step
+        counts. See [`~transformers.Trainer.get_batch_samples`].
+        """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
@@ -318,14 +331,17 @@ class DistillationTrainer(Trainer):
         return batches, count
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """See [`~transformers.Trainer.log`]. Adds the mean of each loss term per token."""
+        """Adds the mean of each loss term per token to a log, see [`~transformers.Trainer.log`]."""
         if "loss" in logs:
             logs |= self._loss_log.training_logs(logs["loss"], self.args)
         super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """See [`~transformers.Trainer.evaluation_loop`]. Adds the mean of each loss term per token, which
-        depends on neither the batch size nor the number of processes."""
+        """Adds the mean of each loss term per token to the metrics of an evaluation.
+
+        The means do not depend on the batch size or the number of processes. See
+        [`~transformers.Trainer.evaluation_loop`].
+        """
         self._loss_log.clear("eval")
         output = super().evaluation_loop(*args, **kwargs)
         terms = self._loss_log.evaluation_metrics(kwargs.get("metric_key_prefix", "eval"))
@@ -334,12 +350,14 @@ class DistillationTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
-        """See [`~transformers.Trainer.train`]. If the checkpoint has fewer layers than the model, the same
-        layers are removed from the model first. `True` resumes from the last complete checkpoint. A run of
-        [`LayerPruningCallback`] without one starts again.
+        """Trains the student, see [`~transformers.Trainer.train`].
+
+        If the checkpoint has fewer layers than the model, the same layers are first removed from the model.
+        `True` resumes from the last complete checkpoint. A run of [`LayerPruningCallback`] without a
+        checkpoint starts again.
 
         Raises:
-            LayerPruneError: there is no such checkpoint, or it is of another model.
+            LayerPruneError: the checkpoint does not exist or belongs to another model.
         """
         student, output_dir = self.accelerator.unwrap_model(self.model), str(self.args.output_dir)
         checkpoint = find_checkpoint(resume_from_checkpoint, output_dir)
@@ -354,11 +372,11 @@ class DistillationTrainer(Trainer):
         try:
             return super().train(checkpoint, *args, **kwargs)
         finally:
-            self.is_in_train = False  # which the Trainer leaves True after an error
+            self.is_in_train = False  # the Trainer leaves it True after an error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # Private: the Trainer has no public way to load a checkpoint, and its own rounds weights of a model
-        # with two dtypes. See test_weights_of_two_precisions_are_resumed_as_they_were.
+        # Private: the Trainer has no public method to load a checkpoint. Its private method rounds weights of
+        # a model with two dtypes. See test_weights_of_two_precisions_are_resumed_as_they_were.
         student = self.accelerator.unwrap_model(model or self.model)
         if adapter_configs(student) or self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -370,12 +388,12 @@ class DistillationTrainer(Trainer):
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        # Private: no public method surrounds the writing of all files of a checkpoint.
+        # Private: no public method covers the writing of all files of a checkpoint.
         with checkpoint_errors(str(self.args.output_dir), self.state.global_step, self.args.should_save):
             super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # Private: only here is the state dict that FSDP and DeepSpeed gathered, in place of save_model.
+        # Private: save_model does not get the state dict that FSDP and DeepSpeed gather.
         folder, model = output_dir or str(self.args.output_dir), self.accelerator.unwrap_model(self.model)
         with use_cache_restored(model, self._use_cache):
             if adapter_configs(model) and not is_sharded(model) and not is_checkpoint(folder):
@@ -386,18 +404,18 @@ class DistillationTrainer(Trainer):
                 super()._save(output_dir, cast or state_dict)
 
     def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        """See [`~transformers.Trainer.init_hf_repo`].
+        """Creates the repository on the hub, see [`~transformers.Trainer.init_hf_repo`].
 
         Raises:
-            LayerPruneError: the hub cannot be reached, or refuses this user.
+            LayerPruneError: the hub cannot be reached or denies access.
         """
         try:
             super().init_hf_repo(*args, **kwargs)
-        except Exception as error:  # of the network, the hub or the account
+        except Exception as error:  # the network, the hub or the account
             raise LayerPruneError(f"No repository can be made on the hub: {one_line(error)}") from error
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """See [`~transformers.Trainer.push_to_hub`].
+        """Pushes the model to the hub, see [`~transformers.Trainer.push_to_hub`].
 
         Raises:
             LayerPruneError: the push failed. The model and its card are in the output folder.
@@ -410,14 +428,16 @@ class DistillationTrainer(Trainer):
             raise not_pushed(error, self.args.output_dir) from error
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes the model card: of the run record if [`LayerPruningCallback`] wrote one, else as
-        [`~transformers.Trainer.create_model_card`] does."""
+        """Writes the model card from the run record of [`LayerPruningCallback`].
+
+        Without a run record it writes the card of [`~transformers.Trainer.create_model_card`].
+        """
         if not card_from_record(self, *args, **kwargs):
             super().create_model_card(*args, **kwargs)
 
 
 class _ConfigCheck(TrainerCallback):
-    """Refuses a config that transformers cannot save. By then the Trainer has set the special tokens."""
+    """Checks that transformers can save the config after the Trainer has set the special tokens."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         check_configs(model)

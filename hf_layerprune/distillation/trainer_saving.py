@@ -1,4 +1,4 @@
-"""What the trainer writes: checkpoints, the final model or its adapters, the model card, and the hub."""
+"""Saves the trainer's checkpoints, its final model or adapters, and the model card."""
 
 import re
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ def is_checkpoint(folder: str | Path) -> bool:
 
 @contextmanager
 def use_cache_restored(model: Any, use_cache: bool | None) -> Iterator[None]:
-    """Within this context the model's config has the user's `use_cache`, which the Trainer switches off."""
+    """Restores the user's `use_cache` in the model's config within this context. The Trainer disables it."""
     config = base_of(model).config
     training, config.use_cache = config.use_cache, use_cache
     try:
@@ -41,10 +41,13 @@ def use_cache_restored(model: Any, use_cache: bool | None) -> Iterator[None]:
 def checked_saving(
     model: Any, folder: str, args: DistillationTrainingArguments
 ) -> Iterator[dict[str, Any] | None]:
-    """Within this context the Trainer saves `model` in `folder`. Afterwards the model is loaded again and
-    compared, if `verify_save` is set. Yields the weights in `save_dtype`, None where they need no cast."""
+    """Checks the model that the Trainer saves in `folder` within this context.
+
+    If `verify_save` is set, the saved model is loaded again afterwards and compared with `model`. Yields the
+    weights in `save_dtype`, or None if they need no cast.
+    """
     verify = args.verify_save and args.should_save
-    if is_sharded(model):  # a single process cannot run this model to compare it
+    if is_sharded(model):  # a single process cannot run a sharded model to compare it
         yield None
     elif adapter_configs(model):
         yield None
@@ -60,14 +63,14 @@ def checked_saving(
 def export_adapters(
     model: Any, folder: str, args: DistillationTrainingArguments, tokenizer: Any, hub_model_id: str | None
 ) -> None:
-    """Saves a trained model with adapters: merged, or the adapters alone, as `args.export` says."""
+    """Saves a trained model with adapters. `args.export` chooses the merged model or the adapters alone."""
     if args.export == "adapter":
         save_adapter(model, folder, verify=args.verify_save)
         record = read_record(str(args.output_dir))
         if record is not None:
             write_record(record, folder)
             write_card(record.to_dict(), Path(folder), hub_model_id)
-    else:  # merged in a copy, as the teacher reads the same weights
+    else:  # merge in a copy, as the teacher reads the same weights
         save_model(
             model,
             folder,
@@ -80,8 +83,10 @@ def export_adapters(
 
 
 def card_from_record(trainer: Any, *args: Any, **kwargs: Any) -> bool:
-    """Writes the model card of the run record in the output folder, with the arguments of
-    [`~transformers.Trainer.create_model_card`]. Returns whether there is a record."""
+    """Writes the model card from the run record in the output folder. Returns whether a record exists.
+
+    The arguments are the same as in [`~transformers.Trainer.create_model_card`].
+    """
     record = read_record(str(trainer.args.output_dir))
     if record is not None and trainer.is_world_process_zero():
         folder = Path(str(trainer.args.output_dir))
@@ -90,7 +95,7 @@ def card_from_record(trainer: Any, *args: Any, **kwargs: Any) -> bool:
 
 
 def not_pushed(error: Exception, folder: Any) -> LayerPruneError:
-    """Returns the error of a push that failed, after the model was saved in `folder`."""
+    """Returns the error for a failed push. The model is already saved in `folder`."""
     return LayerPruneError(
         f"Not pushed: {one_line(error)} The model is saved in {folder}: push it later, with "
         f"`hf upload REPOSITORY {folder} --exclude 'checkpoint-*'`."
@@ -99,8 +104,9 @@ def not_pushed(error: Exception, folder: Any) -> LayerPruneError:
 
 @contextmanager
 def checkpoint_errors(output_dir: str, step: int, writes: bool) -> Iterator[None]:
-    """Within this context the Trainer writes the checkpoint of a step. A complete checkpoint there counts as
-    incomplete until it is complete again.
+    """Handles errors while the Trainer writes the checkpoint of a step within this context.
+
+    An earlier checkpoint in the same folder counts as incomplete until the new checkpoint is complete.
 
     Args:
         output_dir (`str`): the folder of the run.
@@ -115,7 +121,7 @@ def checkpoint_errors(output_dir: str, step: int, writes: bool) -> Iterator[None
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, LayerPruneError) as error:
-        # Errors of this package say where the weights are, so they are repeated in full.
+        # Errors of this package tell where the weights are, so the full text is kept.
         reason = str(error) if isinstance(error, LayerPruneError) else one_line(error)
         raise LayerPruneError(
             f"The checkpoint of step {step} cannot be written: {reason} The last whole one: "

@@ -1,4 +1,4 @@
-"""The teacher's hidden states around each window, computed once and kept."""
+"""Computes and caches the teacher's hidden states before and after each window."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ from .windows import Window
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "reconstruction"  # of all file names
+PREFIX = "reconstruction"  # prefix of all file names
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class TeacherStates:
     """The teacher's hidden states before and after a window, for this process's rows of each batch.
 
     Args:
-        batches (`list`): what the model reads besides the hidden states, on its device.
+        batches (`list`): the other inputs of the model besides the hidden states, on its device.
         masks (`list[torch.Tensor]`): `(rows, length)`, the positions that count.
         counts (`list[int]`): the number of positions that count, on all processes.
         inputs, targets (`list[torch.Tensor]`): `(rows, length, hidden)`, in the teacher's precision.
@@ -50,12 +50,13 @@ def cache_states(
     autocast: torch.dtype | None,
     folder: Path | None,
 ) -> list[TeacherStates]:
-    """Runs the teacher once over this process's rows of all batches. Returns its hidden states before and
-    after each window: on the student's device if they fit in a quarter of its free memory, else in main
-    memory if they fit in half of it, else in files in `folder`.
+    """Runs the teacher once over this process's rows. Returns its hidden states before and after each window.
+
+    The hidden states are on the student's device if they fit in a quarter of its free memory. Otherwise they
+    are in main memory if they fit in half of it, or else in files in `folder`.
 
     Raises:
-        LayerPruneError: they do not fit, and there is no folder.
+        LayerPruneError: the hidden states do not fit in memory, and no folder is given.
     """
     rank, world = PartialState().process_index, PartialState().num_processes
     rows = [{name: x[rank::world] for name, x in batch.items() if name != "labels"} for batch in batches]
@@ -94,8 +95,11 @@ def cache_states(
 
 
 def counted_positions(batch: Batch) -> torch.Tensor:
-    """Returns the positions that count, `(rows, length)`: all but padding and the first of each row, whose
-    hidden state is a hundred times as large as the others and the same in every text (2402.17762)."""
+    """Returns a mask `(rows, length)` of all positions except padding and the first position of each row.
+
+    The hidden state of the first position is a hundred times as large as the others and the same in every
+    text (2402.17762).
+    """
     mask = torch.ones_like(batch["input_ids"])
     if "attention_mask" in batch:
         mask = batch["attention_mask"]
@@ -105,8 +109,10 @@ def counted_positions(batch: Batch) -> torch.Tensor:
 def _allocator(
     size: int, device: torch.device, folder: Path | None
 ) -> Callable[[str, int, torch.dtype], torch.Tensor]:
-    """Returns a function that makes a flat tensor by name, number of elements and dtype, in a place with room
-    for `size` bytes."""
+    """Returns a function that allocates a flat tensor, given its name, number of elements and dtype.
+
+    The tensors are placed where `size` bytes are free: on `device`, in main memory or in `folder`.
+    """
     on_gpu = device.type == "cuda"
     place: str | torch.device
     if on_gpu and size <= torch.cuda.mem_get_info(device)[0] // 4:
@@ -133,12 +139,12 @@ def _allocator(
 
 
 class _LayerReached(Exception):
-    """Ends a forward pass after the last layer of a window."""
+    """The exception that ends a forward pass after the last layer of a window."""
 
 
 @contextmanager
 def stop_after(model: Any, layer: int) -> Iterator[None]:
-    """Within this context a forward pass of the model ends, without an error, once `layer` has run."""
+    """Ends the forward pass of a model within this context once `layer` has run, without an error."""
 
     def stop(*args: Any) -> None:
         raise _LayerReached

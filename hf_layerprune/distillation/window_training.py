@@ -1,4 +1,4 @@
-"""The training of one window of layers on the teacher's hidden states."""
+"""Trains one window of layers on the teacher's hidden states."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ from .windows import Window
 
 logger = logging.getLogger(__name__)
 
-WARMUP = 0.05  # share of the steps
+WARMUP = 0.05  # share of the steps with learning rate warm-up
 MAX_GRAD_NORM = 1.0
 
 
@@ -41,8 +41,11 @@ def window_parameters(model: Any, window: Window) -> list[nn.Parameter]:
 
 @contextmanager
 def only_trained(model: Any, window: Window, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Within this context only these parameters are trained, and dropout is off. All 16-bit weights of the
-    window are float32, also a frozen base, so that base and adapters have the same dtype."""
+    """Trains only these parameters within this context, with dropout off.
+
+    All 16-bit weights of the window become float32, also the frozen weights below adapters, so that both have
+    the same dtype.
+    """
     required = [parameter for parameter in model.parameters() if parameter.requires_grad]
     layers = find_decoder(model).layers[window.first : window.last + 1]
     halves = [p for layer in layers for p in layer.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
@@ -65,7 +68,7 @@ def only_trained(model: Any, window: Window, parameters: Sequence[nn.Parameter])
 
 
 class WindowTraining:
-    """The training of one window of a model."""
+    """Trains one window of a model."""
 
     def __init__(
         self,
@@ -77,8 +80,8 @@ class WindowTraining:
     ) -> None:
         self.model, self.window, self.parameters, self.states = model, window, parameters, states
         self._autocast = autocast
-        self._previous_output: Any = None  # an output of the layer before the window, for its form
-        batches = [batch for batch in states.batches if len(batch["input_ids"])]  # a process may have no row
+        self._previous_output: Any = None  # an output of the layer before the window, as a template
+        batches = [batch for batch in states.batches if len(batch["input_ids"])]  # a process may have no rows
         if window.first and batches:
             example = {name: value[:1] for name, value in batches[0].items()}
             previous = window.first - 1
@@ -87,8 +90,7 @@ class WindowTraining:
             self._previous_output = outputs[previous][1]
 
     def loss(self, number: int) -> torch.Tensor:
-        """Returns the summed error on this process's rows of a batch, divided by the tokens of all
-        processes."""
+        """Returns the summed error on this process's rows of a batch, divided by all processes' tokens."""
         states, window, device = self.states, self.window, self.model.device
         if not len(states.inputs[number]):
             return torch.zeros((), device=device, requires_grad=True)
@@ -122,7 +124,10 @@ class WindowTraining:
         run_key: list[Any],
         bar: Any,
     ) -> None:
-        """Trains, from `checkpoint` if it exists and has the same `run_key`. Writes it after each epoch."""
+        """Trains the window and writes `checkpoint` after each epoch.
+
+        Training continues from `checkpoint` if it exists and has the same `run_key`.
+        """
         count = len(self.states.batches)
         fused = all(parameter.is_cuda for parameter in self.parameters)
         optimizer = torch.optim.AdamW(self.parameters, learning_rate, weight_decay=0.0, fused=fused)
@@ -163,7 +168,7 @@ class WindowTraining:
                 self._save(checkpoint, epoch + 1, run_key, optimizer, schedule)
 
     def _save(self, checkpoint: Path, epochs: int, run_key: list[Any], optimizer: Any, schedule: Any) -> None:
-        if not PartialState().is_main_process:  # all processes hold the same
+        if not PartialState().is_main_process:  # all processes hold the same values
             return
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         content = {"run_key": run_key, "epochs": epochs, "weights": [p.data for p in self.parameters]}

@@ -1,4 +1,4 @@
-"""The windows of layers around each cut that reconstruction trains."""
+"""Finds the windows of layers around each cut that reconstruction trains."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ class Window:
 
     Args:
         first, last (`int`): the first and the last of these layers, as present indices of the student.
-        teacher_first, teacher_last (`int`): the teacher layers whose input and output the window shall have,
-            as present indices of the teacher.
+        teacher_first, teacher_last (`int`): the teacher layers that give the window's input and target
+            output, as present indices of the teacher.
     """
 
     first: int
@@ -26,16 +26,16 @@ class Window:
 def find_windows(
     student: Lineage, teacher: Lineage, before: int, after: int, removed: Collection[int] | None = None
 ) -> list[Window]:
-    """Returns the trained layers, `before` and `after` each cut, as windows that do not overlap.
+    """Returns the layers to train around each cut, as windows that do not overlap.
 
     Args:
         student, teacher ([`Lineage`]): the layers of both models.
-        before, after (`int`): the number of layers on either side of a cut.
-        removed (collection of `int`, *optional*): only the cuts where one of these layers was, as original
-            indices. Default: all cuts.
+        before, after (`int`): number of layers before and after each cut.
+        removed (collection of `int`, *optional*): use only the cuts that removed one of these layers, given
+            as original indices. Default: all cuts.
 
     Raises:
-        LayerPruneError: the student has no cut that the teacher has not, or the teacher lacks a layer of the
+        LayerPruneError: the student has no cut relative to the teacher, or the teacher lacks a layer of the
             student.
     """
     if before < 0 or after < 0 or before + after < 1:
@@ -71,7 +71,7 @@ def check_teacher_has_layers(student: Lineage, teacher: Lineage) -> None:
     """Checks that a teacher has all layers of a student.
 
     Raises:
-        LayerPruneError: it lacks one.
+        LayerPruneError: the teacher lacks a layer of the student.
     """
     if student.original != teacher.original or not set(student.kept) <= set(teacher.kept):
         raise LayerPruneError(
