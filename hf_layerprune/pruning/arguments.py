@@ -1,4 +1,4 @@
-"""Settings of scoring, of removal and of its phases: declared once, for Python, command line and recipes."""
+"""Settings of scoring, removal and phases. Python, the command line and recipes share them."""
 
 import re
 from collections.abc import Mapping
@@ -13,15 +13,16 @@ from ..surgery.lineage import plain_int
 
 @dataclass(kw_only=True)
 class ScoringArguments(BatchArguments):
-    """How layers are scored.
+    """Settings of layer scoring.
 
     Args:
-        criterion (`str`, *optional*, defaults to `"loss"`): see [`score_layers`].
+        criterion (`str`, *optional*, defaults to `"loss"`): the criterion, see [`score_layers`].
         racing (`float`, *optional*): the confidence at which [`score_layers`] stops scoring a layer.
-        pattern (`str`, *optional*, defaults to `"output"`): for `criterion="positional"`.
-        scoring_seed (`int`, *optional*, defaults to 0): for `pattern="random"`.
-        protected (`list[int]`, *optional*): layers to keep. Default: the first and the last.
-        batch_tokens (`int`, *optional*): tokens in a forward pass of scoring, see [`BatchArguments`].
+        pattern (`str`, *optional*, defaults to `"output"`): the pattern for `criterion="positional"`.
+        scoring_seed (`int`, *optional*, defaults to 0): the seed for `pattern="random"`.
+        protected (`list[int]`, *optional*): layers to keep. Default: the first and the last layer.
+        batch_tokens (`int`, *optional*): number of tokens in a forward pass of scoring, see
+            [`BatchArguments`].
     """
 
     criterion: str = field(
@@ -31,7 +32,7 @@ class ScoringArguments(BatchArguments):
             "models that predict no next token: classifiers, encoders, reward and embedding models.",
             "choices": [
                 name for name, one in CRITERIA.items() if not one.needs_task
-            ],  # of the command line and recipes
+            ],  # choices on the command line and in recipes
         },
     )
     racing: float | None = field(
@@ -57,20 +58,22 @@ class ScoringArguments(BatchArguments):
 
 @dataclass(kw_only=True)
 class RemovalArguments(ScoringArguments):
-    """How layers are scored, and how many are kept. Give exactly one target.
+    """Settings of layer scoring and of the number of layers to keep. Give exactly one target.
 
     Args:
         target_layers (`int`, *optional*): number of layers to keep.
-        target_ratio (`float`, *optional*): share of the layers to keep, as 0.75; rounded down.
-        target_parameters (`str` or `int`, *optional*): the most parameters that the pruned model may have, as
-            `"2.4B"`. As many layers of average size are kept as fit.
-        target_speedup (`float`, *optional*): how much faster a forward pass shall be, as 1.25, by its FLOPs
-            for one sequence of the default length. As many layers of average cost are kept as fit.
-        layers (list of `str` or `int`, *optional*): the layers that go, as original indices: numbers, ranges
-            (`"12-18"`) and comma lists (`"3,7,9-11"`). All other layers are protected.
+        target_ratio (`float`, *optional*): share of the layers to keep, for example 0.75. The number of
+            layers is rounded down.
+        target_parameters (`str` or `int`, *optional*): maximum number of parameters of the pruned model, for
+            example `"2.4B"`. The largest number of layers of average size that fits is kept.
+        target_speedup (`float`, *optional*): speedup of a forward pass, for example 1.25. It is measured by
+            the FLOPs for one sequence of the default length. The largest number of layers of average cost
+            that gives this speedup is kept.
+        layers (list of `str` or `int`, *optional*): the layers to remove, as original indices: numbers,
+            ranges (`"12-18"`) and comma lists (`"3,7,9-11"`). All other layers are protected.
     """
 
-    # None until resolve_target() has seen the model.
+    # None until resolve_target() sets it from the model.
     target_layers: int = field(
         default=None,  # type: ignore[assignment]
         metadata={"help": "Number of layers to keep. --keep is the same.", "aliases": ["--keep"]},
@@ -123,13 +126,13 @@ class RemovalArguments(ScoringArguments):
 
 @dataclass(kw_only=True)
 class PhaseSizeArguments(RemovalArguments):
-    """How many layers go in each phase.
+    """Settings of the number of layers that each phase removes.
 
     Args:
         layers_per_phase (`int` or `float`, *optional*, defaults to 1):
-            Layers to remove in each phase, or a share of the present layers, such as 0.3 (Minitron,
-            2407.14679). The layers are scored again after each removal. If it is the number of all layers to
-            remove, there is one phase.
+            Number of layers to remove in each phase, or a share of the present layers, such as 0.3 (Minitron,
+            2407.14679). The layers are scored again after each removal. If the value is the number of all
+            layers to remove, there is one phase.
     """
 
     layers_per_phase: float = field(
@@ -139,25 +142,26 @@ class PhaseSizeArguments(RemovalArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         size = self.layers_per_phase
-        if not (isinstance(size, float) and 0 < size < 1):  # a share
-            whole = int(size) if isinstance(size, float) and size.is_integer() else size  # as flags give it
+        if not (isinstance(size, float) and 0 < size < 1):  # not a share
+            whole = int(size) if isinstance(size, float) and size.is_integer() else size  # flags give floats
             self.layers_per_phase = check_count("layers_per_phase", whole, "or a share between 0 and 1")
 
 
 @dataclass(kw_only=True)
 class ReconstructionArguments:
-    """How the layers next to a cut are trained on the teacher's hidden states, see [`reconstruct_layers`].
+    """Settings of block reconstruction, which trains the layers next to a cut, see [`reconstruct_layers`].
 
     Args:
         reconstruction_layers (`int`, *optional*, defaults to 0):
-            Layers on each side of a new cut to train after each removal, before training goes on. 0: none.
-            A plain Trainer then needs a copy of the original model as teacher: one more model in memory, and
-            in the output folder until training ends. [`DistillationTrainer`] uses its own teacher.
+            Number of layers on each side of a new cut to train after each removal, before training continues.
+            With 0 there is no reconstruction. A plain Trainer needs a copy of the original model as teacher.
+            The copy is in memory, and in the output folder until training ends. [`DistillationTrainer`] uses
+            its own teacher.
         reconstruction_tokens (`int`, *optional*):
-            Training tokens to reconstruct layers on. Default: as many as the training after the removal
-            reads. If the training data is a stream, calibration tokens are read instead.
+            Number of training tokens for the reconstruction. Default: the number of tokens in the training
+            after the removal. If the training data is a stream, calibration tokens are read instead.
         reconstruction_epochs (`int`, *optional*, defaults to 4):
-            Passes over these tokens.
+            Number of passes over these tokens.
         reconstruction_learning_rate (`float`, *optional*, defaults to 1e-3):
             Peak of a cosine schedule.
     """
@@ -202,27 +206,28 @@ class ReconstructionArguments:
 class PruningArguments(ReconstructionArguments, PhaseSizeArguments):
     """Settings of [`LayerPruningCallback`].
 
-    The fields of [`ReconstructionArguments`] say how layers next to a new cut are reconstructed.
+    The fields of [`ReconstructionArguments`] control the reconstruction of layers next to a new cut.
 
     Args:
         steps_per_phase (`int`, *optional*):
-            Training steps after each removal. Default: all phases have the same number of steps. Steps that
-            remain go to the last phase.
+            Number of training steps after each removal. Default: all phases have the same number of steps.
+            The last phase gets the remaining steps.
         tokens_per_phase (`int`, *optional*):
-            Training tokens after each removal instead, over all processes and without padding.
+            Number of training tokens after each removal, instead of steps. It counts the tokens of all
+            processes without padding.
         restart_learning_rate (`bool`, *optional*, defaults to `False`):
-            Each phase runs through the whole learning rate schedule, warm-up included. By default the
-            schedule runs once over all phases.
+            Run the whole learning rate schedule in each phase, including warm-up. By default the schedule
+            runs once over all phases.
         quality_floor (`float`, *optional*):
             Stop removing layers when the quality of the model is below this value at the start of a phase.
-            Quality is the score of the task, or for `"loss"` minus the loss in nats per token.
+            Quality is the score of the task, or for `"loss"` the negative loss in nats per token.
         min_recovery (`float`, *optional*):
-            For `"loss"` and `"task"`: the share of the cost of its removals that a phase must recover, on the
-            calibration data. If it recovers less, the run ends and restores the model from before that phase.
-            The output folder holds a copy of that model during the phase.
+            For `"loss"` and `"task"`: the share of the quality lost by its removals that a phase must
+            recover, on the calibration data. If the phase recovers less, the run ends and restores the model
+            from before the phase. The output folder holds a copy of this model during the phase.
 
     Raises:
-        LayerPruneError: a setting that cannot work.
+        LayerPruneError: a setting is invalid.
     """
 
     steps_per_phase: int | None = field(
@@ -270,7 +275,7 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
 def with_given(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns values of settings with the given ones over them. A given target replaces any other."""
+    """Returns `values` updated with the `given` settings. A given target replaces any other target."""
     replaced = TARGETS if any(name in given for name in TARGETS) else ()
     return {name: value for name, value in values.items() if name not in replaced} | {**given}
 
@@ -282,7 +287,7 @@ def make_arguments(kind: type[Arguments], args: Arguments | None, settings: dict
     """Returns `args` with the given settings changed, or new arguments with these settings.
 
     Raises:
-        LayerPruneError: an unknown setting, or a setting that cannot work.
+        LayerPruneError: a setting is unknown or invalid.
     """
     names = [one.name for one in fields(kind)]
     for name in settings:
@@ -293,21 +298,21 @@ def make_arguments(kind: type[Arguments], args: Arguments | None, settings: dict
 
 
 def narrowed(args: RemovalArguments, kind: type[Arguments]) -> Arguments:
-    """Returns arguments of a base class with the same values."""
+    """Returns an instance of the base class `kind` with the same values."""
     return kind(**{one.name: getattr(args, one.name) for one in fields(kind)})
 
 
 def record_settings(args: RemovalArguments, teacher: Any = None) -> dict[str, Any]:
-    """Returns the settings as a record holds them."""
+    """Returns the settings in the form of a run record."""
     settings = {name: value for name, value in asdict(args).items() if name not in TARGETS[1:]}
     return settings | ({} if teacher is None else {"teacher": type(teacher).__name__})
 
 
 def parameter_count(value: str | int | None) -> int:
-    """Returns a number of parameters, given as a number or as `"2.4B"`.
+    """Returns a number of parameters that is given as a number or as text like `"2.4B"`.
 
     Raises:
-        LayerPruneError: it is no such number.
+        LayerPruneError: the value is not a number of parameters.
     """
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([KMB]?)", str(value).strip().upper())
     if found is None or not float(found[1]):
@@ -322,10 +327,10 @@ def named_layers(value: Any) -> list[int]:
     """Returns the layers that a setting names, in order.
 
     Args:
-        value (`str`, `int` or iterable of these): numbers, ranges as `"12-18"`, and comma lists of both.
+        value (`str`, `int` or iterable of these): numbers, ranges such as `"12-18"`, and comma lists of both.
 
     Raises:
-        LayerPruneError: it is no such value, or names no layer.
+        LayerPruneError: the value has another form or names no layer.
     """
     entries = [value] if isinstance(value, (str, int)) else list(value)
     layers: set[int] = set()
@@ -342,10 +347,10 @@ def named_layers(value: Any) -> list[int]:
 
 
 def check_count(name: str, value: object, otherwise: str = "") -> int:
-    """Returns a setting that is a number of things as an `int`.
+    """Checks a setting that must be a whole number of at least 1. Returns it as an `int`.
 
     Raises:
-        LayerPruneError: it is no whole number of at least 1.
+        LayerPruneError: the value is not a whole number of at least 1.
     """
     number = plain_int(value)
     if type(number) is not int or number < 1:

@@ -1,4 +1,4 @@
-"""The batches that layers are scored on in training."""
+"""Makes the batches on which layers are scored in training."""
 
 import logging
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from ..surgery.peft import base_of
 
 logger = logging.getLogger(__name__)
 
-EVALUATION_ROWS = 256  # of eval_dataset, to score with where no calibration is given
+EVALUATION_ROWS = 256  # rows of eval_dataset for scoring if no calibration data is given
 
 
 def calibration_batches(
@@ -42,20 +42,23 @@ def calibration_batches(
 
 
 def _sequence_settings(args: TrainingArguments) -> SequenceArguments:
-    """Returns how training makes sequences of raw rows, so that scoring counts the same tokens."""
+    """Returns the settings with which training makes sequences, so that scoring counts the same tokens."""
     if isinstance(args, SequenceArguments):
         return args
-    # These two are of trl.
+    # These two arguments belong to trl.
     answers = getattr(args, "completion_only_loss", None) or getattr(args, "assistant_only_loss", None)
     return SequenceArguments(loss_on="completion" if answers else "all")
 
 
 def evaluation_rows(criterion: str, trainer: Trainer | None, eval_dataloader: Any) -> Any:
-    """Returns evenly spread rows of the Trainer's `eval_dataset`; of several data sets, of the first.
+    """Returns evenly spaced rows of the Trainer's `eval_dataset`.
+
+    If there are several data sets, the rows are from the first one.
 
     Args:
-        trainer (`Trainer`, *optional*): if it is unknown, the data of its last evaluation is taken.
-        eval_dataloader (`DataLoader`, *optional*): the data loader that callbacks get.
+        trainer (`Trainer`, *optional*): the Trainer. Without it, the rows are from `eval_dataloader`.
+        eval_dataloader (`DataLoader`, *optional*): the data loader that callbacks get. It holds the data of
+            the last evaluation.
 
     Raises:
         LayerPruneError: there is no evaluation data.

@@ -1,4 +1,4 @@
-"""LayerPruningCallback: the events of a Trainer in which layers are removed."""
+"""The Trainer callback that removes layers during training."""
 
 import logging
 from collections.abc import Iterator
@@ -42,41 +42,43 @@ logger = logging.getLogger(__name__)
 class LayerPruningCallback(TrainerCallback, ExportableState):
     """Removes the least important decoder layers of a model in training, phase by phase.
 
-    Iterative Layer-wise Distillation (2511.05085, section 3): each phase scores every layer, removes the
-    least important one, and trains the rest. A layer is removed at the START of a step, so that the
-    evaluation and the checkpoint at the end of a phase see the healed model. The optimizer forgets the
-    removed parameters and keeps its state of all others. The run record is written to `layer_pruning.json`
+    Each phase scores every layer, removes the least important layer, and trains the pruned model (Iterative
+    Layer-wise Distillation, 2511.05085, section 3). A layer is removed at the START of a step. The evaluation
+    and the checkpoint at the end of a phase therefore see the healed model. The optimizer drops the removed
+    parameters and keeps the state of all other parameters. The run record is written to `layer_pruning.json`
     in the output folder. Checkpoints hold it in the state of the Trainer.
 
-    Works in [`DistillationTrainer`] and in a plain [`~transformers.Trainer`]. For a plain one, call
-    `callback.set_trainer(trainer)` before `trainer.train()`: the callback then warns of other callbacks that
-    hold parameters, reports scores as to TensorBoard, and can take rows of `eval_dataset` as calibration.
+    The callback works in [`DistillationTrainer`] and in a plain [`~transformers.Trainer`]. For a plain
+    Trainer, call `callback.set_trainer(trainer)` before `trainer.train()`. The callback then warns about
+    other callbacks that hold parameters, reports scores, for example to TensorBoard, and can take rows of
+    `eval_dataset` as calibration data.
 
-    At SIGTERM the run writes a checkpoint after the present step and exits with code 143; while it scores
+    At SIGTERM the run writes a checkpoint after the present step and exits with code 143. If it is scoring
     layers, it exits at once. `resume_from_checkpoint=True` continues the run.
 
     Args:
         args ([`PruningArguments`], *optional*):
-            Which layers are removed, and when.
+            Settings that control which layers are removed, and when.
         calibration (*optional*):
-            Text to score layers on: a data set like the training data, ready batches, or another form that
-            [`make_batches`] knows. Text is tokenised with the Trainer's `processing_class`. Default: up to
+            Text to score layers on: a data set like the training data, batches, or another form that
+            [`make_batches`] accepts. Text is tokenised with the Trainer's `processing_class`. Default: up to
             256 rows of the Trainer's `eval_dataset`.
         task (`Callable` or `evaluate.EvaluationModule`, *optional*):
             For `criterion="task"`: a function `score(model) -> float`, higher is better, or a metric.
         teacher (`PreTrainedModel`, *optional*):
-            See [`score_layers`].
+            The teacher that scores layers, see [`score_layers`].
         evaluation (`Callable`, *optional*):
-            A function `evaluation(model) -> dict[str, float]` whose results go into the record: of the
-            starting model, after each cut and after each healing.
+            A function `evaluation(model) -> dict[str, float]`. It evaluates the original model and the model
+            after each cut and after each healing. The results are written to the record.
         verify_save (`bool`, *optional*, defaults to `True`):
             Load each checkpoint and each saved model again, as one more model in memory, and stop if its
-            logits differ. The weights stay on disk. [`DistillationTrainer`] has a setting of its own.
+            logits differ. The weights stay on disk. [`DistillationTrainer`] has its own setting.
         settings (*optional*):
             Fields of [`PruningArguments`] by name, instead of `args`.
 
     Raises:
-        LayerPruneError: a setting cannot work. Some are only known in `trainer.train()`, before any training.
+        LayerPruneError: a setting is invalid. Some settings can only be checked in `trainer.train()`, before
+            any training.
     """
 
     def __init__(
@@ -102,11 +104,11 @@ class LayerPruningCallback(TrainerCallback, ExportableState):
 
     @property
     def record(self) -> RunRecord:
-        """The record of the run so far."""
+        """Returns the record of the run so far."""
         return self._recorder.record
 
     def set_trainer(self, trainer: Trainer) -> None:
-        """Hands the Trainer over. [`DistillationTrainer`] does this itself."""
+        """Sets the Trainer. [`DistillationTrainer`] calls this method itself."""
         move_before_printing(self, trainer.callback_handler.callbacks)
         self.trainer = trainer
 
@@ -114,7 +116,7 @@ class LayerPruningCallback(TrainerCallback, ExportableState):
         self.args = self.inputs.args = resolve_target(self.args, model)
 
     def state(self) -> dict[str, Any]:
-        """Returns what the Trainer writes into a checkpoint: settings and record."""
+        """Returns the settings and the record, which the Trainer writes into a checkpoint."""
         return {"args": asdict(self.args), "attributes": {"record": self.record.to_dict()}}
 
     def on_init_end(
@@ -126,16 +128,16 @@ class LayerPruningCallback(TrainerCallback, ExportableState):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Prepares for a new Trainer."""
+        """Prepares the callback for a new Trainer."""
         quieten_replicas(args)
         check_restores_no_callbacks(args)
         if model is not None:
             self._resolve_target(model)
         self.trainer, self._recorder, self._loading_hooks = None, Recorder(), []
-        if model is not None and not isinstance(args, DistillationTrainingArguments):  # whose trainer cuts it
+        if model is not None and not isinstance(args, DistillationTrainingArguments):  # that trainer cuts it
             check = partial(check_depth_of_weights, str(args.output_dir))
             self._loading_hooks.append(model.register_load_state_dict_pre_hook(check))
-        if optimizer is not None:  # the user's own, with groups of any kind
+        if optimizer is not None:  # the user's own optimizer, with any groups
             self._loading_hooks.append(
                 optimizer.register_load_state_dict_pre_hook(check_groups_of_checkpoint)
             )
@@ -149,7 +151,7 @@ class LayerPruningCallback(TrainerCallback, ExportableState):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Checks everything, and starts or resumes the run."""
+        """Checks all settings, and starts or resumes the run."""
         assert model is not None
         for hook in self._loading_hooks:
             hook.remove()
@@ -162,7 +164,7 @@ class LayerPruningCallback(TrainerCallback, ExportableState):
         check_start(self.inputs, self.trainer, args, state, model, optimizer)
         self._termination.install(self.trainer)
         begin_record(self._recorder, self.inputs, args, state, model)
-        states[name] = self.state()  # a checkpoint of an earlier version has none
+        states[name] = self.state()  # a checkpoint of an earlier version has no state
         if isinstance(self.inputs.calibration, Iterator):  # a later call of train() reads it again
             self.inputs.calibration = take_rows(self.inputs.calibration)
         self._shows_tokens = args.include_num_input_tokens_seen != "no"
@@ -182,7 +184,7 @@ class LayerPruningCallback(TrainerCallback, ExportableState):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Removes layers, if a phase begins."""
+        """Removes layers if a phase begins."""
         assert model is not None
         assert self._run is not None
         if not self._run.is_phase_due(state, model):
@@ -200,7 +202,7 @@ class LayerPruningCallback(TrainerCallback, ExportableState):
         model: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> None:
-        """Ends a phase, or the process after SIGTERM."""
+        """Ends a phase that is over. After SIGTERM, saves a checkpoint and stops training."""
         assert model is not None
         assert self._run is not None
         if self._termination.is_requested(args):
@@ -213,7 +215,7 @@ class LayerPruningCallback(TrainerCallback, ExportableState):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Prevents a checkpoint of a model whose layers were put back: the optimizer does not know them."""
+        """Prevents a checkpoint of a model with restored layers, because the optimizer does not have them."""
         if self.record.undone is not None:
             control.should_save = False
 
@@ -226,17 +228,17 @@ class LayerPruningCallback(TrainerCallback, ExportableState):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Adds the present depth to the logs of training, and watches the loss."""
+        """Adds the present number of layers to the training logs, and monitors the loss."""
         if model is None or logs is None or "loss" not in logs or self._run is None or not state.log_history:
             return
         layers = {"layers": len(get_lineage(model).kept)}
         state.log_history[-1] |= layers
-        logs |= layers  # for the callbacks that come after, as that which prints
-        if not self._shows_tokens:  # they are counted for the record alone
+        logs |= layers  # for later callbacks, for example the printing callback
+        if not self._shows_tokens:  # tokens are counted only for the record
             for name in ("num_input_tokens_seen", "train_runtime", "train_tokens_per_second"):
                 logs.pop(name, None)
         self._run.output.report(args, state, control, model, layers)
-        # With float16, the loss scale is found by gradients that are not finite.
+        # With float16, gradients that are not finite are normal: they adjust the loss scale.
         norm = 0.0 if args.fp16 else logs.get("grad_norm", 0.0)
         self._recorder.warn(self._run.losses.check(logs["loss"], norm))
 
@@ -268,7 +270,7 @@ class LayerPruningCallback(TrainerCallback, ExportableState):
         model: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> None:
-        """Saves the config of a sharded model: one process alone may have saved only shards."""
+        """Saves the config of a sharded model, as the Trainer may have saved only its shards."""
         assert model is not None
         if state.is_world_process_zero and is_sharded(model):
             model.config.save_pretrained(checkpoint_folder(args, state))
@@ -281,7 +283,7 @@ class LayerPruningCallback(TrainerCallback, ExportableState):
         model: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> None:
-        """Ends the run, or the process after SIGTERM."""
+        """Ends the run, and the process after SIGTERM."""
         assert model is not None
         assert self._run is not None
         self._termination.uninstall()

@@ -1,4 +1,4 @@
-"""Phases that a separate command trains: with DeepSpeed, FSDP, or any other trainer of plain models."""
+"""Runs phases in which a separate command trains: DeepSpeed, FSDP, or any other trainer of plain models."""
 
 import gc
 import logging
@@ -45,7 +45,7 @@ from .target import resolve_target
 
 logger = logging.getLogger(__name__)
 
-PLACES = ("{model}", "{output_dir}")  # a command must name both
+PLACES = ("{model}", "{output_dir}")  # placeholders that a command must contain
 
 
 def run_phases(
@@ -58,21 +58,22 @@ def run_phases(
     evaluation: Evaluation | None = None,
     **settings: Any,
 ) -> RunRecord:
-    """Removes layers phase by phase. In each phase a command trains the pruned model, in its own processes.
+    """Removes layers phase by phase. In each phase a command trains the pruned model in its own processes.
 
-    Layers cannot be removed while DeepSpeed, FSDP1 or another trainer runs, so the command starts again in
-    each phase, with a new optimizer. In `output_dir` each phase has a folder: `cut` holds the model that the
-    command starts with, and the command saves a plain model with the same layers in `healed`. After a stop,
-    call the function again: it continues with the same phase, and the command may continue from its own
-    checkpoints.
+    Layers cannot be removed while DeepSpeed, FSDP1 or another trainer runs. The command therefore starts
+    again in each phase, with a new optimizer. Each phase has a folder in `output_dir`. Its subfolder `cut`
+    holds the model that the command starts with. The command saves a plain model with the same layers in the
+    subfolder `healed`. After a stop, call the function again: it continues with the same phase, and the
+    command may continue from its own checkpoints.
 
     Args:
-        load (`Callable`): a function `load(folder)` that returns the model in a folder, for None the
-            original.
+        load (`Callable`): a function `load(folder)` that returns the model in a folder. `load(None)` returns
+            the original model.
         command (sequence of `str`): the training command, with `{model}` and `{output_dir}` for these
             folders, and `{phase}` for the number of the phase.
-        output_dir (`str` or `Path`): a new folder, or that of a run that was stopped.
-        args ([`PhaseSizeArguments`], *optional*): how layers are scored, and how many go in each phase.
+        output_dir (`str` or `Path`): a new folder, or the folder of a stopped run.
+        args ([`PhaseSizeArguments`], *optional*): settings of the scoring and of the number of layers that
+            each phase removes.
         calibration (`Dataset` or sequence of dict): sequences or batches to score layers on.
         evaluation (`Callable`, *optional*): see [`LayerPruningCallback`].
         settings (*optional*): fields of [`PhaseSizeArguments`] by name, instead of `args`.
@@ -81,10 +82,10 @@ def run_phases(
         [`RunRecord`]: the run record. It is written into `output_dir` after each step.
 
     Raises:
-        LayerPruneError: a setting cannot work, the command fails, or it saves a model with other layers.
+        LayerPruneError: a setting is invalid, the command fails, or it saves a model with other layers.
     """
     lacking = [place for place in PLACES if not any(place in word for word in command)]
-    if lacking or shutil.which(command[0]) is None:  # an empty command lacks both places
+    if lacking or shutil.which(command[0]) is None:  # an empty command lacks both placeholders
         raise LayerPruneError(
             f"The command is {' '.join(command)!r}. It must begin with a program and contain "
             f"{' and '.join(PLACES)}: the model to train, and the folder to save it in."
@@ -143,7 +144,7 @@ def run_phases(
 
 
 def _write(record: RunRecord, folder: Path, began: float) -> None:
-    """Writes the record of a run that began at this time of `time.monotonic`."""
+    """Writes the record of a run that started at `began`, a time of `time.monotonic`."""
     record.seconds = round(time.monotonic() - began, 2)
     record.peak_memory_mb = max(record.peak_memory_mb, peak_memory_mb())
     write_record(record, folder)
@@ -153,7 +154,7 @@ def _train(command: Sequence[str], here: Path, number: int) -> None:
     """Runs the command of a phase."""
     gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # for the command
+        torch.cuda.empty_cache()  # leave the memory to the command
     healed = here / "healed"
     places = {"{model}": here / "cut", "{output_dir}": healed, "{phase}": number}
     words = list(command)

@@ -13,23 +13,23 @@ from ..errors import LayerPruneError
 from ..surgery.layer_stack import LayerStack
 
 
-# Optimizers that keep state of a parameter elsewhere, or step inside backward.
+# Optimizers that store the state of parameters elsewhere, or step inside the backward pass.
 UNFIT_OPTIMIZERS = ("galore", "lomo", "adalomo", "apollo")
 
 
 def drop_removed_parameters(optimizer: Any, model: nn.Module) -> None:
     """Removes from `optimizer`, in place, the parameters that `model` no longer has, and their state.
 
-    The state of all other parameters, the parameter groups and the learning rates stay as they are.
+    The state of all other parameters, the parameter groups and the learning rates do not change.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # after a forward pass, it may show other parameters
+            module.reshard()  # after a forward pass, FSDP may expose other parameters
     forget_parameters(optimizer, model)
 
 
 def check_restores_no_callbacks(args: TrainingArguments) -> None:
-    """Refuses a setting by which the Trainer makes a new callback when it resumes.
+    """Checks that the Trainer does not create a new callback when it resumes.
 
     Raises:
         LayerPruneError: `restore_callback_states_from_checkpoint` is set.
@@ -42,10 +42,10 @@ def check_restores_no_callbacks(args: TrainingArguments) -> None:
 
 
 def check_compatibility(args: TrainingArguments, model: PreTrainedModel, optimizer: Any) -> None:
-    """Refuses settings with which the removal of layers would go wrong silently.
+    """Checks that no setting would silently break the removal of layers.
 
     Raises:
-        LayerPruneError: naming the setting, and what to do instead.
+        LayerPruneError: a setting does not work with removals. The error names the setting and a solution.
     """
     check_restores_no_callbacks(args)
     if args.n_gpu > 1:
@@ -70,8 +70,8 @@ def check_compatibility(args: TrainingArguments, model: PreTrainedModel, optimiz
             "ddp_find_unused_parameters=True, or use DistillationTrainer."
         )
     if args.enable_jit_checkpoint:
-        # It may save between backward and the optimizer step, before this callback has ended its phase, and
-        # training then ends as if it were finished: a resumed run would not be the same.
+        # This setting may save between the backward pass and the optimizer step, before this callback ends
+        # its phase. Training then ends as if it were finished, so a resumed run would differ.
         raise LayerPruneError(
             "enable_jit_checkpoint is set, but LayerPruningCallback writes a checkpoint at SIGTERM itself. "
             "Leave enable_jit_checkpoint out."
@@ -95,7 +95,7 @@ def check_compatibility(args: TrainingArguments, model: PreTrainedModel, optimiz
     held = {id(p) for group in inner.param_groups for p in group["params"]}
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     exactly = trained <= held <= {id(p) for p in model.parameters()}
-    if not exactly or inner.state is not vars(inner).get("state"):  # made of several optimizers
+    if not exactly or inner.state is not vars(inner).get("state"):  # a combination of several optimizers
         raise LayerPruneError(
             f"The optimizer ({type(inner).__name__}, optim={name}) does not hold exactly the model's "
             "parameters and their state, so removed layers would stay in it. Use AdamW, or "
@@ -104,10 +104,10 @@ def check_compatibility(args: TrainingArguments, model: PreTrainedModel, optimiz
 
 
 def check_parameters_stay(model: PreTrainedModel) -> None:
-    """Refuses a model in which a removal replaces parameters: the optimizer would hold the old ones.
+    """Checks that a removal does not replace parameters, because the optimizer would hold the old ones.
 
     Raises:
-        LayerPruneError: naming such a parameter, and what to do instead.
+        LayerPruneError: a removal replaces a parameter. The error names the parameter and a solution.
     """
     before = {id(parameter) for parameter in model.parameters()}
     cuts, _ = LayerStack(model).removable()

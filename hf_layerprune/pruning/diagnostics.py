@@ -1,4 +1,4 @@
-"""Warnings about a run that goes wrong: costly removals, no recovery, a diverging loss."""
+"""Warns about problems in a run: costly removals, no recovery, a diverging loss."""
 
 from collections.abc import Sequence
 from math import isfinite
@@ -9,20 +9,20 @@ from transformers import Trainer, TrainingArguments
 from ..distillation.arguments import DistillationTrainingArguments
 
 
-COSTLY = 3.0  # times the median removal so far
-LITTLE = 0.1  # of the cost of a removal
-DIVERGED = 5.0  # times the lowest loss of the phase
-FAR = 0.5  # nats above it: near a loss of 0, any rise is many times
+COSTLY = 3.0  # a removal is costly above this multiple of the median cost so far
+LITTLE = 0.1  # a recovery is little below this share of the cost of a removal
+DIVERGED = 5.0  # a loss has diverged above this multiple of the lowest loss of the phase
+FAR = 0.5  # and this many nats above the lowest loss, because near 0 any rise is a large multiple
 
 
 def removal_too_costly(earlier: Sequence[float], cost: float, layer: int, left: int) -> str | None:
-    """Returns a warning if a removal costs much more than those before it: the layer was essential.
+    """Returns a warning if a removal costs much more than the earlier removals: the layer was essential.
 
     Args:
         earlier (`list[float]`): the cost of each earlier removal, in the unit of the criterion.
         cost (`float`): the cost of this removal.
         layer (`int`): the removed layer, by original index.
-        left (`int`): the number of layers left.
+        left (`int`): the number of remaining layers.
     """
     usual = median(earlier) if earlier else 0.0
     if not cost > COSTLY * usual > 0:
@@ -38,7 +38,7 @@ def no_recovery(before: float, cut: float, now: float) -> str | None:
     """Returns a warning if the training after a removal recovered hardly any of its cost.
 
     Args:
-        before, cut, now (`float`): the quality before the removal, right after it, and after the training.
+        before, cut, now (`float`): the quality before the removal, directly after it, and after the training.
     """
     if not cut < before or now - cut > LITTLE * (before - cut):
         return None
@@ -54,10 +54,11 @@ def loss_diverged(losses: Sequence[float], grad_norm: float, in_nats: bool = Tru
     """Returns a warning if the loss diverges, or the gradient is not finite.
 
     Args:
-        losses (`list[float]`): the losses of this phase, the present one last.
+        losses (`list[float]`): the losses of this phase, with the present loss at the end.
         grad_norm (`float`): the present norm of the gradient. A plain Trainer hides a loss that is nan.
         in_nats (`bool`, *optional*, defaults to `True`): whether the loss is a cross-entropy or a divergence.
-            Other losses, as in reinforcement learning, may take any value: only the gradient is checked.
+            Other losses, for example in reinforcement learning, may have any value. For them only the
+            gradient is checked.
     """
     loss, lowest = losses[-1], min(losses)
     grew = in_nats and loss > max(losses[0], DIVERGED * lowest, lowest + FAR)
@@ -73,7 +74,8 @@ def loss_diverged(losses: Sequence[float], grad_norm: float, in_nats: bool = Tru
 def loss_in_nats(trainer: Trainer | None, args: TrainingArguments) -> bool:
     """Returns whether the loss of a Trainer is a cross-entropy or a divergence.
 
-    Other losses, as in reinforcement learning, may take any value. So may that of an unknown Trainer.
+    Other losses, for example in reinforcement learning, and the loss of an unknown Trainer may have any
+    value.
     """
     if isinstance(args, DistillationTrainingArguments):
         return True
@@ -83,7 +85,7 @@ def loss_in_nats(trainer: Trainer | None, args: TrainingArguments) -> bool:
 
 
 class LossMonitor:
-    """Watches the loss of each phase.
+    """Monitors the loss of each phase.
 
     Args:
         in_nats (`bool`, *optional*, defaults to `False`): see [`loss_diverged`].
@@ -95,11 +97,11 @@ class LossMonitor:
         self._has_warned = False
 
     def start_phase(self) -> None:
-        """Forgets the losses of the phase before."""
+        """Clears the losses of the previous phase."""
         self._losses, self._has_warned = [], False
 
     def check(self, loss: float, grad_norm: float) -> str | None:
-        """Returns a warning if the loss diverges, once in a phase."""
+        """Returns a warning if the loss diverges, at most once per phase."""
         self._losses.append(loss)
         warning = None if self._has_warned else loss_diverged(self._losses, grad_norm, self._in_nats)
         self._has_warned |= warning is not None

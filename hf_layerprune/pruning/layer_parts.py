@@ -1,4 +1,4 @@
-"""The parts of a decoder layer: attention, feed-forward part, and the projections that end them."""
+"""Finds the parts of a decoder layer: attention, feed-forward part, and their output projections."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def part_of(module: Any, names: tuple[str, ...], model: PreTrainedModel) -> Any:
     """Returns the first submodule of `module` with one of these names.
 
     Raises:
-        LayerPruneError: there is none.
+        LayerPruneError: no submodule has one of these names.
     """
     for name in names:
         if hasattr(module, name):

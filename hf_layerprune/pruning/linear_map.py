@@ -1,4 +1,4 @@
-"""A linear map in place of a block of layers (ReplaceMe, 2505.02819)."""
+"""Replaces a block of layers by a linear map (ReplaceMe, 2505.02819)."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -24,27 +24,27 @@ RIDGES = [10.0**power for power in range(-6, 4)]
 def replace_by_linear_map(
     model: PreTrainedModel, first: int, count: int, batches: Iterable[Batch], ridge: float | None = None
 ) -> nn.Parameter:
-    """Replaces a block of layers by a linear map, in place and without training (ReplaceMe, 2505.02819,
-    section 3).
+    """Replaces a block of layers by a linear map, in place and without training.
 
-    The map is fitted by least squares: from the output of the feed-forward part before the block it predicts
-    the output of the block. It is multiplied into the last weight of that feed-forward part.
+    The map is fitted by least squares (ReplaceMe, 2505.02819, section 3). It predicts the output of the block
+    from the output of the feed-forward part before the block. The map is multiplied into the last weight of
+    this feed-forward part.
 
     Args:
         model (`PreTrainedModel`): a causal language model.
-        first, count (`int`): the first layer of the block, at least 1, and the number of its layers.
-        batches (iterable of dict): calibration text, read batch by batch. Only sums are kept. Each of
-            several processes reads a part, and all must get the same batches.
-        ridge (`float`, *optional*): how strongly the map is drawn to the identity, as a share of the mean
-            square of the inputs. Default: the value in `RIDGES` with which the map fitted on either half of
-            the text has the least error on the other half. On little text a map without ridge is worse than
-            none.
+        first, count (`int`): the first layer of the block, at least 1, and the number of layers in the block.
+        batches (iterable of dict): calibration text, read batch by batch. Only sums are kept in memory. Each
+            process reads a part, and all processes must get the same batches.
+        ridge (`float`, *optional*): strength of the regularisation towards the identity, as a share of the
+            mean square of the inputs. Default: the value in `RIDGES` with the least error if the map is
+            fitted on one half of the text and tested on the other half. On little text, a map without ridge
+            is worse than no map.
 
     Returns:
         `nn.Parameter`: the weight that holds the map.
 
     Raises:
-        LayerPruneError: there is no such block, or the model does not simply add the output of the
+        LayerPruneError: the block does not exist, or the model does not simply add the output of the
             feed-forward part to the hidden state.
     """
     stack, block = LayerStack(model), range(first, first + count)
@@ -54,18 +54,18 @@ def replace_by_linear_map(
             "The block begins with layer 0, but a linear map is multiplied into the layer before the block. "
             "Let it begin with layer 1 or later."
         )
-    stack.without(block)  # refuses before a weight is changed
+    stack.without(block)  # raises an error before a weight is changed
     part = part_of(stack.layers[first - 1], FEED_FORWARD, model)
     output = _output_projection(part, model)
     width: int = output.weight.shape[0 if isinstance(output, nn.Linear) else 1]
     device = float64_device(model.device)
-    grams, crosses = torch.zeros((2, 2, width, width), dtype=torch.float64, device=device)  # of each half
+    grams, crosses = torch.zeros((2, 2, width, width), dtype=torch.float64, device=device)  # for each half
     part_outputs: list[torch.Tensor] = []
     handle = part.register_forward_hook(lambda module, args, found: part_outputs.append(hidden(found)))
     last: list[tuple[Batch, torch.Tensor, torch.Tensor]] = []  # of this process: batch, inputs and rest
 
     def add_products() -> int:
-        """Adds the products of this process's batches. Returns the number of all batches."""
+        """Adds the products of this process's batches. Returns the number of batches of all processes."""
         number = -1
         for number, batch in enumerate(iterate_batches(batches)):
             if number % process_count() != process_index():
@@ -79,7 +79,7 @@ def replace_by_linear_map(
         return number + 1
 
     def is_added(solution: torch.Tensor) -> bool:
-        """Returns whether the output of the layer with the map is as predicted, on the last batch."""
+        """Returns whether the layer with the map has the predicted output on the last batch."""
         for batch, inputs, rest in last:
             expected = rest + inputs @ solution
             inputs, rest, _ = _around(model, batch, first, count, part_outputs)
@@ -113,7 +113,7 @@ def _output_projection(part: Any, model: PreTrainedModel) -> Any:
     """Returns the linear layer that ends a feed-forward part.
 
     Raises:
-        LayerPruneError: it ends with another kind of module.
+        LayerPruneError: the feed-forward part ends with another kind of module.
     """
     output = part_of(part, OUTPUTS, model)
     if not isinstance(output, (nn.Linear, Conv1D)):
@@ -125,11 +125,12 @@ def _output_projection(part: Any, model: PreTrainedModel) -> Any:
 
 
 def check_linear_map(model: PreTrainedModel) -> None:
-    """Checks, before any long work, that a linear map can replace a block of layers. Runs the model on a few
-    tokens, and looks at one layer of each kind.
+    """Checks before any long work that a linear map can replace a block of layers.
+
+    Runs the model on a few tokens and checks one layer of each kind.
 
     Raises:
-        LayerPruneError: there is no kind of layer into which it can be multiplied.
+        LayerPruneError: the map cannot be multiplied into any kind of layer.
     """
     layers = LayerStack(model).layers
     kinds = {tuple(name for name, _ in layer.named_modules()): place for place, layer in enumerate(layers)}
@@ -144,10 +145,12 @@ def check_linear_map(model: PreTrainedModel) -> None:
 
 
 def _check_feed_forward_is_added(model: PreTrainedModel, module: nn.Module, layer: int) -> None:
-    """Checks that a layer's output grows by the output of its feed-forward part if that is doubled.
+    """Checks that a layer adds the output of its feed-forward part to the hidden state.
+
+    Doubles the output of the feed-forward part. The output of the layer must grow by the same amount.
 
     Raises:
-        LayerPruneError: it does not.
+        LayerPruneError: the output of the layer grows by another amount.
     """
     part = part_of(module, FEED_FORWARD, model)
     _output_projection(part, model)
@@ -169,7 +172,7 @@ def _check_feed_forward_is_added(model: PreTrainedModel, module: nn.Module, laye
                 for handle in handles:
                     handle.remove()
             states.append(hidden(found[layer][1]).clone())
-    # The first position is left out: its state may be so large that the difference is rounded away.
+    # Skip the first position: its hidden state may be so large that the difference is rounded away.
     given, change = outputs[0].view_as(states[0])[:, 1:].float(), (states[1] - states[0])[:, 1:].float()
     tolerance = 0.1 if model.dtype == torch.float32 else 0.5
     if not float((change - given).norm()) <= tolerance * float(given.norm()):
@@ -185,8 +188,7 @@ def _not_added(model: PreTrainedModel) -> LayerPruneError:
 
 
 def best_ridge(grams: torch.Tensor, crosses: torch.Tensor) -> float:
-    """Returns the value in `RIDGES` with which the fit of either half of a text has the least error on the
-    other half.
+    """Returns the value in `RIDGES` with the least error on one half of a text if fitted on the other half.
 
     Args:
         grams, crosses (`torch.Tensor`): `(2, width, width)`, for each half the products of inputs with inputs
@@ -210,9 +212,11 @@ def least_squares(gram: torch.Tensor, cross: torch.Tensor, ridge: float) -> torc
 def _around(
     model: PreTrainedModel, batch: Batch, first: int, count: int, part_outputs: list[torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns three parts of the hidden states of the tokens that count, each `(tokens, hidden)` in float64:
-    the output of the feed-forward part before a block, the rest of that layer's output, and the block's
-    output. A hook appends the first to `part_outputs`."""
+    """Returns three parts of the hidden states of the tokens that count, each `(tokens, hidden)` in float64.
+
+    The parts are the output of the feed-forward part before a block, the rest of the output of that layer,
+    and the output of the block. A hook must append the output of the feed-forward part to `part_outputs`.
+    """
     inputs = {name: value.to(model.device) for name, value in batch.items()}
     device = float64_device(model.device)
     real = token_mask(inputs["input_ids"], None, inputs.get("attention_mask"))

@@ -1,4 +1,4 @@
-"""The other callbacks of the Trainer: those that print, those that report, those that hold parameters."""
+"""Handles the other callbacks of the Trainer, which print logs, report logs or hold parameters."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK  # another one in a notebook
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK  # differs in a notebook
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..errors import LayerPruneError
@@ -27,7 +27,7 @@ from ..surgery.peft import adapter_configs
 
 logger = logging.getLogger(__name__)
 
-LEAST_WIDTH = 6  # characters of a cell
+LEAST_WIDTH = 6  # minimum number of characters in a cell
 
 
 def printing_callbacks(callbacks: Sequence[TrainerCallback]) -> list[TrainerCallback]:
@@ -38,9 +38,9 @@ def printing_callbacks(callbacks: Sequence[TrainerCallback]) -> list[TrainerCall
 
 @contextmanager
 def silent_trainers() -> Iterator[None]:
-    """Within this context a Trainer is made without a callback that prints its logs."""
-    # A Trainer takes one of these two classes, and no argument leaves it out. transformers itself replaces
-    # the first one in notebooks. See test_quiet_prints_results_alone.
+    """Creates Trainers without a callback that prints logs, within this context."""
+    # A Trainer always adds one of these two classes, and no argument prevents it. transformers itself
+    # replaces the first class in notebooks. See test_quiet_prints_results_alone.
     module: Any = transformers.trainer
     kinds = {name: getattr(module, name) for name in ("DEFAULT_PROGRESS_CALLBACK", "PrinterCallback")}
     for name in kinds:
@@ -53,10 +53,10 @@ def silent_trainers() -> Iterator[None]:
 
 
 def move_before_printing(callback: TrainerCallback, callbacks: list[TrainerCallback]) -> None:
-    """Moves `callback`, in place, before those that print, so that they print what it adds to a log.
+    """Moves `callback`, in place, before the printing callbacks, so that they print its additions to a log.
 
     Raises:
-        LayerPruneError: it is not among the callbacks.
+        LayerPruneError: `callback` is not in `callbacks`.
     """
     if callback not in callbacks:
         raise LayerPruneError(
@@ -70,8 +70,10 @@ def move_before_printing(callback: TrainerCallback, callbacks: list[TrainerCallb
 
 
 def callbacks_holding_parameters(callbacks: Sequence[TrainerCallback], model: nn.Module) -> list[str]:
-    """Returns the names of callbacks that hold parameters of `model`, a part of it or a copy, as for a moving
-    average."""
+    """Returns the names of callbacks that hold parameters, a part or a copy of `model`.
+
+    An example is a callback that computes a moving average of the weights.
+    """
     shapes = {tuple(parameter.shape) for parameter in model.parameters()}
 
     def holds(value: Any, depth: int = 3) -> bool:
@@ -101,7 +103,7 @@ def trainer_warnings(trainer: Trainer, callback: TrainerCallback, model: PreTrai
             "layers are removed. Check that it works with a model that loses layers, or start it after the "
             "last removal."
         )
-    # trl takes the model without its adapters for the reference, as for DPO and GRPO.
+    # trl uses the model without its adapters as the reference model, for example in DPO and GRPO.
     shares = adapter_configs(model) and getattr(trainer, "ref_model", trainer) is None
     args: Any = trainer.args
     is_read = getattr(args, "beta", 0) and not getattr(args, "precompute_ref_log_probs", False)
@@ -114,10 +116,10 @@ def trainer_warnings(trainer: Trainer, callback: TrainerCallback, model: PreTrai
 
 
 class TrainerOutput:
-    """Prints removals as a table, and reports them, where the Trainer prints and reports its logs.
+    """Prints removals as a table and reports them, in the same places as the logs of the Trainer.
 
     Args:
-        trainer (`Trainer`, *optional*): if it is unknown, removals are printed, and not reported.
+        trainer (`Trainer`, *optional*): the Trainer. Without it, removals are printed but not reported.
     """
 
     def __init__(self, trainer: Trainer | None = None) -> None:
@@ -125,12 +127,13 @@ class TrainerOutput:
         self._callbacks = [] if trainer is None else list(trainer.callback_handler.callbacks)
 
     def print_row(self, state: TrainerState, cells: Mapping[str, str]) -> None:
-        """Prints a row of the table of removals where the Trainer prints its logs, or logs it where the
-        Trainer prints none. The headings stand before the first row.
+        """Prints a row of the table of removals. The headings are printed before the first row.
+
+        If the Trainer does not print its logs, the row is logged instead.
 
         Args:
-            state (`TrainerState`): of the Trainer.
-            cells (mapping of `str`): the cells by heading, the same headings for all rows.
+            state (`TrainerState`): the state of the Trainer.
+            cells (mapping of `str`): the cells by heading. All rows have the same headings.
         """
         widths = [max(len(heading), LEAST_WIDTH) for heading in cells]
         rows = [cells.values()] if self._has_headings else [cells, cells.values()]
@@ -150,7 +153,7 @@ class TrainerOutput:
         model: PreTrainedModel,
         logs: Mapping[str, float],
     ) -> None:
-        """Reports numbers where the Trainer reports its own, as in TensorBoard."""
+        """Reports numbers to the same services as the Trainer, for example to TensorBoard."""
         kinds = tuple(get_reporting_integration_callbacks(args.report_to))
         for callback in self._callbacks:
             if isinstance(callback, kinds):

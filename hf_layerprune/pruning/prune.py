@@ -1,4 +1,4 @@
-"""One removal after another: score, choose, remove, note it in the record."""
+"""Scores layers, chooses the layers to remove, removes them and adds the removals to the record."""
 
 import logging
 import time
@@ -28,7 +28,7 @@ from .target import resolve_target
 logger = logging.getLogger(__name__)
 
 MAX_GAP = "max-gap"
-SELECTIONS = ("greedy", "one_shot", "block")  # without training
+SELECTIONS = ("greedy", "one_shot", "block")  # ways to select layers without training
 
 Evaluation = Callable[[PreTrainedModel], dict[str, float]]
 
@@ -48,13 +48,15 @@ def prune_layers(
 
     Args:
         model (`PreTrainedModel`): a causal language model.
-        args ([`RemovalArguments`], *optional*): how layers are scored, and how many stay.
+        args ([`RemovalArguments`], *optional*): settings of the scoring and of the number of layers to keep.
         calibration, task, teacher, evaluation (*optional*): see [`LayerPruningCallback`].
-        select (`str`, *optional*, defaults to `"greedy"`): one by one, all scored again after each (SLEB,
-            2402.09025, with `criterion="loss"`); `"one_shot"`, those that score least at once (ShortGPT,
-            2403.03853, with `"block_influence"`); or `"block"`, the consecutive layers that score least
-            together (LLM-Streamline, 2403.19135, with `"block_influence"`; Gromov et al., 2403.17887, with
-            `"angular"`).
+        select (`str`, *optional*, defaults to `"greedy"`): the layers to remove, one of
+            - `"greedy"`: the layer with the lowest score, one by one. All layers are scored again after each
+              removal (SLEB, 2402.09025, with `criterion="loss"`).
+            - `"one_shot"`: the layers with the lowest scores, all at once (ShortGPT, 2403.03853, with
+              `"block_influence"`).
+            - `"block"`: the consecutive layers with the lowest common score (LLM-Streamline, 2403.19135, with
+              `"block_influence"`; Gromov et al., 2403.17887, with `"angular"`).
         settings (*optional*): fields of [`RemovalArguments`] by name, instead of `args`.
 
     Returns:
@@ -101,7 +103,7 @@ def _check_selection(
     """Checks that criterion, pattern and selection go together.
 
     Raises:
-        LayerPruneError: they do not.
+        LayerPruneError: criterion, pattern and selection do not go together.
     """
     pattern = "output" if args.pattern == MAX_GAP else args.pattern
     check_choices(args.criterion, task, teacher, pattern, args.racing)
@@ -119,14 +121,14 @@ def _check_selection(
 def check_plan(
     model: PreTrainedModel, target_layers: int, protected: Sequence[int] | None
 ) -> list[int] | None:
-    """Checks that layers can be removed until `target_layers` are left.
+    """Checks that layers can be removed until the model has `target_layers` layers.
 
     Returns:
         `list[int]` or `None`: the protected layers by original index; None for the first and the last layer.
 
     Raises:
-        LayerPruneError: the target is not below the present depth, too few layers are free to go, this
-            model cannot be cut exactly, or its configs cannot be saved.
+        LayerPruneError: the target is not below the present number of layers, too few layers are not
+            protected, the layers of this model cannot be removed exactly, or its configs cannot be saved.
     """
     check_configs(model)
     stack, target_layers = LayerStack(model), plain_int(target_layers)
@@ -156,13 +158,15 @@ def check_plan(
 def layers_without_choice(
     model: PreTrainedModel, target_layers: int, protected: Sequence[int] | None
 ) -> list[int]:
-    """Returns the present indices of the layers that go if all but the protected go; none if there is a
-    choice, for which layers are scored.
+    """Returns the present indices of the layers to remove if all layers except the protected are removed.
+
+    The list is empty if there is a choice between layers, so that they must be scored.
 
     Args:
         model (`PreTrainedModel`): the model.
-        target_layers (`int`): how many layers stay.
-        protected (sequence of `int`, *optional*): the layers that stay, by original index. Default: unnamed.
+        target_layers (`int`): number of layers to keep.
+        protected (sequence of `int`, *optional*): the layers to keep, by original index. Default: no layers
+            are named.
     """
     kept = get_lineage(model).kept
     free = [] if protected is None else [i for i, layer in enumerate(kept) if layer not in protected]
@@ -170,10 +174,10 @@ def layers_without_choice(
 
 
 def remove_named(model: PreTrainedModel, layers: Sequence[int]) -> list[Removal]:
-    """Removes layers by their present index from `model`, in place, and returns the removals, without scores.
+    """Removes layers by their present index from `model`, in place. Returns the removals without scores.
 
     Raises:
-        LayerPruneError: they cannot be removed together.
+        LayerPruneError: the layers cannot be removed together.
     """
     kept = get_lineage(model).kept
     remove_layers(model, layers)
@@ -197,7 +201,7 @@ def score_present(
     protected: Sequence[int] | None,
     **scoring: Any,
 ) -> ScoreTable:
-    """Scores the layers of `model` that are not protected (by original index)."""
+    """Scores the layers of `model`, except the protected layers (by original index)."""
     kept = get_lineage(model).kept
     now = None if protected is None else [kept.index(layer) for layer in protected]
     return score_layers(model, batches, criterion, protected=now, **scoring)
@@ -207,10 +211,10 @@ def remove_least(model: PreTrainedModel, table: ScoreTable, count: int = 1) -> l
     """Removes the `count` least important layers, or the least important block, from `model`, in place.
 
     Returns:
-        `list[Removal]`: the removals for the record, the first with the table.
+        `list[Removal]`: the removals for the record. The first removal holds the table.
 
     Raises:
-        LayerPruneError: they cannot be removed together.
+        LayerPruneError: the layers cannot be removed together.
     """
     starts = table.ranking()[:count]
     removals = [
@@ -224,7 +228,7 @@ def remove_least(model: PreTrainedModel, table: ScoreTable, count: int = 1) -> l
 
 
 def evenly_spaced(kept: Sequence[int], remove: int) -> ScoreTable:
-    """Returns a table by which evenly spaced layers stay: max-gap of LayerChop (2305.14864, section 3.1)."""
+    """Returns a table that keeps evenly spaced layers: max-gap of LayerChop (2305.14864, section 3.1)."""
     left = len(kept) - remove
     stay = {round(i * (len(kept) - 1) / max(1, left - 1)) for i in range(left)}
     scores = {i: float(i in stay) for i in range(len(kept))}
@@ -234,7 +238,7 @@ def evenly_spaced(kept: Sequence[int], remove: int) -> ScoreTable:
 def phase_entry(
     model: PreTrainedModel, step: int, removals: list[Removal], evaluation: Evaluation | None
 ) -> Phase:
-    """Returns the phase for the record, as it stands right after its removals."""
+    """Returns the entry of a phase for the record, directly after its removals."""
     return Phase(
         step=step,
         removals=removals,
@@ -245,7 +249,7 @@ def phase_entry(
 
 
 def run_evaluation(evaluation: Evaluation | None, model: PreTrainedModel) -> dict[str, float] | None:
-    """Returns the result of `evaluation`, with `model` in eval mode and the random state left as it is."""
+    """Returns the result of `evaluation` with `model` in eval mode. The random state does not change."""
     if evaluation is None:
         return None
     with undisturbed(model):

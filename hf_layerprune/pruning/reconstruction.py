@@ -1,4 +1,4 @@
-"""Reconstruction in training: after the removals of a phase, before the Trainer's own steps go on."""
+"""Runs block reconstruction in training, after the removals of a phase and before the Trainer continues."""
 
 import logging
 import shutil
@@ -27,26 +27,26 @@ from .arguments import ReconstructionArguments
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "reconstruction"  # of checkpoints and hidden states, in the output folder
-ORIGINAL = "original_model"  # the copy of the original model for a plain Trainer, in the output folder
+FOLDER = "reconstruction"  # folder of checkpoints and hidden states in the output folder
+ORIGINAL = "original_model"  # folder of the original model for a plain Trainer
 
 
 class PhaseReconstruction:
-    """Trains the layers next to the cuts that a phase made, on the teacher's hidden states.
+    """Trains the layers next to the cuts of a phase on the teacher's hidden states.
 
     Args:
-        settings ([`ReconstructionArguments`]): how to train them.
+        settings ([`ReconstructionArguments`]): the settings of the reconstruction.
         args ([`~transformers.TrainingArguments`]): the training arguments.
         teacher (`PreTrainedModel`): the original model.
-        model (`PreTrainedModel`): the model before the first removal. The parameters that are frozen in it
-            stay frozen.
-        loader (`DataLoader`): that of training.
-        calibration (`list`): the batches to train on where the training data is a stream.
-        phase_tokens (`int`, *optional*): the training tokens of a phase, if they are counted.
-        phase_steps (`int`): the training steps of a phase.
+        model (`PreTrainedModel`): the model before the first removal. Its frozen parameters stay frozen.
+        loader (`DataLoader`): the data loader of training.
+        calibration (`list`): the batches to train on if the training data is a stream.
+        phase_tokens (`int`, *optional*): number of training tokens in a phase, if phases are counted in
+            tokens.
+        phase_steps (`int`): number of training steps in a phase.
 
     Raises:
-        LayerPruneError: these models or this text do not allow it.
+        LayerPruneError: these models or this text do not allow reconstruction.
     """
 
     def __init__(
@@ -69,14 +69,15 @@ class PhaseReconstruction:
         check_can_reconstruct(model, teacher, list(islice(self._batches(model, 1), 1)))
 
     def run(self, model: PreTrainedModel, removed: Collection[int], number: int) -> dict[str, Any]:
-        """Trains the layers of `model` next to the cuts where layers were removed, in place.
+        """Trains the layers of `model` next to the new cuts, in place.
 
         Args:
+            model (`PreTrainedModel`): the pruned model.
             removed (collection of `int`): the layers that the phase removed, by original index.
-            number (`int`): the number of the phase, which draws its rows.
+            number (`int`): the number of the phase, which is the seed for its rows.
 
         Returns:
-            `dict`: the result of [`reconstruct_layers`], and the `seconds` it took.
+            `dict`: the result of [`reconstruct_layers`], and its duration in `seconds`.
         """
         began, settings = time.monotonic(), self._settings
         with trainable_but(model, self._frozen):
@@ -89,19 +90,21 @@ class PhaseReconstruction:
                 removed=removed,
                 epochs=settings.reconstruction_epochs,
                 learning_rate=settings.reconstruction_learning_rate,
-                autocast=torch.bfloat16 if self._args.bf16 else None,  # fp16 would need its gradients scaled
+                autocast=torch.bfloat16 if self._args.bf16 else None,  # fp16 would need gradient scaling
                 seed=self._args.seed,
                 folder=self._folder,
                 progress=not self._args.disable_tqdm,
             )
         if PartialState().is_main_process:
-            self._folder.rmdir()  # its checkpoints are gone
+            self._folder.rmdir()  # its checkpoints are already deleted
         return result.to_dict() | {"seconds": round(time.monotonic() - began, 2)}
 
     def _batches(self, model: PreTrainedModel, number: int) -> Iterator[Batch]:
-        """Yields batches of random rows of the training data, each row once, until there are enough tokens or
-        rows; or the calibration batches where the training data is a stream. Every call with the same number
-        yields the same batches."""
+        """Yields batches of random rows of the training data until there are enough tokens or rows.
+
+        Each row is drawn at most once. If the training data is a stream, yields the calibration batches
+        instead. Every call with the same number yields the same batches.
+        """
         tokens = 0
         for batch in self._training_batches(model, number) if self._can_draw else self._calibration:
             yield batch
@@ -130,8 +133,11 @@ class PhaseReconstruction:
 
 @contextmanager
 def trainable_but(model: PreTrainedModel, frozen: Collection[int]) -> Iterator[None]:
-    """Within this context all parameters require gradients but those with these ids. The Trainer may train
-    fewer, as with `trainable="around_cuts"`, and chooses them after a removal."""
+    """Makes all parameters trainable within this context, except the parameters with these ids.
+
+    The Trainer may train fewer parameters, for example with `trainable="around_cuts"`. It chooses them after
+    a removal.
+    """
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     for parameter, _ in required:
         if parameter.is_floating_point():
@@ -150,16 +156,18 @@ def find_teacher(
     model: PreTrainedModel,
     is_resumed: bool,
 ) -> PreTrainedModel:
-    """Returns the teacher of reconstruction: that of [`DistillationTrainer`], else the given one, else a copy
-    of the original model, which stays in the output folder so that the run can be resumed.
+    """Returns the teacher of reconstruction.
+
+    It is the teacher of [`DistillationTrainer`], else the given teacher, else a copy of the original model.
+    The copy stays in the output folder so that the run can be resumed.
 
     Args:
         given (`PreTrainedModel`, *optional*): the teacher that scores layers.
-        trainer, args, model (*optional*): those of training.
-        is_resumed (`bool`): whether `model` may have lost layers already.
+        trainer, args, model: the Trainer (*optional*), the training arguments and the model of training.
+        is_resumed (`bool`): whether `model` may already have lost layers.
 
     Raises:
-        LayerPruneError: there is no original model.
+        LayerPruneError: the original model does not exist.
     """
     if isinstance(trainer, DistillationTrainer):
         if isinstance(trainer.teacher, CachedTeacherLogits):
@@ -191,8 +199,10 @@ def find_teacher(
 
 
 def forget_original(args: TrainingArguments, is_over: bool) -> None:
-    """Deletes the copy of the original model at the end of a run. A run that is not over may be resumed, so
-    that its copy stays."""
+    """Deletes the copy of the original model at the end of a run.
+
+    The copy stays if the run is not over, because the run may be resumed.
+    """
     folder = Path(str(args.output_dir)) / ORIGINAL
     if not PartialState().is_main_process or not folder.is_dir():
         return

@@ -1,4 +1,4 @@
-"""Keeps the record of a run in its output folder while the run goes on."""
+"""Writes the record of a run into its output folder during the run."""
 
 import logging
 import time
@@ -16,11 +16,11 @@ logger = logging.getLogger(__name__)
 
 
 class Recorder:
-    """Writes the record of a run, with its time and memory.
+    """Writes the record of a run, including its time and memory.
 
     Attributes:
         record ([`RunRecord`]): the record so far.
-        has_begun (`bool`): whether a run has begun.
+        has_begun (`bool`): whether a run has started.
     """
 
     def __init__(self) -> None:
@@ -34,57 +34,57 @@ class Recorder:
         self._phase_began = 0.0
 
     def start_clock(self, args: TrainingArguments) -> None:
-        """Starts to measure the time of a run."""
+        """Starts measuring the time of a run."""
         self._folder, self._writes = str(args.output_dir), args.process_index == 0
         self._has_ended = False
         self._last_write = self._phase_began = time.monotonic()
 
     def begin(self, record: RunRecord) -> None:
-        """Begins with a new record. Evaluations from before training go into it."""
+        """Starts a new record. It includes the evaluations from before training."""
         self.record, self.has_begun = record, True
         record.evaluations = list(self._earlier_evaluations)
 
     def resume(self, record: RunRecord) -> None:
-        """Goes on with the record of a checkpoint."""
+        """Continues the record of a checkpoint."""
         self.record, self.has_begun = record, True
 
     def add_evaluation(self, evaluation: dict[str, Any]) -> None:
-        """Notes an evaluation of the Trainer."""
+        """Adds an evaluation of the Trainer."""
         (self.record.evaluations if self.has_begun else self._earlier_evaluations).append(evaluation)
 
     def describe_evaluation(self, metrics: Mapping[str, float], eval_dataloader: Any) -> None:
-        """Notes the text of an evaluation of the Trainer, once for each data set."""
+        """Adds a description of the evaluation text, once for each data set."""
         prefix = next((name for name in metrics if name.endswith("_loss")), "eval_loss")
-        name = prefix.removesuffix("_loss").removeprefix("eval").strip("_")  # of several data sets
+        name = prefix.removesuffix("_loss").removeprefix("eval").strip("_")  # if there are several data sets
         use = f"evaluation ({name})" if name else "evaluation"
         if use not in self.record.texts:
             self.record.texts[use] = describe_text(eval_dataloader)
 
     def add_phase(self, phase: Phase, began: float) -> None:
-        """Notes a phase that began at this time of `time.monotonic`."""
+        """Adds a phase that started at `began`, a time of `time.monotonic`."""
         self.record.phases.append(phase)
         self._phase_began = began
 
     def end_phase(self, healed: dict[str, float] | None) -> None:
-        """Notes the evaluation at the end of the present phase."""
+        """Adds the evaluation at the end of the present phase."""
         phase = self.record.phases[-1]
         phase.healed = healed
         phase.seconds = round(time.monotonic() - self._phase_began, 2)
         self.write()
 
     def warn(self, warning: str | None) -> None:
-        """Logs a warning, if there is one, and notes it."""
+        """Logs a warning and adds it to the record. Does nothing for None."""
         if warning is not None:
             self.record.warnings.append(warning)
             logger.warning(warning)
 
     def stop(self, reason: str) -> None:
-        """Notes why no more layers are removed."""
+        """Adds the reason why no more layers are removed."""
         self.record.stopped = reason
         logger.warning(reason)
 
     def end(self, log: list[dict[str, Any]]) -> None:
-        """Notes the end of the run, with the log of the Trainer."""
+        """Adds the end of the run and the log of the Trainer."""
         self.record.log = log
         self.record.finished = True
         self.write()

@@ -1,4 +1,4 @@
-"""Measures how much of the cost of its removals a phase recovers, and undoes a phase that fails."""
+"""Measures the share of lost quality that a phase recovers, and undoes a phase that recovers too little."""
 
 import shutil
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ from ..surgery.removal import put_back
 
 
 class Recovery:
-    """Saves the model before each phase, and goes back to it if the phase recovers too little.
+    """Saves the model before each phase, and restores it if the phase recovers too little.
 
     Args:
-        share (`float`): the share of the cost of its removals that a phase must recover.
+        share (`float`): the share of the quality lost by its removals that a phase must recover.
         output_dir (`str`): the folder for the copies `before_phase_1` and so on.
         batches (sequence of dict): the calibration data, on which quality is measured.
         task (*optional*): the task that measures quality, instead of the loss, as for [`score_layers`].
@@ -32,7 +32,7 @@ class Recovery:
         self._share, self._folder, self._batches, self._task = share, Path(output_dir), batches, task
 
     def keep(self, model: PreTrainedModel, number: int) -> float:
-        """Saves the model before a phase and returns its quality. The copy from two phases ago is deleted."""
+        """Saves the model before a phase and returns its quality. Deletes the copy from two phases ago."""
         if PartialState().is_main_process:
             save_model(model, self._copy(number), verify=False)
             shutil.rmtree(self._copy(number - 2), ignore_errors=True)
@@ -47,7 +47,7 @@ class Recovery:
         """Checks that the copy before a phase exists.
 
         Raises:
-            LayerPruneError: it does not.
+            LayerPruneError: the copy does not exist.
         """
         copy = self._copy(number)
         if number and not copy.is_dir():
@@ -60,11 +60,12 @@ class Recovery:
         """Restores `model`, in place, at the end of a phase that recovered too little.
 
         Args:
-            phase ([`Phase`]): the phase, with the qualities `before` and `cut`. `now` is added.
+            model (`PreTrainedModel`): the model at the end of the phase.
+            phase ([`Phase`]): the phase, with the qualities `before` and `cut`. This method adds `now`.
             number (`int`): the number of the phase.
 
         Returns:
-            `str` or `None`: a message that says what was restored; None if the phase recovered enough.
+            `str` or `None`: a message about the restored model; None if the phase recovered enough.
         """
         qualities = phase.qualities
         assert qualities is not None

@@ -1,4 +1,4 @@
-"""Fewer layers in place of a block of layers (LLM-Streamline, 2403.19135)."""
+"""Replaces a block of layers by fewer layers (LLM-Streamline, 2403.19135)."""
 
 from typing import Any
 
@@ -22,25 +22,26 @@ def replace_block(
 ) -> list[nn.Parameter]:
     """Replaces a block of layers by fewer layers, in place (LLM-Streamline, 2403.19135, section 3.2).
 
-    The replacement is a decoder layer like the others, so that the model stays a plain one. It takes the
-    place of the last layers of the block, whose output it will be trained to give. In the model's lineage
-    these layers are left, with new weights, so their hidden states can be compared with the original ones.
+    The replacement is a normal decoder layer, so that the model needs no custom code. It takes the place of
+    the last layers of the block and will be trained to give their output. The model's lineage keeps these
+    layers, with new weights, so that their hidden states can be compared with the original hidden states.
 
     Args:
         model (`PreTrainedModel`): a causal language model.
         first (`int`): the first layer of the block, as a present index.
         count (`int`): the number of layers in the block.
-        kind (`str`, *optional*, defaults to `"layer"`): `"layer"` is a layer with the weights of the first
-            layer of the block. `"ffn"`, or `"swiglu"` in models with gated feed-forward parts, is a new
-            feed-forward part in a layer whose attention adds nothing. At first it changes nothing. `"none"`
-            is no replacement.
+        kind (`str`, *optional*, defaults to `"layer"`): the kind of replacement, one of
+            - `"layer"`: a layer with the weights of the first layer of the block.
+            - `"ffn"`, or `"swiglu"` in models with gated feed-forward parts: a new feed-forward part in a
+              layer whose attention adds nothing. Before training it does not change the hidden state.
+            - `"none"`: no replacement.
         layers (`int`, *optional*, defaults to 1): the number of layers in the replacement.
 
     Returns:
         `list[nn.Parameter]`: the parameters to train.
 
     Raises:
-        LayerPruneError: there is no such block, or the layers of this model cannot be made such a part.
+        LayerPruneError: the block does not exist, or this model does not allow this kind of replacement.
     """
     stack, block = LayerStack(model), list(range(first, first + count))
     stack.check_layers(block)
@@ -53,7 +54,7 @@ def replace_block(
         raise LayerPruneError(
             f"{layers} layers cannot replace {count} layers: give at least 1, and fewer than {count}."
         )
-    stack.without(block[:-layers])  # refuses before a weight is changed
+    stack.without(block[:-layers])  # raises an error before a weight is changed
     if kind == "layer":
         trained = _take_first_weights(stack, block, layers)
     else:
@@ -63,10 +64,10 @@ def replace_block(
 
 
 def _take_first_weights(stack: LayerStack, block: list[int], layers: int) -> list[nn.Parameter]:
-    """Gives the last layers of a block the weights of its first layers, and returns their parameters.
+    """Copies the weights of the first layers of a block to its last layers. Returns their parameters.
 
     Raises:
-        LayerPruneError: they are of different kinds. Nothing is changed.
+        LayerPruneError: the layers are of different kinds. No weight is changed.
     """
     replacements = [stack.layers[layer] for layer in block[-layers:]]
     weights = [
@@ -86,10 +87,10 @@ def _take_first_weights(stack: LayerStack, block: list[int], layers: int) -> lis
 
 
 def _feed_forward_only(stack: LayerStack, layer: int, kind: str) -> list[nn.Parameter]:
-    """Makes a layer a new feed-forward part that adds nothing at first, and returns its parameters.
+    """Makes a layer a new feed-forward part that adds nothing before training. Returns its parameters.
 
     Raises:
-        LayerPruneError: this is not possible in this model. Nothing is changed.
+        LayerPruneError: this model does not allow such a layer. No weight is changed.
     """
     model, module = stack.base, stack.layers[layer]
     model_type = model.config.model_type
@@ -100,7 +101,7 @@ def _feed_forward_only(stack: LayerStack, layer: int, kind: str) -> list[nn.Para
             f"A replacement of kind {kind!r} does not fit: the feed-forward parts of this {model_type} model "
             f"are {'' if gated else 'not '}gated. Use {'swiglu' if gated else 'ffn'}."
         )
-    stack.without(layer)  # refuses before a weight is changed
+    stack.without(layer)  # raises an error before a weight is changed
     attention = part_of(module, ATTENTION, model)
     output = part_of(part, OUTPUTS, model)
     before = {name: value.clone() for name, value in module.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Resuming: whether a checkpoint fits the model and the settings, and its record."""
+"""Checks that a checkpoint fits the model and the settings, and reads its record."""
 
 import logging
 import re
@@ -26,7 +26,7 @@ def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def callback_states(state: TrainerState) -> dict[str, Any]:
-    """Returns the states of callbacks by class name, as a checkpoint holds them."""
+    """Returns the states of callbacks by class name, in the form of a checkpoint."""
     states: Any = state.stateful_callbacks  # annotated as the list from which the dict is made
     return states
 
@@ -37,10 +37,10 @@ def resumed_record(
     """Returns the record in the checkpoint from which a run is resumed.
 
     Raises:
-        LayerPruneError: there is no record, or model or settings are not those of the checkpoint.
+        LayerPruneError: the checkpoint has no record, or its model or settings differ.
     """
     folder = checkpoint_folder(args, state)
-    # Checkpoints of earlier versions hold the record in a file of its own.
+    # Checkpoints of earlier versions hold the record in a separate file.
     record = record_in_state(callback_states(state)) or read_record(folder)
     if record is None:
         raise LayerPruneError(
@@ -60,10 +60,10 @@ def resumed_record(
 
 
 def check_same_depth(model: Any, folder: str) -> None:
-    """Checks that the model in a checkpoint has the layers of `model`.
+    """Checks that the model in a checkpoint has the same layers as `model`.
 
     Raises:
-        LayerPruneError: it has others. The error says how to get the same layers.
+        LayerPruneError: it has other layers. The error explains how to get the same layers.
     """
     saved, present = load_lineage(folder, runs_own_code(model)), get_lineage(model)
     if saved == present:
@@ -79,28 +79,31 @@ def check_same_depth(model: Any, folder: str) -> None:
 
 
 def check_depth_of_weights(output_dir: str, model: nn.Module, weights: dict[str, Any], *args: Any) -> None:
-    """Checks, before `model` loads weights, that they have as many layers: a pre-hook of `load_state_dict`.
+    """Checks before `model` loads weights that they have the same number of layers.
 
-    A plain Trainer would ignore layers that do not fit, and fail later at the optimizer, without a reason.
+    This is a pre-hook of `load_state_dict`. A plain Trainer would ignore layers that do not fit, and fail
+    later in the optimizer without an explanation.
 
     Args:
         output_dir (`str`): the output folder of the run.
+        model (`nn.Module`): the model that loads the weights.
+        weights (`dict`): the state dict.
 
     Raises:
-        LayerPruneError: they have more or fewer layers. The error says how to get the same layers.
+        LayerPruneError: the weights have more or fewer layers. The error explains how to get the same layers.
     """
-    if is_sharded(model):  # its parameters have other names; on_train_begin checks the depth, too
+    if is_sharded(model):  # its parameters have other names; on_train_begin also checks the layers
         return
     decoder: Any = find_decoder(base_of(model)).layers
     prefix = next(name for name, part in model.named_modules() if part is decoder)
     saved, own = _by_layer(weights, prefix), _by_layer(model.state_dict(), prefix)
-    parts = {part for parts in saved.values() for part in parts}  # of adapters, in some layers only
+    parts = {part for parts in saved.values() for part in parts}  # adapters may be in some layers only
     expected = {number for number, names in own.items() if names & parts}
     adapted = bool(adapter_configs(model))
     lacking = expected - set(saved) if adapted or _is_whole(model, weights, prefix) else set()
     if not set(saved) - set(own) and not lacking:
         return
-    # The Trainer tells no callback from which checkpoint it resumes: any with as many layers will do.
+    # Callbacks do not know which checkpoint the Trainer loads. Any with the same number of layers will do.
     for folder in sorted(Path(output_dir).glob("checkpoint-*")):
         if len(load_lineage(folder, runs_own_code(model)).kept) == len(saved):
             check_same_depth(model, str(folder))
@@ -123,17 +126,17 @@ def _by_layer(weights: dict[str, Any], prefix: str) -> dict[int, set[str]]:
 
 
 def _is_whole(model: nn.Module, weights: dict[str, Any], prefix: str) -> bool:
-    """Returns whether weights are of a whole model, and not one file of several."""
+    """Returns whether the weights belong to a whole model, not to one file of several."""
     own = model.state_dict()
     held = {own[name].data_ptr() for name in weights if name in own}  # tied weights are saved once
     return all(value.data_ptr() in held for name, value in own.items() if not name.startswith(f"{prefix}."))
 
 
 def check_groups_of_checkpoint(optimizer: Any, state: dict[str, Any]) -> None:
-    """Checks, before the user's own `optimizer` loads its state, that the parameter groups are the same.
+    """Checks before the user's own `optimizer` loads its state that the parameter groups are the same.
 
     Raises:
-        LayerPruneError: they are not. The error says how to make them the same.
+        LayerPruneError: the groups differ. The error explains how to make them equal.
     """
     ours, saved = (
         [len(one["params"]) for one in groups] for groups in (optimizer.param_groups, state["param_groups"])

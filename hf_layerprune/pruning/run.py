@@ -1,4 +1,4 @@
-"""The phases of one training run: removals, the evaluation after each, and the end."""
+"""Runs the phases of a training run: removals, evaluations, and the end of the run."""
 
 import time
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ from .schedule import PhaseSchedule
 from .termination import Termination
 
 
-JOURNAL_NAME = "scoring.jsonl"  # the scores so far, while a phase begins
+JOURNAL_NAME = "scoring.jsonl"  # file of the scores so far at the start of a phase
 
 
 @dataclass
@@ -55,22 +55,22 @@ class PruningInputs:
 
     @property
     def reads_text(self) -> bool:
-        """Whether layers are scored on text."""
+        """Returns whether layers are scored on text."""
         return reads_text(self.args.criterion, self.task)
 
 
 @dataclass
 class PruningRun:
-    """Removes layers from a model in training, and keeps the record of it.
+    """Removes layers from a model in training and records the removals.
 
     Args:
         inputs ([`PruningInputs`]): settings and functions of the user.
         recorder ([`Recorder`]): writes the record.
-        schedule ([`PhaseSchedule`]): says when phases begin.
+        schedule ([`PhaseSchedule`]): decides when phases start and end.
         batches (`list[dict]`): the calibration data.
         output ([`TrainerOutput`]): prints and reports removals.
         termination ([`Termination`]): ends the process at once while layers are scored.
-        losses ([`LossMonitor`]): watches the loss.
+        losses ([`LossMonitor`]): monitors the loss.
         recovery ([`Recovery`], *optional*): undoes a phase that recovers too little.
         reconstruction ([`PhaseReconstruction`], *optional*): trains the layers next to a new cut.
     """
@@ -86,15 +86,15 @@ class PruningRun:
     reconstruction: PhaseReconstruction | None = None
 
     def excess(self, model: PreTrainedModel) -> int:
-        """Returns how many layers are still to remove."""
+        """Returns the number of layers that remain to be removed."""
         return len(get_lineage(model).kept) - self.inputs.args.target_layers
 
     def is_last_phase(self, model: PreTrainedModel) -> bool:
-        """Returns whether no more layers are removed."""
+        """Returns whether no more layers will be removed."""
         return not self.excess(model) or self.recorder.record.stopped is not None
 
     def is_phase_due(self, state: TrainerState, model: PreTrainedModel) -> bool:
-        """Returns whether a phase is over and another one follows. The first phase begins at once."""
+        """Returns whether a phase is over and another phase follows. The first phase starts at once."""
         is_over = not self.recorder.record.phases or self.schedule.is_over(state)
         return is_over and not self.is_last_phase(model)
 
@@ -110,7 +110,7 @@ class PruningRun:
         model: PreTrainedModel,
         optimizer: Any,
     ) -> None:
-        """Removes the layers of a phase from `model` and `optimizer`, in place."""
+        """Starts a phase: removes its layers from `model` and their parameters from `optimizer`, in place."""
         began, number = time.monotonic(), len(self.recorder.record.phases) + 1
         removals: list[Removal] = []
         prefix_cache = PrefixCache()
@@ -132,7 +132,7 @@ class PruningRun:
             if self.recovery is not None:
                 phase.qualities = {"before": before, "cut": self.recovery.measure(model)}
             if self.reconstruction is not None:
-                with self.termination.immediate():  # it resumes from a checkpoint of its own
+                with self.termination.immediate():  # reconstruction has its own checkpoint
                     removed = [removal.original for removal in removals]
                     phase.reconstruction = self.reconstruction.run(model, removed, number)
             self.recorder.add_phase(phase, began)
@@ -141,11 +141,11 @@ class PruningRun:
         elif self.recovery is not None:
             self.recovery.drop(number)
         self.restart_learning_rate(state, model)
-        # From here on the folder holds a run. A mistake before this leaves it free for another try.
+        # From here on the folder holds a run. After an earlier error the folder can be used again.
         self.recorder.write()
 
     def _print(self, state: TrainerState, model: PreTrainedModel, removal: Removal | None = None) -> None:
-        """Prints a removal, or at the end of training the last loss."""
+        """Prints a removal. Without a removal, prints the last loss at the end of training."""
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
         score = None if removal is None else removal.score
         cells = {
@@ -165,8 +165,8 @@ class PruningRun:
         prefix_cache: PrefixCache,
         is_first: bool,
     ) -> ScoreTable:
-        """Scores the layers. The first scoring of a phase comes right after a checkpoint."""
-        # A journal is named by samples of whole weights, which no process has of a sharded model.
+        """Scores the layers. The first scoring of a phase comes directly after a checkpoint."""
+        # A journal is named by samples of whole weights. No process has the whole weights of a sharded model.
         journal = None if is_sharded(model) else Path(str(args.output_dir)) / JOURNAL_NAME
         with self.termination.immediate(is_first):
             return score_present(
@@ -193,7 +193,7 @@ class PruningRun:
         return True
 
     def _check_recovery(self, quality: float | None) -> None:
-        """Warns if the phase before recovered next to nothing."""
+        """Warns if the previous phase recovered almost nothing."""
         phases = self.recorder.record.phases
         tables = [removal.table for removal in phases[-1].removals if removal.table] if phases else []
         if quality is None or not tables or tables[0].quality is None or tables[-1].quality is None:
@@ -202,7 +202,7 @@ class PruningRun:
         self.recorder.warn(no_recovery(tables[0].quality, cut, quality))
 
     def _check_cost(self, removals: list[Removal], model: PreTrainedModel) -> None:
-        """Warns if the last removal was of an essential layer, where scores are the cost of a removal."""
+        """Warns if the last removed layer was essential. The scores must be the cost of a removal."""
         if not find_criterion(self.inputs.args.criterion).score_is_cost:
             return
         *earlier, cost = [one.score or 0.0 for one in self.recorder.record.removals + removals]
@@ -216,7 +216,7 @@ class PruningRun:
         control: TrainerControl,
         model: PreTrainedModel,
     ) -> None:
-        """Ends the present phase if it is over, and training if the phase recovered too little."""
+        """Ends the present phase if it is over, and ends training if the phase recovered too little."""
         if not self.recorder.record.phases or not self.is_phase_due(state, model):
             return
         if not self.has_recovered(model):
@@ -262,12 +262,12 @@ class PruningRun:
 
 
 def forget_best_model(state: TrainerState) -> None:
-    """Forgets the best metric: it is of another depth, so early stopping begins anew."""
+    """Clears the best metric, because it belongs to another depth. Early stopping starts again."""
     state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
 
 def _reported(table: ScoreTable, removal: Removal) -> dict[str, float]:
-    """Returns a removal and its scores as numbers over the steps."""
+    """Returns the numbers of a removal and its scores for reporting."""
     scores = {f"{table.criterion}_score/layer_{table.kept[i]:02d}": s for i, s in table.scores.items()}
     quality = {} if table.quality is None else {"quality": table.quality}
     return scores | quality | {"removed_layer": removal.original, "removed_score": removal.score or 0.0}

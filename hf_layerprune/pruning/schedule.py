@@ -1,4 +1,4 @@
-"""The phases of a run: how many layers go in each, when it is over, and its learning rate."""
+"""Schedules the phases of a run: the number of layers to remove, the steps and the learning rate."""
 
 import warnings
 from collections.abc import Callable
@@ -13,11 +13,11 @@ from .arguments import PruningArguments
 
 
 def phase_sizes(present: int, target: int, layers_per_phase: int | float) -> list[int]:
-    """Returns how many layers go in each phase.
+    """Returns the number of layers that each phase removes.
 
     Args:
-        present, target (`int`): the number of layers now, and at the end.
-        layers_per_phase (`int` or `float`): a number, or a share of the layers at the start of a phase.
+        present, target (`int`): the present number of layers, and the number of layers to keep.
+        layers_per_phase (`int` or `float`): number of layers, or share of the layers at the start of a phase.
     """
     sizes: list[int] = []
     while present > target:
@@ -29,14 +29,14 @@ def phase_sizes(present: int, target: int, layers_per_phase: int | float) -> lis
 
 
 class RestartedSchedule:
-    """A learning rate schedule that each phase runs through from start to end.
+    """A learning rate schedule that each phase runs from start to end.
 
     Args:
         scheduler (`LambdaLR`): the scheduler of the run. It is changed in place.
-        total (`int`): the steps of the schedule.
+        total (`int`): number of steps of the schedule.
 
     Raises:
-        LayerPruneError: the schedule is not a factor of the step alone.
+        LayerPruneError: the learning rate of the schedule does not depend only on the step.
     """
 
     def __init__(self, scheduler: Any, total: int) -> None:
@@ -49,7 +49,12 @@ class RestartedSchedule:
         self._factors: list[Callable[[Any], float]] = scheduler.lr_lambdas
 
     def restart(self, share: Callable[[int], float]) -> None:
-        """Starts a phase. `share(step)` is the share of the phase that is over at a step of the run."""
+        """Starts the schedule of a phase.
+
+        Args:
+            share (`Callable`): a function `share(step)` that returns the share of the phase that is over at a
+                step of the run.
+        """
 
         def within(factor: Callable[[Any], float]) -> Callable[[int], float]:
             return lambda step: factor(share(step) * self._total)
@@ -58,21 +63,21 @@ class RestartedSchedule:
         # Repeat the present step, with the new factors.
         self._scheduler.last_epoch -= 1
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a step of the scheduler before one of the optimizer
+            warnings.simplefilter("ignore")  # the scheduler steps before the optimizer
             self._scheduler.step()
 
 
 class PhaseSchedule:
-    """When the phases of a run begin and end.
+    """Decides when the phases of a run start and end.
 
     Args:
         args ([`PruningArguments`]): the settings of the run.
-        record ([`RunRecord`]): the record of the run. The steps of a phase are noted in it.
-        max_steps (`int`): the training steps of the run.
+        record ([`RunRecord`]): the record of the run. It stores the number of steps of a phase.
+        max_steps (`int`): number of training steps of the run.
         lr_scheduler (`LambdaLR`): the learning rate scheduler of the run.
 
     Raises:
-        LayerPruneError: training is too short, or a resumed run would get phases of another length.
+        LayerPruneError: training is too short, or a resumed run would have phases of another length.
     """
 
     def __init__(self, args: PruningArguments, record: RunRecord, max_steps: int, lr_scheduler: Any) -> None:
@@ -83,7 +88,7 @@ class PhaseSchedule:
         )
 
     def _plan(self) -> int:
-        """Returns the steps of a phase; 1 where tokens are counted."""
+        """Computes the number of steps of a phase; 1 if phases are counted in tokens."""
         layers, target = self._record.model["layers"], self._args.target_layers
         phases = len(phase_sizes(layers, target, self._args.layers_per_phase))
         steps = self._args.steps_per_phase or self._max_steps // phases
@@ -105,15 +110,15 @@ class PhaseSchedule:
 
     @property
     def steps(self) -> int:
-        """The steps of a phase; 1 where tokens are counted."""
+        """Returns the number of steps of a phase; 1 if phases are counted in tokens."""
         return self._steps
 
     def next_size(self, layers: int) -> int:
-        """Returns how many layers the next phase removes from a model with `layers` layers."""
+        """Returns the number of layers that the next phase removes from a model with `layers` layers."""
         return phase_sizes(layers, self._args.target_layers, self._args.layers_per_phase)[0]
 
     def is_over(self, state: TrainerState) -> bool:
-        """Returns whether the present phase, which is not the last, is over."""
+        """Returns whether the present phase is over. It must not be the last phase."""
         return self._share_over(state, state.global_step) >= 1
 
     def restart_learning_rate(self, state: TrainerState, is_last: bool) -> None:

@@ -1,4 +1,4 @@
-"""The start of training: checks, the record of the run, its calibration data and its texts."""
+"""Starts a run: checks, the record of the run, its calibration data and its texts."""
 
 import logging
 from typing import Any
@@ -44,7 +44,7 @@ def check_start(
     """Checks that layers can be removed in this training.
 
     Raises:
-        LayerPruneError: they cannot. The error says what to change.
+        LayerPruneError: layers cannot be removed. The error explains what to change.
     """
     check_criterion_fits(base_of(model), inputs.args.criterion, inputs.task)
     check_compatibility(args, model, optimizer)
@@ -76,10 +76,10 @@ def begin_record(
     state: TrainerState,
     model: PreTrainedModel,
 ) -> None:
-    """Starts the record of a new run, or takes that of the checkpoint from which a run is resumed.
+    """Starts the record of a new run, or continues the record of the checkpoint of a resumed run.
 
     Raises:
-        LayerPruneError: layers cannot be removed as asked for, or the output folder holds another run.
+        LayerPruneError: the settings do not fit the model, or the output folder holds another run.
     """
     recorder.start_clock(args)
     settings = record_settings(inputs.args, inputs.teacher)
@@ -102,11 +102,11 @@ def start_run(
     model: PreTrainedModel,
     **others: Any,
 ) -> PruningRun:
-    """Returns the run, whose record has begun.
+    """Returns the run. Its record must already be started.
 
     Args:
-        others: `lr_scheduler`, `train_dataloader`, `eval_dataloader` and `processing_class`, as callbacks get
-            them.
+        others: `lr_scheduler`, `train_dataloader`, `eval_dataloader` and `processing_class`, the keyword
+            arguments of callbacks.
 
     Raises:
         LayerPruneError: the schedule, the texts or the teacher do not fit the training.
@@ -115,7 +115,7 @@ def start_run(
     tokenizer = others.get("processing_class")
     if adapter_configs(model):
         keep_base_known(model)
-    checks_itself = isinstance(args, DistillationTrainingArguments)  # by a setting of its own
+    checks_itself = isinstance(args, DistillationTrainingArguments)  # its trainer verifies its own saves
     if inputs.verify_save and not checks_itself:
         check_saves(model)
     if inputs.teacher is not None:
@@ -152,4 +152,4 @@ def _describe_texts(inputs: PruningInputs, record: RunRecord, batches: list[Batc
     read = batches if inputs.reads_text else []
     texts = describe_texts(inputs.calibration, read, inputs.evaluation)
     texts["healing"] = {"name": describe_text(loader)["name"]}
-    record.texts = {**texts, **record.texts}  # a resumed run knows its texts
+    record.texts = {**texts, **record.texts}  # the record of a resumed run already has texts

@@ -1,4 +1,4 @@
-"""The number of layers to keep: from a share of layers, parameters, a speedup, or named layers."""
+"""Computes the number of layers to keep from a share of layers, parameters, a speedup, or named layers."""
 
 from dataclasses import replace
 
@@ -15,8 +15,9 @@ from .arguments import TARGETS, Arguments, named_layers, parameter_count
 
 
 def resolve_target(args: Arguments, model: PreTrainedModel) -> Arguments:
-    """Returns the same settings with `target_layers` in place of any other target. If `layers` names the
-    layers that go, all others are protected.
+    """Returns the same settings with `target_layers` in place of any other target.
+
+    If `layers` names the layers to remove, all other layers are protected.
 
     Args:
         args ([`RemovalArguments`]): the settings.
@@ -50,10 +51,10 @@ def resolve_target(args: Arguments, model: PreTrainedModel) -> Arguments:
 
 
 def _all_but(stack: LayerStack, args: Arguments) -> list[int]:
-    """Returns the present indices of all layers but those that go.
+    """Returns the present indices of all layers except the layers to remove.
 
     Raises:
-        LayerPruneError: the model has no such layer, or it is protected.
+        LayerPruneError: the model lacks a layer to remove, or the layer is protected.
     """
     kept, named = stack.lineage.kept, named_layers(args.layers)
     unknown = [layer for layer in named if layer not in kept]
@@ -72,7 +73,9 @@ def _all_but(stack: LayerStack, args: Arguments) -> list[int]:
 
 
 def _layers_for_speedup(model: PreTrainedModel, speedup: float) -> int:
-    """Returns the most layers of average cost with which a forward pass is so many times as fast, by FLOPs.
+    """Returns the largest number of layers of average cost with which a forward pass has this speedup.
+
+    The speedup is measured in FLOPs.
 
     Raises:
         LayerPruneError: the model predicts no next tokens, or does not run without values.
@@ -90,7 +93,7 @@ def _layers_for_speedup(model: PreTrainedModel, speedup: float) -> int:
 
 
 def _layers_within(model: PreTrainedModel, layers: list, parameters: int) -> int:
-    """Returns the most layers of average size with which `model` has no more than so many parameters.
+    """Returns the largest number of layers of average size with which `model` has at most `parameters`.
 
     Raises:
         LayerPruneError: the parameters are sharded and cannot be counted.

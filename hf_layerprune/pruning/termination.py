@@ -1,4 +1,4 @@
-"""SIGTERM in training: a checkpoint after the present step, then the end of the process."""
+"""Handles SIGTERM in training: saves a checkpoint after the present step, then ends the process."""
 
 import signal
 import threading
@@ -17,8 +17,8 @@ TERMINATED = 128 + signal.SIGTERM  # the exit code of a process that SIGTERM end
 class Termination:
     """Handles SIGTERM while a Trainer trains.
 
-    In a training step the signal asks for a checkpoint after the step. Inside [`~Termination.immediate`], and
-    when the Trainer trains no longer, the process exits at once with code 143.
+    In a training step the signal requests a checkpoint after the step. Inside [`~Termination.immediate`], and
+    when the Trainer no longer trains, the process exits at once with code 143.
     """
 
     def __init__(self) -> None:
@@ -27,15 +27,15 @@ class Termination:
         self._trainer: Trainer | None = None
 
     def install(self, trainer: Trainer | None) -> None:
-        """Begins to handle the signal, unless a handler of somebody else does.
+        """Installs the handler of the signal, unless other code has installed a handler.
 
         Args:
-            trainer (`Trainer`, *optional*): tells, by `is_in_train`, that training broke off.
+            trainer (`Trainer`, *optional*): the Trainer. Its `is_in_train` is False if training was aborted.
         """
         self._is_requested = self._is_immediate = False
         self._trainer = trainer
         present = signal.getsignal(signal.SIGTERM)
-        # The handler of a run that broke off is replaced.
+        # Replace the handler of an aborted run.
         free = present is signal.SIG_DFL or isinstance(getattr(present, "__self__", None), Termination)
         if free and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self.handle)
@@ -53,7 +53,7 @@ class Termination:
 
     @contextmanager
     def immediate(self, nothing_is_lost: bool = True) -> Iterator[None]:
-        """Within this context the signal ends the process at once, where nothing is lost by it."""
+        """Makes the signal end the process at once within this context, if no work is lost."""
         self._is_immediate = nothing_is_lost
         try:
             yield
@@ -61,13 +61,16 @@ class Termination:
             self._is_immediate = False
 
     def is_requested(self, args: TrainingArguments) -> bool:
-        """Returns whether any process got the signal. All end together, as each waits for the others."""
+        """Returns whether any process got the signal.
+
+        All processes end together, because they wait for each other.
+        """
         if args.world_size > 1:
             signals = torch.tensor(int(self._is_requested), device=args.device)
             self._is_requested = bool(reduce(signals, "sum"))
         return self._is_requested
 
     def end_process(self) -> None:
-        """Ends the process if the signal asked for it."""
+        """Ends the process if it got the signal."""
         if self._is_requested:
             raise SystemExit(TERMINATED)
