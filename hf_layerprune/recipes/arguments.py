@@ -1,4 +1,7 @@
-"""Settings of model and text, for recipes and commands. Imports next to nothing, so that --help is quick."""
+"""Settings of model and text for recipes and commands.
+
+This module imports very little, so that --help is fast.
+"""
 
 from dataclasses import dataclass, field
 
@@ -14,7 +17,7 @@ DATA_HELP = (
 
 @dataclass
 class ModelArguments:
-    """How a model is loaded.
+    """Settings of model loading.
 
     Raises:
         LayerPruneError: two settings exclude each other.
@@ -64,7 +67,7 @@ class ModelArguments:
 
     @property
     def quantized(self) -> str | None:
-        """The name of the setting that quantises the weights, None if none does."""
+        """Returns the name of the setting that quantises the weights; None if they are not quantised."""
         names = [name for name in ("load_in_8bit", "load_in_4bit") if getattr(self, name)]
         return names[0] if names else None
 
@@ -84,7 +87,7 @@ class TeacherArguments:
 
 @dataclass
 class TextArguments:
-    """How text is read."""
+    """Settings of text loading."""
 
     data_field: str = field(
         default="text",
@@ -130,13 +133,13 @@ class TextArguments:
                 f"self_temperature is {self.self_temperature}. Choose at least 1 sequence, a length of 2 or "
                 "more tokens, and a temperature above 0."
             )
-        if self.data_template is not None:  # a shell gives \\n as it is written
+        if self.data_template is not None:  # a shell passes \\n as two characters
             self.data_template = self.data_template.replace("\\n", "\n")
 
 
 @dataclass
 class CalibrationArguments:
-    """How much text layers are scored on."""
+    """Settings of the amount of calibration text."""
 
     calibration_sequences: int = field(
         default=16, metadata={"help": "Sequences of the text to score layers on."}
@@ -145,7 +148,7 @@ class CalibrationArguments:
 
 @dataclass
 class SampleArguments(CalibrationArguments):
-    """How much text is set apart."""
+    """Settings of the amount of calibration and evaluation text."""
 
     heldout_sequences: int = field(
         default=16, metadata={"help": "Sequences of the text to measure perplexity on."}

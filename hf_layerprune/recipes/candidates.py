@@ -1,4 +1,4 @@
-"""The choice among the best few blocks: each is removed and reconstructed briefly, and compared by KL."""
+"""Compares the best few blocks: removes each block, reconstructs briefly, and measures the KL divergence."""
 
 import copy
 import logging
@@ -15,7 +15,7 @@ from ..surgery.lineage import get_lineage
 
 logger = logging.getLogger(__name__)
 
-TOKENS = 16_384  # of training text, read once for each candidate; and most of the calibration text
+TOKENS = 16_384  # training tokens for each candidate, and maximum of calibration tokens
 
 
 def compare_candidates(
@@ -27,12 +27,12 @@ def compare_candidates(
     calibration: list[Batch],
     **settings: Any,
 ) -> list[dict[str, Any]]:
-    """Returns the best blocks of a table, by score, with their KL after a brief reconstruction.
+    """Returns the blocks of a table with the best scores, and their KL after a brief reconstruction.
 
     Args:
-        model (`PreTrainedModel`): the model before the removal, which stays as it is.
+        model (`PreTrainedModel`): the model before the removal. It is not changed.
         table ([`ScoreTable`]): the scores of the blocks.
-        count (`int`): how many blocks to compare. At most all of the table.
+        count (`int`): number of blocks to compare, at most the number of blocks in the table.
         remove (`Callable`): removes the block with this first layer from a copy of the model, in place.
         training (`list`): batches to reconstruct on.
         calibration (`list`): batches to measure KL(original || pruned) on.
@@ -44,8 +44,10 @@ def compare_candidates(
     """
 
     def compare(first: int) -> dict[str, Any]:
-        """Returns the entry of one block. Its copy of the model ends with this call, so that memory holds one
-        at a time."""
+        """Returns the entry of one block.
+
+        Its copy of the model is freed after this call, so that memory holds only one copy at a time.
+        """
         pruned = copy.deepcopy(model)
         remove(pruned, first)
         reconstruct_layers(pruned, model, training, epochs=1, **settings)

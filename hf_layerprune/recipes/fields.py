@@ -1,4 +1,4 @@
-"""Dataclasses filled from plain values: of a YAML file, a command line or keyword arguments."""
+"""Fills dataclasses from the values of a YAML file, a command line or keyword arguments."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,17 +22,17 @@ WORDS = {
 
 
 def fill(kinds: Sequence[Any], values: Mapping[str, Any]) -> list[Any]:
-    """Returns one instance of each dataclass in `kinds`, made of the values for its fields.
+    """Returns one instance of each dataclass in `kinds`, with the values for its fields.
 
     Raises:
-        LayerPruneError: a field without a default has no value, or a dataclass refuses a value.
+        LayerPruneError: a field without a default has no value, or a dataclass does not accept a value.
     """
     filled = []
     for kind in kinds:
         names = {one.name for one in dataclasses.fields(kind) if one.init}
         try:
             filled.append(kind(**{name: value for name, value in values.items() if name in names}))
-        except ValueError as error:  # of the Trainer's arguments
+        except ValueError as error:  # from the Trainer's arguments
             raise LayerPruneError(str(error)) from error
         except TypeError as error:
             lacking = [name for name in _required(kind) if name not in values]
@@ -43,16 +43,17 @@ def fill(kinds: Sequence[Any], values: Mapping[str, Any]) -> list[Any]:
 
 
 def check_fields(values: Mapping[str, Any], kinds: Iterable[Any], origin: str) -> dict[str, Any]:
-    """Returns the values as their fields hold them: 3 as 3.0 where a number is wanted, `keep` as
-    `target_layers`.
+    """Returns the values by field name and converted to the types of their fields.
+
+    For example, 3 becomes 3.0 for a float field, and `keep` becomes `target_layers`.
 
     Args:
         values (mapping): values by the names of fields, or by their aliases.
-        kinds (iterable of dataclasses): which fields there are.
-        origin (`str`): where the values are from, for errors.
+        kinds (iterable of dataclasses): the dataclasses that have the fields.
+        origin (`str`): the origin of the values, for errors.
 
     Raises:
-        LayerPruneError: there is no such field, or a value is of another type than its field.
+        LayerPruneError: a field is unknown, or a value does not have the type of its field.
     """
     known: dict[str, dataclasses.Field] = {}
     hints: dict[str, Any] = {}
@@ -91,20 +92,20 @@ def _required(kind: Any) -> list[str]:
 
 
 def _aliases(one: dataclasses.Field) -> list[str]:
-    """The other names of a field, as they are without the dashes of a flag."""
+    """Returns the aliases of a field, without the dashes of a flag."""
     return [alias.lstrip("-") for alias in one.metadata.get("aliases", ())]
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
-    """The types that a type hint allows."""
+    """Returns the types that a type hint allows."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def _converted(value: Any, hint: Any) -> Any:
-    """Returns a value as the first type of a hint that takes it.
+    """Returns a value converted to the first type of a hint that accepts it.
 
     Raises:
-        ValueError: none does.
+        ValueError: no type accepts the value.
     """
     for option in _options(hint):
         try:
@@ -115,10 +116,10 @@ def _converted(value: Any, hint: Any) -> Any:
 
 
 def _as(value: Any, kind: Any) -> Any:
-    """Returns a value as one type, if nothing is lost by that.
+    """Returns a value converted to one type, if the conversion is lossless.
 
     Raises:
-        ValueError: it is of another type.
+        ValueError: the value has another type.
     """
     origin, truth = get_origin(kind) or kind, isinstance(value, bool)
     if origin is Any:
@@ -144,7 +145,7 @@ def _as(value: Any, kind: Any) -> Any:
 
 
 def _wanted(hint: Any) -> str:
-    """Names the types of a hint in words."""
+    """Returns the names of the types of a hint in words."""
     words = []
     for option in _options(hint):
         origin = get_origin(option) or option

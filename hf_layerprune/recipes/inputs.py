@@ -1,4 +1,4 @@
-"""The inputs of a run: its model, its text in three parts, and checks before any long work."""
+"""Loads the model and the text of a run, and checks them before any long work."""
 
 import logging
 import os
@@ -38,8 +38,8 @@ from .arguments import ModelArguments, SampleArguments, TextArguments
 
 logger = logging.getLogger(__name__)
 
-OWN_TEXT = "text that the model wrote"  # its name in records and cards
-Parts = tuple[Dataset, Dataset, Any]  # to score on, to measure on and to train on
+OWN_TEXT = "text that the model wrote"  # the name of generated text in records and cards
+Parts = tuple[Dataset, Dataset, Any]  # rows for calibration, evaluation and training
 
 
 def check_model(
@@ -49,12 +49,13 @@ def check_model(
 
     Args:
         name (`str`): folder or hub id of the model.
-        source ([`ModelArguments`]): how it will be loaded.
-        what (`str`): what the model is for, for errors.
-        criterion (`str`, *optional*): how its layers are scored. Default: it must predict next tokens.
+        source ([`ModelArguments`]): settings of model loading.
+        what (`str`): the purpose of the model, for errors.
+        criterion (`str`, *optional*): the criterion that scores the layers. Without it, the model must
+            predict next tokens.
 
     Raises:
-        LayerPruneError: there is no such model, or its kind does not fit.
+        LayerPruneError: the model does not exist, or it is of an unsuitable kind.
     """
     config, cls = load_class(name, source.trust_remote_code, source.gguf_file)
     if criterion is None:
@@ -65,15 +66,15 @@ def check_model(
 
 
 def check_loading_for_training(source: ModelArguments, all_weights: bool = True) -> None:
-    """Checks, before weights are loaded, that a model loaded so can be trained.
+    """Checks before weights are loaded that a model can be trained with these loading settings.
 
     Args:
-        source ([`ModelArguments`]): how it will be loaded.
-        all_weights (`bool`, *optional*, defaults to `True`): whether its own weights are trained, not
-            adapters.
+        source ([`ModelArguments`]): settings of model loading.
+        all_weights (`bool`, *optional*, defaults to `True`): whether the weights of the model are trained
+            instead of adapters.
 
     Raises:
-        LayerPruneError: it cannot.
+        LayerPruneError: the model cannot be trained.
     """
     if source.device_map is not None:
         raise LayerPruneError(
@@ -93,33 +94,32 @@ def check_loading_for_training(source: ModelArguments, all_weights: bool = True)
 
 
 def check_stored_weights(config: PreTrainedConfig, name: str) -> None:
-    """Checks, before weights are loaded, that those of a stored model can be trained.
+    """Checks before weights are loaded that the weights of a stored model can be trained.
 
     Raises:
-        LayerPruneError: they are quantised.
+        LayerPruneError: the weights are quantised.
     """
     if getattr(config, "quantization_config", None) is not None:
         raise quantised_weights(config, name)
 
 
 def check_teacher_exists(name: str | None, trust_remote_code: bool) -> None:
-    """Checks, before any text is read, that there is a teacher of this name. None is no teacher.
+    """Checks before any text is read that the teacher exists. None means no teacher.
 
     Raises:
-        LayerPruneError: there is none, or it does not predict next tokens.
+        LayerPruneError: the teacher does not exist or does not predict next tokens.
     """
     if name is not None and not is_teacher_cache(name):
         check_next_token(load_class(name, trust_remote_code)[1], "The teacher")
 
 
 def load_on_device(name: str, source: ModelArguments, dtype: str = "auto") -> Any:
-    """Returns a model on the devices of `source.device_map`, else on the GPU, or on the CPU where there is
-    none.
+    """Returns a model on the devices of `source.device_map`. Default: the GPU, or the CPU if there is no GPU.
 
     Args:
         name (`str`): folder or hub id of the model.
-        source ([`ModelArguments`]): how it is loaded.
-        dtype (`str`, *optional*, defaults to `"auto"`): dtype of the weights, unless `source` names another.
+        source ([`ModelArguments`]): settings of model loading.
+        dtype (`str`, *optional*, defaults to `"auto"`): dtype of the weights, unless `source` sets a dtype.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     options = loading_options(source, dtype)
@@ -130,7 +130,7 @@ def load_on_device(name: str, source: ModelArguments, dtype: str = "auto") -> An
 
 
 def loading_options(source: ModelArguments, dtype: str = "auto") -> dict[str, Any]:
-    """Returns the arguments of [`load_model`]. Weights have `dtype`, unless `source` names another."""
+    """Returns the arguments of [`load_model`]. Weights have `dtype`, unless `source` sets a dtype."""
     options: dict[str, Any] = {
         "dtype": dtype if source.dtype == "auto" else source.dtype,
         "trust_remote_code": source.trust_remote_code,
@@ -151,16 +151,17 @@ def loading_options(source: ModelArguments, dtype: str = "auto") -> dict[str, An
 
 
 def has_bf16() -> bool:
-    """Returns whether there is a GPU that computes in bfloat16."""
+    """Returns whether a GPU that supports bfloat16 is available."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def precision_of_training(given: Mapping[str, Any]) -> dict[str, bool]:
-    """Returns the precision settings with which a GPU trains fast: bfloat16 autocast and TF32, if the GPU has
-    them. There are none on a CPU.
+    """Returns the precision settings for fast training: bfloat16 autocast and TF32, if the GPU supports them.
+
+    On a CPU no setting is returned.
 
     Args:
-        given (mapping): the settings that the user gave. They are not changed.
+        given (mapping): the settings of the user. They are not overridden.
     """
     if not torch.cuda.is_available() or given.get("use_cpu") or "ACCELERATE_MIXED_PRECISION" in os.environ:
         return {}
@@ -173,8 +174,8 @@ def precision_of_training(given: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def keep_stored_dtype(args: DistillationTrainingArguments, name: str, source: ModelArguments) -> None:
-    """Sets `save_dtype`, in place, to the dtype that the model is stored in, unless it is set."""
-    if source.gguf_file is not None:  # stored in blocks
+    """Sets `save_dtype` in `args`, in place, to the dtype of the stored model, unless it is already set."""
+    if source.gguf_file is not None:  # GGUF stores weights in blocks
         return
     dtype = str(stored_dtype(name, source.trust_remote_code)).removeprefix("torch.")
     if args.save_dtype is None and dtype in DTYPES and dtype != "float32":
@@ -204,20 +205,21 @@ def make_sequences(
     limit: int | None = None,
     writer: Callable[[], PreTrainedModel] | None = None,
 ) -> Dataset:
-    """Returns text as rows of tokens with labels.
+    """Returns rows of tokens with labels, made of text.
 
     Args:
         data: sources that [`load_rows`] reads, as a `str`, a `Path` or a list of `Path`; `"self"`; or rows in
-            memory: texts, chats, prompts, a `Dataset`, or tokens in a form that [`make_batches`] takes.
-        text ([`TextArguments`]): how it is read.
-        sequence ([`SequenceArguments`]): how it is cut.
-        config (`PreTrainedConfig`): of the model that reads it.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's own, for text.
-        limit (`int`, *optional*): the most sequences to make of text.
-        writer (`Callable`, *optional*): returns the model that writes the text of `"self"`.
+            memory: texts, chats, prompts, a `Dataset`, or tokens in a form that [`make_batches`] accepts.
+        text ([`TextArguments`]): settings of text loading.
+        sequence ([`SequenceArguments`]): settings of the sequences.
+        config (`PreTrainedConfig`): the config of the model that reads the text.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's tokenizer. Text needs it.
+        limit (`int`, *optional*): maximum number of sequences made of text.
+        writer (`Callable`, *optional*): a function that returns the model that generates text for `"self"`.
 
     Raises:
-        LayerPruneError: there is no such text, or it cannot be read or cut so.
+        LayerPruneError: the text does not exist, or it cannot be read or made into sequences with these
+            settings.
     """
     if isinstance(data, Dataset) and {"input_ids", "labels"} <= {*data.column_names}:
         return data
@@ -248,7 +250,7 @@ def make_sequences(
 
 
 def load_writer(name: str, source: ModelArguments) -> PreTrainedModel:
-    """Returns a model to write text with. On a CPU it computes in float32, which is faster there."""
+    """Returns a model that generates text. On a CPU it computes in float32, which is faster there."""
     return load_on_device(name, source, dtype="auto" if torch.cuda.is_available() else "float32")
 
 
@@ -260,10 +262,10 @@ def _own_text(
     limit: int | None,
     writer: Callable[[], PreTrainedModel] | None,
 ) -> list[dict[str, Any]]:
-    """Returns text that a model writes itself, as rows, from the cache folder where it is there already.
+    """Returns rows of text that a model generates. They are read from the cache folder if it has them.
 
     Raises:
-        LayerPruneError: no model can write, other data is given too, or the settings are those of files.
+        LayerPruneError: no model can generate text, other data is also given, or a setting is only for files.
     """
     if sources != [SELF] or writer is None or text.streaming:
         given = "other data is given too" if sources != [SELF] else "streaming is set"
@@ -281,17 +283,17 @@ def _own_text(
         path = cache_folder() / SELF / f"{Path(model.name_or_path).name or 'model'}-{mark[:16]}.jsonl"
         logger.info("The model writes text in %s.", path)
         with undisturbed(model):
-            # One more sequence, as texts are cut anew into sequences.
+            # Generate one more sequence, because the texts are cut into sequences again.
             return write_own_text(model, tokenizer, path, tokens=(sequences + 1) * length, **settings)
 
     return on_one_process(write)
 
 
 def _sources_of(data: Any) -> list[str]:
-    """Returns the names of sources; none if `data` is rows in memory.
+    """Returns the names of sources. The list is empty if `data` is rows in memory.
 
     Raises:
-        LayerPruneError: a list of strings names files. It would be taken for texts.
+        LayerPruneError: a list of strings names files. The strings would be read as texts.
     """
     if isinstance(data, (str, Path)):
         return [str(data)]
@@ -321,7 +323,7 @@ def _form(text: TextArguments, sequence: SequenceArguments, config: PreTrainedCo
 def _holds_text(rows: Any, text: TextArguments) -> bool:
     try:
         first = rows[0]
-    except (IndexError, KeyError, TypeError):  # no rows, a table, a set
+    except (IndexError, KeyError, TypeError):  # no rows, a table or a set
         return False
     if text.data_template is not None:
         return isinstance(first, dict)
@@ -338,15 +340,15 @@ def split_text(
     max_steps: int,
     writer: Callable[[], PreTrainedModel] | None = None,
 ) -> Parts:
-    """Returns rows of tokens to score on, to measure on and to train on.
+    """Returns rows of tokens in three parts, for calibration, evaluation and training.
 
     Args:
         data, text, sequence, config, tokenizer, writer: see [`make_sequences`].
-        sample ([`SampleArguments`]): how many rows are set apart.
-        max_steps (`int`): training steps, without which a stream has no end.
+        sample ([`SampleArguments`]): number of rows for calibration and evaluation.
+        max_steps (`int`): number of training steps. A stream needs it, as it has no known length.
 
     Raises:
-        LayerPruneError: as [`make_sequences`], or there is too little text.
+        LayerPruneError: [`make_sequences`] fails, or there is too little text.
     """
     calibration, heldout = sample.calibration_sequences, sample.heldout_sequences
     if not text.streaming or SELF in _sources_of(data):
@@ -374,7 +376,7 @@ def check_text_is_left(train: Any, sample: SampleArguments) -> None:
     """Checks that there are rows to train on.
 
     Raises:
-        LayerPruneError: calibration and evaluation take them all.
+        LayerPruneError: calibration and evaluation use all rows.
     """
     if isinstance(train, Dataset) and not len(train):
         taken = sample.calibration_sequences + sample.heldout_sequences
@@ -385,7 +387,7 @@ def check_text_is_left(train: Any, sample: SampleArguments) -> None:
 
 
 def text_name(sources: Iterable[str | Path], text: TextArguments) -> str:
-    """Returns the name of a text for a card: its files, or its id and configuration on the hub."""
+    """Returns the name of a text for a model card: its files, or its id and configuration on the hub."""
     name = names_of(sources)
     return f"{name}, {text.data_config}" if text.data_config else name
 

@@ -1,4 +1,4 @@
-"""The whole of a method in one call: text, scores, removal, training, saving."""
+"""Runs a whole pruning method in one call: text, scores, removal, training, saving."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -44,11 +44,11 @@ from .run_plan import announce_plan
 
 
 class PruneOutput(NamedTuple):
-    """What [`prune`] returns.
+    """The result of [`prune`].
 
     Args:
         model (`PreTrainedModel`): the pruned model, in eval mode.
-        record ([`RunRecord`]): the record of the run, which `layer_pruning.json` holds.
+        record ([`RunRecord`]): the record of the run, as in `layer_pruning.json`.
     """
 
     model: PreTrainedModel
@@ -66,36 +66,41 @@ def prune(
     resume_from_checkpoint: str | bool | None = None,
     **fields: Any,
 ) -> PruneOutput:
-    """Prunes a model by a recipe, and saves it with its tokenizer, record and card in `output_dir`.
+    """Prunes a model with a recipe, and saves it with its tokenizer, record and card in `output_dir`.
 
-    `hf-layerprune run` is the same on the command line.
+    The command `hf-layerprune run` does the same.
 
     Args:
         model (`str`, `Path` or `PreTrainedModel`): folder or hub id of the model, or the model itself, which
-            is changed in place. Default: that of the recipe.
-        data: text, chats or prompts to score, train and measure on. A `str`, a `Path` or a list of `Path`
-            names what [`load_rows`] reads: files, folders, globs, ids of data sets on the hub. `"self"` is
-            text that the model writes itself. Everything else is rows in memory: a list of texts, a
-            `Dataset`, or another form that [`make_batches`] takes. Default: the data of the recipe.
-        keep (`int`, *optional*): how many layers to keep. `target_ratio=0.75`, `target_parameters="2.4B"`,
+            is changed in place. Default: the model of the recipe.
+        data: text, chats or prompts for calibration, training and evaluation. Default: the data of the
+            recipe. One of
+            - a `str`, a `Path` or a list of `Path`: files, folders, globs, or ids of data sets on the hub,
+              see [`load_rows`].
+            - `"self"`: text that the model generates itself.
+            - rows in memory: a list of texts, a `Dataset`, or another form that [`make_batches`] accepts.
+        keep (`int`, *optional*): number of layers to keep. `target_ratio=0.75`, `target_parameters="2.4B"`,
             `target_speedup=1.25` or `layers="12-18"` (the layers to remove) may be given instead. Default:
-            that of the recipe.
+            the target of the recipe.
         recipe (`str`, `Path` or mapping, *optional*, defaults to `"default"`): the name of a recipe that
             comes with the package, a YAML file, or a mapping of its fields.
-        teacher (`str`, `Path` or `PreTrainedModel`, *optional*): folder (also of [`cache_teacher_logits`]) or
-            hub id of the teacher, or the teacher itself, which is frozen in place. It may have more layers,
-            as the original of a pruned model. Default: a copy of the model.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): default: the one in the model's folder.
-        resume_from_checkpoint (`str` or `bool`, *optional*): as for [`~transformers.Trainer.train`].
-        fields: other fields of a recipe, which replace the recipe's own: those of [`PruningArguments`],
-            [`DistillationTrainingArguments`] (`output_dir`, `max_steps`, `learning_rate`, ...), and
-            `sequence_length`, `packing`, `loss_on`, `data_template`, `calibration_sequences`, `select`, ...
+        teacher (`str`, `Path` or `PreTrainedModel`, *optional*): folder or hub id of the teacher, a cache of
+            [`cache_teacher_logits`], or the teacher itself, which is frozen in place. It may have more layers
+            than the model, for example the original of a pruned model. Default: a copy of the model.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the tokenizer. Default: the tokenizer in the
+            model's folder.
+        resume_from_checkpoint (`str` or `bool`, *optional*): see [`~transformers.Trainer.train`].
+        fields: other fields of a recipe, which replace the values of the recipe. They are the fields of
+            [`PruningArguments`] and [`DistillationTrainingArguments`] (`output_dir`, `max_steps`,
+            `learning_rate`, ...), and `sequence_length`, `packing`, `loss_on`, `data_template`,
+            `calibration_sequences`, `select`, ...
 
     Returns:
         [`PruneOutput`]: the pruned model and the record of the run.
 
     Raises:
-        LayerPruneError: a field or a value is wrong, or settings cannot work, before any long work.
+        LayerPruneError: a field or a value is wrong, or settings cannot work. It is raised before any long
+            work.
 
     Example:
 
@@ -155,7 +160,7 @@ def prune(
     record = run_recipe(pruned, tokenizer, chosen, pruning, args, rows, **run)
     if not in_memory:
         copy_companions(chosen.model, args.output_dir)
-    for parameter in pruned.parameters():  # a recipe may train a part of the model alone
+    for parameter in pruned.parameters():  # a recipe may train only a part of the model
         parameter.requires_grad_(id(parameter) not in frozen)
     pruned.zero_grad()
     return PruneOutput(pruned.eval(), record)
@@ -168,10 +173,10 @@ def _meta_model(name: str | None, source: ModelArguments) -> PreTrainedModel:
 def _values(
     recipe: str | Path | Mapping[str, Any], named: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the values of all fields: those of the recipe, and over them those that the caller gives.
+    """Returns the values of all fields. The caller's values replace the values of the recipe.
 
     Raises:
-        LayerPruneError: a field or a value is wrong, or neither names a model.
+        LayerPruneError: a field or a value is wrong, or neither the caller nor the recipe names a model.
     """
     if isinstance(recipe, Mapping):
         values = check_fields(recipe, RECIPE_KINDS, "recipe")
@@ -189,7 +194,7 @@ def _tokenizer_of(model: PreTrainedModel, trust_remote_code: bool) -> PreTrained
     """Returns the tokenizer in the folder or hub repository that a model was loaded from.
 
     Raises:
-        LayerPruneError: the model was not loaded, or there is no tokenizer.
+        LayerPruneError: the model was not loaded from a folder or the hub, or no tokenizer exists there.
     """
     if not model.name_or_path:
         raise LayerPruneError(
@@ -200,15 +205,17 @@ def _tokenizer_of(model: PreTrainedModel, trust_remote_code: bool) -> PreTrained
 
 
 def _writer(model: Any, teacher: Any, source: ModelArguments) -> PreTrainedModel:
-    """Returns the model that writes the text of `data="self"`: the teacher, or `model` if there is no teacher
-    model."""
+    """Returns the model that generates the text of `data="self"`.
+
+    It is the teacher, or `model` if the teacher is not a model.
+    """
     is_cache = isinstance(teacher, str) and is_teacher_cache(teacher)
     writer = model if teacher is None or is_cache else teacher
     return writer if isinstance(writer, PreTrainedModel) else load_writer(str(writer), source)
 
 
 def _of_machine(values: dict[str, Any]) -> dict[str, Any]:
-    """Returns values with those that follow this machine: on a CPU `use_cpu`, for bf16, and its precision."""
+    """Returns the values with the defaults for this machine: `use_cpu` on a CPU, and the precision."""
     if not torch.cuda.is_available():
         values = {"use_cpu": True} | values
     return values | precision_of_training(values)
@@ -217,7 +224,7 @@ def _of_machine(values: dict[str, Any]) -> dict[str, Any]:
 def _set_steps(
     recipe: RecipeArguments, pruning: PruningArguments, args: DistillationTrainingArguments, layers: int
 ) -> None:
-    """Sets `max_steps`, in place, to the steps of all phases where only those of one phase are given."""
+    """Sets `max_steps`, in place, to the steps of all phases if only the steps of one phase are given."""
     if recipe.select == "phases" and args.max_steps < 0 and pruning.steps_per_phase:
         phases = phase_sizes(layers, pruning.target_layers, pruning.layers_per_phase)
         args.max_steps = pruning.steps_per_phase * len(phases)

@@ -1,4 +1,4 @@
-"""Recipes: YAML files that say which layers go, what replaces them, and how the model is trained."""
+"""Recipes: YAML files with settings for the removal, replacement and training of layers."""
 
 import dataclasses
 import re
@@ -27,13 +27,13 @@ REPLACEMENT_LOSSES = {
     "lm": {"kl_weight": 0.0, "ce_weight": 1.0, "hidden_weight": 0.0},
     "kl": {"kl_weight": 1.0, "ce_weight": 0.0, "hidden_weight": 0.0},
 }
-SETTINGS_NAME = "layer_pruning.yaml"  # beside a model: the settings it was made with
+SETTINGS_NAME = "layer_pruning.yaml"  # file of the settings of a run, beside its model
 OF_THE_FOLDER = ("output_dir", "resume", "resume_from_checkpoint")
 OF_THE_MACHINE = ("use_cpu", "dataloader_pin_memory")
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 5e-5 as the number that it is in YAML 1.2; PyYAML takes it for a word."""
+    """Reads 5e-5 as a number, as in YAML 1.2. PyYAML reads it as a string."""
 
 
 _Loader.add_implicit_resolver(
@@ -43,7 +43,7 @@ _Loader.add_implicit_resolver(
 
 @dataclass
 class RecipeArguments:
-    """The fields of a recipe beside those of scoring, removal and training."""
+    """The fields of a recipe, apart from the fields of scoring, removal and training."""
 
     model: str | None = field(default=None, metadata={"help": "Folder or hub id of the model."})
     data: list[str] | None = field(default=None, metadata={"help": DATA_HELP})
@@ -92,15 +92,15 @@ class RecipeArguments:
                 "candidates, and set select to block to compare several."
             )
         if self.replacement == "linear" and self.replacement_loss == "mse":
-            self.replacement_loss = "kl"  # the map is the least of mse already
+            self.replacement_loss = "kl"  # the map already minimises the mse
 
     @property
     def trains_only_replacement(self) -> bool:
-        """Whether the replacement is all that is trained."""
+        """Returns whether only the replacement is trained."""
         return self.replacement != "none" and self.replacement_loss != "none"
 
 
-# A recipe file is a mapping of the fields of these.
+# The dataclasses whose fields a recipe file may set.
 RECIPE_KINDS = (
     RecipeArguments,
     ModelArguments,
@@ -118,14 +118,14 @@ def shipped_recipes() -> list[str]:
 
 
 def read_recipe(recipe: str | Path) -> dict[str, Any]:
-    """Returns the fields of a recipe, of the types of their dataclasses.
+    """Returns the fields of a recipe, with the types of their dataclasses.
 
     Args:
         recipe (`str` or `Path`): the name of a recipe that comes with the package, or a YAML file of fields
             of `RECIPE_KINDS`.
 
     Raises:
-        LayerPruneError: there is no such recipe, it is not plain YAML, or a field or a value is wrong.
+        LayerPruneError: the recipe does not exist, it is not plain YAML, or a field or a value is wrong.
     """
     path = SHIPPED / f"{recipe}.yaml" if recipe in shipped_recipes() else Path(recipe)
     if not path.is_file():
@@ -138,7 +138,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Returns the values of a YAML file that are not null.
 
     Raises:
-        LayerPruneError: there is no such file, it is not a mapping in plain YAML, or it allows code to run.
+        LayerPruneError: the file does not exist, it is not a mapping in plain YAML, or it allows code to run.
     """
     if not path.is_file():
         raise LayerPruneError(f"No such file: {path}. Give a YAML file of lines `field: value`.")
@@ -157,17 +157,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes values to a YAML file, which [`read_yaml`] reads. It does not allow code to run."""
+    """Writes values to a YAML file for [`read_yaml`]. The file does not allow code to run."""
     plain = {name: _plain(value) for name, value in values.items() if name != "trust_remote_code"}
     with whole_file(path) as file:
         file.write(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).encode())
 
 
 def write_settings(values: Mapping[str, Any], folder: str | Path) -> None:
-    """Writes the settings of a run beside its model. `run` and `--config` run them again, in another folder.
+    """Writes the settings of a run beside its model.
+
+    `run` and `--config` can repeat the run with this file in another folder.
 
     Args:
-        values (mapping): what recipe, config file and flags give.
+        values (mapping): the values of recipe, config file and flags.
         folder (`str` or `Path`): the output folder.
     """
     settings = {name: value for name, value in values.items() if name not in OF_THE_FOLDER}
@@ -186,12 +188,12 @@ def check_recipe(recipe: RecipeArguments, pruning: PruningArguments, streaming: 
     """Checks that the fields of a recipe go together.
 
     Args:
-        recipe ([`RecipeArguments`]): how layers are selected, and what replaces them.
-        pruning ([`PruningArguments`]): how layers are scored and reconstructed.
+        recipe ([`RecipeArguments`]): settings of the selection and the replacement of layers.
+        pruning ([`PruningArguments`]): settings of scoring and reconstruction.
         streaming (`bool`): whether the text is streamed.
 
     Raises:
-        LayerPruneError: they do not.
+        LayerPruneError: two fields do not go together.
     """
     _check_phases_are_used(recipe.select, pruning)
     name = "reconstruction_layers" if pruning.reconstruction_layers else "block_candidates"
@@ -210,10 +212,10 @@ def check_recipe(recipe: RecipeArguments, pruning: PruningArguments, streaming: 
 
 
 def _check_phases_are_used(select: str, pruning: PruningArguments) -> None:
-    """Checks that settings of phases come with `select="phases"` alone.
+    """Checks that settings of phases are set only for `select="phases"`.
 
     Raises:
-        LayerPruneError: another way of selecting has no use for one that is set.
+        LayerPruneError: a setting of phases is set, but the selection does not use it.
     """
     if select == "phases":
         return
@@ -230,11 +232,12 @@ def _check_phases_are_used(select: str, pruning: PruningArguments) -> None:
 
 
 def resolved_fields(parts: Sequence[Any], args: DistillationTrainingArguments) -> dict[str, Any]:
-    """Returns the fields of a run that are not at their default, as in a recipe file, without folders and
-    settings of this machine.
+    """Returns the fields of a run that differ from their defaults, in the form of a recipe file.
+
+    Folders and settings of this machine are left out.
 
     Args:
-        parts (sequence of dataclasses): filled ones of `RECIPE_KINDS`, without the training arguments.
+        parts (sequence of dataclasses): instances of `RECIPE_KINDS`, without the training arguments.
         args ([`DistillationTrainingArguments`]): the training arguments.
     """
     resolved: dict[str, Any] = {}
@@ -250,7 +253,7 @@ def resolved_fields(parts: Sequence[Any], args: DistillationTrainingArguments) -
 
 
 def _without_folders(value: str | list[str]) -> str | list[str]:
-    """Returns the names of files and folders without their parents, and hub ids as they are."""
+    """Returns the names of files and folders without their parents. Hub ids are not changed."""
     names = [
         Path(one).name if Path(one).exists() else one
         for one in ([value] if isinstance(value, str) else value)

@@ -1,4 +1,4 @@
-"""Runs a recipe: removes layers, trains the pruned model, saves it with its record and card."""
+"""Runs a recipe: removes layers, trains the pruned model, and saves it with its record and card."""
 
 import copy
 import time
@@ -63,14 +63,14 @@ class Run:
 
     Args:
         model (`PreTrainedModel`): the model to prune, in place.
-        recipe ([`RecipeArguments`]): how layers are selected, and what replaces them.
-        pruning ([`PruningArguments`]): how layers are scored, and how many stay.
-        args ([`DistillationTrainingArguments`]): how the pruned model is trained.
-            With `max_steps=0` it is not trained.
-        calibration, heldout, train (`Dataset`): rows of tokens to score on, to measure on and to train on.
-        teacher (`PreTrainedModel` or `str`, *optional*): what teaches, a model or a folder of cached logits.
+        recipe ([`RecipeArguments`]): settings of the selection and the replacement of layers.
+        pruning ([`PruningArguments`]): settings of scoring and of the number of layers to keep.
+        args ([`DistillationTrainingArguments`]): the training arguments. With `max_steps=0` the pruned model
+            is not trained.
+        calibration, heldout, train (`Dataset`): rows of tokens for calibration, evaluation and training.
+        teacher (`PreTrainedModel` or `str`, *optional*): the teacher, a model or a folder of cached logits.
             Default: a copy of `model`.
-        owns_teacher (`bool`, *optional*, defaults to `True`): whether no one else uses the teacher, so that
+        owns_teacher (`bool`, *optional*, defaults to `True`): whether only this run uses the teacher, so that
             its weights may be cast.
     """
 
@@ -90,7 +90,7 @@ class Run:
 
     @property
     def distills(self) -> bool:
-        """Whether the pruned model learns from a teacher."""
+        """Returns whether the pruned model learns from a teacher."""
         return bool(self.args.max_steps and (self.args.kl_weight or self.args.hidden_weight))
 
 
@@ -111,10 +111,10 @@ def run_recipe(
 
     Args:
         model, recipe, pruning, args: see [`Run`].
-        tokenizer (`PreTrainedTokenizerBase`): saved beside the model.
-        parts (tuple of three `Dataset`): rows of tokens to score on, to measure on and to train on.
+        tokenizer (`PreTrainedTokenizerBase`): the tokenizer, which is saved with the model.
+        parts (tuple of three `Dataset`): rows of tokens for calibration, evaluation and training.
         resume (*optional*): see [`~transformers.Trainer.train`]. Training of a replacement cannot be resumed.
-        resolved (`dict`, *optional*): the recipe's fields, for record and card.
+        resolved (`dict`, *optional*): the fields of the recipe, for record and card.
         teacher (`PreTrainedModel` or `str`, *optional*): a model, or the folder or hub id of a model or of
             cached logits. Default: a copy of `model`.
         trust_remote_code (`bool`, *optional*, defaults to `False`): run the code that comes with the teacher.
@@ -123,7 +123,7 @@ def run_recipe(
         [`RunRecord`]: the run record.
 
     Raises:
-        LayerPruneError: settings that cannot work, before any long work.
+        LayerPruneError: settings cannot work. It is raised before any long work.
     """
     run = Run(model, recipe, pruning, args, *parts, owns_teacher=not isinstance(teacher, PreTrainedModel))
     if teacher is not None:
@@ -132,7 +132,7 @@ def run_recipe(
         run.teacher = str(teacher) if isinstance(found, CachedTeacherLogits) else found.to(model.device)
     _check(run, resume)
     checkpoint = checkpoint_of(str(args.output_dir)) if resume is True else resume or None
-    cache_setting = getattr(model.config, "use_cache", None)  # which training may switch off
+    cache_setting = getattr(model.config, "use_cache", None)  # training may disable the cache
     if recipe.select == "phases":
         callback = pruning_callback(pruning, calibration=run.calibration, evaluation=run.evaluation)
         _train(run, run.teacher, callback, checkpoint)
@@ -158,7 +158,7 @@ def run_recipe(
 
 
 def pruning_callback(pruning: PruningArguments, **settings: Any) -> LayerPruningCallback:
-    """Returns the callback of these settings."""
+    """Returns the callback with these settings."""
     return LayerPruningCallback(pruning, **settings)
 
 
@@ -166,7 +166,7 @@ def _check(run: Run, resume: str | bool | None) -> None:
     """Checks a run before any long work.
 
     Raises:
-        LayerPruneError: settings that cannot work.
+        LayerPruneError: settings cannot work.
     """
     reconstructs = run.pruning.reconstruction_layers or run.recipe.block_candidates > 1
     if (run.args.max_steps or reconstructs) and isinstance(run.train, Dataset) and not len(run.train):
@@ -199,12 +199,13 @@ def _check(run: Run, resume: str | bool | None) -> None:
 
 
 def _check_has_block(run: Run, length: int, protected: Sequence[int] | None) -> None:
-    """Checks that some block of so many consecutive layers may go.
+    """Checks that at least one block of `length` consecutive layers may be removed.
 
     Args:
         run ([`Run`]): the run.
-        length (`int`): layers of a block.
-        protected (sequence of `int`, *optional*): layers that stay, by original index. Default: the ends.
+        length (`int`): number of layers in the block.
+        protected (sequence of `int`, *optional*): the layers to keep, by original index. Default: the first
+            and the last layer.
 
     Raises:
         LayerPruneError: each block has a protected layer.
@@ -220,15 +221,15 @@ def _check_has_block(run: Run, length: int, protected: Sequence[int] | None) -> 
 
 
 def _layers_in_replacement(recipe: RecipeArguments) -> int:
-    """Returns the number of layers in the replacement. A linear map is part of the layer before."""
+    """Returns the number of layers in the replacement. A linear map is part of the previous layer."""
     return 0 if recipe.replacement in ("none", "linear") else recipe.replacement_layers
 
 
 def _check_teaches(run: Run) -> None:
-    """Checks that a run has use for a teacher.
+    """Checks that a run uses a teacher.
 
     Raises:
-        LayerPruneError: it has none.
+        LayerPruneError: the run uses no teacher.
     """
     reconstructs = run.pruning.reconstruction_layers and run.recipe.select != "phases"
     if not run.distills and not reconstructs:
@@ -239,7 +240,7 @@ def _check_teaches(run: Run) -> None:
 
 
 def _remove_and_heal(run: Run, checkpoint: str | None) -> RunRecord:
-    """Removes all layers, then trains the pruned model. Returns the record.
+    """Removes all layers before training, then trains the pruned model. Returns the record.
 
     Args:
         run ([`Run`]): the inputs of the run.
@@ -261,25 +262,27 @@ def _remove_and_heal(run: Run, checkpoint: str | None) -> RunRecord:
     if reconstructs:
         assert teacher is not None
         record.finished = False
-        write_record(record, run.folder)  # a run that is stopped from here on can be resumed
+        write_record(record, run.folder)  # from here on a stopped run can be resumed
         record.phases[-1].reconstruction = _reconstruct(run, teacher)
     if args.max_steps:
         record.finished = False
         write_record(record, run.folder)
         _heal(run, teacher, record, replaced, checkpoint)
     record.finished = True
-    record.seconds = round(time.monotonic() - began, 2)  # since it was resumed
+    record.seconds = round(time.monotonic() - began, 2)  # since the start or the resumption
     record.phases[-1].seconds = record.seconds
     record.peak_memory_mb = peak_memory_mb()
     return record
 
 
 def _remove(run: Run, checkpoint: str | None) -> tuple[RunRecord, list[nn.Parameter]]:
-    """Removes the layers, or the layers in the record of a resumed run. Returns the record and the parameters
-    of a replacement."""
+    """Removes the layers. For a resumed run these are the layers in its record.
+
+    Returns the record and the parameters of a replacement.
+    """
     model, pruning = run.model, run.pruning
     begun = read_record(run.folder) if checkpoint else None
-    if begun is not None:  # a checkpoint holds weights, and the record the layers
+    if begun is not None:  # a checkpoint holds the weights, and the record holds the layers
         _check_same(begun, run)
         kept = begun.phases[-1].kept
         present = get_lineage(model).kept
@@ -306,7 +309,7 @@ def _heal(
         for parameter in model.parameters():
             parameter.requires_grad_(any(parameter is one for one in replaced))
     with ExitStack() as shortened:
-        # The output of a replacement does not depend on later layers.
+        # Later layers do not change the output of a replacement.
         if run.recipe.trains_only_replacement and args.hidden_weight:
             last = _last_replaced(record)
             args.hidden_layers, args.save_strategy = [last], "no"
@@ -322,7 +325,7 @@ def _heal(
 
 
 def _reconstruct(run: Run, teacher: PreTrainedModel) -> dict[str, Any]:
-    """Trains the layers next to the cuts on the teacher's hidden states. Returns the entry for the record."""
+    """Trains the layers next to the cuts on the teacher's hidden states. Returns an entry for the record."""
     began, args = time.monotonic(), run.args
     folder = run.folder / "reconstruction"
     found = reconstruct_layers(
@@ -334,12 +337,12 @@ def _reconstruct(run: Run, teacher: PreTrainedModel) -> dict[str, Any]:
         **_reconstruction_settings(run),
     )
     if args.process_index == 0:
-        folder.rmdir()  # its checkpoints are gone
+        folder.rmdir()  # its checkpoints are already deleted
     return found.to_dict() | {"seconds": round(time.monotonic() - began, 2)}
 
 
 def _training_batches(run: Run, tokens: int | None) -> list[Batch]:
-    """Returns batches of the first training rows with this number of tokens. Default: all rows."""
+    """Returns batches of the first training rows with this number of tokens. None means all rows."""
     rows = len(run.train)
     if tokens is not None:
         rows = min(rows, max(1, tokens // len(run.train[0]["input_ids"])))
@@ -347,20 +350,20 @@ def _training_batches(run: Run, tokens: int | None) -> list[Batch]:
 
 
 def _reconstruction_settings(run: Run) -> dict[str, Any]:
-    """Returns the arguments of [`reconstruct_layers`] that all reconstruction of a run shares."""
+    """Returns the arguments of [`reconstruct_layers`] that are the same in all reconstructions of a run."""
     layers = run.pruning.reconstruction_layers or 1  # to compare candidates
     return {
         "layers_before": layers,
         "layers_after": layers,
         "learning_rate": run.pruning.reconstruction_learning_rate,
-        "autocast": torch.bfloat16 if run.args.bf16 else None,  # fp16 would need its gradients scaled
+        "autocast": torch.bfloat16 if run.args.bf16 else None,  # fp16 would need gradient scaling
         "seed": run.args.seed,
         "progress": not run.args.disable_tqdm,
     }
 
 
 def _rows_read(run: Run) -> Dataset:
-    """Returns the rows that the training after reconstruction reads, so that both see the same tokens."""
+    """Returns the rows that training reads after reconstruction, so that both read the same tokens."""
     train, args = run.train, run.args
     rows = len(train)
     if args.max_steps > 0:
@@ -369,7 +372,7 @@ def _rows_read(run: Run) -> Dataset:
 
 
 def _check_same(begun: RunRecord, run: Run) -> None:
-    """Checks that a resumed run has the settings it began with."""
+    """Checks that a resumed run has the same settings as at its start."""
     settings = {name: getattr(run.pruning, name) for name in ("target_layers", "criterion")}
     settings |= {"select": run.recipe.select, "replacement": run.recipe.replacement}
     check_same_settings({"replacement": "none", "select": "phases"} | begun.pruning, settings, run.folder)
@@ -379,7 +382,7 @@ def _replace(run: Run) -> tuple[RunRecord, list[nn.Parameter]]:
     """Replaces the least important block of layers. Returns the record and the parameters to train.
 
     Raises:
-        LayerPruneError: the replacement would have as many layers as are kept, or more.
+        LayerPruneError: the number of layers in the replacement is not below the number of layers to keep.
     """
     model, kind, pruning = run.model, run.recipe.replacement, run.pruning
     before, given = get_lineage(model).kept, run.recipe.replacement_layers
@@ -425,7 +428,7 @@ def _replace(run: Run) -> tuple[RunRecord, list[nn.Parameter]]:
 
 
 def _last_replaced(record: RunRecord) -> int:
-    """Returns the last original layer of the block that was replaced."""
+    """Returns the original index of the last layer in the replaced block."""
     table = record.removals[0].table
     assert table is not None
     return table.kept[table.ranking()[0] + table.block_size - 1]
@@ -437,11 +440,12 @@ def _train(
     callback: LayerPruningCallback | None = None,
     checkpoint: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Trains the model, with a teacher if the losses need one, and removes the Trainer's mixed precision from
-    it. Returns the log.
+    """Trains the model, with a teacher if the losses need it. Returns the log.
+
+    Afterwards it removes the Trainer's mixed precision from the model.
 
     Raises:
-        LayerPruneError: the Trainer refuses an argument.
+        LayerPruneError: the Trainer does not accept an argument.
     """
     model, args = run.model, run.args
     kind: Any

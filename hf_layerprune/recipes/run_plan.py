@@ -1,4 +1,4 @@
-"""What a training run needs, planned from the configs before any weights are loaded."""
+"""Estimates the memory and time of a training run from the configs, before any weights are loaded."""
 
 import logging
 import math
@@ -37,18 +37,19 @@ from .inputs import check_loading_for_training, check_stored_weights
 
 logger = logging.getLogger(__name__)
 
-CPU_SHARE = 0.5  # of the speed of matrix products, that a distillation step reaches on a CPU
+CPU_SHARE = 0.5  # share of the matrix product speed that a distillation step reaches on a CPU
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run needs on one device.
+    """The plan of a run on one device.
 
     Args:
-        footprint ([`Footprint`]): of the model with all its layers.
-        settings ([`TrainingSettings`]): what decides the memory of the run.
-        target_layers (`int`), start_layers (`int`): layers of the pruned model, and when training begins.
-        length (`int`): tokens of a sequence.
+        footprint ([`Footprint`]): footprint of the model with all layers.
+        settings ([`TrainingSettings`]): the settings that determine the memory of the run.
+        target_layers (`int`), start_layers (`int`): number of layers of the pruned model, and at the start of
+            training.
+        length (`int`): number of tokens in a sequence.
     """
 
     footprint: Footprint
@@ -59,12 +60,12 @@ class RunPlan:
 
     @property
     def training(self) -> TrainingPlan:
-        """Memory, FLOPs and tokens of a step."""
+        """Returns the memory, FLOPs and tokens of a step."""
         depths = self.target_layers, self.start_layers
         return plan_training(self.footprint, self.settings, *depths, self.length)
 
     def advice(self, memory: float) -> str:
-        """Returns the settings that make the run fit into `memory` bytes, as a sentence."""
+        """Returns a sentence with the settings that make the run fit into `memory` bytes."""
         depths = self.target_layers, self.start_layers
         changes = settings_that_fit(self.footprint, self.settings, *depths, self.length, memory)
         if changes:
@@ -76,7 +77,7 @@ def planned_model(name: str, source: ModelArguments, lora_rank: int | None) -> A
     """Returns a model without weights, in the dtype of training, with its adapters.
 
     Raises:
-        LayerPruneError: the model cannot be trained with these settings, or is to be quantised.
+        LayerPruneError: the model cannot be trained with these settings, or it would be quantised.
     """
     check_loading_for_training(source, all_weights=lora_rank is None)
     if source.quantized:
@@ -110,16 +111,16 @@ def plan_run(
     """Plans a distillation run.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): see [`planned_model`]. It is used up.
+        model (`PreTrainedModel` or `PeftModel`): see [`planned_model`]. It cannot be used afterwards.
         args ([`DistillationTrainingArguments`]): the settings of the run.
         target_layers, start_layers (`int`): see [`RunPlan`].
-        teacher (`str`, *optional*): folder (also of [`cache_teacher_logits`]) or hub id of the teacher.
-            Default: the model itself, whose weights adapters share.
+        teacher (`str`, *optional*): folder or hub id of the teacher, or a cache of [`cache_teacher_logits`].
+            Default: the model itself. A model with adapters shares its weights with this teacher.
         trust_remote_code (`bool`, *optional*, defaults to `False`): run the code that comes with the teacher.
-        on_cpu (`bool`, *optional*, defaults to `False`): the run is on a CPU.
+        on_cpu (`bool`, *optional*, defaults to `False`): whether the run is on a CPU.
 
     Raises:
-        LayerPruneError: there is no such teacher, or a model cannot run without values.
+        LayerPruneError: the teacher does not exist, or a model cannot run without values.
     """
     weight_bytes, with_adapters = model.dtype.itemsize, hasattr(model, "peft_config")
     batch, length = args.per_device_train_batch_size, resolve_length(args.sequence_length, model.config)
@@ -128,7 +129,7 @@ def plan_run(
     if teacher is not None and not is_cached:
         meta_teacher: Any = load_meta_model(teacher, trust_remote_code)
         other = measure_footprint(meta_teacher.to(model.dtype), batch, length, args.bf16)
-    # Adapters share the weights of a teacher that is the model itself; any other stays as it is loaded.
+    # With adapters, a teacher that is the model itself shares its weights. Other teachers keep their dtype.
     is_held_in_16_bits = args.bf16 and not with_adapters
     teacher_bytes = 2 if is_held_in_16_bits else weight_bytes
     if is_cached or (with_adapters and teacher is None):
@@ -160,18 +161,18 @@ def announce_plan(
     teacher: str | None = None,
     lora_rank: int | None = None,
 ) -> None:
-    """Logs what a distillation run will need, before its weights are loaded. See [`log_plan`].
+    """Logs the memory and time of a distillation run before its weights are loaded, see [`log_plan`].
 
-    Nothing is logged of what is not planned: quantised weights, and weights that several processes share.
-    Wrong settings are left to the checks of the run.
+    Nothing is logged for runs that cannot be planned: quantised weights, and weights that are sharded over
+    processes. The checks of the run handle wrong settings.
 
     Args:
         name (`str`): folder or hub id of the model.
-        source ([`ModelArguments`]): how it is loaded.
-        pruning ([`PruningArguments`]): how many layers go.
+        source ([`ModelArguments`]): settings of model loading.
+        pruning ([`PruningArguments`]): settings of the number of layers to remove.
         args ([`DistillationTrainingArguments`]): the settings of the run.
         train (`Dataset` or stream): the rows to train on.
-        select (`str`, *optional*, defaults to `"phases"`): which layers go, see [`RecipeArguments`].
+        select (`str`, *optional*, defaults to `"phases"`): the selection of layers, see [`RecipeArguments`].
         teacher, lora_rank (*optional*): see [`plan_run`] and [`planned_model`].
     """
     on_cpu = not torch.cuda.is_available() or args.use_cpu
@@ -188,20 +189,21 @@ def announce_plan(
         start = layers - sizes[0] if sizes else target
         trust = source.trust_remote_code
         plan = plan_run(model, args, target, start, teacher=teacher, trust_remote_code=trust, on_cpu=on_cpu)
-    except Exception as error:  # an estimate ends no run, whatever the model does without values
+    except Exception as error:  # a failed estimate must not end the run
         logger.debug("The run is not planned: %s", error)
         return
     log_plan(plan, args, len(train) if isinstance(train, Dataset) else None)
 
 
 def log_plan(plan: RunPlan, args: DistillationTrainingArguments, rows: int | None) -> None:
-    """Logs three lines: memory, time, and what to change if the memory does not suffice. They are warnings on
-    a GPU that is too small.
+    """Logs three lines: memory, time, and the settings to change if there is too little memory.
+
+    The lines are warnings if the GPU is too small.
 
     Args:
         plan ([`RunPlan`]): the plan.
         args ([`DistillationTrainingArguments`]): the settings of the run.
-        rows (`int`, *optional*): sequences to train on, if they are counted.
+        rows (`int`, *optional*): number of sequences to train on, if it is known.
     """
     training, settings = plan.training, plan.settings
     if settings.on_cpu:
@@ -218,7 +220,7 @@ def log_plan(plan: RunPlan, args: DistillationTrainingArguments, rows: int | Non
         steps = math.ceil(args.num_train_epochs * math.ceil(batches / settings.accumulation))
     words = f"{steps:,} step{'s' * (steps > 1)}" if steps > 0 else "A step"
     words += f" of {training.step_tokens:,} tokens"
-    if settings.on_cpu or settings.bf16 or args.fp16:  # the speed of a GPU is known in 16 bits
+    if settings.on_cpu or settings.bf16 or args.fp16:  # the GPU speeds are for 16 bits
         words += f", about {duration(max(1, steps) * training.seconds(speed))}"
     memory = f"about {training.peak / GIB:.1f} GiB, {free / GIB:.1f} GiB {name} are free"
     logger.log(level, "Memory: training needs %s.", memory)
@@ -227,11 +229,11 @@ def log_plan(plan: RunPlan, args: DistillationTrainingArguments, rows: int | Non
 
 
 def matmul_speed(dtype: torch.dtype) -> float:
-    """Returns the FLOP/s of matrix products on this CPU, measured in a fraction of a second."""
+    """Measures the FLOP/s of matrix products on this CPU. Takes a fraction of a second."""
     size = 512
     with torch.random.fork_rng(devices=[]):
         factor = torch.rand(size, size).to(dtype)
-    factor @ factor  # the first one is slower
+    factor @ factor  # warm-up: the first product is slower
     began, products = time.perf_counter(), 0
     while time.perf_counter() - began < 0.05:
         factor @ factor
