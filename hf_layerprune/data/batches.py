@@ -110,7 +110,7 @@ def split_rows(batch: Any, rows: int) -> list[Any]:
 
 
 def iterate_batches(data: Any) -> Iterable[Batch]:
-    """Returns the batches of `data`: a generator or loader as it is, other data through [`make_batches`]."""
+    """Returns a generator or loader unchanged, and the batches of other data from [`make_batches`]."""
     return data if isinstance(data, (DataLoader, Iterator)) else make_batches(data)
 
 

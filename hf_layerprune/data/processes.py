@@ -77,7 +77,7 @@ def read_turn(
         items (sequence): all items, the same in all processes.
         first (`int`): index of the first item of this turn.
         read (`Callable`): takes the index of an item and the item, and returns plain values.
-        in_step (`bool`, *optional*, defaults to `False`): a process without an item reads the last one again,
+        in_step (`bool`, *optional*, defaults to `False`): a process without an item reads the last item again
             because the forward pass of a sharded model runs in all processes.
     """
     last = min(first + process_count(), len(items)) - 1

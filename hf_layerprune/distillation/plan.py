@@ -157,7 +157,7 @@ def _saved_bytes(model: nn.Module) -> Iterator[dict[Any, int]]:
     """Yields the bytes of each storage that autograd saves within this context, without parameters."""
     # Private: storages without values have no public address. test_plan.py fails if torch changes this.
     own = {p.untyped_storage()._cdata for p in (*model.parameters(), *model.buffers())}
-    kept: list[Any] = []  # keep them, so that no other storage gets the same address
+    kept: list[Any] = []  # keep storages, so that no other storage gets the same address
     saved: dict[Any, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -68,7 +68,7 @@ class LayerPruningCallback(TrainerCallback, ExportableState):
         teacher (`PreTrainedModel`, *optional*):
             The teacher that scores layers, see [`score_layers`].
         evaluation (`Callable`, *optional*):
-            A function `evaluation(model) -> dict[str, float]`. It evaluates the original model and the model
+            A function `evaluation(model) -> dict[str, float]`. It evaluates the starting model and the model
             after each cut and after each healing. The results are written to the record.
         verify_save (`bool`, *optional*, defaults to `True`):
             Load each checkpoint and each saved model again, as one more model in memory, and stop if its
