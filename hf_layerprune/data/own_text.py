@@ -121,7 +121,7 @@ class _Sampler:
         model, tokenizer, temperature, length: see [`write_own_text`].
 
     Attributes:
-        forms (`dict`): for each form of rows that the model can write, the function that returns a batch.
+        forms (`dict`): maps each form of rows to a function that returns a batch of rows.
     """
 
     def __init__(self, model: Any, tokenizer: Any, temperature: float, length: int) -> None:

@@ -89,7 +89,7 @@ def make_teacher(
         LayerPruneError: the teacher has another vocabulary or tokenizer, its hidden states do not match the
             student's, it shares weights with the student, or it cannot be loaded.
     """
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has a tokenizer
     tokens = len(tokenizer) if hasattr(tokenizer, "__len__") else None
     given = base_of(student) if teacher is None else teacher
     if isinstance(given, PreTrainedModel) and is_sharded(given):
@@ -239,7 +239,7 @@ def check_tokenizers(
     if teacher and teacher == student.name_or_path:
         return True
     teacher_tokenizer = find_tokenizer(teacher, trust_remote_code)
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a processor
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has a tokenizer
     if not hasattr(tokenizer, "get_vocab"):
         tokenizer = find_tokenizer(student.name_or_path, trust_remote_code)
     if teacher_tokenizer is None or tokenizer is None:

@@ -62,7 +62,7 @@ def replace_by_linear_map(
     grams, crosses = torch.zeros((2, 2, width, width), dtype=torch.float64, device=device)  # for each half
     part_outputs: list[torch.Tensor] = []
     handle = part.register_forward_hook(lambda module, args, found: part_outputs.append(hidden(found)))
-    last: list[tuple[Batch, torch.Tensor, torch.Tensor]] = []  # of this process: batch, inputs and rest
+    last: list[tuple[Batch, torch.Tensor, torch.Tensor]] = []  # this process's batch, inputs and rest
 
     def add_products() -> int:
         """Adds the products of this process's batches. Returns the number of batches of all processes."""

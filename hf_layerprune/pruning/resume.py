@@ -63,7 +63,7 @@ def check_same_depth(model: Any, folder: str) -> None:
     """Checks that the model in a checkpoint has the same layers as `model`.
 
     Raises:
-        LayerPruneError: it has other layers. The error explains how to get the same layers.
+        LayerPruneError: the checkpoint has other layers. The error explains how to get the same layers.
     """
     saved, present = load_lineage(folder, runs_own_code(model)), get_lineage(model)
     if saved == present:

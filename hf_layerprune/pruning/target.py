@@ -93,7 +93,7 @@ def _layers_for_speedup(model: PreTrainedModel, speedup: float) -> int:
 
 
 def _layers_within(model: PreTrainedModel, layers: list, parameters: int) -> int:
-    """Returns the largest number of layers of average size with which `model` has at most `parameters`.
+    """Returns the largest number of layers of average size with at most this number of parameters.
 
     Raises:
         LayerPruneError: the parameters are sharded and cannot be counted.
