@@ -93,7 +93,9 @@ def _layers_for_speedup(model: PreTrainedModel, speedup: float) -> int:
 
 
 def _layers_within(model: PreTrainedModel, layers: list, parameters: int) -> int:
-    """Returns the largest number of layers of average size with at most this number of parameters.
+    """Returns the largest number of layers with which `model` has at most this number of parameters.
+
+    All layers count with their average size.
 
     Raises:
         LayerPruneError: the parameters are sharded and cannot be counted.
