@@ -31,7 +31,7 @@ def test_an_example_runs_as_it_stands(script, launch, tokenizer):
     text = "\n".join(f"Line {i} of a text that says little about the number {i * i}." for i in range(200))
     Path("text.txt").write_text(text)
     command = [sys.executable, *launch, str(EXAMPLES / script), "model", "text.txt", "out", "4", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert AutoModelForCausalLM.from_pretrained("out").config.num_hidden_layers == 4
 
@@ -57,7 +57,7 @@ def cut(tokenizer):
 
 def test_a_cut_model_is_exported_with_equal_logits(cut):
     command = [sys.executable, str(EXAMPLES / "onnx_export.py"), "cut", "exported"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     scale, difference = map(
         float, re.search(r"4 layers; logits of up to (\S+) differ by (\S+)", done.stdout).groups()

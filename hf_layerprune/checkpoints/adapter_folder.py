@@ -76,14 +76,21 @@ def load_adapter(base: PreTrainedModel, name: str) -> Any:
     Raises:
         LayerPruneError: the adapters do not fit the base model.
     """
-    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+    from peft import (
+        PeftModel,
+        get_peft_model_state_dict,
+        load_peft_weights,
+        set_peft_model_state_dict,
+    )
 
     try:
-        with warnings.catch_warnings():  # of ties, which merge_adapters sees to
-            warnings.filterwarnings("ignore", message=".*tie")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*tie")  # merge_adapters sees to ties
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
             model = PeftModel.from_pretrained(base, name)
         # PEFT drops tensors without a place in the model silently, as the head of a classifier.
-        report: Any = set_peft_model_state_dict(model, load_peft_weights(name, device="cpu"))
+        tensors = load_peft_weights(name, device="cpu")
+        report: Any = set_peft_model_state_dict(model, tensors)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise LayerPruneError(
             f"Cannot load the adapters in {name} into a {type(base).__name__}: {one_line(error)}"
@@ -92,6 +99,13 @@ def load_adapter(base: PreTrainedModel, name: str) -> Any:
         raise LayerPruneError(
             f"Cannot load the adapters in {name} into a {type(base).__name__}: it has no place for "
             f"{sorted(report.unexpected_keys)[0]}. Give the base model that they were trained on."
+        )
+    # Layers without tensors would keep adapters that do nothing.
+    missing = set(get_peft_model_state_dict(model, save_embedding_layers=False)) - set(tensors)
+    if missing:
+        raise LayerPruneError(
+            f"The adapters in {name} have no tensor for {sorted(missing)[0]} of the {type(base).__name__}. "
+            "Give the base model that they were trained on, or save them again."
         )
     return model.eval()
 

@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import safetensors.torch
 import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from ..errors import LayerPruneError, one_line
 from ..files import whole_file
@@ -50,7 +52,7 @@ def save_model(
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): the model. Adapters are merged in a copy on the CPU, and
-            kept in the folder `adapter` until that is done. The check compares the reloaded model with
+            kept in a new folder `adapter` until that is done. The check compares the reloaded model with
             `model`, adapters included.
         folder (`str` or `Path`): the folder to save in.
         verify (`bool`, *optional*, defaults to `True`): load the saved model on the CPU, and compare its
@@ -66,7 +68,7 @@ def save_model(
         with saving(model, folder, verify=verify, legacy_rope=legacy_rope, dtype=dtype):
             _save_cast(model, folder, dtype)
         return
-    with _adapters_kept(model, Path(folder) / "adapter"):
+    with _adapters_kept(model, Path(folder)):
         merged: Any = merged_copy(model)
         if merged.device.type == "cpu" and runs_flash_attention(merged):  # which has no CPU kernel
             merged.set_attn_implementation("sdpa")
@@ -76,25 +78,27 @@ def save_model(
 
 @contextmanager
 def _adapters_kept(model: Any, folder: Path) -> Iterator[None]:
-    """Within this context the adapters are in `folder`, so that no failure or kill loses them. Afterwards a
-    new folder is deleted, unless the block failed.
+    """Within this context a new folder `adapter` in `folder` holds the adapters, so that no failure or kill
+    loses them. It is deleted afterwards, unless the block failed.
 
     Raises:
         LayerPruneError: the block failed. The error says where the adapters are.
     """
-    where, is_new = f"The adapters are saved in {folder}.", not folder.exists()
+    # A folder of this name may hold the adapters that training began with.
+    names = chain(["adapter"], (f"adapter_{number}" for number in count(2)))
+    kept = next(folder / name for name in names if not (folder / name).exists())
+    where = f"The adapters are saved in {kept}."
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT tells which whole layers it adds
-            save_with_base(model, folder)
+            save_with_base(model, kept)
     except (OSError, safetensors.SafetensorError):
         where = "There is no room for the adapters either. They are only in memory."
     try:
         yield
     except (LayerPruneError, torch.OutOfMemoryError) as error:
         raise LayerPruneError(f"{one_line(error, 1000)} {where}") from error
-    if is_new:
-        shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(kept, ignore_errors=True)
 
 
 def check_merge(model: Any) -> None:
@@ -174,6 +178,7 @@ def saving(
     folder = Path(folder)
     if adapter_configs(model):
         raise LayerPruneError("A PeftModel is not a plain model. Merge it first, or use save_adapter.")
+    check_no_adapters_in(folder)
     old_names = legacy_rotary(model.config) if legacy_rope else {}
     try:
         check_writable(folder)
@@ -242,6 +247,19 @@ def check_writable(folder: str | Path) -> None:
             file.write(b"0")
     except OSError as error:
         raise LayerPruneError(f"Cannot write to the output folder {folder}: {error}") from error
+
+
+def check_no_adapters_in(folder: str | Path) -> None:
+    """Checks that a plain model saved in `folder` is the one that is loaded from there.
+
+    Raises:
+        LayerPruneError: the folder holds adapters. transformers and this package would load these.
+    """
+    if (Path(folder) / ADAPTER_CONFIG_NAME).is_file():
+        raise LayerPruneError(
+            f"{folder} holds adapters ({ADAPTER_CONFIG_NAME}), which would be loaded instead of a plain "
+            "model saved there. Choose another folder for the plain model, or delete the adapters."
+        )
 
 
 def check_configs(model: Any) -> None:

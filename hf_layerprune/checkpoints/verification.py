@@ -131,6 +131,8 @@ def _equal(live: torch.Tensor, saved: torch.Tensor, dtype: torch.dtype) -> bool:
     rounded, saved = live.to(dtype).to(saved.dtype), saved.to(live.device)
     if not saved.is_floating_point():
         return torch.equal(rounded, saved)
+    if not torch.equal(rounded.isfinite(), live.isfinite()):  # the dtype has no room for a weight
+        return False
     return torch.allclose(rounded, saved, rtol=0, atol=0, equal_nan=True)
 
 
@@ -181,14 +183,20 @@ def check_reload(model: Any, folder: Path) -> None:
 
 
 def check_same_adapters(model: Any, again: Any, folder: Path) -> None:
-    """Checks that reloaded adapters on their base give the logits of `model` for a few tokens.
+    """Checks that reloaded adapters are those of `model`, and on their base give its logits for a few tokens.
 
     Base weights may differ in the last digits, as those that PiSSA computes again.
 
     Raises:
         LayerPruneError: they do not.
     """
-    share_equal_weights(model, again)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    different = sorted(trained.intersection(share_equal_weights(model, again)))
+    if different:
+        raise LayerPruneError(
+            f"The saved adapters differ from those in memory: {different[0]} is another tensor, as are "
+            f"{len(different) - 1} more. {_ADVICE.format(folder=folder)}"
+        )
     compare_logits(model, again, folder)
 
 

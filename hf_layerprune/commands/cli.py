@@ -137,6 +137,7 @@ def _quiet_libraries() -> Iterator[None]:
     from ..pruning.other_callbacks import silent_trainers
 
     verbosity = transformers_logging.get_verbosity()
+    shows_bars = transformers_logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -144,9 +145,11 @@ def _quiet_libraries() -> Iterator[None]:
         with silent_trainers():
             yield
     finally:
-        datasets.enable_progress_bars()
         transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
+        if shows_bars[0]:
+            transformers_logging.enable_progress_bar()
+        if shows_bars[1]:
+            datasets.enable_progress_bars()
 
 
 class _FlagNames(logging.Formatter):

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..recipes.arguments import DATA_HELP
+from ..recipes.arguments import DATA_FORMS, DATA_HELP
 
 
 # Arguments in Python that have another name as a flag.
@@ -64,7 +64,10 @@ class OptionalDataArguments:
 
     data: list[str] | None = field(
         default=None,
-        metadata={"help": f"Text for perplexity and copy accuracy. Default: none. {DATA_HELP}"},
+        metadata={
+            "help": "Text for perplexity and copy accuracy. Default: none. Files, folders, globs, hub ids "
+            f"or - (stdin). {DATA_FORMS}"
+        },
     )
 
     @property

@@ -7,7 +7,16 @@ from typing import Any
 from ..data.arguments import BatchArguments, SequenceArguments
 from ..errors import LayerPruneError
 from ..recipes.arguments import ModelArguments, SampleArguments, TeacherArguments, TextArguments
-from .common import OUTPUT_DIR, keep_settings, parse, parse_given, print_table, read_config, save_config
+from .common import (
+    OUTPUT_DIR,
+    given_values,
+    keep_settings,
+    parse,
+    parse_given,
+    print_table,
+    read_config,
+    save_config,
+)
 from .config_file import COMMON_FLAGS, common_flags
 from .flags import CacheTeacherArguments, DataArguments, LoraArguments, ResumeArguments
 from .help import help_wanted
@@ -73,7 +82,10 @@ def distill(arguments: list[str]) -> None:
     precision = precision_of_training(given | parse_given(distill, arguments, kinds, model=True))
     if precision:
         words = [word for setting, value in precision.items() for word in (f"--{setting}", str(value))]
+        kept = dict(given_values)
         parsed = parse(distill, [*arguments, *words], kinds)
+        given_values.clear()
+        given_values.update(kept)  # the settings beside the model name no precision of this machine
     name, source, data, text, sample, teacher, lora, resuming, pruning, args = parsed
     from ..checkpoints.loading import copy_companions
     from ..distillation.teacher_cache import is_teacher_cache
@@ -186,7 +198,7 @@ def run(arguments: list[str]) -> None:
         )
     # Errors up to here name fields, later errors name flags.
     recipe = {} if name is None else read_recipe(name)
-    recipe |= read_config(common.config, kinds) if common.config else {}
+    recipe = with_given(recipe, read_config(common.config, kinds) if common.config else {})
     given = parse_given(run, arguments if name is None else arguments[1:], kinds)
     given = {flag: value for flag, value in given.items() if flag not in COMMON_FLAGS}
     if common.save_config:

@@ -97,6 +97,11 @@ def regroup_batches(batches: list[Any], tokens: int) -> list[Any]:
     regrouped: list[Any] = []
     for _, alike in groupby(batches, form):
         first, *others = alike
+        if (
+            "position_ids" in first
+        ):  # FlashAttention tells the texts of a row apart in batches of one row only
+            regrouped += [first, *others]
+            continue
         rows = max(1, tokens // first["input_ids"].shape[1])
         whole = {name: torch.cat([first[name], *(one[name] for one in others)]) for name in first}
         regrouped += split_rows(whole, rows)

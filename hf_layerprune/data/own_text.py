@@ -2,13 +2,10 @@
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
-from torch import distributed
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -79,14 +76,6 @@ def write_own_text(
             _write(path, rows)
             bar.update(written() - bar.n)
     return [row for i, row in enumerate(rows) if _count(rows[:i], _form(row)) < share]
-
-
-def on_one_process(write: Callable[[], list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Runs `write` on the first process and returns its rows on all processes."""
-    if not distributed.is_available() or not distributed.is_initialized():
-        return write()
-    [rows] = broadcast_object_list([write() if distributed.get_rank() == 0 else None])
-    return rows
 
 
 def _form(row: dict[str, Any]) -> str:

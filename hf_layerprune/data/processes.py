@@ -68,6 +68,14 @@ def run_together(compute: Callable[[], Result]) -> list[Result]:
     return [outcome for outcome, _ in outcomes]
 
 
+def make_together(make: Callable[[], Result]) -> Result:
+    """Returns the result of `make` in this process. An error in one process is raised in all, see
+    [`run_together`]. Unlike there, the result may be any object."""
+    made: list[Result] = []
+    run_together(lambda: made.append(make()))
+    return made[0]
+
+
 def read_turn(
     items: Sequence[Item], first: int, read: Callable[[int, Item], Result], in_step: bool = False
 ) -> list[Result]:

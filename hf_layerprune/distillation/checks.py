@@ -16,7 +16,7 @@ from ..errors import LayerPruneError
 from ..forward.hooks import undisturbed
 from ..surgery.decoder import check_next_token, text_config
 from ..surgery.lineage import get_lineage
-from ..surgery.peft import adapter_configs, base_of, check_adapter_type
+from ..surgery.peft import adapter_configs, base_of, check_adapter_type, unsaved_parameters
 from .arguments import DistillationTrainingArguments, check_processes_joined
 from .teacher import TeacherLayers
 from .teacher_cache import CachedTeacherLogits
@@ -80,6 +80,12 @@ def check_student(model: Any, args: DistillationTrainingArguments, peft_config: 
         )
     for config in adapters.values():
         check_adapter_type(config)
+    unsaved = unsaved_parameters(model) if adapters else []
+    if unsaved:
+        raise LayerPruneError(
+            f"{unsaved[0]} is trained, but it is no part of the adapters, so PEFT does not save it. Freeze "
+            "it (requires_grad=False), or name its module in modules_to_save of the PEFT config."
+        )
     if not adapters and peft_config is None and getattr(model, "is_quantized", False):
         raise quantised_weights(model.config, "the model")
 

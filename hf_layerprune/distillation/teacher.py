@@ -20,7 +20,7 @@ from ..forward.hooks import undisturbed
 from ..forward.token_losses import sum_dtype
 from ..surgery.decoder import check_next_token, find_decoder, is_sharded, text_config
 from ..surgery.lineage import Lineage, get_lineage
-from ..surgery.peft import adapter_configs, base_of, check_adapter_type, keep_base_known
+from ..surgery.peft import adapter_configs, base_of, check_adapter_type
 from .losses import hidden_pairs
 from .teacher_cache import CachedTeacherLogits, is_teacher_cache
 
@@ -350,7 +350,6 @@ def add_adapters(model: PreTrainedModel, peft_config: Any) -> Any:
             f"({(changed or trained)[0]}), which the teacher reads: use another init_lora_weights or "
             "bias='none', or merge them into a model and train that."
         )
-    keep_base_known(adapted)
     return adapted
 
 

@@ -25,7 +25,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from ..checkpoints.saving import check_configs, check_merge, check_writable
+from ..checkpoints.saving import check_configs, check_merge, check_no_adapters_in, check_writable
 from ..data.collator import padding_collator
 from ..data.targets import targets_of
 from ..data.trainer_rows import prepare_rows
@@ -33,7 +33,7 @@ from ..errors import LayerPruneError, one_line
 from ..forward.lm_head import router_losses
 from ..surgery.decoder import is_sharded
 from ..surgery.lineage import get_lineage
-from ..surgery.peft import adapter_configs, base_of
+from ..surgery.peft import adapter_configs, base_of, keep_base_known
 from .arguments import DistillationTrainingArguments, quieten_replicas
 from .checks import (
     check_arguments,
@@ -153,6 +153,8 @@ class DistillationTrainer(Trainer):
             teacher_model, student, compares_layers, shares_weights, processing_class, trust_remote_code
         )
         trained = student if peft_config is None else add_adapters(student, peft_config)
+        if adapter_configs(trained):
+            keep_base_known(trained)
         student = base_of(student)
         self._copied_teacher = teacher_model is None
         self._teacher_layers = check_teacher(teacher, args)
@@ -369,6 +371,8 @@ class DistillationTrainer(Trainer):
         check_data(self, student)
         self._loss_log.clear_steps()
         check_writable(output_dir)
+        if not adapter_configs(student) or self.args.export == "merged":
+            check_no_adapters_in(output_dir)
         try:
             return super().train(checkpoint, *args, **kwargs)
         finally:

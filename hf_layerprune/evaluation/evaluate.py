@@ -19,7 +19,7 @@ from ..errors import LayerPruneError
 from ..forward.hooks import undisturbed
 from ..forward.lm_head import ChunkedLMHead, unit_losses
 from ..forward.memory import tokens_per_pass
-from ..surgery.decoder import check_next_token, is_sharded
+from ..surgery.decoder import check_next_token, check_not_tensor_parallel, is_sharded
 from ..surgery.lineage import get_lineage
 from ..surgery.peft import base_of
 from .comparison import mean_and_error, task_scores
@@ -117,6 +117,7 @@ def evaluate_text(
         LayerPruneError: no token has a label.
     """
     check_next_token(base_of(model), "evaluate_text")
+    check_not_tensor_parallel(base_of(model))
     batches = _as_batches(model, batches, tokenizer)
     most = tokens_per_pass(model, batch_tokens)
     if most is not None:
@@ -221,6 +222,7 @@ def copying(model: PreTrainedModel, batches: Iterable[Batch], given: int = 8) ->
     """
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     check_next_token(base_of(model), "copying")
+    check_not_tensor_parallel(base_of(model))
     batches = list(batches)
     check_same_batches(batches)
 

@@ -9,13 +9,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.processes import check_same, read_all
+from ..data.processes import check_same, make_together, read_all, run_together
 from ..data.sequences import context_length
 from ..data.targets import Batch
 from ..errors import LayerPruneError
 from ..forward.lm_head import ChunkedLMHead
 from ..forward.token_losses import sum_dtype
-from ..surgery.decoder import is_sharded, text_config
+from ..surgery.decoder import check_not_tensor_parallel, is_sharded, text_config
 from ..surgery.peft import base_of
 
 
@@ -145,9 +145,8 @@ class MultipleChoice:
 
     def __call__(self, model: PreTrainedModel) -> float:
         """Returns the share of right answers."""
-        self._check(model)
         with torch.no_grad():
-            lm_head = ChunkedLMHead(model, self.example(model))
+            lm_head = self.lm_head(model)
 
             def read(number: int, batch: Choices) -> list[float]:
                 return right_answers(lm_head, batch).tolist()
@@ -159,9 +158,8 @@ class MultipleChoice:
 
     def read(self, model: PreTrainedModel) -> list[Answer]:
         """Returns the answers of a model, in the order of the questions."""
-        self._check(model)
         with torch.no_grad():
-            lm_head = ChunkedLMHead(model, self.example(model))
+            lm_head = self.lm_head(model)
             packed = _can_pack(lm_head, self.encoded[-1])
 
             def read(number: int, questions: list[_Encoded]) -> dict[int, Answer]:
@@ -181,14 +179,17 @@ class MultipleChoice:
         found = {number: answer for result in results for number, answer in result.items()}
         return [found[number] for number in sorted(found)]
 
-    def _check(self, model: PreTrainedModel) -> None:
-        """Checks that all processes ask the same questions, and that they fit into the context of `model`.
+    def lm_head(self, model: PreTrainedModel) -> ChunkedLMHead:
+        """Returns what computes the logits of `model` for these questions, after the checks.
 
         Raises:
-            LayerPruneError: they do not.
+            LayerPruneError: the processes ask different questions, or a question is longer than the context
+                of `model`.
         """
+        check_not_tensor_parallel(base_of(model))
         check_same((self.batch_tokens, self.encoded), "The questions")
         self.check_length(model)
+        return make_together(lambda: ChunkedLMHead(model, self.example(model)))
 
     def check_length(self, model: PreTrainedModel) -> None:
         """Checks that the longest question fits into the context of `model`.
@@ -367,6 +368,11 @@ def _choices(
 
 
 def _can_pack(lm_head: ChunkedLMHead, question: _Encoded) -> bool:
+    """Returns whether all processes may pack questions, so that all make the same batches."""
+    return all(run_together(lambda: _packs(lm_head, question)))
+
+
+def _packs(lm_head: ChunkedLMHead, question: _Encoded) -> bool:
     """Returns whether the model gives the same states for a question in one row as for each choice alone.
 
     Attention implementations outside [`PACKING`] accept no such mask: FlashAttention takes it for lengths,
@@ -380,6 +386,8 @@ def _can_pack(lm_head: ChunkedLMHead, question: _Encoded) -> bool:
         batch = build([question], lm_head.model)
         try:
             found.append(lm_head.states(batch.inputs)[tuple(batch.places)].float())
+        except torch.OutOfMemoryError:
+            raise
         except Exception:  # the model accepts no such mask, or no positions
             return False
     packed, alone = found

@@ -1,5 +1,6 @@
 """How much a GPU has room for: tokens in a forward pass, states that are kept."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -7,8 +8,9 @@ from transformers import PreTrainedModel
 
 from ..data.processes import gather
 from ..errors import LayerPruneError
-from ..surgery.decoder import text_config
+from ..surgery.decoder import is_sharded, text_config
 from ..surgery.lineage import plain_int
+from ..surgery.peft import base_of
 
 
 MOST_TOKENS = 2**15  # of one forward pass; more are no faster
@@ -49,7 +51,10 @@ def tokens_per_pass(model: PreTrainedModel, batch_tokens: int | None = None) -> 
                 "let the free memory decide."
             )
         return tokens
-    free = least_free_gpu_memory(model.device)
+    # Without chunks of positions the logits take more memory than all states.
+    parameters = inspect.signature(type(base_of(model)).forward).parameters
+    is_chunked = "logits_to_keep" in parameters and not is_sharded(model)
+    free = least_free_gpu_memory(model.device) if is_chunked else None
     if free is None:
         return None
     fitting = free // 2 // _bytes_per_token(model)

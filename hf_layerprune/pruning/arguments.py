@@ -48,7 +48,7 @@ class ScoringArguments(BatchArguments):
     )
     scoring_seed: int = field(default=0, metadata={"help": "Seed of the pattern random."})
     protected: list[int] | None = field(
-        default=None, metadata={"help": "Layers to keep. Default: the first and the last."}
+        default=None, metadata={"help": "Present indices of layers to keep. Default: the first and the last."}
     )
 
     def __post_init__(self) -> None:

@@ -29,7 +29,13 @@ from .other_callbacks import move_before_printing, trainer_warnings
 from .prune import Evaluation, run_evaluation
 from .reconstruction import forget_original
 from .recorder import Recorder
-from .resume import callback_states, check_depth_of_weights, check_groups_of_checkpoint, checkpoint_folder
+from .resume import (
+    callback_states,
+    check_depth_of_weights,
+    check_groups_of_checkpoint,
+    checkpoint_folder,
+    target_of_run,
+)
 from .run import PruningInputs, PruningRun
 from .start import begin_record, check_start, start_run
 from .target import resolve_target
@@ -131,7 +137,8 @@ class LayerPruningCallback(TrainerCallback, ExportableState):
         """Prepares the callback for a new Trainer."""
         quieten_replicas(args)
         check_restores_no_callbacks(args)
-        if model is not None:
+        is_open = self.inputs.args.target_layers is None and model is not None
+        if is_open and not get_lineage(model).removed:  # a run with a pruned model may be resumed
             self._resolve_target(model)
         self.trainer, self._recorder, self._loading_hooks = None, Recorder(), []
         if model is not None and not isinstance(args, DistillationTrainingArguments):  # that trainer cuts it
@@ -160,6 +167,8 @@ class LayerPruningCallback(TrainerCallback, ExportableState):
         name, states = type(self).__name__, callback_states(state)
         if isinstance(states.get(name), list):
             raise LayerPruneError(f"The Trainer has more than one {name}: give it only one.")
+        if state.global_step:
+            self.args = target_of_run(self.args, args, state, model)
         self._resolve_target(model)
         check_start(self.inputs, self.trainer, args, state, model, optimizer)
         self._termination.install(self.trainer)

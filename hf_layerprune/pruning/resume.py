@@ -2,6 +2,7 @@
 
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ..reports.record import RunRecord, check_same_settings, read_record, record
 from ..surgery.decoder import find_decoder, is_sharded
 from ..surgery.lineage import get_lineage
 from ..surgery.peft import adapter_configs, base_of
+from .arguments import TARGETS, PruningArguments, named_layers
 
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,28 @@ def callback_states(state: TrainerState) -> dict[str, Any]:
     """Returns the states of callbacks by class name, in the form of a checkpoint."""
     states: Any = state.stateful_callbacks  # annotated as the list from which the dict is made
     return states
+
+
+def target_of_run(
+    settings: PruningArguments, args: TrainingArguments, state: TrainerState, model: PreTrainedModel
+) -> PruningArguments:
+    """Returns the settings of a resumed run with the target that its start computed from the whole model.
+
+    Raises:
+        LayerPruneError: `layers` names other layers than at the start.
+    """
+    folder = checkpoint_folder(args, state)
+    record = record_in_state(callback_states(state)) or read_record(folder)
+    if record is None or settings.target_layers is not None:
+        return settings
+    begun: dict[str, Any] = {"target_layers": record.pruning["target_layers"]}
+    if settings.layers is not None:
+        # The record does not hold `layers`, but the layers that stay.
+        removed = {removal.original for removal in record.removals}
+        stay = sorted({*get_lineage(model).kept, *removed} - {*named_layers(settings.layers)})
+        check_same_settings(record.pruning, {"protected_originals": stay}, folder)
+        begun["protected"] = record.pruning["protected"]
+    return replace(settings, **dict.fromkeys(TARGETS[1:]), **begun)
 
 
 def resumed_record(

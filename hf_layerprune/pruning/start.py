@@ -53,6 +53,11 @@ def check_start(
             "reconstruction_layers trains single layers, but the weights are sharded over processes. Leave "
             "sharding out, or set reconstruction_layers to 0."
         )
+    if inputs.args.reconstruction_layers and args.fp16 and isinstance(args, DistillationTrainingArguments):
+        raise LayerPruneError(
+            "reconstruction_layers is set and fp16 is True, but reconstruction needs a teacher in float32 or "
+            "bfloat16. Set bf16=True instead of fp16, or reconstruction_layers to 0."
+        )
     if inputs.args.min_recovery is not None and (adapter_configs(model) or is_sharded(model)):
         raise LayerPruneError(
             "min_recovery cannot restore layers under adapters or in a sharded model. Leave it out."

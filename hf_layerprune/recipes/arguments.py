@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from ..errors import LayerPruneError
 
 
-DATA_HELP = (
-    "Files, folders, globs, hub ids, - (stdin) or self (model text). With self the model writes the text. "
+DATA_FORMS = (
     "Rows hold text, chats or prompts. Files are .txt, .md, .json, .jsonl, .csv, .parquet or .arrow, also "
     "packed as .gz and .zst."
+)
+DATA_HELP = (
+    "Files, folders, globs, hub ids, - (stdin) or self (model text). With self the model writes the text. "
+    f"{DATA_FORMS}"
 )
 
 

@@ -21,8 +21,15 @@ from transformers.utils import is_torch_tf32_available
 from ..checkpoints.loading import load_class, load_model, load_tokenizer, stored_dtype
 from ..data.arguments import SequenceArguments
 from ..data.batches import make_batches, rows_of
-from ..data.own_text import SELF, on_one_process, write_own_text
-from ..data.sequences import prepare_dataset, resolve_length, split_sequences, stream_sequences
+from ..data.own_text import SELF, write_own_text
+from ..data.processes import process_index, run_together
+from ..data.sequences import (
+    check_sequence_length,
+    prepare_dataset,
+    resolve_length,
+    split_sequences,
+    stream_sequences,
+)
 from ..data.sources import SUPPORTED, load_rows, names_of
 from ..data.texts import holds_text
 from ..distillation.arguments import DTYPES, DistillationTrainingArguments
@@ -226,7 +233,8 @@ def make_sequences(
     form = _form(text, sequence, config)
     sources = _sources_of(data)
     if SELF in sources:
-        rows = _own_text(sources, text, form["length"], _needed(tokenizer), limit, writer)
+        limit = min(limit or text.self_sequences, text.self_sequences)
+        rows = _own_text(sources, text, form["length"], _needed(tokenizer), limit, sequence.loss_on, writer)
         form |= {"template": None, "column": "text"}
         sequences = prepare_dataset(rows, _needed(tokenizer), limit=limit, name=OWN_TEXT, **form)
         sequences.info.dataset_name = OWN_TEXT
@@ -259,7 +267,8 @@ def _own_text(
     text: TextArguments,
     length: int,
     tokenizer: PreTrainedTokenizerBase,
-    limit: int | None,
+    sequences: int,
+    loss_on: str,
     writer: Callable[[], PreTrainedModel] | None,
 ) -> list[dict[str, Any]]:
     """Returns rows of text that a model generates. They are read from the cache folder if it has them.
@@ -274,11 +283,17 @@ def _own_text(
             f"data is {SELF}, text that the model writes, but {given}. Give {SELF} alone, to a command or "
             "call with one model, without streaming."
         )
+    if loss_on != "all":
+        raise LayerPruneError(
+            f"data is {SELF} and loss_on is {loss_on}, but half of the text that the model writes is "
+            "documents, which have no completion. Leave loss_on out."
+        )
     settings: dict[str, Any] = {"length": text.self_length or length, "temperature": text.self_temperature}
-    sequences = min(limit or text.self_sequences, text.self_sequences)
 
     def write() -> list[dict[str, Any]]:
         model: Any = writer()
+        check_next_token(model, f"data {SELF}")
+        check_sequence_length(settings["length"], model)
         mark = fingerprint([model], [], [settings, getattr(tokenizer, "chat_template", None)])
         path = cache_folder() / SELF / f"{Path(model.name_or_path).name or 'model'}-{mark[:16]}.jsonl"
         logger.info("The model writes text in %s.", path)
@@ -286,7 +301,8 @@ def _own_text(
             # Generate one more sequence, because the texts are cut into sequences again.
             return write_own_text(model, tokenizer, path, tokens=(sequences + 1) * length, **settings)
 
-    return on_one_process(write)
+    # One process writes: all need the same text, and the file has one writer.
+    return run_together(lambda: write() if process_index() == 0 else [])[0]
 
 
 def _sources_of(data: Any) -> list[str]:

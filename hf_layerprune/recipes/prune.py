@@ -151,7 +151,9 @@ def prune(
             chosen.model, source, pruning, args, rows[2], select=chosen.select, teacher=taught.teacher
         )
     if not resume and args.process_index == 0:
-        write_settings(settings, args.output_dir)
+        # Of objects in memory only a teacher has a name by which the run can be repeated.
+        teacher_name = getattr(teacher, "name_or_path", None)
+        write_settings(settings | ({"teacher": teacher_name} if teacher_name else {}), args.output_dir)
     pruned: Any = model if in_memory else load_on_device(chosen.model, source, dtype="float32")
     frozen = {id(parameter) for parameter in pruned.parameters() if not parameter.requires_grad}
     resolved = resolved_fields([chosen, taught, text, sample, pruning], args)

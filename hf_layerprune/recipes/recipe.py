@@ -16,7 +16,7 @@ from ..files import whole_file
 from ..pruning.arguments import PruningArguments, ReconstructionArguments, RemovalArguments
 from ..pruning.prune import SELECTIONS
 from ..pruning.replacement import KINDS
-from ..reports.record import changed_settings
+from ..reports.record import changed_settings, is_secret
 from .arguments import DATA_HELP, ModelArguments, SampleArguments, TeacherArguments, TextArguments
 from .fields import check_fields
 
@@ -157,8 +157,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes values to a YAML file for [`read_yaml`]. The file does not allow code to run."""
-    plain = {name: _plain(value) for name, value in values.items() if name != "trust_remote_code"}
+    """Writes values to a YAML file for [`read_yaml`]. It allows no code to run and holds no secret."""
+    left_out = [name for name in values if name == "trust_remote_code" or is_secret(name)]
+    plain = {name: _plain(value) for name, value in values.items() if name not in left_out}
     with whole_file(path) as file:
         file.write(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).encode())
 

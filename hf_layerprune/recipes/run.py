@@ -375,6 +375,7 @@ def _check_same(begun: RunRecord, run: Run) -> None:
     """Checks that a resumed run has the same settings as at its start."""
     settings = {name: getattr(run.pruning, name) for name in ("target_layers", "criterion")}
     settings |= {"select": run.recipe.select, "replacement": run.recipe.replacement}
+    settings["protected_originals"] = check_plan(run.model, run.pruning.target_layers, run.pruning.protected)
     check_same_settings({"replacement": "none", "select": "phases"} | begun.pruning, settings, run.folder)
 
 

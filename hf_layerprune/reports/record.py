@@ -327,6 +327,11 @@ def checkpoint_of(folder: str | Path) -> str | None:
     return found
 
 
+def is_secret(name: str) -> bool:
+    """Returns whether a setting is a secret, such as `hub_token`. No file beside a model may hold it."""
+    return name.endswith("_token")
+
+
 def changed_settings(args: Any) -> dict[str, Any]:
     """Returns the training arguments that differ from their default, without folders and secrets."""
     values = args.to_dict()
@@ -335,7 +340,7 @@ def changed_settings(args: Any) -> dict[str, Any]:
         factory = one.default_factory
         default = one.default if factory is dataclasses.MISSING else factory()
         value = values[one.name]
-        private = one.name.endswith(("_dir", "_token", "run_name", "hub_model_id"))
+        private = is_secret(one.name) or one.name.endswith(("_dir", "run_name", "hub_model_id"))
         filled_in = default is None and not value  # by transformers
         plain = isinstance(value, (int, float, str)) or one.name in ("hidden_layers", "lr_scheduler_kwargs")
         if plain and value != default and not private and not filled_in:

@@ -15,7 +15,14 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..data.processes import process_count, process_index, read_all, run_together, sum_over_processes
+from ..data.processes import (
+    make_together,
+    process_count,
+    process_index,
+    read_all,
+    run_together,
+    sum_over_processes,
+)
 from ..data.targets import Batch, Positions, targets_of
 from ..errors import LayerPruneError, choose_from
 from ..evaluation.evaluate import Task
@@ -195,7 +202,8 @@ def kl(context: ScoringContext) -> CriterionResult:
                 f"Model and teacher have vocabularies of {sizes[0]} and {sizes[1]} tokens. Choose a "
                 "teacher with the same tokenizer."
             )
-        teacher = ChunkedLMHead(context.teacher, context.batches[0]["input_ids"])
+        model, example = context.teacher, context.batches[0]["input_ids"]
+        teacher = make_together(lambda: ChunkedLMHead(model, example))
 
     def refer(lm_head: ChunkedLMHead, batch: Batch) -> tuple[Any, torch.Tensor]:
         positions = Positions.of(targets_of(batch)[0])
@@ -325,7 +333,7 @@ def _score_answers(context: ScoringContext, tasks: Sequence[MultipleChoice]) -> 
     """Scores by the share of right answers, with standard errors over questions, and with racing."""
     batches = []
     for questions in tasks:
-        lm_head = ChunkedLMHead(context.model, questions.example(context.model))
+        lm_head = questions.lm_head(context.model)
         batches += [(batch, 1 / len(questions)) for batch in questions.batches(lm_head)]
     random.Random(0).shuffle(batches)
     context.bar.reset(len(batches) * len(context.cuts))
@@ -452,7 +460,7 @@ def _compare_states(
     """Compares the raw hidden states before and after each candidate, in one forward pass."""
     per_unit = PerUnitScores(without={layer: [] for layer in context.cuts})
     ends = {end for layer in context.cuts for end in (layer, layer + context.block - 1)}
-    lm_head = ChunkedLMHead(context.model, context.batches[0]["input_ids"])
+    lm_head = make_together(lambda: ChunkedLMHead(context.model, context.batches[0]["input_ids"]))
 
     def read(number: int, batch: Batch) -> list[list[float]]:
         """Returns how many tokens of each unit count, and the distances of each candidate."""

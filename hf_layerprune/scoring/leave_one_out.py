@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..data.processes import process_count, read_turn
+from ..data.processes import make_together, process_count, read_turn, run_together
 from ..errors import LayerPruneError
 from ..forward.attention_masks import masks_made_once
 from ..forward.hooks import can_replay, captured, check_all_ran, replayed
@@ -152,10 +152,10 @@ def leave_out(
         LayerPruneError: the whole model's own sums are not finite.
     """
     scores = PerUnitScores(without={layer: [] for layer in cuts})
-    lm_head = ChunkedLMHead(stack.base, example)
+    lm_head = make_together(lambda: ChunkedLMHead(stack.base, example))
     alive, kept = sorted(cuts), stack.lineage.kept
     with masks_made_once(stack.base):
-        replay = can_replay(stack, example[:, :8], max(cuts))
+        replay = all(run_together(lambda: can_replay(stack, example[:, :8], max(cuts))))
     if not replay:
         logger.info("Layers of this model hand on more than their outputs: each score takes a full pass.")
     in_step = is_sharded(stack.base)

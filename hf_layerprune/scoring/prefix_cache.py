@@ -18,7 +18,10 @@ def default_cache_mb(device: torch.device) -> int:
     """Returns how many MiB of states of one batch scoring may keep: a quarter of the free memory of the GPU
     that has the least, 1024 on other devices."""
     free = least_free_gpu_memory(device)
-    return CPU_MB if free is None else max(1, free // GPU_SHARE // 2**20)
+    if free is None:
+        return CPU_MB
+    # A power of two: a resumed run, with a little more or less free memory, reads the same batches.
+    return 2 ** max(0, (free // GPU_SHARE // 2**20).bit_length() - 1)
 
 
 class PrefixCache:
@@ -39,6 +42,11 @@ class PrefixCache:
         self._found: dict[int, tuple[list[int], torch.device, list[Any]]] = {}
         # Of the first round, as later rounds must read the same batches: tokens of a pass, MiB of states.
         self.layout: tuple[int | None, int] | None = None
+
+    def clear(self) -> None:
+        """Forgets all outputs and the layout: there was no memory for them."""
+        self._found.clear()
+        self._left, self._left_on_host, self.layout = 0, 0, None
 
     def known(self, batch: int, kept: Sequence[int]) -> list[Any]:
         """Returns the known outputs of the first layers of `kept` (original indices) for this batch."""

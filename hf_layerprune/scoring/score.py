@@ -24,7 +24,7 @@ from ..evaluation.evaluate import next_token_metric
 from ..evaluation.multiple_choice import MultipleChoice
 from ..forward.hooks import undisturbed
 from ..forward.memory import tokens_per_pass
-from ..surgery.decoder import check_reads_text, describe_class, predicts_next_token
+from ..surgery.decoder import check_not_tensor_parallel, check_reads_text, describe_class, predicts_next_token
 from ..surgery.layer_stack import LayerCut, LayerStack
 from ..surgery.lineage import plain_int
 from ..surgery.peft import base_of
@@ -126,11 +126,12 @@ def score_layers(
     if prefix_cache is not None:
         prefix_cache.layout = layout
     most, cache_mb = layout
+    if racing is not None:  # its first batches must be a random sample of the text, and merged ones are not
+        most = None
     if most is not None and given:
         total = sum(batch["input_ids"].numel() for batch in given)
         given = regroup_batches(given, min(most, -(-total // process_count())))
     given = split_for_processes(given)
-    tasks = [next_token_metric(one, given) if hasattr(one, "compute") else one for one in tasks]
     if kind.leave_one_out:
         given = _small_enough(stack, given, cache_mb)
         if racing is not None:  # racing needs the first batches to be like the others
@@ -138,7 +139,6 @@ def score_layers(
     settings = [criterion, block, racing, sorted(cuts), pattern, seed, list(map(_task_label, tasks))]
     choices: dict[str, Any] = {
         "racing": racing,
-        "tasks": tasks,
         "teacher": teacher,
         "pattern": pattern,
         "seed": seed,
@@ -146,6 +146,9 @@ def score_layers(
     while True:
         work = "" if journal is None else fingerprint([stack.base, teacher], given, settings)
         notes = Journal(journal, work)
+        choices["tasks"] = [
+            next_token_metric(one, given) if hasattr(one, "compute") else one for one in tasks
+        ]
         try:
             result = _score_batches(
                 criterion, stack, given, cuts, block, notes, progress, prefix_cache=prefix_cache, **choices
@@ -156,6 +159,8 @@ def score_layers(
             if not should_reduce_batch_size(error) or len(halves) == len(given):
                 raise
             logger.warning("Out of memory in scoring: it goes on with batches of half the size.")
+            if prefix_cache is not None:
+                prefix_cache.clear()
             given, prefix_cache = halves, None
             clear_device_cache(garbage_collection=True)
     # Of one process: a task may give each process another score, and all must remove the same layers.
@@ -197,6 +202,7 @@ def _check_models(model: Any, criterion: str, tasks: list[Any], teacher: PreTrai
         LayerPruneError: it cannot.
     """
     base = base_of(model)
+    check_not_tensor_parallel(base)
     if isinstance(base, PreTrainedModel):
         check_reads_text(type(base), base.config, "This model")
         check_criterion_fits(base, criterion, tasks)

@@ -223,6 +223,23 @@ def _arguments(cls: Any) -> set[str]:
     return set(inspect.signature(cls.forward).parameters)
 
 
+def check_not_tensor_parallel(model: Any) -> None:
+    """Checks that the layers of a model are not split over processes.
+
+    Scoring and evaluation give each process its own batches. Tensor parallelism would add up the states of
+    different batches.
+
+    Raises:
+        LayerPruneError: the model was loaded with a tensor-parallel plan.
+    """
+    size = getattr(model, "tp_size", None) or 1
+    if size > 1:
+        raise LayerPruneError(
+            f"The model is split over {size} processes by tensor parallelism, but each process reads its own "
+            "batches. Load the model without tp_plan: with device_map='auto' in one process, or with FSDP2."
+        )
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Returns whether each process holds only a part of each weight: FSDP, or DeepSpeed ZeRO stage 3."""
     kinds = FSDPModule, FullyShardedDataParallel

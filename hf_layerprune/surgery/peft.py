@@ -174,7 +174,23 @@ def starts_from_weights(model: Any) -> bool:
     """Returns whether adapters of a `PeftModel` were initialised from the base weights and changed them, as
     PiSSA and OLoRA do. They then belong to the unchanged base."""
     inits = [getattr(config, "init_lora_weights", None) for config in adapter_configs(model).values()]
-    return any(str(init).lower().startswith(("pissa", "olora", "corda", "loftq")) for init in inits)
+    return any(
+        str(init).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")) for init in inits
+    )
+
+
+def unsaved_parameters(model: Any) -> list[str]:
+    """Returns the names of the trained parameters of a `PeftModel` that PEFT does not save."""
+    from peft import get_peft_model_state_dict
+
+    saved = {
+        tensor.data_ptr()
+        for name in model.peft_config
+        for tensor in get_peft_model_state_dict(
+            model, adapter_name=name, save_embedding_layers=False
+        ).values()
+    }
+    return [name for name, p in model.named_parameters() if p.requires_grad and p.data_ptr() not in saved]
 
 
 def merged_copy(model: Any) -> PreTrainedModel:

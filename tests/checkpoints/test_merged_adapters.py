@@ -17,12 +17,14 @@ from hf_layerprune import (
     prune,
     remove_layers,
     save_adapter,
+    save_model,
 )
 from hf_layerprune.checkpoints import adapter_folder
 from hf_layerprune.checkpoints.loading import copy_companions, load_tokenizer, stored_dtype
 from hf_layerprune.commands.cli import main
 
 from ..conftest import TEXT, logits, make_model, tokens
+from ..distillation.test_trainer import make_trainer
 
 
 DATA = ["--data", "text.txt", "--sequence_length", "16", "--calibration_sequences", "2"]
@@ -211,3 +213,33 @@ def test_a_merge_that_makes_another_model_is_refused(adapters, monkeypatch):
     monkeypatch.setattr(adapter_folder, "merge_adapters", lambda model: model.unload())
     with pytest.raises(LayerPruneError, match=r"cannot be merged exactly: the logits .* are off by"):
         load_model("adapters")
+
+
+def test_adapters_that_lack_layers_of_their_base_are_refused(adapters):
+    adapters()
+    tensors = load_file("adapters/adapter_model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if ".layers.4." not in name}
+    save_file(kept, "adapters/adapter_model.safetensors")
+    with pytest.raises(LayerPruneError, match=r"have no tensor for .*layers\.4\..*base model that they"):
+        load_model("adapters")
+
+
+def test_adapters_of_the_user_are_kept_while_others_are_merged(adapters):
+    model = adapters()
+    model.save_pretrained("out/adapter")
+    before = Path("out/adapter/adapter_model.safetensors").read_bytes()
+    other = get_peft_model(make_model(), lora(target_modules=["v_proj"])).eval()
+    save_model(other, "out")
+    assert Path("out/adapter/adapter_model.safetensors").read_bytes() == before
+    assert {path.name for path in Path("out").iterdir() if path.is_dir()} == {"adapter"}
+    assert torch.allclose(logits(load_model("out"), tokens()), logits(other, tokens()), atol=1e-5)
+
+
+def test_a_plain_model_is_not_saved_where_adapters_would_be_loaded(adapters):
+    adapters()
+    with pytest.raises(LayerPruneError, match="which would be loaded instead of a plain model"):
+        save_model(make_model(), "adapters")
+    trainer = make_trainer(make_model(), output_dir="adapters")
+    with pytest.raises(LayerPruneError, match="which would be loaded instead of a plain model"):
+        trainer.train()
+    assert trainer.state.global_step == 0

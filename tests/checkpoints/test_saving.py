@@ -503,3 +503,9 @@ def test_accelerate_keeps_the_plain_forward():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["torch.float32", "False"]
+
+
+def test_a_weight_too_large_for_the_dtype_is_refused(llama):
+    llama.model.layers[1].self_attn.q_proj.weight.data[0, 0] = 1e6
+    with pytest.raises(LayerPruneError, match=r"q_proj\.weight is not the weight in memory"):
+        save_model(llama, "out", dtype="float16")

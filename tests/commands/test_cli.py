@@ -418,7 +418,7 @@ def test_ctrl_c_ends_with_a_line_that_says_how_to_resume(folder, capsys):
     while process.poll() is None and not Path("out/checkpoint-4").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    errors = process.communicate(timeout=120)[1]
+    errors = process.communicate(timeout=600)[1]
     assert process.returncode == 130
     assert "Traceback" not in errors
     last = errors.strip().splitlines()[-1]

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from hf_layerprune import LayerPruneError, prune
 from hf_layerprune.commands.cli import COMMANDS, main
+from hf_layerprune.recipes import inputs
+from hf_layerprune.reports.record import read_record
 
 
 SHORT = {
@@ -201,3 +203,13 @@ def test_every_command_has_these_flags(command, capsys):
 def test_the_version(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"hf-layerprune {version('hf-layerprune')}\n"
+
+
+def test_the_settings_name_no_precision_of_this_machine(folder, monkeypatch):
+    monkeypatch.setattr(inputs, "precision_of_training", lambda given: {"bf16": True})
+    words = ["distill", folder, "--data", "text.txt", "--target_layers", "4", *WORDS]
+    assert main([*words, "--output_dir", "out"]) == 0
+    assert read_record("out").training["bf16"] is True
+    saved = yaml.safe_load(Path("out/layer_pruning.yaml").read_text())
+    assert "bf16" not in saved
+    assert saved["max_steps"] == 2

@@ -103,21 +103,6 @@ def test_a_killed_process_goes_on_where_it_was(chatting, llama, monkeypatch):
     assert len(batches) == len({row["batch"] for row in whole})  # no batch was written twice
 
 
-def test_other_processes_get_the_text_of_the_first(monkeypatch):
-    sent = []
-
-    def broadcast(values):  # as on a second process, where the first one's values arrive
-        sent.append(list(values))
-        values[:] = [["row"]]
-        return values
-
-    monkeypatch.setattr(own_text.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(own_text.distributed, "get_rank", lambda: 1)
-    monkeypatch.setattr(own_text, "broadcast_object_list", broadcast)
-    assert own_text.on_one_process(lambda: pytest.fail("it wrote")) == ["row"]
-    assert sent == [[None]]
-
-
 def test_writing_shows_progress_and_leaves_the_random_state(tokenizer, llama, capsys):
     torch.manual_seed(5)
     expected = torch.rand(1)
@@ -183,3 +168,22 @@ def test_where_no_model_can_write_is_told(folder, capsys):
     assert "other data is given too" in capsys.readouterr().err
     assert main(["score", folder, "--data", "self", "--self_temperature", "0"]) == 2
     assert "a temperature above 0" in capsys.readouterr().err
+
+
+def test_text_of_the_model_has_no_completions(llama, chatting):
+    with pytest.raises(LayerPruneError, match="data is self and loss_on is completion"):
+        prune(
+            llama,
+            "self",
+            3,
+            tokenizer=chatting,
+            output_dir="out",
+            sequence_length=16,
+            loss_on="completion",
+        )
+
+
+def test_texts_longer_than_the_context_are_refused_before_they_are_written(chatting):
+    model = make_model("gpt2", n_positions=64)
+    with pytest.raises(LayerPruneError, match="but the model reads 64 tokens at most"):
+        prune(model, "self", 3, tokenizer=chatting, output_dir="out", sequence_length=16, self_length=100)

@@ -11,9 +11,12 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerFast
 
-from hf_layerprune import MultipleChoice, score_layers
+from hf_layerprune import LayerPruneError, MultipleChoice, score_layers
+from hf_layerprune.data.arguments import SequenceArguments
 from hf_layerprune.evaluation.evaluate import copying, evaluate_text, measure_quality
 from hf_layerprune.pruning.linear_map import replace_by_linear_map
+from hf_layerprune.recipes.arguments import TextArguments
+from hf_layerprune.recipes.inputs import make_sequences
 
 from ..conftest import make_model, tokens
 from ..evaluation.test_multiple_choice import QUESTIONS
@@ -45,7 +48,7 @@ def launch(function, *arguments, processes=2):
     text = textwrap.dedent(RANK).format(root=str(ROOT), name=function.__name__, arguments=arguments)
     Path("rank.py").write_text(text)
     words = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", "rank.py"]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr.partition("torch/distributed/elastic")[0][-4000:]
 
 
@@ -235,3 +238,71 @@ def test_one_journal_serves_all_processes():
     alone, *shared = read("stopped", "alone", 0, 1)
     assert alone[1] == 30  # six batches, whole and without four layers
     assert shared == [[alone[0], 10]] * 2
+
+
+def out_of_memory_once(at):
+    """Scores while a forward pass of the second process has no memory, and leaves the table."""
+    model, passes = make_model(), []
+
+    def fail(*args):
+        passes.append(1)
+        if dist.is_initialized() and dist.get_rank() == 1 and len(passes) == at:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model.model.register_forward_pre_hook(fail)
+    table = score_layers(model, text(4, 4), "loss", progress=False)
+    write(f"memory-{at}", table.to_dict())
+
+
+@pytest.mark.parametrize("at", [1, 4, 9])
+def test_memory_that_one_process_lacks_is_lacked_by_all(at):
+    launch(out_of_memory_once, at)
+    out_of_memory_once(at)
+    one, *two = read(f"memory-{at}", "alone", 0, 1)
+    assert two[0] == two[1]
+    assert two[0]["seen"] == one["seen"]
+    assert two[0]["scores"] == pytest.approx(one["scores"], rel=1e-4, abs=1e-6)
+
+
+def ask_differently():
+    rank = dist.get_rank()
+    task = MultipleChoice(QUESTIONS[rank:], PreTrainedTokenizerFast.from_pretrained("tokenizer"))
+    try:
+        score_layers(make_model(), None, "task", task=task, progress=False)
+    except LayerPruneError as error:
+        write("asked", str(error))
+
+
+def test_layers_are_not_scored_by_different_questions(tokenizer):
+    tokenizer.save_pretrained("tokenizer")
+    launch(ask_differently)
+    assert all("The questions differ" in error for error in read("asked", 0, 1))
+
+
+def write_text():
+    tokenizer, rank = PreTrainedTokenizerFast.from_pretrained("tokenizer"), dist.get_rank()
+    form = TextArguments(self_sequences=2), SequenceArguments(sequence_length=16), make_model().config
+    writer = make_model if rank == 0 else None.__bool__
+    rows = make_sequences("self", *form, tokenizer, writer=writer)
+    write("text", list(rows["input_ids"]))
+
+
+def test_one_process_writes_the_text_of_all(tokenizer, monkeypatch):
+    monkeypatch.setenv("HF_LAYERPRUNE_CACHE", "cache")
+    tokenizer.save_pretrained("tokenizer")
+    launch(write_text)
+    first, second = read("text", 0, 1)
+    assert first == second
+    assert first
+
+
+def test_tensor_parallel_models_are_refused(llama, tokenizer, monkeypatch):
+    monkeypatch.setattr(type(llama), "tp_size", 2)
+    for work in (
+        lambda: score_layers(llama, text(1), "block_influence"),
+        lambda: evaluate_text(llama, text(1)),
+        lambda: copying(llama, text(1)),
+        lambda: MultipleChoice(QUESTIONS, tokenizer)(llama),
+    ):
+        with pytest.raises(LayerPruneError, match="split over 2 processes by tensor parallelism"):
+            work()

@@ -14,6 +14,7 @@ from hf_layerprune import (
     remove_layers,
 )
 from hf_layerprune.checkpoints.loading import load_lineage
+from hf_layerprune.surgery.peft import unsaved_parameters
 
 from ..conftest import logits, make_model, tokens
 from ..pruning.test_callback import pruning
@@ -242,3 +243,29 @@ def test_layers_without_adapters_leave_nothing_to_train(llama):
     )
     with pytest.raises(LayerPruneError, match="leaves nothing to train"):
         trainer.train()
+
+
+def test_a_model_with_adapters_resumes_from_its_checkpoints(llama):
+    def run(resume=None):
+        torch.manual_seed(0)
+        adapted = get_peft_model(copy.deepcopy(llama), lora())
+        trainer = make_trainer(adapted, ce_weight=1.0, max_steps=4, save_strategy="steps", save_steps=2)
+        trainer.train(resume)
+        return trainer.model.state_dict()
+
+    whole = run()
+    assert Path("out/checkpoint-2/pruned_base.json").is_file()
+    torch.testing.assert_close(run("out/checkpoint-2"), whole, rtol=0, atol=0)
+
+
+def test_trained_weights_that_peft_does_not_save_are_refused(llama):
+    adapted = get_peft_model(llama, lora())
+    adapted.get_base_model().model.norm.weight.requires_grad_(True)
+    with pytest.raises(LayerPruneError, match=r"norm\.weight is trained, but it is no part of the adapters"):
+        make_trainer(adapted)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of PEFT, when it saves a tied layer
+@pytest.mark.parametrize("settings", [{"bias": "all"}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+def test_trained_weights_that_peft_saves_are_accepted(settings):
+    assert unsaved_parameters(get_peft_model(make_model("qwen2"), lora(**settings))) == []

@@ -195,3 +195,12 @@ def test_a_plain_trainer_does_not_load_the_best_model(llama):
     trainer = plain_trainer(llama, pruning(), **saves)
     with pytest.raises(LayerPruneError, match="load_best_model_at_end"):
         trainer.train()
+
+
+def test_reconstruction_in_float16_is_refused_before_a_layer_goes(llama):
+    callback = pruning(reconstruction_layers=1)
+    trainer = make_trainer(llama, callbacks=[callback], max_steps=4)
+    trainer.args.fp16 = True
+    with pytest.raises(LayerPruneError, match="reconstruction_layers is set and fp16 is True"):
+        trainer.train()
+    assert len(get_lineage(llama).kept) == 6

@@ -724,7 +724,7 @@ trainer.accelerator.end_training()
 def launch(text, **values):
     Path("rank.py").write_text(textwrap.dedent(text).format(root=str(ROOT), **values))
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "rank.py"]
-    return subprocess.run(words, capture_output=True, text=True, timeout=100)
+    return subprocess.run(words, capture_output=True, text=True, timeout=600)
 
 
 def test_scoring_that_goes_on_in_two_processes_leaves_out_the_same_work():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 from hf_layerprune import (
     DistillationTrainer,
@@ -27,6 +28,7 @@ from hf_layerprune.pruning.arguments import RemovalArguments, named_layers, para
 from hf_layerprune.pruning.target import resolve_target
 
 from ..conftest import TEXT, logits, make_model, tokens
+from .test_callback import plain_trainer
 
 
 def depth(model, **target):
@@ -226,3 +228,30 @@ def test_prune_takes_named_layers_and_gives_the_recipe_with_them(folder):
     assert record.recipe["target_layers"] == 4
     with pytest.raises(LayerPruneError, match=r"block of 2 consecutive .* only layers \[1, 3\] may go"):
         prune(folder, "text.txt", layers=[1, 3], **fields | {"output_dir": "other"})
+
+
+def heal(model, target, resume=None):
+    """Prunes a model in a plain Trainer of four steps, and gives its weights."""
+    callback = LayerPruningCallback(
+        calibration=[{"input_ids": tokens(4, 12)}], criterion="block_influence", **target
+    )
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4}
+    plain_trainer(model, callback, **settings).train(resume_from_checkpoint=resume)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("target", [{"layers": "2,4"}, {"target_ratio": 0.7}])
+def test_a_plain_trainer_resumes_with_the_target_of_its_start(llama, target):
+    whole = heal(llama, target)
+    for step in (1, 3):
+        model = AutoModelForCausalLM.from_pretrained(f"out/checkpoint-{step}")
+        torch.testing.assert_close(heal(model, target, f"out/checkpoint-{step}"), whole, rtol=0, atol=0)
+
+
+def test_a_plain_trainer_does_not_resume_with_other_layers(llama):
+    heal(llama, {"layers": "2,4"})
+    message = "began with protected_originals=[0, 1, 3, 5], not [0, 1, 2, 5]"
+    for step in (1, 3):
+        model = AutoModelForCausalLM.from_pretrained(f"out/checkpoint-{step}")
+        with pytest.raises(LayerPruneError, match=re.escape(message)):
+            heal(model, {"layers": "3-4"}, f"out/checkpoint-{step}")

@@ -1,4 +1,5 @@
 import copy
+import json
 import re
 import shutil
 from pathlib import Path
@@ -755,3 +756,38 @@ def test_mistakes_in_prune_are_told(folder, fields, message):
     with pytest.raises(LayerPruneError, match=re.escape(message)):
         prune(**given)
     assert not Path("out/config.json").exists()
+
+
+def test_no_file_beside_the_model_holds_a_secret(folder, trained):
+    prune("model", "text.txt", 3, output_dir="out", hub_token="hf_SECRET", **FIELDS)
+    texts = [path.read_bytes() for path in Path("out").rglob("*") if path.is_file()]
+    assert not any(b"hf_SECRET" in text for text in texts)
+    words = ["default", *DATA, "--use_cpu", "True", "--hub_token", "hf_S", "--save_config", "c.yaml"]
+    with pytest.raises(SystemExit, match="0"):
+        run(*words)
+    assert "hf_S" not in Path("c.yaml").read_text()
+
+
+def test_a_teacher_in_memory_is_named_in_the_settings(folder, trained):
+    teacher = AutoModelForCausalLM.from_pretrained("model")
+    prune("model", "text.txt", 3, output_dir="out", teacher=teacher, **FIELDS)
+    assert yaml.safe_load(Path("out/layer_pruning.yaml").read_text())["teacher"] == "model"
+
+
+def test_a_run_does_not_resume_with_other_layers(folder, capsys):
+    words = ["--model", "model", "--data", "text.txt", *SMALL, *SHORT, "--save_strategy", "steps"]
+    words += ["--save_steps", "2"]
+    assert run("default", *words, "--replacement", "none", "--layers", "2-3") == 0
+    shutil.rmtree("out/checkpoint-6")
+    record = json.loads(Path("out/layer_pruning.json").read_text())
+    Path("out/layer_pruning.json").write_text(json.dumps(record | {"finished": False}))
+    assert run("default", *words, "--replacement", "none", "--layers", "3-4", "--resume") == 2
+    assert "began with protected_originals=[0, 1, 4, 5], not [0, 1, 2, 5]" in capsys.readouterr().err
+
+
+def test_a_config_replaces_the_target_of_a_recipe(folder):
+    Path("mine.yaml").write_text("target_layers: 4\nselect: greedy\nmax_steps: 0\n")
+    Path("config.yaml").write_text("layers: 3-4\n")
+    words = ["--model", "model", "--data", "text.txt", *SMALL, "--config", "config.yaml"]
+    assert run("mine.yaml", *words, "--use_cpu", "True") == 0
+    assert read_record("out").to_dict()["phases"][-1]["kept"] == [0, 1, 2, 5]

@@ -436,3 +436,28 @@ def test_a_teacher_scores_without_its_dropout_and_is_left_as_it_was():
     assert teacher.training
     with pytest.raises(LayerPruneError, match="The teacher is on meta, the model on cpu"):
         score_layers(model, batches(), "kl", teacher=teacher.to("meta"))
+
+
+def test_racing_reads_batches_as_they_are_given(llama):
+    rows = [{"input_ids": tokens(1, 12, seed=seed)} for seed in range(12)]
+    found = score_layers(llama, rows, racing=0.6, batch_tokens=10**6, progress=False)
+    assert found == score_layers(llama, rows, racing=0.6, progress=False)
+
+
+def test_metrics_are_computed_with_smaller_batches_when_there_is_no_memory(llama):
+    read = []
+
+    def fail(module, args, kwargs):
+        read.append(len(kwargs["input_ids"]))
+        if read[-1] > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    class Metric:
+        def compute(self, predictions, references):
+            return {"right": sum(a == b for a, b in zip(predictions, references, strict=True))}
+
+    llama.register_forward_pre_hook(fail, with_kwargs=True)
+    rows = [{"input_ids": tokens(8, 12)}]
+    table = score_layers(llama, rows, "task", task=Metric(), progress=False)
+    assert len(table.scores) == 4
+    assert max(read[-3:]) <= 4

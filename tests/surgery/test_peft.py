@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from hf_layerprune import (
     LayerPruneError,
@@ -13,6 +14,7 @@ from hf_layerprune import (
     save_adapter,
     score_layers,
 )
+from hf_layerprune.checkpoints import verification
 from hf_layerprune.surgery.removal import without_layers
 
 from ..conftest import LAYERS, logits, make_model, tokens
@@ -187,3 +189,19 @@ def test_trained_tokens_are_saved_with_the_adapter(tmp_path):
     model = adapted(trainable_token_indices=[1, 5])
     remove_layers(model, 2)
     save_adapter(model, tmp_path / "adapter", base_model=str(tmp_path / "base"))
+
+
+def test_lost_adapter_tensors_are_found_however_small(tmp_path):
+    make_model().save_pretrained(tmp_path / "base")
+    model = adapted()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(1e-6)
+    save_adapter(model, tmp_path / "adapter", base_model=str(tmp_path / "base"))
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    lost = next(name for name in tensors if "lora_B" in name)
+    save_file(tensors | {lost: torch.zeros_like(tensors[lost])}, file)
+    again = load_pruned_adapter(str(tmp_path / "adapter"))
+    with pytest.raises(LayerPruneError, match=r"saved adapters differ from those in memory: .*lora_B"):
+        verification.check_same_adapters(model, again, tmp_path)
