@@ -3,24 +3,42 @@
 #
 #   examples/benchmarks/compare_recipes.sh MODEL TEXT OUTPUT LAYERS EVALUATION_TEXT [TASK=FILE...]
 #
-# TEXT is from text_mix.py. STEPS (245) are of 4 x 256 tokens. JOBS (1) runs train at once: a large GPU has room for
-# all. A finished run in OUTPUT is left alone. OUTPUT/evaluation.json holds the result.
+# TEXT is from text_mix.py. STEPS (245) are of 4 x 256 tokens, in the order of SEED (42). RECIPES holds the names of
+# those to run, between spaces (all). JOBS (1) runs train and are evaluated at once: a large GPU has room for 16. More
+# than one make the speeds in the results meaningless. What is finished in OUTPUT is left alone.
+# OUTPUT/evaluation.json holds the result.
 set -euo pipefail
 
 model=$1 text=$2 output=$3 layers=$4 evaluation=$5
 shift 5
-steps=${STEPS:-245} jobs=${JOBS:-1}
+steps=${STEPS:-245} jobs=${JOBS:-1} wanted=" ${RECIPES:-} "
 depth=$(python -c "import sys; from transformers import AutoConfig as C; print(C.from_pretrained(sys.argv[1]).num_hidden_layers)" "$model")
-mkdir -p "$output"
+measure=(--data "$evaluation" --sequence_length 256 --max_sequences 64 --tasks "$@" --limit 2000 --dtype bfloat16)
+mkdir -p "$output/parts"
 
-run() { # NAME RECIPE FLAGS...
+evaluate() { # NAME MODEL
+  hf-layerprune evaluate "$2" "${measure[@]}" --json "$output/parts/$1.json"
+}
+
+start() { # COMMAND...
+  while (( $(jobs -rp | wc -l) >= jobs )); do wait -n || true; done
+  "$@" &
+}
+
+train() { # NAME RECIPE FLAGS...
   local name=$1 recipe=$2
   shift 2
-  [[ -f $output/$name/config.json ]] && return 0
-  while (( $(jobs -rp | wc -l) >= jobs )); do wait -n; done
-  hf-layerprune run "$recipe" --model "$model" --target_layers "$layers" --data "$text" --output_dir "$output/$name" \
-    --calibration_sequences 128 --heldout_sequences 32 --sequence_length 256 --save_strategy no --report_to none \
-    --disable_tqdm True "$@" > "$output/$name.log" 2>&1 &
+  if [[ ! -f $output/$name/config.json ]]; then
+    hf-layerprune run "$recipe" --model "$model" --target_layers "$layers" --data "$text" --output_dir "$output/$name" \
+      --calibration_sequences 128 --heldout_sequences 32 --sequence_length 256 --save_strategy no --report_to none \
+      --disable_tqdm True --seed "${SEED:-42}" "$@"
+  fi
+  [[ -f $output/parts/$name.json ]] || evaluate "$name" "$output/$name"
+}
+
+run() { # NAME RECIPE FLAGS...
+  [[ $wanted == "  " || $wanted == *" $1 "* ]] || return 0
+  start train "$@" > "$output/$1.log" 2>&1
 }
 
 healing=(--max_steps "$steps" --per_device_train_batch_size 4 --learning_rate 3e-4 --lr_scheduler_type cosine
@@ -28,19 +46,32 @@ healing=(--max_steps "$steps" --per_device_train_batch_size 4 --learning_rate 3e
 phases=(--steps_per_phase $((steps / (depth - layers))) --calibration_sequences 32)
 around=(--reconstruction_layers 3 --reconstruction_learning_rate 2e-3)
 
+[[ -f $output/parts/dense.json ]] || start evaluate dense "$model" > "$output/dense.log" 2>&1
+run block-reconstruction default "${healing[@]}" --replacement none "${around[@]}"
 run linear-map default "${healing[@]}" # refused for models that normalise the feed-forward output
 run linear-map-reconstruction default "${healing[@]}" "${around[@]}"
 run block default "${healing[@]}" --replacement none
-run block-reconstruction default "${healing[@]}" --replacement none "${around[@]}"
 run block-raced default "${healing[@]}" --replacement none "${around[@]}" --block_candidates 3
 run shortgpt shortgpt "${healing[@]}"
 run iterative iterative-small "${healing[@]}" "${phases[@]}"
 run iterative-reconstruction iterative-small "${healing[@]}" "${phases[@]}" "${around[@]}"
 run streamline streamline "${healing[@]}"
-run replaceme replaceme
+run replaceme replaceme # refused for the same models
 wait
 
-finished=()
-for config in "$output"/*/config.json; do finished+=("$(dirname "$config")"); done
-hf-layerprune evaluate "$model" "${finished[@]}" --data "$evaluation" --max_sequences 64 --tasks "$@" --limit 2000 \
-  --dtype bfloat16 --json "$output/evaluation.json"
+python - "$output" "$model" <<'PYTHON'
+import json
+import sys
+from pathlib import Path
+
+from hf_layerprune.evaluation.comparison import compare_models
+from hf_layerprune.reports.tables import evaluation_rows, markdown_table
+
+output, model = Path(sys.argv[1]), sys.argv[2]
+parts = [json.loads(file.read_text()) for file in output.glob("parts/*.json")]
+found = {name: measured for part in parts for name, measured in part["models"].items()}
+models = {model: found.pop(model)} | dict(sorted(found.items()))
+compare_models(models)
+(output / "evaluation.json").write_text(json.dumps(parts[0] | {"models": models}, indent=1))
+print(markdown_table(evaluation_rows(models)))
+PYTHON
