@@ -213,8 +213,8 @@ class Setting:
         return {"loss": self.loss(model), **found}
 
     def cut_and_heal(self, cut: Cut, reconstruction: Mapping[str, int] | None = None, **changes: Any) -> Row:
-        """Returns the loss after pruning by one method and after healing, or the reason why this method cannot
-        prune the model.
+        """Returns the loss after pruning by one method and after healing, or the reason why this method
+        cannot prune the model.
 
         Args:
             cut (`Callable`): prunes the model.
