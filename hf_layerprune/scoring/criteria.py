@@ -47,7 +47,7 @@ class ScoringContext:
     Args:
         stack ([`LayerStack`]): the layers of a model in eval mode, without gradients.
         batches (sequence of dict): calibration batches with `input_ids` `(batch, length)`.
-        cuts (`Mapping`): for each candidate, by its first layer, a context that removes it from the model.
+        cuts (`Mapping`): for the first layer of each candidate, a context that removes the candidate.
         block (`int`): number of layers in a candidate.
         bar (`tqdm`): the progress bar, advanced by 1 for each candidate and batch.
         journal ([`Journal`]): stores results, so that interrupted scoring continues.
@@ -83,7 +83,7 @@ class CriterionResult:
     """The scores by one criterion.
 
     Args:
-        scores (`dict[int, float]`): the score of each candidate, by its first layer. Higher means more
+        scores (`dict[int, float]`): for the first layer of each candidate, its score. Higher means more
             important.
         quality (`float` or `None`): the quality of the whole model. Higher is better. None if the criterion
             does not measure it.

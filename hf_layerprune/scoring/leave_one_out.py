@@ -145,7 +145,7 @@ def leave_out(
         batches (sequence): batches in the form that `metric` reads.
         metric ([`Metric`]): the metric to evaluate.
         example (`torch.Tensor`): `(1, length)`, some tokens of the batches.
-        cuts (`Mapping`): for each candidate, by its first layer, a context that removes it from the model.
+        cuts (`Mapping`): for the first layer of each candidate, a context that removes the candidate.
         confidence (`float` or `None`): the confidence of racing, which drops candidates that are surely not
             the least important. None keeps all candidates.
         tick (`Callable`): called with the number of finished steps of the progress bar.
