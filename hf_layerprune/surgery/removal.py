@@ -1,4 +1,4 @@
-"""Removes decoder layers from a model in memory and puts them back. Config and indices are updated."""
+"""Removes decoder layers from a model in memory and puts them back, with config and layer indices."""
 
 import logging
 from collections.abc import Iterable
