@@ -82,9 +82,9 @@ def score_layers(
             `"output"` (the deepest layer first), `"input"`, `"middle"`, `"both"` or `"random"`.
         seed (`int`, *optional*, defaults to 0): the random seed for `pattern="random"`.
         racing (`float`, *optional*): a confidence such as 0.99, for `"loss"`, `"kl"`, `"hidden_mse"` and
-            [`MultipleChoice`]. Scoring drops candidates that are surely not less important than the current
-            least important one, by more than a standard error of its score. Dropped candidates keep the
-            score on the text read so far. Batches are read in random order. Default: no candidate is dropped.
+            [`MultipleChoice`]. A candidate is dropped if its score is surely not below the current lowest
+            score by more than one standard error of the lowest score. Dropped candidates keep the score on
+            the text read so far. Batches are read in random order. Default: no candidate is dropped.
         batch_tokens (`int`, *optional*): tokens in a forward pass. Default: on a GPU as many as fit into half
             of its free memory, at most 32,768; on other devices the given batches are not changed.
         cache_mb (`int`, *optional*): memory for the hidden states of a batch, in MiB, for `"loss"`, `"kl"`
