@@ -1,4 +1,4 @@
-"""Folders of PEFT adapters: their base model, and their merge into it."""
+"""Loads PEFT adapters from a folder, finds their base model, and merges them into it."""
 
 import warnings
 from pathlib import Path
@@ -14,19 +14,19 @@ from ..surgery.peft import check_adapter_type, merge_adapters
 from .sample_logits import difference_beyond_rounding, sample_logits
 
 
-# Adapters that begin with values of the base model and change its weights in a way that loading them does not
-# repeat: it depends on data or on chance.
+# Initialisations that compute adapters from the base weights and change these weights. Loading the adapters
+# does not repeat the change, as it depends on data or on chance.
 NOT_REPEATED = ("pissa_niter", "corda", "loftq", "lora_ga")
 
 
 def adapter_base(name: str) -> str | None:
-    """Returns the base model of adapters, by their config; None for a model.
+    """Returns the name of the base model in the config of adapters, None if `name` is a model.
 
     Args:
-        name (`str`): folder or hub id.
+        name (`str`): folder or hub id of the adapters or the model.
 
     Raises:
-        LayerPruneError: the adapters name no base model, or cannot be merged into one.
+        LayerPruneError: the adapters name no base model, or cannot be merged into it.
     """
     config = _adapter_config(name)
     if config is None:
@@ -49,10 +49,10 @@ def adapter_base(name: str) -> str | None:
 
 
 def _adapter_config(name: str) -> Any:
-    """Returns the `PeftConfig` of adapters, None if `name` holds none.
+    """Returns the `PeftConfig` of the adapters in `name`, None if there are no adapters.
 
     Raises:
-        LayerPruneError: it cannot be read.
+        LayerPruneError: the config cannot be read.
     """
     if Path(name).exists() and not (Path(name) / ADAPTER_CONFIG_NAME).is_file():
         return None
@@ -64,7 +64,7 @@ def _adapter_config(name: str) -> Any:
 
     try:
         return PeftConfig.from_pretrained(name)
-    except Exception as error:  # a damaged file may end in anything
+    except Exception as error:  # a damaged file can raise any error
         raise LayerPruneError(
             f"{ADAPTER_CONFIG_NAME} in {name} cannot be read: {one_line(error)} Save the adapters again."
         ) from error
@@ -85,10 +85,10 @@ def load_adapter(base: PreTrainedModel, name: str) -> Any:
 
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*tie")  # merge_adapters sees to ties
+            warnings.filterwarnings("ignore", message=".*tie")  # merge_adapters handles ties
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
             model = PeftModel.from_pretrained(base, name)
-        # PEFT drops tensors without a place in the model silently, as the head of a classifier.
+        # PEFT silently drops tensors that have no place in the model, such as the head of a classifier.
         tensors = load_peft_weights(name, device="cpu")
         report: Any = set_peft_model_state_dict(model, tensors)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -111,14 +111,14 @@ def load_adapter(base: PreTrainedModel, name: str) -> Any:
 
 
 def merge_exactly(model: Any, name: str) -> PreTrainedModel:
-    """Merges the adapters of a `PeftModel` into its weights, in place, and compares the logits.
+    """Merges the adapters of a `PeftModel` into its weights in place, and checks the logits of the result.
 
     Args:
         model (`PeftModel`): the base model with its adapters, in eval mode.
         name (`str`): folder or hub id of the adapters, for errors.
 
     Raises:
-        LayerPruneError: the adapters cannot be merged, or the merged model is another model.
+        LayerPruneError: the adapters cannot be merged, or the logits of the merged model differ.
     """
     with undisturbed(model):
         before = sample_logits(model)

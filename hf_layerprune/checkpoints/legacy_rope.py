@@ -1,4 +1,4 @@
-"""Rotary settings under the names that transformers 4 and converters read."""
+"""Converts rotary settings to the names that transformers 4 and converters read."""
 
 import copy
 from typing import Any
@@ -15,10 +15,11 @@ SCALINGS = ("linear", "dynamic", "yarn", "llama3")
 
 
 def legacy_rotary(config: PreTrainedConfig) -> dict[str, Any]:
-    """Returns the fields of transformers 4 for `rope_parameters`, an empty dict without rotary embeddings.
+    """Returns the transformers 4 fields for `rope_parameters`, an empty dict without rotary embeddings.
 
     Raises:
-        LayerPruneError: transformers 4 has no such settings, or transformers 5 would read them differently.
+        LayerPruneError: transformers 4 has no such settings, or transformers 5 would read the old fields
+            differently.
     """
     text = text_config(config)
     fields = text.to_dict()

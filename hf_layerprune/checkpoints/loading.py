@@ -42,7 +42,7 @@ from .adapter_folder import adapter_base, load_adapter, merge_exactly
 
 logger = logging.getLogger(__name__)
 
-# Files beside the weights of multimodal models and of sentence-transformers' models.
+# Files beside the weights of multimodal models and of sentence-transformers models.
 COMPANIONS = (
     FEATURE_EXTRACTOR_NAME,
     VIDEO_PROCESSOR_NAME,
@@ -56,23 +56,28 @@ COMPANIONS = (
 
 
 def load_model(name: str, **options: Any) -> PreTrainedModel:
-    """Loads a model as the class that its config names in `architectures`: a causal language model,
-    classifier, encoder, embedding or vision-language model. PEFT adapters are merged into their base model.
+    """Loads a model as the class that its config names in `architectures`.
+
+    The model is a causal language model, classifier, encoder, embedding or vision-language model. PEFT
+    adapters are merged into their base model.
 
     Args:
-        name (`str`): folder or hub id of the model, or of adapters.
-        options: arguments of `from_pretrained`. Code that comes with a model runs only with
+        name (`str`): folder or hub id of the model or of adapters.
+        options: arguments of `from_pretrained`. Code in the repository of a model runs only with
             `trust_remote_code=True`.
 
+    Returns:
+        `PreTrainedModel`
+
     Raises:
-        LayerPruneError: there is no such model, it cannot be reached, its kind is not supported, its weights
+        LayerPruneError: the model does not exist, cannot be reached or is of an unsupported kind, its weights
             do not fit its config, or adapters cannot be merged exactly.
     """
     if adapter_base(name) is not None:
         return _load_merged(name, options)
     trust = options.get("trust_remote_code", False)
     config, cls = load_class(name, trust, options.get("gguf_file"))
-    # Reports tensors of another shape like missing tensors, without a traceback.
+    # With these options, tensors of another shape are reported like missing tensors, without a traceback.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     if not issubclass(cls, PreTrainedModel):
         options["trust_remote_code"] = trust
@@ -96,7 +101,7 @@ def load_model(name: str, **options: Any) -> PreTrainedModel:
         )
     decoder = find_decoder(model)
     entry = re.compile(rf"(?:^|\.){decoder.attribute}\.(\d+)\.")
-    # Layers for multi-token prediction (DeepSeek) follow. transformers does not load them.
+    # Layers for multi-token prediction (DeepSeek) follow the decoder layers. transformers does not load them.
     last = len(decoder.layers) + (getattr(decoder.config, "num_nextn_predict_layers", None) or 0)
     more = [key for key in report["unexpected_keys"] for i in entry.findall(key) if int(i) >= last]
     if more:
@@ -109,7 +114,7 @@ def load_model(name: str, **options: Any) -> PreTrainedModel:
 
 def _load_merged(name: str, options: dict[str, Any]) -> PreTrainedModel:
     """Returns the base of the adapters in `name` with the adapters merged into its weights."""
-    load_class(name, options.get("trust_remote_code", False))  # for what it refuses, before weights
+    load_class(name, options.get("trust_remote_code", False))  # for its checks, before weights are loaded
     quantization: Any = options.get("quantization_config")
     if quantization is not None and not getattr(quantization, "dequantize", False):
         raise LayerPruneError(
@@ -127,10 +132,10 @@ def _load_merged(name: str, options: dict[str, Any]) -> PreTrainedModel:
 
 
 def stored_dtype(name: str, trust_remote_code: bool = False) -> torch.dtype:
-    """Returns the dtype in which a model is stored: that of its config, else of its weights.
+    """Returns the dtype in which a model is stored. It is the dtype in the config, else that of the weights.
 
     Raises:
-        LayerPruneError: there is no such model, or it cannot be reached.
+        LayerPruneError: the model does not exist or cannot be reached.
     """
     config, cls = load_class(name, trust_remote_code)
     name = adapter_base(name) or name
@@ -144,16 +149,16 @@ def stored_dtype(name: str, trust_remote_code: bool = False) -> torch.dtype:
 def load_class(
     name: str, trust_remote_code: bool = False, gguf_file: str | None = None
 ) -> tuple[PreTrainedConfig, Any]:
-    """Reads the config of a model and finds the class that its `architectures` name, without weights.
+    """Returns the config of a model and the class that its `architectures` name, without loading weights.
 
     Args:
         name (`str`): folder or hub id of the model.
         trust_remote_code (`bool`, *optional*, defaults to `False`): whether code of the model may run.
-        gguf_file (`str`, *optional*): the GGUF file there that holds the model.
+        gguf_file (`str`, *optional*): the GGUF file in `name` that holds the model.
 
     Returns:
-        `tuple[PreTrainedConfig, type]`: the config and the class. It is an auto class if the model comes with
-            code of its own, or names no class of transformers.
+        `tuple[PreTrainedConfig, type]`: the config and the class. The class is an auto class if the model has
+        its own code, or names no class of transformers.
 
     Raises:
         LayerPruneError: there is no config, or the kind of the model is not supported.
@@ -180,7 +185,8 @@ def load_class(
 
 
 def _load_class_of_base(name: str, base: str, trust_remote_code: bool) -> tuple[PreTrainedConfig, Any]:
-    """Returns the config and the class of the base of the adapters in `name`, without its removed layers."""
+    """Returns the config and the class of the base of the adapters in `name`. The config counts only the kept
+    layers."""
     try:
         config, cls = load_class(base, trust_remote_code)
     except LayerPruneError as error:
@@ -201,14 +207,14 @@ def _load_class_of_base(name: str, base: str, trust_remote_code: bool) -> tuple[
 
 
 def _is_for(cls: Any, config: PreTrainedConfig) -> bool:
-    """Returns whether a class of models takes configs such as this one."""
+    """Returns whether a class of models accepts this config."""
     return isinstance(cls.config_class, type) and isinstance(config, cls.config_class)
 
 
 def load_meta_model(
     name: str, trust_remote_code: bool = False, gguf_file: str | None = None
 ) -> PreTrainedModel:
-    """Returns a model on the meta device, without weights, built from its config alone.
+    """Returns a model without weights, built from its config on the meta device.
 
     Raises:
         LayerPruneError: there is no config, or no supported model can be built from it.
@@ -228,10 +234,10 @@ def load_meta_model(
 def load_tokenizer(
     name: str, trust_remote_code: bool = False, gguf_file: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a model from a folder or a hub id, or from a GGUF file there.
+    """Loads the tokenizer of a model from a folder or the hub, or from a GGUF file there.
 
     Raises:
-        LayerPruneError: there is none, or it cannot be reached.
+        LayerPruneError: the tokenizer does not exist or cannot be reached.
     """
     base = adapter_base(name)
     if base is not None and _companion(name, TOKENIZER_CONFIG_FILE) is None:
@@ -253,7 +259,7 @@ def copy_companions(name: str, folder: str | Path) -> list[str]:
     name = adapter_base(name) or name
     modules = _companion(name, "modules.json")
     parts = [] if modules is None else json.loads(modules.read_text(encoding="utf-8"))
-    # Other modules, such as the pooling of an embedding model, have folders of their own.
+    # Other modules, such as the pooling of an embedding model, have their own folders.
     inner = [
         f"{part['path']}/{file}"
         for part in parts
@@ -294,7 +300,7 @@ def load_lineage(folder: str | Path, trust_remote_code: bool = False) -> Lineage
 
 
 def runs_own_code(model: Any) -> bool:
-    """Returns whether `model` was loaded with code of its own, which its checkpoints then need, too."""
+    """Returns whether `model` was loaded with its own code. Its checkpoints then need this code too."""
     return type(model.config).__module__.startswith("transformers_modules.")
 
 
@@ -319,18 +325,20 @@ def is_whole(checkpoint: str | Path) -> bool:
 
 
 def load_pruned_adapter(name: str, base_model: PreTrainedModel | None = None, **options: Any) -> Any:
-    """Loads adapters that [`save_adapter`] saved, on their pruned base.
+    """Loads the adapters that [`save_adapter`] saved, onto their pruned base.
 
     Args:
         name (`str`): folder or hub id of the adapters.
-        base_model (`PreTrainedModel`, *optional*): the pruned base. Default: it is loaded and pruned.
+        base_model (`PreTrainedModel`, *optional*): the pruned base. Default: the base in `pruned_base.json`
+            is loaded and pruned.
         options: arguments of [`load_model`], for the base.
 
     Returns:
         `PeftModel`
 
     Raises:
-        LayerPruneError: there is no `pruned_base.json`, or `base_model` has other layers than it says.
+        LayerPruneError: there is no `pruned_base.json`, or `base_model` does not have the layers that it
+            lists.
     """
     lineage, base_name = _read_pruned_base(name)
     if base_model is None:
@@ -353,7 +361,7 @@ def load_pruned_adapter(name: str, base_model: PreTrainedModel | None = None, **
 def _load_base(name: str, base_name: str, options: dict[str, Any]) -> PreTrainedModel:
     """Returns the base of the adapters in `name`, as the class that they were trained on.
 
-    The base of a classifier is often stored as a language model. Its head is among the adapters.
+    The base of a classifier is often stored as a language model. The adapters then hold the classifier head.
     """
     trust = options.get("trust_remote_code", False)
     record = json.loads(Path(str(cached_file(name, PRUNED_BASE))).read_text(encoding="utf-8"))
@@ -366,7 +374,7 @@ def _load_base(name: str, base_name: str, options: dict[str, Any]) -> PreTrained
 
 
 def _read_pruned_base(name: str) -> tuple[Lineage, str]:
-    """Returns the lineage of the base of adapters, and the name of that base."""
+    """Returns the lineage and the name of the base of adapters."""
     try:
         path = cached_file(name, PRUNED_BASE)
         record = json.loads(Path(str(path)).read_text(encoding="utf-8"))
@@ -378,10 +386,10 @@ def _read_pruned_base(name: str) -> tuple[Lineage, str]:
 
 
 def _load(auto_class: Any, name: str, what: str, **options: Any) -> Any:
-    """Returns what `from_pretrained` of a class loads.
+    """Returns the object that `from_pretrained` of a class loads.
 
     Raises:
-        LayerPruneError: it fails, with the reason and what to do.
+        LayerPruneError: loading fails. The error has the reason and what to do.
     """
     path = Path(name)
     gguf_file = options.get("gguf_file")

@@ -1,4 +1,4 @@
-"""Logits of a few tokens, and whether those of two models are the same but for rounding."""
+"""Computes the logits of a few tokens, and compares the logits of two models up to rounding."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ def sample_logits(model: Any, forward: Any = None) -> torch.Tensor:
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): the model, in eval mode.
-        forward (`Callable`, *optional*): what to call in place of the model.
+        forward (`Callable`, *optional*): the function to call instead of the model.
     """
     base = base_of(model)
     text = text_config(base.config)
@@ -28,12 +28,15 @@ def sample_logits(model: Any, forward: Any = None) -> torch.Tensor:
 def difference_beyond_rounding(
     live: torch.Tensor, other: torch.Tensor, model: Any, merged: bool = False
 ) -> float | None:
-    """Returns the distance between two outputs of [`sample_logits`]; None where rounding explains it.
+    """Returns the distance between two outputs of [`sample_logits`], None if rounding explains it.
 
     Args:
         live, other (`torch.Tensor`): the outputs.
-        model (`PreTrainedModel` or `PeftModel`): the model of `live`, whose dtype says how much is rounded.
-        merged (`bool`, *optional*, defaults to `False`): whether adapters were merged in between.
+        model (`PreTrainedModel` or `PeftModel`): the model of `live`. Its dtype sets the limit for rounding.
+        merged (`bool`, *optional*, defaults to `False`): whether adapters were merged between the outputs.
+
+    Returns:
+        `float` or `None`: the distance in standard deviations of the logits.
     """
     base = base_of(model)
     distance, limit = logits_distance(live, other), 1e-3 if base.dtype == torch.float32 else 0.05
@@ -45,7 +48,7 @@ def difference_beyond_rounding(
 
 
 def logits_distance(live: torch.Tensor, other: torch.Tensor, summary: Any = torch.max) -> float:
-    """Returns the distance of logits in standard deviations. NaN and infinity equal themselves."""
+    """Returns the distance of logits in standard deviations. NaN equals NaN, and infinity equals infinity."""
     equal = (live == other) | (live.isnan() & other.isnan())
     apart = torch.where(equal, 0.0, (live - other).abs())
     finite = live[live.isfinite()]
@@ -67,8 +70,8 @@ def _needs_autocast(base: PreTrainedModel) -> bool:
 def _is_exact(base: PreTrainedModel) -> bool:
     """Returns whether merging adapters changes only the last digits of the logits.
 
-    In bfloat16 it changes some logits by a standard deviation, as rounding of activations does, but the
-    median by less than 0.05.
+    In bfloat16, merging changes some logits by one standard deviation, as rounding of activations does. The
+    median changes by less than 0.05.
     """
     highest = torch.get_float32_matmul_precision() == "highest"
     is_float32 = base.dtype == torch.float32 and not _needs_autocast(base)

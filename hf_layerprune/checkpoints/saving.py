@@ -1,4 +1,4 @@
-"""Saves models and adapters, so that a failure leaves their weights."""
+"""Saves models and adapters so that no failure loses their weights."""
 
 import json
 import os
@@ -52,17 +52,17 @@ def save_model(
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): the model. Adapters are merged in a copy on the CPU, and
-            kept in a new folder `adapter` until that is done. The check compares the reloaded model with
-            `model`, adapters included.
+            stored in a new folder `adapter` until the model is saved. The check compares the reloaded model
+            with `model`, adapters included.
         folder (`str` or `Path`): the folder to save in.
-        verify (`bool`, *optional*, defaults to `True`): load the saved model on the CPU, and compare its
-            weights and the logits of a few tokens. A GPU holds the weights once.
+        verify (`bool`, *optional*, defaults to `True`): whether to load the saved model on the CPU, and
+            compare its weights and the logits of a few tokens. A GPU holds the weights only once.
         legacy_rope (`bool`, *optional*, defaults to `False`): see [`saving`].
         dtype (`str` or `torch.dtype`, *optional*): see [`saving`].
 
     Raises:
-        LayerPruneError: the model cannot be saved, or the reloaded one differs. The error says where the
-            weights are.
+        LayerPruneError: the model cannot be saved, or the reloaded model differs. The error names the folder
+            of the weights.
     """
     if not adapter_configs(model):
         with saving(model, folder, verify=verify, legacy_rope=legacy_rope, dtype=dtype):
@@ -78,11 +78,11 @@ def save_model(
 
 @contextmanager
 def _adapters_kept(model: Any, folder: Path) -> Iterator[None]:
-    """Within this context a new folder `adapter` in `folder` holds the adapters, so that no failure or kill
-    loses them. It is deleted afterwards, unless the block failed.
+    """Stores the adapters in a new folder in `folder` within this context, so that no failure or kill loses
+    them. On exit the new folder is deleted, unless the block failed.
 
     Raises:
-        LayerPruneError: the block failed. The error says where the adapters are.
+        LayerPruneError: the block failed. The error names the folder of the adapters.
     """
     # A folder of this name may hold the adapters that training began with.
     names = chain(["adapter"], (f"adapter_{number}" for number in count(2)))
@@ -90,7 +90,7 @@ def _adapters_kept(model: Any, folder: Path) -> Iterator[None]:
     where = f"The adapters are saved in {kept}."
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT tells which whole layers it adds
+            warnings.simplefilter("ignore")  # PEFT warns about whole layers that it adds
             save_with_base(model, kept)
     except (OSError, safetensors.SafetensorError):
         where = "There is no room for the adapters either. They are only in memory."
@@ -105,11 +105,11 @@ def check_merge(model: Any) -> None:
     """Checks, before training, that [`save_model`] can merge the adapters of a `PeftModel` in a copy.
 
     Raises:
-        LayerPruneError: they cannot, or there is no memory for the copy.
+        LayerPruneError: the adapters cannot be merged, or there is no memory for the copy.
     """
     try:
         with undisturbed(model), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT repeats them when the adapters are merged
+            warnings.simplefilter("ignore")  # PEFT repeats its warnings when the adapters are merged
             merged_copy(model)
     except torch.OutOfMemoryError as error:
         raise LayerPruneError(
@@ -121,20 +121,21 @@ def check_merge(model: Any) -> None:
 def save_adapter(
     model: Any, folder: str | Path, *, base_model: str | None = None, verify: bool = True
 ) -> None:
-    """Saves the adapters of a `PeftModel` with a pruned base, and how to rebuild that base.
+    """Saves the adapters of a `PeftModel` with a pruned base, and the information to rebuild the base.
 
-    `pruned_base.json` names the base and its kept layers. [`load_pruned_adapter`] reads it. Plain PEFT would
-    put the adapters on the wrong layers of the whole base, without an error.
+    `pruned_base.json` names the base and its kept layers. [`load_pruned_adapter`] reads this file. Plain PEFT
+    would put the adapters on the wrong layers of the whole base, without an error.
 
     Args:
         model (`PeftModel`): the model.
         folder (`str` or `Path`): the folder to save in.
-        base_model (`str`, *optional*): folder or hub id of the base. Default: where it was loaded from.
-        verify (`bool`, *optional*, defaults to `True`): load base and adapters, and compare the logits of a
-            few tokens.
+        base_model (`str`, *optional*): folder or hub id of the base. Default: the folder or hub id that it
+            was loaded from.
+        verify (`bool`, *optional*, defaults to `True`): whether to load base and adapters, and compare the
+            logits of a few tokens.
 
     Raises:
-        LayerPruneError: `model` is no `PeftModel` with one adapter, its base has no name, or the reloaded
+        LayerPruneError: `model` is not a `PeftModel` with one adapter, its base has no name, or the reloaded
             model differs.
     """
     folder, configs = Path(folder), adapter_configs(model)
@@ -145,7 +146,7 @@ def save_adapter(
     name = base_model or base_name(model)
     if not name:
         raise LayerPruneError("Cannot determine the base model. Pass base_model=.")
-    configs["default"].base_model_name_or_path = name  # record, card and PEFT's config name it
+    configs["default"].base_model_name_or_path = name  # for record, card and PEFT's config
     keep_base_known(model)
     save_with_base(model, folder)
     if verify:
@@ -162,18 +163,24 @@ def saving(
     dtype: str | torch.dtype | None = None,
     live: Any = None,
 ) -> Iterator[None]:
-    """Guards a block that saves `model` in `folder`: rescues the weights if it fails, else checks the result.
+    """Guards a block that saves `model` in `folder`. If the block fails, the weights are rescued, else the
+    saved model is checked.
 
     Args:
-        verify (`bool`): load the saved model, and compare its weights and the logits of a few tokens.
-        legacy_rope (`bool`): write the rotary settings into config.json under their old names as well
+        model (`PreTrainedModel`): the model that the block saves.
+        folder (`str` or `Path`): the folder that the block saves in.
+        verify (`bool`): whether to load the saved model, and compare its weights and the logits of a few
+            tokens.
+        legacy_rope (`bool`): whether to write the rotary settings into config.json also under their old names
             (`rope_theta`, `rope_scaling`), for transformers 4 and converters.
         dtype (`str` or `torch.dtype`, *optional*): dtype of the saved weights, see [`cast_state`]. Default:
-            that of `model`.
-        live (`PeftModel`, *optional*): the model whose adapters were merged into `model`, compared as well.
+            the dtype of `model`.
+        live (`PeftModel`, *optional*): the model whose adapters were merged into `model`. Its logits are
+            compared too.
 
     Raises:
-        LayerPruneError: it cannot be saved, or the saved model differs. The error says where the weights are.
+        LayerPruneError: the model cannot be saved, or the saved model differs. The error names the folder of
+            the weights.
     """
     folder = Path(folder)
     if adapter_configs(model):
@@ -212,7 +219,7 @@ def _save_cast(model: PreTrainedModel, folder: str | Path, dtype: str | torch.dt
 def cast_state(model: PreTrainedModel, dtype: str | torch.dtype | None) -> dict[str, torch.Tensor] | None:
     """Returns the state dict to save `model` with in `dtype`, or None if it has that dtype.
 
-    Weights that transformers keeps in float32 when it loads this model in `dtype` stay as they are.
+    Weights that transformers keeps in float32 when it loads this model in `dtype` are not cast.
     """
     saved_dtype = _saved_dtype(model, dtype)
     if saved_dtype == model.dtype:
@@ -222,24 +229,24 @@ def cast_state(model: PreTrainedModel, dtype: str | torch.dtype | None) -> dict[
     for name, tensor in model.state_dict().items():
         place = tensor.data_ptr(), tensor.shape
         if place not in cast:
-            # On the CPU: a GPU may have no room for the cast weights.
+            # Cast on the CPU, as a GPU may have no room for the cast weights.
             cast[place] = tensor.to("cpu", dtype_in_file(model, name, tensor, saved_dtype))
         state[name] = cast[place]
     return state
 
 
 def _saved_dtype(model: PreTrainedModel, dtype: str | torch.dtype | None) -> torch.dtype:
-    """Returns the dtype that `model` is saved in. Quantised models keep their own."""
+    """Returns the dtype that `model` is saved in. Quantised models keep their dtype."""
     if dtype is None or getattr(model, "hf_quantizer", None) is not None:
         return model.dtype
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def check_writable(folder: str | Path) -> None:
-    """Makes `folder` if there is none, and checks that files can be written there.
+    """Creates `folder` if it does not exist, and checks that files can be written there.
 
     Raises:
-        LayerPruneError: they cannot.
+        LayerPruneError: no file can be written there.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -263,11 +270,12 @@ def check_no_adapters_in(folder: str | Path) -> None:
 
 
 def check_configs(model: Any) -> None:
-    """Checks, before any long work, that transformers can save `model`. It refuses some values of configs,
-    and the weights of some quantised checkpoints.
+    """Checks, before training, that transformers can save `model`.
+
+    transformers refuses to save some config values, and the weights of some quantised checkpoints.
 
     Raises:
-        LayerPruneError: it does not.
+        LayerPruneError: transformers cannot save the model.
     """
     base = base_of(model)
     try:
@@ -293,8 +301,8 @@ def check_configs(model: Any) -> None:
 
 
 def _rescue(model: PreTrainedModel, folder: Path) -> Path | None:
-    """Saves the bare weights in `folder`, or in the temporary folder if they do not fit. Returns the folder,
-    None if they fit in neither."""
+    """Saves the bare weights in `folder`, or in the temporary folder if there is no room. Returns the path of
+    the file, None if there is no room in either folder."""
     for place in (folder, Path(tempfile.gettempdir()) / f"{folder.name}-{os.getpid()}"):
         rescue = place / "rescued.safetensors"
         try:

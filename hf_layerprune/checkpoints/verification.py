@@ -1,7 +1,7 @@
-"""Saved models and adapters, loaded again and compared with the live model.
+"""Loads saved models and adapters again, and compares them with the live model.
 
-The weights are compared one by one. The reloaded model then reads the live weights, so that its logits can be
-compared without a second model on the device.
+The weights are compared one by one. The reloaded model then uses the live weights, so that its logits can be
+compared without a second copy of the weights on the device.
 """
 
 import logging
@@ -44,10 +44,10 @@ _ADVICE = (
 def load_again(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Returns the model in `folder`, loaded on the CPU with the class, dtype and attention of `model`.
 
-    If it was saved in this dtype, its weights are views of the files and take no memory.
+    If the model was saved in this dtype, its weights are views of the files and take no memory.
 
     Raises:
-        LayerPruneError: it does not load, or its weights do not fit its config.
+        LayerPruneError: the model does not load, or its weights do not fit its config.
     """
     advice = _ADVICE.format(folder=folder)
     # transformers has no public name for the attention that a model uses.
@@ -66,17 +66,20 @@ def load_again(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def check_same_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype, live: Any = None) -> None:
-    """Checks that the model in `folder` loads, has the weights of `model`, rounded to `dtype`, and with the
-    exact weights the logits of `model` for a few tokens.
+    """Checks that the model in `folder` loads and equals `model`.
+
+    Its weights must be the weights of `model`, rounded to `dtype`. With the exact weights, it must give the
+    logits of `model` for a few tokens.
 
     Args:
         model (`PreTrainedModel`): the model that was saved.
-        folder (`Path`): where it was saved.
+        folder (`Path`): the folder of the saved model.
         dtype (`torch.dtype`): the dtype that it was saved in.
-        live (`PeftModel`, *optional*): the model whose adapters were merged into `model`, compared as well.
+        live (`PeftModel`, *optional*): the model whose adapters were merged into `model`. Its logits are
+            compared too.
 
     Raises:
-        LayerPruneError: it does not.
+        LayerPruneError: the saved model does not load, or differs.
     """
     again = load_again(model, folder)
     different = share_equal_weights(model, again, dtype)
@@ -91,17 +94,17 @@ def check_same_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype, l
 
 
 def share_equal_weights(model: Any, again: Any, dtype: torch.dtype | None = None) -> list[str]:
-    """Makes a reloaded model read the live weights wherever its own are equal. Both models then take the
-    memory of one.
+    """Makes a reloaded model use the live weights that equal its own. Both models then take the memory of one
+    model.
 
-    Each weight is compared alone, where the live weight is. Weights of a quantised model, or of one on
-    several devices, are not compared.
+    The weights are compared one by one, on the device of the live weight. Weights of a quantised model, or of
+    a model on several devices, are not compared.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): the live model.
         again (`PreTrainedModel` or `PeftModel`): the reloaded model, changed in place.
         dtype (`torch.dtype`, *optional*): the dtype that the model was saved in. Live weights are rounded to
-            it before they are compared. Default: their own.
+            it before they are compared. Default: the live weights are not rounded.
 
     Returns:
         `list[str]`: the names of the tensors that differ.
@@ -111,7 +114,7 @@ def share_equal_weights(model: Any, again: Any, dtype: torch.dtype | None = None
         return []
     live, equal, different = model.state_dict(), {}, []
     for name, saved in again.state_dict().items():
-        if name not in live:  # the report of loading tells what is missing
+        if name not in live:  # the loading report lists missing weights
             continue
         exact = live[name]
         if _equal(exact, saved, exact.dtype if dtype is None else dtype_in_file(model, name, exact, dtype)):
@@ -123,7 +126,7 @@ def share_equal_weights(model: Any, again: Any, dtype: torch.dtype | None = None
 
 
 def _equal(live: torch.Tensor, saved: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Returns whether a live tensor, saved in `dtype`, equals the tensor that was loaded. NaN equals NaN."""
+    """Returns whether a live tensor, saved in `dtype`, equals the loaded tensor. NaN equals NaN."""
     if live.device == saved.device and live.data_ptr() == saved.data_ptr():
         return live.shape == saved.shape and live.dtype == saved.dtype
     if live.shape != saved.shape:
@@ -138,7 +141,7 @@ def _equal(live: torch.Tensor, saved: torch.Tensor, dtype: torch.dtype) -> bool:
 
 def dtype_in_file(model: PreTrainedModel, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
     """Returns the dtype of a tensor in the file of a model that is saved in `dtype`. Integers, and weights
-    that transformers keeps in float32, keep their own."""
+    that transformers keeps in float32, keep their dtype."""
     # The rule by which `from_pretrained` keeps some modules in float32 has no public name.
     kept = any(re.search(rf"(^|\.){re.escape(part)}(\.|$)", name) for part in model._get_dtype_plan(dtype))
     return tensor.dtype if kept or not tensor.is_floating_point() else dtype
@@ -147,11 +150,11 @@ def dtype_in_file(model: PreTrainedModel, name: str, tensor: torch.Tensor, dtype
 def check_reload(model: Any, folder: Path) -> None:
     """Checks that the model in `folder` loads, and gives the logits of `model` for a few tokens.
 
-    Adapters in a checkpoint, or for a base without a name, are loaded on a copy of the base in memory, unless
-    adding the adapters changed the base.
+    Adapters in a checkpoint, or with a base without a name, are loaded onto a copy of the base in memory. A
+    named base is loaded again if it is quantised, or if adding the adapters changed it.
 
     Raises:
-        LayerPruneError: it does not.
+        LayerPruneError: the model does not load, or its logits differ.
     """
     is_checkpoint = re.fullmatch(PREFIX_CHECKPOINT_DIR + r"-\d+", folder.name)
     if adapter_configs(model):
@@ -185,10 +188,10 @@ def check_reload(model: Any, folder: Path) -> None:
 def check_same_adapters(model: Any, again: Any, folder: Path) -> None:
     """Checks that reloaded adapters are those of `model`, and on their base give its logits for a few tokens.
 
-    Base weights may differ in the last digits, as those that PiSSA computes again.
+    Base weights may differ in the last digits, for example if PiSSA computes them again.
 
     Raises:
-        LayerPruneError: they do not.
+        LayerPruneError: the logits differ.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     different = sorted(trained.intersection(share_equal_weights(model, again)))
@@ -201,12 +204,12 @@ def check_same_adapters(model: Any, again: Any, folder: Path) -> None:
 
 
 def is_quantised(model: Any) -> bool:
-    """Returns whether the base is quantised. A copy of its weights in memory would not run."""
+    """Returns whether the base is quantised. A copy of quantised weights in memory would not run."""
     return getattr(base_of(model), "hf_quantizer", None) is not None
 
 
 def load_with_base(model: Any, folder: Path) -> Any:
-    """Returns the adapters in `folder` on the base that they name, with the dtype of `model`'s base."""
+    """Returns the adapters in `folder`, loaded onto the base that they name. The dtype is that of `model`."""
     base = base_of(model)
     quantised = getattr(base.config, "quantization_config", None)
     options: dict[str, Any] = {}
@@ -217,7 +220,7 @@ def load_with_base(model: Any, folder: Path) -> Any:
 
 
 def _is_stored_quantised(model: Any) -> bool:
-    """Returns whether the stored base is quantised already, not on loading."""
+    """Returns whether the base is stored with quantised weights, and not quantised when it is loaded."""
     config, _ = load_class(base_name(model), runs_own_code(base_of(model)))
     return getattr(config, "quantization_config", None) is not None
 
@@ -232,7 +235,8 @@ def check_saves(model: Any) -> None:
 
 @contextmanager
 def unchecked(model: Any) -> Iterator[None]:
-    """Switches off [`check_saves`] within this context: the caller checks the model or must not."""
+    """Switches off [`check_saves`] within this context, for callers that check the model themselves or must
+    not check it."""
     method = vars(model).get("save_pretrained")
     ours = getattr(method, "__func__", None) is _save_and_check
     if ours:
@@ -260,10 +264,10 @@ def compare_logits(model: Any, again: Any, folder: Path, merged: bool = False) -
     Args:
         model (`PreTrainedModel` or `PeftModel`): the live model.
         again (`PreTrainedModel` or `PeftModel`): the reloaded model. It is moved to the device of the live
-            model, where weights that both share already are.
-        folder (`Path`): where it was saved.
-        merged (`bool`, *optional*, defaults to `False`): the adapters of the live model are merged into the
-            reloaded one, which stays where it is: a GPU may have no room for it.
+            model. Weights that both models share are already there.
+        folder (`Path`): the folder of the saved model.
+        merged (`bool`, *optional*, defaults to `False`): whether the adapters of the live model are merged
+            into the reloaded model. The reloaded model is then not moved, as a GPU may have no room for it.
 
     Raises:
         LayerPruneError: the logits differ.
@@ -271,11 +275,11 @@ def compare_logits(model: Any, again: Any, folder: Path, merged: bool = False) -
     base = base_of(model)
     there = dict(base_of(again).named_buffers())
     for name, buffer in base.named_buffers():
-        if name in there:  # `.to(torch.bfloat16)` rounds rotary tables, which loading does not
+        if name in there:  # `.to(torch.bfloat16)` rounds rotary tables, loading does not
             there[name].data = there[name].to(buffer.dtype)
     try:
         with undisturbed(model):
-            # accelerate wraps `forward` in autocast and keeps the plain one under this private name. Its
+            # accelerate wraps `forward` in autocast and keeps the plain method under this private name. Its
             # public unwrapping changes the model, which is still in training here.
             live = sample_logits(model, getattr(model, "_original_forward", None))
             saved = sample_logits(again.eval() if merged else again.eval().to(base.device))

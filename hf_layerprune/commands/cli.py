@@ -1,4 +1,4 @@
-"""hf-layerprune: finds and runs a command, and reports errors in one line."""
+"""Runs the commands of hf-layerprune, and reports errors in one line."""
 
 import logging
 import os
@@ -75,7 +75,7 @@ COMMANDS: dict[str, Command] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command. Returns the exit code: 0, 2 after an error of the user, 130 after Ctrl-C."""
+    """Runs a command. Returns the exit code: 0, 2 after a user error, or 130 after Ctrl-C."""
     command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
         print("usage: hf-layerprune COMMAND ...\n")
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"hf-layerprune: error: {name_flags(str(error), flag_names)}", file=sys.stderr)
         return 2
     except (OSError, ImportError) as error:
-        # The user can also fix a file that cannot be written and a missing package.
+        # These are user errors too: a file that cannot be written, or a missing package.
         print(f"hf-layerprune: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 @contextmanager
 def _package_logs(quiet: bool) -> Iterator[None]:
-    """Within this context this package logs what it does, or only errors if `quiet` is set."""
+    """Makes this package log its progress within this context, or only errors if `quiet` is set."""
     package = logging.getLogger("hf_layerprune")
     level = package.level
     package.setLevel(logging.ERROR if quiet else logging.INFO)
@@ -129,8 +129,8 @@ def _package_logs(quiet: bool) -> Iterator[None]:
 
 @contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """Within this context a Trainer prints no logs. Progress bars and warnings of transformers and datasets
-    are switched off."""
+    """Switches off the logs of a Trainer within this context, and the progress bars and warnings of
+    transformers and datasets."""
     import datasets
     from transformers.utils import logging as transformers_logging
 
@@ -153,7 +153,7 @@ def _quiet_libraries() -> Iterator[None]:
 
 
 class _FlagNames(logging.Formatter):
-    """Names flags in log messages of the library, as in its errors."""
+    """Writes arguments as flags in log messages of this package, as in its errors."""
 
     def format(self, record: logging.LogRecord) -> str:
         message = super().format(record)
@@ -161,7 +161,7 @@ class _FlagNames(logging.Formatter):
 
 
 def _how_to_continue(command: str, arguments: list[str]) -> str:
-    """Returns what to do after Ctrl-C, in one sentence."""
+    """Returns advice for the user after Ctrl-C."""
     from argparse import ArgumentParser
 
     parser = ArgumentParser(add_help=False)

@@ -1,4 +1,4 @@
-"""Functions of all commands: parsing, config files, JSON files, the end of a command."""
+"""Functions that all commands use: parsing, config files, JSON files, the end of a command."""
 
 import json
 from argparse import SUPPRESS, Action
@@ -15,8 +15,8 @@ from .help import HELP_ALL, help_text, help_wanted
 
 OUTPUT_DIR = "trainer_output"  # the Trainer's default
 MODEL = ("MODEL", "Folder or hub id of the model.")
-flag_names: list[str] = []  # of the running command
-given_values: dict[str, Any] = {}  # of its flags, by flags and config file
+flag_names: list[str] = []  # flags of the running command
+given_values: dict[str, Any] = {}  # values given by its flags and config file
 
 Command = Callable[[list[str]], None]
 
@@ -30,18 +30,19 @@ def parse(
     positional: tuple[str, str] | None = None,
     defaults: Mapping[str, Any] | None = None,
 ) -> list[Any]:
-    """Returns the model name or names of a command line, and one filled dataclass for each of `kinds`.
+    """Returns the model name or names in a command line, and a filled dataclass for each of `kinds`.
 
     Args:
         command (`Callable`): the function of the command. The help shows its name and docstring.
         arguments (list of `str`): the words after the command's name.
-        kinds (iterable of dataclasses): their fields are the flags.
-        model, several (`bool`, *optional*): whether the command takes a model, or several.
+        kinds (iterable of dataclasses): the dataclasses whose fields are the flags.
+        model (`bool`, *optional*, defaults to `True`): whether the command takes a model.
+        several (`bool`, *optional*, defaults to `False`): whether the command takes several models.
         positional (`tuple`, *optional*): name and help of another first argument, which the command reads.
-        defaults (mapping, *optional*): other defaults to show in the help. An empty mapping shows none.
+        defaults (mapping, *optional*): other defaults to show in the help. An empty mapping shows no default.
 
     Raises:
-        LayerPruneError: an unknown flag, or a value that a dataclass refuses.
+        LayerPruneError: a flag is unknown, or a dataclass refuses a value.
         SystemExit: the command line asks for help, which is printed.
     """
     kinds, common = list(kinds), common_flags(arguments)
@@ -52,7 +53,7 @@ def parse(
         whole = not {*HELP_ALL}.isdisjoint(arguments)
         print(help_text(command, actions, positional or (MODEL if model else None), whole))
         raise SystemExit(0)
-    # Before the parser knows the flags: errors in a file name fields, not flags.
+    # The file is read before the parser knows the flags, so that errors in the file name fields, not flags.
     config = read_config(common.config, kinds, model, several) if common.config else {}
     parser = _parser(command, kinds)
     if model:
@@ -77,11 +78,11 @@ def parse(
 
 
 def _show_defaults(actions: Iterable[Action], defaults: Mapping[str, Any]) -> None:
-    """Sets the defaults of flags to these for the help, in place. Without any, most flags show none."""
+    """Sets the defaults of flags for the help in place. With an empty mapping, most flags show no default."""
     for action in actions:
         if action.dest in defaults:
             action.default = defaults[action.dest]
-        elif not defaults and action.default is not True:  # its default decides how a switch is written
+        elif not defaults and action.default is not True:  # the default of a switch sets its form in the help
             action.default = SUPPRESS
 
 
@@ -130,7 +131,7 @@ def save_config(path: str, values: dict[str, Any]) -> None:
 
 
 def keep_settings(output_dir: str) -> None:
-    """Writes the settings of the command beside what it makes, see [`write_settings`]."""
+    """Writes the settings of the command into its output folder, see [`write_settings`]."""
     from ..recipes.recipe import write_settings
 
     write_settings(given_values, output_dir)
@@ -145,7 +146,7 @@ def parse_given(
         command, arguments, kinds, model, several: see [`parse`].
 
     Raises:
-        LayerPruneError: an unknown flag.
+        LayerPruneError: a flag is unknown.
     """
     parser = _parser(command, list(kinds), only_given=True)
     if model:
@@ -190,11 +191,11 @@ def write_json(path: str, values: Any) -> None:
 
 
 def finish(name: str, tokenizer: Any, record: dict[str, Any], output_dir: str) -> None:
-    """Writes tokenizer, processor files and card beside a saved model, and prints the table.
+    """Writes tokenizer, processor files and card into the folder of a saved model, and prints the table.
 
     Args:
         name (`str`): folder or hub id of the original model.
-        tokenizer (`PreTrainedTokenizerBase`): of the model.
+        tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
         record (`dict`): the record of the run.
         output_dir (`str`): the folder of the model.
     """

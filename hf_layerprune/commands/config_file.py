@@ -1,4 +1,4 @@
-"""The flags of a command in a YAML file: --config reads it, --save_config writes it."""
+"""Reads the flags of a command from a YAML file (--config), and writes them to one (--save_config)."""
 
 from argparse import ArgumentParser
 from collections.abc import Mapping
@@ -22,14 +22,14 @@ def add_common_flags(parser: Any) -> None:
 
 
 def common_flags(arguments: list[str]) -> Any:
-    """Returns the values of the flags that every command has, without reading the others."""
+    """Returns the values of the flags that every command has. Other flags are not parsed."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     add_common_flags(parser)
     return parser.parse_known_args(arguments)[0]
 
 
 def write_config(path: str, values: Mapping[str, Any]) -> None:
-    """Writes values of flags to a YAML file, and prints its name."""
+    """Writes the values of flags to a YAML file, and prints the file name."""
     from ..recipes.recipe import write_yaml
 
     write_yaml(Path(path), values)

@@ -1,4 +1,4 @@
-"""Commands that measure models and write cards: evaluate, card."""
+"""The commands `evaluate` and `card`, which measure models and write cards."""
 
 import json
 from collections import Counter
@@ -39,7 +39,7 @@ def evaluate(arguments: list[str]) -> None:
     compare_models(results)
     for task, _, file in (task.partition("=") for task in output.tasks):
         for found in results.values():
-            if task in found["tasks"]:  # for a group, lm-eval lists its members
+            if task in found["tasks"]:  # for a group, lm-eval lists the tasks of the group
                 found["tasks"][task]["source"] = "/".join(Path(file).parts[-2:]) or None
     print(markdown_table(evaluation_rows(results)))
     if output.json:
@@ -47,10 +47,10 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def _check_tasks(data: list[Path], output: EvaluateArguments) -> None:
-    """Checks that there is something to measure, and that no task is repeated.
+    """Checks that a text or a task is given, and that no task is repeated.
 
     Raises:
-        LayerPruneError: there is nothing to measure, or a task is repeated.
+        LayerPruneError: there is no text and no task, or a task is repeated.
     """
     if not data and not output.tasks:
         raise LayerPruneError("There is nothing to measure: give a text with --data, or --tasks, or both.")
@@ -63,7 +63,7 @@ def _check_tasks(data: list[Path], output: EvaluateArguments) -> None:
 
 
 def _can_go_on(output: EvaluateArguments) -> bool:
-    """Returns whether the results file may hold results to reuse. Results of lm-eval are not reused."""
+    """Returns whether the results file may hold reusable results. Results of lm-eval are not reused."""
     return output.json is not None and Path(output.json).exists() and not output.lm_eval
 
 
@@ -72,10 +72,10 @@ class _Measurement:
 
     Args:
         names (list of `str`): folders or hub ids of the models.
-        source ([`ModelArguments`]): how they are loaded.
+        source ([`ModelArguments`]): the settings for loading models.
         data (list of `Path`): sources of text.
-        form ([`TextArguments`], [`SequenceArguments`]): how the text is read and becomes sequences.
-        output ([`EvaluateArguments`]): what is measured.
+        form ([`TextArguments`], [`SequenceArguments`]): the settings for reading text and making sequences.
+        output ([`EvaluateArguments`]): the settings of the evaluation.
         batch_tokens (`int`, *optional*): tokens in a forward pass.
 
     Raises:
@@ -115,7 +115,7 @@ class _Measurement:
                 )
 
     def of(self, name: str, earlier: dict[str, Any]) -> dict[str, Any]:
-        """Returns the results of one model, from an earlier call if nothing has changed."""
+        """Returns the results of a model. It reuses earlier results if model, text and settings are equal."""
         from ..data.batches import make_batches
         from ..evaluation.evaluate import evaluate_model
         from ..recipes.inputs import load_on_device
@@ -133,7 +133,7 @@ class _Measurement:
 
             results |= run_lm_eval(model, tokenizer, output.tasks, output.limit)
         results["fingerprint"] = mark
-        weights = list(Path(name).glob("model*.safetensors"))  # not those of adapters
+        weights = list(Path(name).glob("model*.safetensors"))  # not the files of adapters
         if weights:
             results["file_mb"] = round(sum(file.stat().st_size for file in weights) / 2**20, 1)
         return results
@@ -168,7 +168,7 @@ def _evaluation_of(folder: str, evaluation: str) -> dict[str, Any]:
     """Returns the results of the dense model and of the model in `folder` from a file of `evaluate --json`.
 
     Raises:
-        LayerPruneError: the file holds no results of that model, or not all.
+        LayerPruneError: the file lacks results of that model.
     """
     results = _read_json(evaluation)
     (first, dense), *others = results["models"].items()
@@ -190,7 +190,7 @@ def _evaluation_of(folder: str, evaluation: str) -> dict[str, Any]:
 
 
 def _read_json(path: str) -> dict[str, Any]:
-    """Returns the results that `evaluate --json` wrote.
+    """Returns the results in a file that `evaluate --json` wrote.
 
     Raises:
         LayerPruneError: the file holds no such results.

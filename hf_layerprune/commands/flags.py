@@ -1,4 +1,4 @@
-"""Flags of the command line that are no settings. Each field is a flag."""
+"""Defines the flags of the command line that are not settings of the package. Each field is a flag."""
 
 import re
 from collections.abc import Iterable
@@ -8,18 +8,18 @@ from pathlib import Path
 from ..recipes.arguments import DATA_FORMS, DATA_HELP
 
 
-# Arguments in Python that have another name as a flag.
+# Python arguments whose flag has another name.
 OTHER_NAMES = {"teacher_model": "teacher"}
 
 
 def name_flags(message: str, names: Iterable[str]) -> str:
-    """Returns a message with arguments written as flags: `--max_steps` for max_steps, `--trainable all` for
-    trainable='all'.
+    """Returns a message with arguments written as flags, such as `--max_steps` for max_steps and
+    `--trainable all` for trainable='all'.
 
     Args:
         message (`str`): a message of the library.
         names (iterable of `str`): names of the command's flags, without dashes. A name without an underscore
-        is replaced only at the beginning of the message, or with a value.
+            is replaced only at the beginning of the message, or with a value.
     """
     flags = {name: f"--{name}" for name in names}
     flags |= {

@@ -1,4 +1,4 @@
-"""The help of a command on one screen: flags in groups, one line each. --help_all explains every flag."""
+"""Prints the help of a command on one screen, with one line per flag. --help_all explains every flag."""
 
 import re
 from argparse import SUPPRESS, Action
@@ -12,7 +12,7 @@ WIDTH, SCREEN = 100, 50  # columns and lines
 FLAG_WIDTH = 35
 HELP, HELP_ALL = ("-h", "--help"), ("--help_all", "--help-all")
 
-# Names of flags by group. Where not all fit the screen, those of the second string are only named.
+# Names of flags by group. If not all flags fit on the screen, the flags in the second string are only named.
 GROUPS = {
     "model": (
         "model models device teacher lora_rank",
@@ -73,10 +73,12 @@ def help_text(
     """Returns the help of a command.
 
     Args:
-        command (`Callable`): its docstring holds a summary and the lines `usage:` and `example:`.
-        actions (iterable of `argparse.Action`): its flags.
-        positional (`tuple`, *optional*): name and description of its first argument.
-        whole (`bool`, *optional*): whether to explain every flag, with its whole help text.
+        command (`Callable`): the command. Its docstring holds a summary and the lines `usage:` and
+            `example:`.
+        actions (iterable of `argparse.Action`): the flags of the command.
+        positional (`tuple`, *optional*): name and description of the first argument.
+        whole (`bool`, *optional*, defaults to `False`): whether to explain every flag with its whole help
+            text.
     """
     _, usage, example = re.split(r"^usage: |^example: ", cleandoc(command.__doc__), flags=re.M)
     example = " \\\n    ".join(line.strip() for line in example.splitlines())
@@ -98,7 +100,7 @@ def help_text(
 
 
 def _by_group(actions: Iterable[Action]) -> dict[str, list[Action]]:
-    """Returns the flags of each group in the order of `GROUPS`, without the opposites `--no_...`."""
+    """Returns the flags of each group in the order of `GROUPS`, without the negated flags `--no_...`."""
     flags = {one.dest: one for one in actions if one.option_strings and "--no_" not in one.option_strings[0]}
     groups: dict[str, list[Action]] = {group: [] for group in [*GROUPS, "Trainer"]}
     for name in [
@@ -116,9 +118,10 @@ def _sections(
 
     Args:
         groups (`dict`): flags by group.
-        text (`Callable`): gives the text of a flag.
-        main (`bool`, *optional*): explain the main flags, and name the others.
-        gap (`bool`, *optional*, defaults to `True`): put an empty line between groups.
+        text (`Callable`): returns the text of a flag.
+        main (`bool`, *optional*, defaults to `False`): whether to explain only the main flags, and name the
+            other flags.
+        gap (`bool`, *optional*, defaults to `True`): whether to put an empty line between groups.
     """
     lines: list[str] = []
     for group, members in groups.items():
@@ -135,7 +138,7 @@ def _sections(
 
 
 def _entry(flag: str, text: str) -> list[str]:
-    """Returns a flag and its text: beside it, or below a long flag."""
+    """Returns the lines of a flag and its text. The text is beside the flag, or below a long flag."""
     indent = " " * FLAG_WIDTH
     lines = wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
     left = f"  {flag}"
@@ -145,7 +148,7 @@ def _entry(flag: str, text: str) -> list[str]:
 
 
 def _invocation(action: Action) -> str:
-    """Returns a flag with a word for its value, as `--max_steps N`."""
+    """Returns a flag with a placeholder for its value, such as `--max_steps N`."""
     flag = action.option_strings[0]
     if action.nargs == 0 or (action.nargs == "?" and action.default is not True):
         return flag
@@ -157,7 +160,7 @@ def _invocation(action: Action) -> str:
 
 
 def _text(action: Action) -> str:
-    # argparse takes % for the beginning of a placeholder, so authors write %%.
+    # argparse reads % as the beginning of a placeholder, so help texts contain %%.
     return " ".join((action.help or "").split()).replace("%%", "%")
 
 
@@ -183,7 +186,8 @@ def _line_of_trainer_text(action: Action) -> str:
 
 
 def _line_of_text(action: Action, text: str | None = None) -> str:
-    """Returns the first sentence of a flag's help with its choices, and what else fits in the line."""
+    """Returns the first sentence of a flag's help with its choices, and further sentences that fit on the
+    line."""
     text = text or _text(action)
     first, *others = re.split(r"(?<=[.?])\s+", text)
     line, default = " ".join([first, *_choices(action)]), _default(action, text)

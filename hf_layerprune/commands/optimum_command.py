@@ -1,4 +1,4 @@
-"""`optimum-cli layerprune ...`: the same commands inside optimum's command line.
+"""Adds the commands of hf-layerprune to optimum's command line, as `optimum-cli layerprune ...`.
 
 The build copies this file to optimum/commands/register, where optimum finds commands of other packages.
 """
@@ -9,7 +9,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 
 class LayerPruneCommand(BaseOptimumCLICommand):
-    """Passes the words after `layerprune` to `hf-layerprune`."""
+    """Passes the arguments after `layerprune` to `hf-layerprune`."""
 
     COMMAND = CommandInfo(name="layerprune", help="Make a causal language model shallower (hf-layerprune).")
 

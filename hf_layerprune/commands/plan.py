@@ -1,4 +1,4 @@
-"""The command `plan`: memory, FLOPs and time of a run, from the config alone."""
+"""The command `plan`, which estimates memory, FLOPs and time of a run from the config alone."""
 
 from ..errors import LayerPruneError
 from ..recipes.arguments import ModelArguments, TeacherArguments
@@ -24,7 +24,7 @@ def plan(arguments: list[str]) -> None:
     from ..surgery.decoder import layer_count, text_config
 
     kinds = [ModelArguments, TeacherArguments, LoraArguments, PlanArguments, PhaseSizeArguments]
-    on_cpu = [] if torch.cuda.is_available() else ["--use_cpu", "True"]  # for bf16
+    on_cpu = [] if torch.cuda.is_available() else ["--use_cpu", "True"]  # needed for bf16
     words = [*on_cpu, "--bf16", "True", *arguments]
     parsed = parse(plan, words, [*kinds, DistillationTrainingArguments])
     name, source, teacher, lora, output, removal, args = parsed

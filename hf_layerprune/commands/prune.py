@@ -1,4 +1,4 @@
-"""Commands that remove layers without training them: prune, phases."""
+"""The commands `prune` and `phases`, which remove layers and do not train the model themselves."""
 
 from dataclasses import replace
 from functools import partial
@@ -42,7 +42,7 @@ def prune(arguments: list[str]) -> None:
         model,
         removal,
         calibration=calibration,
-        # Models of other kinds have no perplexity.
+        # Other kinds of models have no perplexity.
         evaluation=HeldOutText(heldout) if predicts_next_token(model) else None,
     )
     save_model(model, output.output_dir, verify=output.verify_save, legacy_rope=output.legacy_rope)

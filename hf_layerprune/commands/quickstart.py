@@ -1,4 +1,4 @@
-"""The quickstart: prunes SmolLM2-135M-Instruct from 30 to 27 layers, without the hub.
+"""Prunes SmolLM2-135M-Instruct from 30 to 27 layers without the hub, as a quickstart.
 
 The model is a GGUF file in a PyPI wheel. The text is the help topics of Python's standard library. The
 demonstration has three phases of a few thousand tokens each.
@@ -133,7 +133,7 @@ def quickstart(settings: QuickstartArguments) -> None:
 
     print("\nHeld-out perplexity of the dense model, after each removal and after healing:\n")
     print(markdown_table(table_rows(record)))
-    # Without the mixed precision of the Trainer, as users run the model.
+    # Users run the model without the mixed precision of the Trainer.
     model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False).cpu()
     live = answer(model, tokenizer, settings.answer_tokens)
     reloaded = _answer_in_fresh_process(settings, tokenizer)

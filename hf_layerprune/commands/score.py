@@ -1,4 +1,4 @@
-"""Commands that look at layers: inspect, score."""
+"""The commands `inspect` and `score`, which describe and score layers."""
 
 from functools import partial
 from typing import Any
@@ -89,7 +89,7 @@ def score(arguments: list[str]) -> None:
 
 
 def _print_comparison(name: str, table: Any, other: Any) -> None:
-    """Prints how similarly two score tables rank the layers.
+    """Prints the rank correlation of two score tables.
 
     Raises:
         LayerPruneError: the tables have blocks of different sizes.

@@ -1,5 +1,4 @@
-"""Studies: questions about pruning, each answered by a grid of small runs that can be stopped and
-continued."""
+"""Studies that answer questions about pruning by a grid of small runs. Runs can be stopped and continued."""
 
 import copy
 import json
@@ -32,7 +31,7 @@ from .study_setting import Cut, Row, Setting, StudyArguments, load
 # Models to extrapolate to: layers, parameters of a layer, of embedding and head (Llama 2, 2307.09288).
 LARGE = {"7B": (32, 202_383_360, 262_144_000), "70B": (80, 855_654_400, 524_288_000)}
 
-RECONSTRUCTION_LAYERS, RECONSTRUCTION_EPOCHS = 3, 4  # where a study does not vary them
+RECONSTRUCTION_LAYERS, RECONSTRUCTION_EPOCHS = 3, 4  # unless a study varies them
 
 
 def baseline(setting: Setting) -> Iterator[Row]:
@@ -196,7 +195,7 @@ def scale(setting: Setting) -> Iterator[Row]:
     text = [{"input_ids": batch["input_ids"][:1]} for batch in setting.calibration[:1]]
 
     def count(work: Callable[[list[Any]], Any]) -> float:
-        """Returns the operations for a token: the increase by a second batch, as some operations run only
+        """Returns the operations per token, as the increase by a second batch. Some operations run only
         once."""
         totals = []
         for batches in (text, text * 2):
@@ -248,7 +247,7 @@ def scale(setting: Setting) -> Iterator[Row]:
 
 
 def _distil(setting: Setting, model: PreTrainedModel, batches: list[Any]) -> None:
-    """Returns the operations of distillation: forward of the teacher, forward and backward of the student."""
+    """Runs, on each batch, a forward pass of the teacher, and a forward and backward pass of the student."""
     for batch in [{"input_ids": one["input_ids"].to(model.device)} for one in batches]:
         with torch.no_grad():
             wanted = setting.dense(**batch, use_cache=False).logits.log_softmax(-1)
@@ -270,7 +269,7 @@ STUDIES: Mapping[str, Callable[[Setting], Iterator[Row]]] = {
 
 
 def check_study(name: str) -> None:
-    """Checks the name of a study.
+    """Checks that a study of this name exists.
 
     Raises:
         LayerPruneError: there is no such study.
@@ -281,13 +280,13 @@ def check_study(name: str) -> None:
 
 
 def run_study(name: str, arguments: StudyArguments) -> list[Row]:
-    """Answers one question. A second call with the same arguments continues a stopped study.
+    """Runs a study. A second call with the same arguments continues a stopped study.
 
     Writes `study.json`, `table.md` and `plot.png` into the folder.
 
     Args:
         name (`str`): one of `STUDIES`.
-        arguments ([`StudyArguments`]): its settings.
+        arguments ([`StudyArguments`]): the settings of the study.
 
     Raises:
         LayerPruneError: there is no such study, or [`Setting`] refuses the arguments.
@@ -316,7 +315,7 @@ def run_study(name: str, arguments: StudyArguments) -> list[Row]:
 
 
 def study_rows(rows: Sequence[Row]) -> list[list[str]]:
-    """Returns the rows of a study as a table of text."""
+    """Returns the rows of a study as rows of text. The first row holds the column heads."""
     heads = [head for head in dict.fromkeys(k for row in rows for k in row) if head != "scores"]
 
     def cell(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The common part of the runs of a study: a model, texts, functions that prune and heal it."""
+"""The shared setup of the runs of a study: a model, texts, and functions that prune and heal the model."""
 
 import copy
 import time
@@ -34,7 +34,7 @@ WHOLE = {"tokens": 262_144, "calibration_sequences": 32, "heldout_sequences": 32
 QUICK = {"remove": 2, "tokens": 4096, "calibration_sequences": 4, "heldout_sequences": 8}
 
 Row = dict[str, Any]
-Cut = Callable[[int], tuple[PreTrainedModel, Row]]  # removes so many layers; returns the model and the choice
+Cut = Callable[[int], tuple[PreTrainedModel, Row]]  # removes N layers; returns the model and the choice
 
 
 @dataclass
@@ -96,14 +96,14 @@ class StudyArguments:
 
 
 class Setting:
-    """The common part of the runs of a study.
+    """The shared setup of the runs of a study.
 
     Args:
         name (`str`): the name of the study.
-        arguments ([`StudyArguments`]): its settings.
+        arguments ([`StudyArguments`]): the settings of the study.
 
     Raises:
-        LayerPruneError: there is no such model or text, too little text, or the folder cannot be written to.
+        LayerPruneError: there is no such model or text, too little text, or the folder is not writable.
     """
 
     def __init__(self, name: str, arguments: StudyArguments) -> None:
@@ -163,7 +163,7 @@ class Setting:
         return model, {"layers gone": gone, "seconds to score": seconds}
 
     def cut_with_map(self, remove: int) -> tuple[PreTrainedModel, Row]:
-        """Returns the model with a linear map in place of the block of least Block Influence, and the
+        """Returns the model with a linear map in place of the block with the lowest Block Influence, and the
         choice."""
         model, began = copy.deepcopy(self.dense), time.monotonic()
         table = score_layers(model, self.calibration, "block_influence", block_size=remove, progress=False)
@@ -173,8 +173,8 @@ class Setting:
         return model, {"layers gone": kept[first : first + remove], "seconds to score": seconds}
 
     def cut_block(self, remove: int) -> tuple[PreTrainedModel, Row]:
-        """Returns the model without the block of least Block Influence, with a linear map in its place if the
-        model allows one, and the choice."""
+        """Returns the model without the block with the lowest Block Influence, and the choice. A linear map
+        replaces the block if the model allows it."""
         try:
             check_linear_map(self.dense)
         except LayerPruneError:
@@ -182,8 +182,8 @@ class Setting:
         return self.cut_with_map(remove)
 
     def reconstruct(self, model: PreTrainedModel, layers: int, epochs: int, tokens: int) -> Row:
-        """Trains the layers next to the cuts, in place. Returns the KL divergence before and after, and the
-        time."""
+        """Trains the layers next to each cut in place. Returns the KL divergence before and after, and the
+        time in seconds."""
         began, rows = time.monotonic(), self.train.shuffle(seed=self.arguments.seed)
         count = min(len(rows), max(1, tokens // self.arguments.sequence_length))
         result = reconstruct_layers(
@@ -204,8 +204,8 @@ class Setting:
         }
 
     def cut_loss(self, cut: Cut, remove: int) -> Row:
-        """Returns the loss after pruning by one method, or the reason why the model cannot be pruned by
-        it."""
+        """Returns the loss after pruning by one method, or the reason why this method cannot prune the
+        model."""
         try:
             model, found = cut(remove)
         except LayerPruneError as error:
@@ -213,13 +213,13 @@ class Setting:
         return {"loss": self.loss(model), **found}
 
     def cut_and_heal(self, cut: Cut, reconstruction: Mapping[str, int] | None = None, **changes: Any) -> Row:
-        """Returns the loss after pruning by one method and after healing, or the reason why the model cannot
-        be pruned by it.
+        """Returns the loss after pruning by one method and after healing, or the reason why this method
+        cannot prune the model.
 
         Args:
             cut (`Callable`): prunes the model.
             reconstruction (mapping, *optional*): arguments of [`~Setting.reconstruct`], which runs before
-            healing.
+                healing.
             changes (*optional*): changed training arguments.
         """
         try:
@@ -234,7 +234,7 @@ class Setting:
         return row | {"seconds in all": round(sum(parts), 1)}
 
     def heal(self, model: PreTrainedModel, *callbacks: Any, **changes: Any) -> Row:
-        """Distils the dense model into a model, in place. Returns the loss and the time."""
+        """Distils the dense model into a model in place. Returns the loss and the time in seconds."""
         began = time.monotonic()
         settings: dict[str, Any] = {
             "max_steps": self.steps,
@@ -263,7 +263,7 @@ class Setting:
 
 
 def load(name: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Returns a model in float32 and its tokenizer. Without a name, it is the model of the quickstart."""
+    """Returns a model in float32 and its tokenizer. Without a name, it returns the quickstart model."""
     if name is None:
         model, tokenizer = load_embedded_model()
     else:

@@ -1,4 +1,4 @@
-"""Commands that train: cache-teacher, distill, run."""
+"""The commands `cache-teacher`, `distill` and `run`."""
 
 from functools import partial
 from pathlib import Path
@@ -164,7 +164,7 @@ def _make_trainer(**settings: Any) -> Any:
 
 
 def _lora_config(rank: int | None) -> Any:
-    """Returns the config of LoRA adapters of this rank, None without a rank."""
+    """Returns the config of LoRA adapters with this rank, None without a rank."""
     if rank is None:
         return None
     from peft import LoraConfig

@@ -1,4 +1,4 @@
-"""Compares models on the same tasks: accuracy, accuracy above chance, agreement, stability."""
+"""Compares models on the same tasks by accuracy, accuracy above chance, agreement and stability."""
 
 import math
 import statistics
@@ -12,21 +12,24 @@ from .multiple_choice import Answer
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Returns the mean and its standard error, which is NaN for a single value."""
+    """Returns the mean and its standard error. The error is NaN for a single value."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return statistics.fmean(values), error
 
 
 def task_scores(right: Mapping[str, Sequence[bool]], chances: Mapping[str, float]) -> dict[str, Any]:
-    """Returns the accuracies of a model in tasks, and their mean (2511.05085, section 4).
+    """Returns the accuracies of a model on tasks, and their mean (2511.05085, section 4).
 
     Args:
         right (mapping of `str` to sequence of `bool`): for each task, which questions were answered right.
         chances (mapping of `str` to `float`): for each task, the accuracy of guessing.
 
     Returns:
-        `dict`: `tasks`, for each `accuracy`, `standard_error`, `chance`, `questions` and `right`, a string
-        of ones and zeros; `mean` with its `standard_error`.
+        `dict[str, Any]`:
+            - `tasks`: for each task its `accuracy`, `standard_error`, `chance`, number of `questions`, and
+              `right`, a string with 1 for each right answer and 0 for each wrong answer
+            - `mean`: the mean accuracy over tasks
+            - `standard_error`: the standard error of the mean
     """
     tasks: dict[str, dict[str, Any]] = {}
     for name, answers in right.items():
@@ -47,12 +50,13 @@ def task_scores(right: Mapping[str, Sequence[bool]], chances: Mapping[str, float
 
 
 def tasks_done(dense: Mapping[str, Any]) -> list[str]:
-    """Returns the tasks in which a model is better than chance by more than two standard errors.
+    """Returns the tasks on which a model is better than chance by more than two standard errors.
 
-    A task that the dense model cannot do, such as BoolQ for a small model, does not show what pruning costs.
+    If the dense model is at chance on a task, such as BoolQ for a small model, the task does not measure the
+    cost of pruning.
 
     Args:
-        dense (`dict`): from [`task_scores`].
+        dense (`dict`): the result of [`task_scores`] for the dense model.
     """
     return [
         name
@@ -67,14 +71,14 @@ def share_kept(dense: Mapping[str, Any], pruned: Mapping[str, Any]) -> dict[str,
     Only the tasks of [`tasks_done`] count.
 
     Args:
-        dense, pruned (`dict`): from [`task_scores`], of the same questions.
+        dense, pruned (`dict`): the results of [`task_scores`] on the same questions.
 
     Returns:
-        `dict[str, float]`: `share`, 1 for the dense model, 0 for guessing; and its `standard_error`,
-        paired by question (delta method).
+        `dict[str, float]`: the `share`, which is 1 for the dense model and 0 for guessing, and its
+        `standard_error`, paired by question (delta method).
 
     Raises:
-        LayerPruneError: the questions differ, or the dense model is not better than chance in any task.
+        LayerPruneError: the questions differ, or the dense model is not better than chance on any task.
     """
     names = tasks_done(dense)
     if not names:
@@ -98,8 +102,8 @@ def mean_difference(
     """Returns the mean accuracy of the second model minus that of the first, and its paired standard error.
 
     Args:
-        first, second (`dict`): from [`task_scores`], of the same questions.
-        names (sequence of `str`, *optional*): the tasks that count. Default: all.
+        first, second (`dict`): the results of [`task_scores`] on the same questions.
+        names (sequence of `str`, *optional*): the tasks to compare. Default: all.
 
     Raises:
         LayerPruneError: the questions differ.
@@ -115,7 +119,7 @@ def agreement(original: str, pruned: str) -> dict[str, float]:
     `standard_error`.
 
     Args:
-        original, pruned (`str`): `right` of one task from [`task_scores`], of the same questions.
+        original, pruned (`str`): `right` of one task from [`task_scores`], for the same questions.
     """
     same = [float(one == other) for one, other in zip(original, pruned, strict=True)]
     return dict(zip(("share", "standard_error"), mean_and_error(same), strict=True))
@@ -124,17 +128,22 @@ def agreement(original: str, pruned: str) -> dict[str, float]:
 def stability(original: Sequence[Answer], pruned: Sequence[Answer]) -> dict[str, float]:
     """Returns the stability of a pruned model (LLM-Streamline, 2403.19135, section 3.4).
 
-    Stability is the share of the questions that both models answer right or both answer wrong. Each question
-    has a weight: a softmax over the standard deviations of the original model's perplexities of the choices.
-    Large perplexities let one question decide. Stability is then 0 or 1, and [`agreement`] is the better
-    measure. The released code sums the first weights instead of those of the matching questions.
+    Stability is the share of the questions that both models answer right or both answer wrong. The weight of
+    a question is a softmax over the standard deviations of the original model's perplexities of the choices.
+    With large perplexities, one question may have all the weight. Stability is then 0 or 1, and [`agreement`]
+    is the better metric. The released code of the paper sums the first weights instead of the weights of the
+    matching questions.
 
     Args:
-        original, pruned (sequence of [`Answer`]): of the same questions, from [`MultipleChoice.read`].
+        original, pruned (sequence of [`Answer`]): the answers to the same questions, from
+            [`MultipleChoice.read`].
 
     Returns:
-        `dict[str, float]`: `stability` from 0 to 1, its `standard_error` over questions, and the number of
-        `effective_questions`: 1 if one question has all the weight, all of them if the weights are equal.
+        `dict[str, float]`:
+            - `stability`: from 0 to 1
+            - `standard_error`: the standard error of the stability over questions
+            - `effective_questions`: 1 if one question has all the weight, the number of questions if all
+              weights are equal
 
     Raises:
         LayerPruneError: the questions differ, or a perplexity is not a finite number.
@@ -160,11 +169,11 @@ def stability(original: Sequence[Answer], pruned: Sequence[Answer]) -> dict[str,
 def compare_models(results: Mapping[str, dict[str, Any]]) -> None:
     """Adds comparisons with the first model to the results of [`evaluate_model`], in place.
 
-    They are `kept` ([`share_kept`]), `difference` ([`mean_difference`]) and, for each task, `agreement` and,
-    if the perplexities of the choices are known, `stability`.
+    The comparisons are `kept` ([`share_kept`]) and `difference` ([`mean_difference`]). Each task gets
+    `agreement`, and `stability` if the perplexities of the choices are known.
 
     Args:
-        results (mapping of `str` to `dict`): the results of each model; the first is the dense one.
+        results (mapping of `str` to `dict`): the results of each model. The first is the dense model.
     """
     first, *_ = results.values()
     if "tasks" not in first:

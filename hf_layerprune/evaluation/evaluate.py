@@ -1,4 +1,4 @@
-"""Evaluates a model: perplexity, copy accuracy, speed, tasks."""
+"""Evaluates a model on perplexity, copy accuracy, speed and tasks."""
 
 import math
 import statistics
@@ -37,19 +37,24 @@ def evaluate_model(
     questions: Mapping[str, Sequence[Question]] | None = None,
     batch_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """Returns the size of a model and what [`evaluate_text`], [`copying`] (of 32 rows), [`generation_speed`]
-    and [`task_scores`] measure. The model is not changed.
+    """Returns the size, perplexity, copy accuracy, speed and task scores of a model, without changing it.
 
     Args:
-        model, tokenizer: a causal language model and its tokenizer.
-        batches: `input_ids` `(batch, length)` of whole passages, or as for [`evaluate_text`]. If empty, only
-            the tasks are measured.
-        questions (mapping of `str` to sequence of [`Question`], *optional*): of tasks named in `TASKS`.
+        model (`PreTrainedModel`): a causal language model.
+        tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
+        batches: `input_ids` `(batch, length)` of whole passages, or another form that [`evaluate_text`]
+            reads. If `batches` is empty, only the tasks are measured.
+        questions (mapping of `str` to sequence of [`Question`], *optional*): the questions of each task, by
+            its name in `TASKS`.
         batch_tokens (`int`, *optional*): tokens in a forward pass, see [`evaluate_text`] and
             [`MultipleChoice`].
 
+    Returns:
+        `dict[str, Any]`: the size of the model, and the results of [`evaluate_text`], [`copying`] (on 32
+        rows), [`generation_speed`] and [`task_scores`].
+
     Raises:
-        LayerPruneError: a question is too long, or a text too short to copy. Both are checked first.
+        LayerPruneError: a question is too long, or a text is too short to copy. Both are checked first.
     """
     tasks = {
         name: MultipleChoice(asked, tokenizer, normalize=TASKS[name].normalize, batch_tokens=batch_tokens)
@@ -89,29 +94,29 @@ def evaluate_text(
     tokenizer: PreTrainedTokenizerBase | None = None,
     batch_tokens: int | None = None,
 ) -> dict[str, Any]:
-    """Returns the perplexity of `model` on text, and how fast it reads.
+    """Returns the perplexity of `model` on text, and its prefill speed.
 
-    In a distributed run all processes must call this, with the same model and batches. Each reads a part of
-    the batches, and all get the same result.
+    In a distributed run, all processes must call this function with the same model and batches. Each process
+    reads a part of the batches, and all processes return the same result.
 
     Args:
-        model (`PreTrainedModel`): a causal language model; it is not changed.
-        batches: `input_ids` `(batch, length)`, where needed `attention_mask`, `labels`. Or another form that
-            [`make_batches`] knows: a data set, a tensor, a list of texts, chats.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's own. Needed for text, and for bits per
-            byte, which compare models with different tokenizers.
-        batch_tokens (`int`, *optional*): tokens in a forward pass. Default: as many as fit into half of the
-            free memory of a GPU, at most 32,768; on other devices the batches as they are given.
+        model (`PreTrainedModel`): a causal language model. It is not changed.
+        batches: `input_ids` `(batch, length)`, and if needed `attention_mask` and `labels`. Other forms that
+            [`make_batches`] reads are accepted too, such as a data set, a tensor, a list of texts, or chats.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's tokenizer. Needed for text, and for
+            bits per byte, which compare models with different tokenizers.
+        batch_tokens (`int`, *optional*): tokens in a forward pass. Default: on a GPU as many as fit into half
+            of its free memory, at most 32,768; on other devices the given batches are not changed.
 
     Returns:
         `dict[str, Any]`:
             - `perplexity`
             - `loss`: nats per token, mean over all tokens
             - `tokens`: number of predicted tokens
-            - `tokens_per_second`: read in a forward pass with its loss, median over the batches
+            - `tokens_per_second`: tokens read in forward passes with loss, median over the batches
             - `precision`: dtype of the logits, such as "bfloat16", autocast included
-            - `bits_per_byte`, with a tokenizer: of the predicted tokens as UTF-8. End-of-text tokens have a
-              loss but no bytes.
+            - `bits_per_byte`: only with a tokenizer, over the predicted tokens as UTF-8. End-of-text tokens
+              have a loss but no bytes.
 
     Raises:
         LayerPruneError: no token has a label.
@@ -126,7 +131,7 @@ def evaluate_text(
     lm_head: ChunkedLMHead | None = None
 
     def read(number: int, batch: Batch) -> tuple[float, int, int, float]:
-        """Returns the loss, its tokens, their bytes as text, and the speed of reading."""
+        """Returns the summed loss, the number of predicted tokens, their bytes, and the tokens per second."""
         nonlocal lm_head
         on_device = {name: value.to(model.device) for name, value in batch.items()}
         lm_head = lm_head or ChunkedLMHead(model, on_device["input_ids"])
@@ -170,7 +175,7 @@ def _as_batches(model: PreTrainedModel, data: Any, tokenizer: Any) -> list[Batch
 
 @contextmanager
 def output_dtypes(model: PreTrainedModel) -> Iterator[list[torch.dtype]]:
-    """Within this context, collects the dtypes of the logits that `model` computes, autocast included."""
+    """Collects the dtypes of the logits that `model` computes within this context, autocast included."""
     head, dtypes = model.get_output_embeddings(), list[torch.dtype]()
     if head is None:
         yield dtypes
@@ -183,11 +188,11 @@ def output_dtypes(model: PreTrainedModel) -> Iterator[list[torch.dtype]]:
 
 
 class HeldOutText:
-    """Evaluates models on one text. As `evaluation=` of a run, it lets the card name the text.
+    """Evaluates models on one text. Pass it as `evaluation=` of a run, so that the card names the text.
 
     Args:
         data (`Dataset` or list of batches): sequences of tokens.
-        batch_size (`int`, *optional*, defaults to 4): sequences read at once.
+        batch_size (`int`, *optional*, defaults to 4): number of sequences in a batch.
 
     Raises:
         LayerPruneError: `data` is empty.
@@ -197,28 +202,31 @@ class HeldOutText:
         self.data, self.batches = data, make_batches(data, batch_size)
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
-        """Returns what [`evaluate_text`] measures of `model`."""
+        """Returns the result of [`evaluate_text`] for `model`."""
         return evaluate_text(model, self.batches)
 
 
 def copying(model: PreTrainedModel, batches: Iterable[Batch], given: int = 8) -> dict[str, float]:
-    """Returns how well `model` copies a passage that it has just read.
+    """Returns the copy accuracy of `model`: how well it repeats a passage that it has just read.
 
-    The model reads each passage (a row of `input_ids`) twice in a row. The first tokens of the second time
-    are given. A passage is truncated to half of the context length.
+    The model reads each passage (a row of `input_ids`) twice in a row. It is scored on the second copy, after
+    the first `given` tokens. A passage is truncated to half of the context length.
 
     Args:
-        model (`PreTrainedModel`): a causal language model; it is not changed.
+        model (`PreTrainedModel`): a causal language model. It is not changed.
         batches (iterable of dict): `input_ids` `(batch, length)` of whole passages. Padding on the right
-            is left out.
-        given (`int`, *optional*, defaults to 8): number of tokens given of the second time.
+            is removed.
+        given (`int`, *optional*, defaults to 8): number of tokens of the second copy that are not scored.
 
     Returns:
-        `dict[str, float]`: `copied`, the share of the passage that greedy decoding repeats before its first
-        error, mean over passages; its `standard_error`; `right`, the next-token accuracy on the passage.
+        `dict[str, float]`:
+            - `copied`: the share of the passage that greedy decoding repeats before its first error, mean
+              over passages
+            - `standard_error`: the standard error of `copied`
+            - `right`: the next-token accuracy on the passage
 
     Raises:
-        LayerPruneError: there is no passage, or one of no more than `given` tokens.
+        LayerPruneError: there is no passage, or a passage has at most `given` tokens.
     """
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     check_next_token(base_of(model), "copying")
@@ -227,7 +235,7 @@ def copying(model: PreTrainedModel, batches: Iterable[Batch], given: int = 8) ->
     check_same_batches(batches)
 
     def read(number: int, batch: Batch) -> tuple[list[float], list[float]]:
-        """Returns for each passage the share that is repeated before the first mistake, and the accuracy."""
+        """Returns, for each passage, the share repeated before the first error, and the accuracy."""
         ids = _without_padding(batch, given).to(model.device)
         if not len(ids):
             return [], []
@@ -254,7 +262,7 @@ def copying(model: PreTrainedModel, batches: Iterable[Batch], given: int = 8) ->
 
 
 def _without_padding(batch: Batch, given: int) -> torch.Tensor:
-    """Returns the rows of more than `given` tokens, cut to the shortest of these."""
+    """Returns the rows with more than `given` tokens, truncated to the length of the shortest."""
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     if mask is None or bool(mask.all()):
         return ids
@@ -283,11 +291,13 @@ def generation_speed(model: Any, batch: Batch, new_tokens: int = 64, times: int 
 
 
 def measure_quality(model: PreTrainedModel, batches: Sequence[Batch], task: Any = None) -> float:
-    """Returns the quality of `model`, higher is better: its score in a task, or the mean over several tasks,
-    or, without a task, minus its loss in nats per token.
+    """Returns the quality of `model`. Higher is better.
+
+    The quality is the score on a task, or the mean over several tasks. Without a task it is minus the loss in
+    nats per token.
 
     Args:
-        model (`PreTrainedModel`): a causal language model; it is not changed.
+        model (`PreTrainedModel`): a causal language model. It is not changed.
         batches (sequence of dict): the calibration data.
         task (*optional*): as for [`score_layers`].
     """
@@ -304,8 +314,8 @@ def next_token_metric(metric: Any, batches: Sequence[Batch]) -> Task:
     """Returns a task that compares predicted with true next tokens by an `evaluate` metric.
 
     Args:
-        metric (`evaluate.EvaluationModule`): anything whose `compute(predictions=, references=)`
-            returns a dict of numbers, of which the first is taken.
+        metric (`evaluate.EvaluationModule`): an object whose `compute(predictions=, references=)` returns a
+            dict of numbers. The first number is the score.
         batches (sequence of dict): each with `input_ids` `(batch, length)`.
     """
 
@@ -320,7 +330,7 @@ def next_token_metric(metric: Any, batches: Sequence[Batch]) -> Task:
 
 
 def _predict(model: PreTrainedModel, number: int, batch: Batch) -> tuple[list[int], list[int]]:
-    """Returns the likeliest and the true next token at each position that counts."""
+    """Returns the most likely and the true next token at each counted position."""
     mask, tokens = targets_of(batch)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     best = model(**inputs, use_cache=False).logits[:, :-1].argmax(-1)

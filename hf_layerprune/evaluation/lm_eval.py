@@ -1,4 +1,4 @@
-"""Tasks through lm-evaluation-harness, with a live model."""
+"""Evaluates a model in memory on tasks of lm-evaluation-harness."""
 
 import logging
 import os
@@ -21,14 +21,15 @@ def run_lm_eval(
     limit: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, Any]:
-    """Returns the scores of a model in tasks, measured by lm-eval.
+    """Returns the scores of a model on tasks, measured by lm-eval.
 
     Args:
-        model, tokenizer: a causal language model, which is not changed, and its tokenizer.
-        tasks (sequence of `str`): names of lm-eval's tasks with multiple choice or last words, whose rows are
-            fetched from the hub; or `name=file` with rows in a file of JSON lines.
+        model (`PreTrainedModel`): a causal language model. It is not changed.
+        tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
+        tasks (sequence of `str`): names of multiple-choice or last-word tasks of lm-eval, whose rows are
+            downloaded from the hub. Or `name=file` with the rows in a JSON Lines file.
         limit (`int`, *optional*): number of questions of each task. Default: all.
-        batch_size (`int`, *optional*, defaults to 8): choices read at once.
+        batch_size (`int`, *optional*, defaults to 8): number of choices in a batch.
 
     Returns:
         `dict`: see [`task_scores`]. The metric is `acc_norm` or `acc` as in `TASKS`. For other tasks it is
@@ -55,7 +56,7 @@ def run_lm_eval(
 
 
 def known_tasks(tasks: Sequence[str]) -> Any:
-    """Returns lm-eval's task manager, after a check that it knows these tasks; see [`run_lm_eval`]."""
+    """Checks that lm-eval knows these tasks, and returns its task manager. See [`run_lm_eval`]."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -79,7 +80,7 @@ def lm_eval_samples(
     limit: int | None = None,
     batch_size: int = 8,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Returns what lm-eval logs for each question of each task, in order; see [`run_lm_eval`]."""
+    """Returns the samples that lm-eval logs for each task, in the order of questions. See [`run_lm_eval`]."""
     manager = known_tasks(tasks)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
@@ -115,6 +116,6 @@ def _settings(task: str) -> dict[str, Any]:
         "validation_split": None,
         "test_split": "test",
     }
-    if name == "boolq":  # as in SuperGLUE, or as published
+    if name == "boolq":  # rows of SuperGLUE, or of the original data set
         settings["doc_to_target"] = "{{(label if label is defined else answer) | int}}"
     return settings

@@ -1,4 +1,4 @@
-"""Multiple-choice questions: how often a model is right. Each context is read once."""
+"""Measures the accuracy of a model on multiple-choice questions. Each context is read once."""
 
 import math
 import random
@@ -24,10 +24,10 @@ PACKING = ("eager", "sdpa")  # attention implementations that accept a mask for 
 
 @dataclass(frozen=True)
 class Question:
-    """A question with choices. With a single choice, a model is right if greedy decoding gives it.
+    """A question with choices. A model answers a single choice right if greedy decoding gives the choice.
 
     Args:
-        context (`str`): text before the choice.
+        context (`str`): the text before the choice.
         choices (`list[str]`): possible continuations, each with its leading space.
         answer (`int`, *optional*, defaults to 0): index of the right choice.
     """
@@ -42,7 +42,8 @@ class Answer:
     """The answer of a model to a question.
 
     Args:
-        right (`bool`): whether the right choice is the likeliest, or each token of a single choice is.
+        right (`bool`): whether the right choice is the most likely. For a single choice: whether each of its
+            tokens is the most likely.
         perplexities (`list[float]`): perplexity of each choice, over its tokens.
     """
 
@@ -52,15 +53,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Choices:
-    """A batch of questions as a model reads them.
+    """A batch of questions in the form that a model reads.
 
     Args:
-        inputs (`dict`): inputs of the model: `input_ids` `(rows, length)`, and masks and positions if needed.
+        inputs (`dict`): the model's inputs: `input_ids` `(rows, length)`, and masks and positions if needed.
         places (`torch.Tensor`): `(2, tokens)`, row and position of the logits of each token of a choice.
         targets (`torch.Tensor`): `(tokens,)`, the tokens of the choices.
-        owners (`torch.Tensor`): `(tokens,)`, the choice of each token, numbered through all questions.
-        lengths (`list[torch.Tensor]`): for each question `(choices,)`, the divisors of the
-            log-likelihoods.
+        owners (`torch.Tensor`): `(tokens,)`, the index of the choice of each token, over all questions.
+        lengths (`list[torch.Tensor]`): the divisors of the log-likelihoods, `(choices,)` for each question.
         answers (`list[int]`): index of the right choice of each question.
     """
 
@@ -82,7 +82,7 @@ class _Encoded:
         scored (`list[int]`): for each choice, how many tokens at its end are scored.
         lengths (`list[int]`): the divisor of the log-likelihood of each choice.
         answer (`int`): index of the right choice.
-        number (`int`): place of the question among those given.
+        number (`int`): index of the question in the given order.
     """
 
     shared: list[int]
@@ -102,22 +102,21 @@ class _Encoded:
 
 
 class MultipleChoice:
-    """A task for `criterion="task"`: the share of questions that a model answers right.
+    """Scores a model by its accuracy on questions. Use it as a task for `criterion="task"`.
 
-    The choices of a question stand in one row behind their context, and an attention mask separates them. The
-    context is read once. For models without such masks, each choice gets a row of its own. Questions of
+    A row holds a context and all choices of its question. An attention mask separates the choices, so that
+    the context is read once. For models without such masks, each choice gets its own row. Questions of
     similar length share a batch. The order of batches is random.
 
     Args:
-        questions (sequence of [`Question`]): at least one.
-        tokenizer (`PreTrainedTokenizerBase`): the model's.
-        normalize (`bool`, *optional*, defaults to `True`): compare log-likelihoods per character
-            (lm-eval's `acc_norm`), otherwise of the whole choice (`acc`).
-        batch_tokens (`int`, *optional*): tokens read at once. Default: 1,024 on a CPU, 16,384
-            elsewhere.
+        questions (sequence of [`Question`]): at least one question.
+        tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
+        normalize (`bool`, *optional*, defaults to `True`): whether to compare log-likelihoods per character
+            (lm-eval's `acc_norm`), not those of the whole choice (`acc`).
+        batch_tokens (`int`, *optional*): tokens in a batch. Default: 1,024 on a CPU, 16,384 on other devices.
 
     Raises:
-        LayerPruneError: there is no question, or one without a right answer or with an empty choice.
+        LayerPruneError: there is no question, or a question has no right answer or an empty choice.
     """
 
     def __init__(
@@ -183,8 +182,7 @@ class MultipleChoice:
         """Returns what computes the logits of `model` for these questions, after the checks.
 
         Raises:
-            LayerPruneError: the processes ask different questions, or a question is longer than the context
-                of `model`.
+            LayerPruneError: the questions differ between processes, or do not fit into the context.
         """
         check_not_tensor_parallel(base_of(model))
         check_same((self.batch_tokens, self.encoded), "The questions")
@@ -195,7 +193,7 @@ class MultipleChoice:
         """Checks that the longest question fits into the context of `model`.
 
         Raises:
-            LayerPruneError: it does not.
+            LayerPruneError: the longest question does not fit into the context.
         """
         longest = max(len(one.shared) + max(map(len, one.rests)) for one in self.encoded)
         most = context_length(model)
@@ -210,7 +208,7 @@ class MultipleChoice:
         return torch.tensor([longest.shared + longest.rests[0]], device=model.device)
 
     def batches(self, lm_head: ChunkedLMHead) -> list[Choices]:
-        """Returns all questions as the model reads them."""
+        """Returns all questions as batches, in random order."""
         packed = _can_pack(lm_head, self.encoded[-1])
         build = _packed if packed else _in_rows
         batches = [build(questions, lm_head.model) for questions in self._groups(packed, lm_head.model)]
@@ -218,7 +216,7 @@ class MultipleChoice:
         return batches
 
     def _groups(self, packed: bool, model: PreTrainedModel) -> Iterator[list[_Encoded]]:
-        """Yields questions of similar length, as many as are read at once."""
+        """Yields groups of questions of similar length, one group for each batch."""
         most = self.batch_tokens or (1024 if model.device.type == "cpu" else 16_384)
         group: list[_Encoded] = []
         for question in self.encoded:
@@ -231,7 +229,7 @@ class MultipleChoice:
 
 
 def right_answers(lm_head: ChunkedLMHead, batch: Choices) -> torch.Tensor:
-    """Returns 1 for each question that the model answers right, else 0, and NaN for NaN logits.
+    """Returns 1 for each question that the model answers right, 0 for a wrong answer, NaN for NaN logits.
 
     Returns:
         `torch.Tensor`: `(questions,)`, see [`sum_dtype`].
@@ -241,7 +239,7 @@ def right_answers(lm_head: ChunkedLMHead, batch: Choices) -> torch.Tensor:
 
 def _right(likelihoods: torch.Tensor, greedy: torch.Tensor, batch: Choices) -> torch.Tensor:
     sizes = [len(lengths) for lengths in batch.lengths]
-    # All questions at once: the CPU waits for a GPU at each number that it reads.
+    # All questions at once, as the CPU waits for a GPU at each number that it reads.
     ranked = _by_question(likelihoods / torch.cat(batch.lengths), sizes, -math.inf)
     right = ranked.argmax(1) == torch.tensor(batch.answers, device=ranked.device)
     sure = _by_question(greedy, sizes, True).all(1)
@@ -250,7 +248,7 @@ def _right(likelihoods: torch.Tensor, greedy: torch.Tensor, batch: Choices) -> t
 
 
 def _by_question(values: torch.Tensor, sizes: list[int], padding: float) -> torch.Tensor:
-    """Returns values of all choices as `(questions, most choices)`."""
+    """Returns the values of all choices as `(questions, largest number of choices)`, padded."""
     return pad_sequence(list(values.split(sizes)), batch_first=True, padding_value=padding)
 
 
@@ -270,8 +268,8 @@ def log_likelihoods(lm_head: ChunkedLMHead, batch: Choices) -> tuple[torch.Tenso
 
 
 def _encode(question: Question, tokenizer: PreTrainedTokenizerBase, normalize: bool, number: int) -> _Encoded:
-    """Returns a question in tokens, as lm-eval makes them: context and choice are tokenised together, and the
-    tokens beyond the number of the context's own tokens are the choice."""
+    """Returns a question in tokens. As in lm-eval, context and choice are tokenised together. The tokens of
+    the choice are those after the number of tokens of the context alone."""
     start = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id][:1]
 
     def tokens(text: str) -> list[int]:
@@ -304,7 +302,7 @@ def _encode(question: Question, tokenizer: PreTrainedTokenizerBase, normalize: b
 
 
 def _packed(questions: Sequence[_Encoded], model: PreTrainedModel) -> Choices:
-    """Returns a batch of one row per question: the context, then its choices, each masked from the others."""
+    """Returns a batch with one row per question: the context, then its choices, masked from each other."""
     length = max(question.packed_length for question in questions)
     ids = torch.zeros((len(questions), length), dtype=torch.long)
     positions = torch.zeros_like(ids)
@@ -334,7 +332,7 @@ def _packed(questions: Sequence[_Encoded], model: PreTrainedModel) -> Choices:
 
 
 def _in_rows(questions: Sequence[_Encoded], model: PreTrainedModel) -> Choices:
-    """Returns a batch of one row per choice, with its context, padded on the right."""
+    """Returns a batch with one row per choice: the context and the choice, padded on the right."""
     rows = [question.shared + rest for question in questions for rest in question.rests]
     ids = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
     places, targets, owners = [], [], []
@@ -375,8 +373,8 @@ def _can_pack(lm_head: ChunkedLMHead, question: _Encoded) -> bool:
 def _packs(lm_head: ChunkedLMHead, question: _Encoded) -> bool:
     """Returns whether the model gives the same states for a question in one row as for each choice alone.
 
-    Attention implementations outside [`PACKING`] accept no such mask: FlashAttention takes it for lengths,
-    which ends the process on a GPU.
+    Attention implementations outside [`PACKING`] do not accept such a mask. FlashAttention reads it as
+    lengths, which ends the process on a GPU.
     """
     # transformers has no public name for the attention that a model uses.
     if text_config(base_of(lm_head.model).config)._attn_implementation not in PACKING:

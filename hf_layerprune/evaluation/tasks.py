@@ -1,4 +1,4 @@
-"""Zero-shot tasks as questions, with the prompts of lm-evaluation-harness."""
+"""Makes questions of zero-shot tasks, with the prompts of lm-evaluation-harness."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,14 +15,15 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its rows, and how a row becomes a question.
+    """A zero-shot task.
 
     Args:
-        dataset (`str`): id of the data set on the hub.
-        config (`str` or `None`): its configuration.
-        split (`str`): the split of the questions.
-        question (`Callable`): makes a question of a row.
-        normalize (`bool`): whether log-likelihoods count per character (lm-eval's `acc_norm`, else `acc`).
+        dataset (`str`): hub id of the data set.
+        config (`str` or `None`): the configuration of the data set.
+        split (`str`): the split with the questions.
+        question (`Callable`): makes a question from a row.
+        normalize (`bool`): whether to compare log-likelihoods per character (lm-eval's `acc_norm`), not those
+            of the whole choice (`acc`).
     """
 
     dataset: str
@@ -56,7 +57,7 @@ def sciq(row: Row) -> Question:
 
 
 def boolq(row: Row) -> Question:
-    answer = row["label"] if "label" in row else row["answer"]  # as in SuperGLUE, or as published
+    answer = row["label"] if "label" in row else row["answer"]  # SuperGLUE, or the original data
     return Question(f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", [" no", " yes"], int(answer))
 
 
@@ -112,8 +113,8 @@ def load_task(task: str, limit: int | None = None) -> list[Question]:
     """Returns the questions of a task.
 
     Args:
-        task (`str`): a name of `TASKS`, whose rows are fetched from the hub, or `name=file` with its rows in
-            a file of JSON lines.
+        task (`str`): a name in `TASKS`, whose rows are downloaded from the hub. Or `name=file` with the rows
+            in a JSON Lines file.
         limit (`int`, *optional*): number of questions. Default: all.
 
     Raises:
@@ -134,6 +135,6 @@ def load_task(task: str, limit: int | None = None) -> list[Question]:
 
 
 def chance(questions: Sequence[Question]) -> float:
-    """Returns the accuracy of guessing, which is 0 for a question with one choice."""
+    """Returns the accuracy of guessing. A question with one choice counts as 0."""
     guesses = [1 / len(question.choices) for question in questions if len(question.choices) > 1]
     return sum(guesses) / len(questions)

@@ -1,4 +1,4 @@
-"""Attention masks that are made once for many forward passes over one batch."""
+"""Makes attention masks once for many forward passes over one batch."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -12,10 +12,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 
 @contextmanager
 def masks_made_once(model: PreTrainedModel) -> Iterator[None]:
-    """Within this context `model` makes each attention mask once. All its passes must read the same batch.
+    """Makes `model` create each attention mask once within this context. All passes must read one batch.
 
-    transformers reads each mask, or the positions, to see whether anything is padded or packed. The CPU waits
-    for the GPU each time.
+    transformers reads each mask, or the positions, to check for padding and packing. The CPU waits for the
+    GPU each time.
     """
     module: Any = sys.modules[type(model.base_model).__module__]
     makers: dict[str, Any] = {
@@ -34,7 +34,7 @@ def masks_made_once(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _made_once(maker: Callable[..., Any], masks: dict[Any, Any]) -> Callable[..., Any]:
-    """Returns a function that looks up the mask of equal arguments, and else makes it."""
+    """Returns a function that makes a mask, or reuses the mask made with equal arguments."""
 
     @wraps(maker)
     def make(*args: Any, **kwargs: Any) -> Any:
@@ -50,8 +50,8 @@ def _made_once(maker: Callable[..., Any], masks: dict[Any, Any]) -> Callable[...
 
 
 def _is_described(value: Any) -> bool:
-    """Returns whether [`_describe`] tells an argument from others, in passes over one batch. It cannot tell
-    caches or functions apart."""
+    """Returns whether [`_describe`] identifies an argument in passes over one batch. It cannot identify
+    caches or functions."""
     return value is None or isinstance(value, (bool, int, torch.Tensor, PreTrainedConfig))
 
 

@@ -1,4 +1,4 @@
-"""Running a model without changing it: undisturbed, with its layers' states captured, or replayed."""
+"""Runs a model without changing it, captures the states of its layers, and replays them."""
 
 import inspect
 import random
@@ -25,8 +25,8 @@ LAST = -1
 
 @contextmanager
 def undisturbed(model: PreTrainedModel) -> Iterator[None]:
-    """Puts `model` in eval mode without gradients within this context. Afterwards the modes of its modules
-    and the random states of torch, numpy and Python are restored, also after an error."""
+    """Puts `model` in eval mode without gradients within this context. Afterwards, also after an error, it
+    restores the modes of the modules and the random states of torch, numpy and Python."""
     modes = [(module, module.training) for module in model.modules()]
     states = random.getstate(), np.random.get_state()
     try:
@@ -60,10 +60,10 @@ def activations_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def captured(model: Any, layers: Iterable[int]) -> Iterator[dict[int, tuple[Any, Any]]]:
-    """Fills the dict with the first input and the output of each layer in each forward pass of `model`.
+    """Captures the first input and the output of each layer in a dict, in each forward pass of `model`.
 
-    The first input is the hidden state `(batch, length, hidden)`. The output is what the layer returned (see
-    [`hidden`]). For [`~hf_layerprune.forward.hooks.LAST`] both are the last hidden state.
+    The first input is the hidden state `(batch, length, hidden)`. The output is the whole output of the layer
+    (see [`hidden`]). For [`~hf_layerprune.forward.hooks.LAST`] both are the last hidden state.
 
     Args:
         model (`PreTrainedModel`, `PeftModel` or [`LayerStack`]): the model.
@@ -98,7 +98,7 @@ def replayed(model: Any, outputs: Sequence[Any]) -> Iterator[None]:
 
     Args:
         model (`PreTrainedModel`, `PeftModel` or [`LayerStack`]): the model.
-        outputs (sequence): what the first layers return.
+        outputs (sequence): the outputs of the first layers, in order.
     """
     with ExitStack() as patches:
         for module, output in zip(LayerStack.of(model).layers, outputs, strict=False):
@@ -111,8 +111,8 @@ def can_replay(model: Any, input_ids: torch.Tensor, deepest: int) -> bool:
 
     Args:
         model (`PreTrainedModel`, `PeftModel` or [`LayerStack`]): the model.
-        input_ids (`torch.Tensor`): `(batch, length)`, some tokens to try this with.
-        deepest (`int`): up to how many of the first layers are tried.
+        input_ids (`torch.Tensor`): `(batch, length)`, the tokens for this test.
+        deepest (`int`): the largest number of first layers to replay in this test.
     """
     stack = LayerStack.of(model)
     with captured(stack, range(deepest)) as states:
@@ -129,7 +129,7 @@ def can_replay(model: Any, input_ids: torch.Tensor, deepest: int) -> bool:
         if output.shape != expected.shape:
             return False
         same.append(((output == expected) | (output.isnan() & expected.isnan())).all())
-    return not same or bool(torch.stack(same).all())  # read once: the CPU waits for a GPU each time
+    return not same or bool(torch.stack(same).all())  # read once, as the CPU waits for a GPU each time
 
 
 def hidden(output: Any) -> torch.Tensor:
@@ -170,18 +170,20 @@ def running(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
 
 
 def compared_output(model: Any, input_ids: torch.Tensor, forward: Any = None) -> torch.Tensor:
-    """Returns the output of a model for tokens, to compare it with another model's: the logits, or without a
-    language-model head all floating-point tensors that the model returns, flattened row by row.
+    """Returns the output of a model for tokens, to compare it with the output of another model.
+
+    The output is the logits. Without a language-model head it is all floating-point tensors that the model
+    returns, flattened row by row.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): the model, in eval mode.
         input_ids (`torch.Tensor`): `(batch, length)`.
-        forward (`Callable`, *optional*): what to call in place of the model.
+        forward (`Callable`, *optional*): the function to call instead of the model.
     """
     inner, forward = base_of(model), forward or model
     if predicts_next_token(inner):
         return forward(input_ids=input_ids, use_cache=False).logits
-    # Row by row: classifiers cannot tell where several rows end without a padding token.
+    # Row by row, as classifiers without a padding token cannot find the ends of several rows.
     rows = [forward(input_ids=row, **cache_off(inner)) for row in input_ids.split(1)]
     return torch.stack([torch.cat([part.flatten() for part in _floating_tensors(row)]) for row in rows])
 

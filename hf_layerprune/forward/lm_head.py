@@ -1,5 +1,5 @@
-"""Last hidden states of a model, and their logits in chunks, so that memory does not grow with length times
-vocabulary."""
+"""Computes the last hidden states of a model, and their logits in chunks. Memory does not grow with sequence
+length times vocabulary size."""
 
 import inspect
 from collections.abc import Iterator
@@ -19,24 +19,24 @@ from .token_losses import joined, logit_spread, sum_by_unit, sum_dtype
 
 
 LOGITS_PER_CHUNK = 2**25  # logits computed at once
-ROWS = 16  # positions whose probabilities a CPU computes at once: they fit its cache
+ROWS = 16  # positions whose probabilities a CPU computes at once, so that they fit into its cache
 
 
 class ChunkedLMHead:
     """Computes the last hidden states of a model and their logits in chunks, also while layers are removed.
 
-    Logits are computed by the model's own forward. The part before the LM head is replaced by the given
-    states, so that bias, scale and soft cap of the logits are applied. If this does not reproduce the model's
-    logits, all logits are computed at once instead. A model without a language-model head has states only.
+    The model's own forward computes the logits. The given states replace the part before the LM head, so that
+    bias, scale and soft cap of the logits are applied. If this does not reproduce the model's logits, all
+    logits are computed at once. A model without a language-model head has states only.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): a model of text, in eval mode while this is made.
-        input_ids (`torch.Tensor`): `(batch, length)`, some tokens to try this with.
+        model (`PreTrainedModel` or `PeftModel`): a text model. It must be in eval mode in this call.
+        input_ids (`torch.Tensor`): `(batch, length)`, the tokens for a test of the chunked logits.
     """
 
     def __init__(self, model: Any, input_ids: torch.Tensor) -> None:
         self.model, self._inner = model, base_of(model)
-        # Sharded weights are whole only within the model's own forward, in which all parts run.
+        # Sharded weights are whole only within the model's own forward, which runs all parts of the model.
         self.has_logits = predicts_next_token(self._inner)
         self.is_chunked = (
             self.has_logits
@@ -58,7 +58,7 @@ class ChunkedLMHead:
             self.is_chunked = False
         else:
             scale = logit_spread(whole)
-            # In float32: under mixed precision accelerate converts only the logits of the whole model.
+            # Compared in float32: in mixed precision, accelerate converts only the logits of the whole model.
             self.is_chunked &= chunked.shape == whole.shape and torch.allclose(
                 chunked.float(), whole.float(), rtol=0, atol=0.05 * scale, equal_nan=True
             )
@@ -67,8 +67,8 @@ class ChunkedLMHead:
         """Returns the states `(batch, length, hidden)` that the LM head reads, or all logits.
 
         Args:
-            batch (`dict`): `input_ids` `(batch, length)` and what else the model reads.
-            model (`nn.Module`, *optional*): what wraps the model, as for training on many devices.
+            batch (`dict`): `input_ids` `(batch, length)` and other inputs of the model.
+            model (`nn.Module`, *optional*): the wrapper of the model, such as DDP. Default: the model.
         """
         inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
         if not self.has_logits:
@@ -80,7 +80,7 @@ class ChunkedLMHead:
         outputs = []
         handle = self._body.register_forward_hook(lambda module, args, output: outputs.append(output))
         try:
-            # Through the model's own forward, as accelerate puts the precision of training there.
+            # Calls the model's own forward, where accelerate sets the precision of training.
             model(**inputs, logits_to_keep=batch["input_ids"].new_empty(0))
         finally:
             handle.remove()
@@ -101,7 +101,7 @@ class ChunkedLMHead:
     def _check_text_alone(self, input_ids: torch.Tensor) -> None:
         try:
             self._body_states({"input_ids": input_ids})
-        except Exception as error:  # an error of any kind
+        except Exception as error:  # a model can raise any error
             raise LayerPruneError(
                 f"{describe_class(self._inner)} cannot be scored with text: it does not read tokens alone or "
                 f"has no last hidden state ({' '.join(str(error).split())[:200]})."
@@ -157,15 +157,15 @@ class ChunkedLMHead:
     def rows(self, states: torch.Tensor) -> Iterator[torch.Tensor]:
         """Yields the logits of states `(positions, hidden)`, [`ChunkedLMHead.rows_at_once`] at a time.
 
-        Those of a chunk are computed at once.
+        The logits of a chunk are computed at once.
         """
         for chunk in states.split(self._chunk_size) if self.is_chunked else [states]:
             yield from self.head(chunk).split(self.rows_at_once)
 
     @property
     def rows_at_once(self) -> int:
-        """The number of positions whose logits [`ChunkedLMHead.rows`] yields at once: few on a CPU, so that
-        they fit its cache, otherwise a whole chunk."""
+        """The number of positions whose logits [`ChunkedLMHead.rows`] yields at once. On a CPU the logits fit
+        into its cache. Other devices get a whole chunk."""
         return ROWS if self.model.device.type == "cpu" else self._chunk_size
 
     @property
@@ -175,7 +175,7 @@ class ChunkedLMHead:
 
 
 def balances_routers(model: Any) -> bool:
-    """Returns whether the loss of `model` itself includes a load-balancing loss of its experts."""
+    """Returns whether the model's own loss includes the load-balancing loss of its experts."""
     return bool(getattr(text_config(base_of(model).config), "output_router_logits", False))
 
 
@@ -215,7 +215,7 @@ def _router_weight(model: Any) -> float:
 
 
 class _StandingStill:
-    """The output of the part before the LM head, with its states alone."""
+    """The output of the part before the LM head. It holds only the last hidden states."""
 
     def __init__(self, states: torch.Tensor) -> None:
         self.last_hidden_state = states
@@ -228,10 +228,16 @@ class _StandingStill:
 
 
 def unit_losses(lm_head: ChunkedLMHead, batch: Batch, positions: Positions | None = None) -> torch.Tensor:
-    """Returns the next-token loss of each [`UNIT`] of the batch, in nats, `(units,)`, see [`sum_dtype`].
+    """Returns the summed next-token loss of each [`UNIT`] of the batch, in nats.
 
     Args:
-        positions ([`Positions`], *optional*): those of the batch that count, where they are known.
+        lm_head ([`ChunkedLMHead`]): computes the logits.
+        batch (`dict`): `input_ids` `(batch, length)` and other inputs of the model.
+        positions ([`Positions`], *optional*): the counted positions of the batch. Default: all positions
+            whose next token has a label.
+
+    Returns:
+        `torch.Tensor`: `(units,)`, see [`sum_dtype`].
     """
     mask, tokens = targets_of(batch)
     positions = positions or Positions.of(mask)

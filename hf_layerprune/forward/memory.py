@@ -1,4 +1,4 @@
-"""How much a GPU has room for: tokens in a forward pass, states that are kept."""
+"""Measures the free memory of GPUs, and chooses the number of tokens in a forward pass."""
 
 import inspect
 from typing import Any
@@ -13,12 +13,12 @@ from ..surgery.lineage import plain_int
 from ..surgery.peft import base_of
 
 
-MOST_TOKENS = 2**15  # of one forward pass; more are no faster
+MOST_TOKENS = 2**15  # in a forward pass; more tokens are not faster
 
 
 def free_gpu_memory(device: torch.device) -> int | None:
-    """Returns how many bytes of a GPU are free, None for other devices. What torch holds and does not use
-    counts as free."""
+    """Returns the free memory of a GPU in bytes, None for other devices. Memory that torch has reserved but
+    does not use counts as free."""
     if device.type != "cuda":
         return None
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -26,22 +26,23 @@ def free_gpu_memory(device: torch.device) -> int | None:
 
 
 def least_free_gpu_memory(device: torch.device) -> int | None:
-    """Returns the least that is free on the GPUs of all processes, so that all choose the same."""
+    """Returns the smallest free memory in bytes over the GPUs of all processes, None for other devices. All
+    processes get the same value, so that they choose the same settings."""
     free = gather(free_gpu_memory(device))
     return None if None in free else min(free)
 
 
 def tokens_per_pass(model: PreTrainedModel, batch_tokens: int | None = None) -> int | None:
-    """Returns how many tokens one forward pass without gradients takes.
+    """Returns the number of tokens in a forward pass without gradients.
 
     Args:
         model (`PreTrainedModel`): the model.
-        batch_tokens (`int`, *optional*): what the user asks for. Default: on a GPU a power of two that fits
-            into half of its free memory, with the states after all layers, at most [`MOST_TOKENS`]; on
-            other devices None, which leaves batches as they are.
+        batch_tokens (`int`, *optional*): the number that the user asks for. Default: on a GPU a power of two
+            for which the pass and the states after all layers fit into half of the free memory, at most
+            [`MOST_TOKENS`]. On other devices None, with which batches are not changed.
 
     Raises:
-        LayerPruneError: `batch_tokens` is no whole number of at least 1.
+        LayerPruneError: `batch_tokens` is not an integer of at least 1.
     """
     if batch_tokens is not None:
         tokens = plain_int(batch_tokens)
@@ -58,12 +59,12 @@ def tokens_per_pass(model: PreTrainedModel, batch_tokens: int | None = None) -> 
     if free is None:
         return None
     fitting = free // 2 // _bytes_per_token(model)
-    # A power of two: a resumed run, with a little more or less free memory, reads the same batches.
+    # A power of two, so that a resumed run with slightly more or less free memory reads the same batches.
     return min(MOST_TOKENS, 2 ** max(0, fitting.bit_length() - 1))
 
 
 def _bytes_per_token(model: PreTrainedModel) -> int:
-    """Returns about how many bytes a token takes in a forward pass."""
+    """Returns an estimate of the bytes that a token takes in a forward pass."""
     config: Any = text_config(model.config)
     width: int = config.hidden_size
     inner = getattr(config, "intermediate_size", None)

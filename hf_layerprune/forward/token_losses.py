@@ -1,4 +1,4 @@
-"""The next-token loss of single tokens and of parts of a text."""
+"""Computes the next-token loss of tokens and of units of text."""
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ def float64_device(device: torch.device) -> torch.device:
 
 
 def sum_by_unit(positions: Positions, values: torch.Tensor) -> torch.Tensor:
-    """Returns the sum over each unit of the values at these positions."""
+    """Returns the sums of the values at these positions over each unit, `(units,)`."""
     rows, length = positions.shape
     units = -(-length // UNIT)
     device = positions.rows.device
@@ -43,19 +43,19 @@ def joined(parts: list[torch.Tensor], positions: Positions) -> torch.Tensor:
 
 
 def logit_spread(logits: torch.Tensor) -> float:
-    """Returns the standard deviation of logits, without masked tokens (see [`MASKED`]) and what is no
-    number; 0 if there are no others."""
+    """Returns the standard deviation of logits, without masked tokens (see [`MASKED`]) and values that are
+    not finite. It is 0 for fewer than two remaining logits."""
     logits = logits.float()
     real = logits[logits.isfinite() & (logits > MASKED)]
     return float(real.std()) if len(real) > 1 else 0.0
 
 
 def scaled_logits(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Returns `logits` `(..., vocabulary)` divided by a temperature, in float32, all finite: those of masked
-    tokens lie [`LOWEST`] from the largest or further, which leaves the softmax as it is."""
+    """Returns `logits` `(..., vocabulary)` divided by a temperature, in float32, all finite. Logits of masked
+    tokens lie at least [`LOWEST`] below the largest logit, which does not change the softmax."""
     scaled = logits.float() / temperature
     if scaled.device.type == "cpu" and not (scaled.numel() and scaled.detach().amin() < MASKED):
-        return scaled  # most models mask no token, and each further pass over the logits costs time
+        return scaled  # most models mask no token, and another pass over the logits takes time
     most = scaled.detach().amax(-1, keepdim=True)
     return torch.where(scaled < MASKED, most - most.abs() + LOWEST, scaled)
 

@@ -1,4 +1,4 @@
-"""The model card of a run, from its record."""
+"""Writes the model card of a run from its record."""
 
 import copy
 import json
@@ -40,14 +40,14 @@ def write_card(
     dataset: str | list[str] | None = None,
     **others: Any,
 ) -> None:
-    """Writes the model card (README.md) and the pictures in it into `folder`.
+    """Writes the model card (README.md) and its plots into `folder`.
 
     Args:
         record (`dict`): the record of the run.
         folder (`Path`): the folder of the model or of its adapters.
         repository (`str`, *optional*): hub id that the model is pushed to.
         language, license, tags, model_name, finetuned_from, dataset, others: arguments that
-        [`~transformers.Trainer.push_to_hub`] passes to a model card. `others` are ignored.
+            [`~transformers.Trainer.push_to_hub`] passes to a model card. `others` are ignored.
     """
     model = record["model"]
     base = finetuned_from or model["name"] or f"A model of type {model['model_type']}"
@@ -155,7 +155,7 @@ def _task_results(record: Record) -> list[EvalResult]:
 
 
 def _explanations(text: str, model: Mapping[str, Any], rows: Sequence[str]) -> list[str]:
-    """Returns an explanation of each measure that is a row of the evaluation."""
+    """Returns an explanation of each metric in the rows of the evaluation."""
     tasks = model.get("tasks", {})
     sentences = {
         "perplexity": f"Perplexity and copy accuracy are measured on {text}.",

@@ -1,4 +1,4 @@
-"""Versions, hardware and memory of the process, for records and benchmarks."""
+"""Reads the versions, hardware and memory of the process, for records and benchmarks."""
 
 import platform
 import resource
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 
 def surroundings(model: PreTrainedModel) -> dict[str, Any]:
-    """Returns the versions and the hardware of a measurement."""
+    """Returns the package versions and the hardware of this process."""
     return {
         "versions": {
             "python": platform.python_version(),

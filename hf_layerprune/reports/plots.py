@@ -1,4 +1,4 @@
-"""Plots from the record of a run: layer scores, quality by number of layers, losses."""
+"""Draws plots from the record of a run: layer scores, quality by number of layers, losses."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -46,7 +46,7 @@ def plot_scores(record: Record, folder: Path) -> list[str]:
     if names:
         plot_phases([ScoreTable.from_dict(table) for table in tables], folder / names[0])
     for number, phase in enumerate(record["phases"], 1):
-        for removal in [one for one in phase["removals"] if "table" in one]:  # of one table several may go
+        for removal in [one for one in phase["removals"] if "table" in one]:  # one table for several
             names.append(f"scores_phase_{number}_layer_{removal['original']}.png")
             ScoreTable.from_dict(removal["table"]).plot(folder / names[-1])
     return names
@@ -79,7 +79,7 @@ def plot_record(record: Record, folder: Path) -> dict[str, str]:
         for name in names
     }
     curves = {name: points for name, points in curves.items() if len(points) > 1}
-    if len(curves) == 2:  # the loss, and its only term
+    if len(curves) == 2:  # the loss and its only term
         curves = {"loss": curves["loss"]} if "loss" in curves else curves
     if curves:
         plot_lines(curves, folder / "losses.png", "step", "training loss", False, removal_marks(record))
@@ -101,8 +101,8 @@ def removal_marks(record: Record) -> list[tuple[int, str]]:
 
 
 def plot_phases(tables: list[ScoreTable], path: str | Path) -> None:
-    """Draws the scores of several removals as a heat map: a row for each removal, a column for each original
-    layer. Layers without a score are white. The layer that was removed next has a cross."""
+    """Draws the scores of several removals as a heat map, with a row for each removal and a column for each
+    original layer. Layers without a score are white. A cross marks the layer that was removed next."""
     import numpy as np
     from matplotlib.colors import SymLogNorm
     from matplotlib.figure import Figure

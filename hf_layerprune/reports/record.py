@@ -1,4 +1,4 @@
-"""The record of a run: settings, versions, every score table, removal and evaluation."""
+"""Stores the record of a run: settings, versions, and every score table, removal and evaluation."""
 
 import dataclasses
 import json
@@ -53,12 +53,12 @@ class Removal:
     """A layer that was removed.
 
     Args:
-        layer (`int`): its index in the model before the removal.
-        original (`int`): its index in the original model.
-        score (`float`, *optional*): its score. If several layers are removed together, only the first has
-        one.
-        table ([`ScoreTable`], *optional*): the scores by which it was chosen. If several layers are removed
-        together, only the first has it.
+        layer (`int`): index of the layer in the model before the removal.
+        original (`int`): index of the layer in the original model.
+        score (`float`, *optional*): score of the layer. If several layers are removed together, only the
+            first has a score.
+        table ([`ScoreTable`], *optional*): the scores by which the layer was chosen. If several layers are
+            removed together, only the first has a table.
     """
 
     layer: int
@@ -73,7 +73,7 @@ class Removal:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Removal":
-        """Returns the removal of the values of [`~Removal.to_dict`]."""
+        """Returns the removal from values of [`~Removal.to_dict`]."""
         table = values.get("table")
         return cls(**{**values, "table": None if table is None else ScoreTable.from_dict(table)})
 
@@ -83,13 +83,13 @@ class Phase:
     """Layers that were removed together, and the training after them.
 
     Args:
-        step (`int`): the training step before which they were removed.
+        step (`int`): the training step before which the layers were removed.
         removals (`list[Removal]`): the removed layers, in order.
         kept (`list[int]`): the layers after the removals, by original index.
         parameters (`int`): the parameters after the removals.
         cut (`dict[str, float]`, *optional*): the evaluation after the removals.
         healed (`dict[str, float]`, *optional*): the evaluation after the training.
-        seconds (`float`, *optional*): the time of the phase.
+        seconds (`float`, *optional*): the time of the phase in seconds.
         tokens (`int`, *optional*): the training tokens before the phase.
         qualities (`dict[str, float]`, *optional*): for `min_recovery`, the quality `before` the removals,
             right after them (`cut`), and at the end of the phase (`now`).
@@ -118,13 +118,13 @@ class Phase:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Phase":
-        """Returns the phase of the values of [`~Phase.to_dict`]."""
+        """Returns the phase from values of [`~Phase.to_dict`]."""
         return cls(**{**values, "removals": [Removal.from_dict(one) for one in values["removals"]]})
 
 
 @dataclass
 class RunRecord:
-    """The record of a run. Card, plots, tables and resuming are made from it.
+    """The record of a run. Cards, plots and tables are made from it, and a resumed run reads it.
 
     Args:
         method (`dict`): `name`, `url` and `healing` of the method.
@@ -137,9 +137,9 @@ class RunRecord:
         phases (`list[Phase]`): the phases so far.
         evaluations (`list[dict]`): the evaluations of the Trainer, with `step` and `layers`.
         log (`list[dict]`): the log of the Trainer.
-        stopped (`str`, *optional*): why the run removed fewer layers than asked for.
-        seconds (`float`): the time of the run.
-        peak_memory_mb (`int`): the peak memory.
+        stopped (`str`, *optional*): the reason why the run removed fewer layers than requested.
+        seconds (`float`): the time of the run in seconds.
+        peak_memory_mb (`int`): the peak memory in MB.
         finished (`bool`): whether the run was completed.
         format (`int`): the version of the file format.
         warnings (`list[str]`): the warnings of the run.
@@ -186,7 +186,7 @@ class RunRecord:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "RunRecord":
-        """Returns the record of the values of [`~RunRecord.to_dict`], also of an earlier version."""
+        """Returns the record from values of [`~RunRecord.to_dict`]. Earlier versions can be read too."""
         values = {{"signs": "warnings"}.get(name, name): value for name, value in values.items()}
         reconstruction = values.pop("reconstruction", None)
         values["phases"] = [Phase.from_dict(phase) for phase in values.get("phases", [])]
@@ -233,9 +233,9 @@ def write_record(record: RunRecord, folder: str | Path) -> None:
 
 
 def read_record(folder: str | Path) -> RunRecord | None:
-    """Returns the record in `folder`, None if there is none.
+    """Returns the record in `folder`, None if there is no record.
 
-    A checkpoint holds it in the state of the Trainer, see [`record_in_state`].
+    A checkpoint holds the record in the state of the Trainer, see [`record_in_state`].
 
     Raises:
         LayerPruneError: the file is not a record.
@@ -254,7 +254,7 @@ def read_record(folder: str | Path) -> RunRecord | None:
 
 
 def record_in_state(stateful_callbacks: Mapping[str, Any]) -> RunRecord | None:
-    """Returns the record in the states of callbacks that a checkpoint holds, None if there is none.
+    """Returns the record in the callback states of a checkpoint, None if there is no record.
 
     Args:
         stateful_callbacks (`dict`): see [`~transformers.TrainerState`].
@@ -272,14 +272,14 @@ def _checked(values: Mapping[str, Any]) -> RunRecord:
 
 
 def check_folder_is_free(folder: str | Path, resume: str | None = None) -> None:
-    """Makes `folder` if there is none, and checks that a new run may write into it.
+    """Creates `folder` if it does not exist, and checks that a new run may write into it.
 
     Args:
         folder (`str` or `Path`): the output folder.
-        resume (`str`, *optional*): the flag or argument that resumes such a run, for the error.
+        resume (`str`, *optional*): the flag or argument that resumes a run, for the error.
 
     Raises:
-        LayerPruneError: the folder holds another run or model, or cannot be written to.
+        LayerPruneError: the folder holds another run or model, or is not writable.
     """
     check_writable(folder)
     record = read_record(folder)
@@ -297,7 +297,7 @@ def check_folder_is_free(folder: str | Path, resume: str | None = None) -> None:
 
 
 def check_same_settings(begun: Mapping[str, Any], present: Mapping[str, Any], folder: str | Path) -> None:
-    """Checks that a resumed run has the settings of its start.
+    """Checks that a resumed run has the settings that it began with.
 
     Raises:
         LayerPruneError: a setting differs. The error names both values.
@@ -317,7 +317,7 @@ def checkpoint_of(folder: str | Path) -> str | None:
     """Returns the last checkpoint of the run in `folder`, None if it was killed before its first checkpoint.
 
     Raises:
-        LayerPruneError: there is no such run, or the run is finished.
+        LayerPruneError: there is no run in `folder`, or the run is finished.
     """
     found, begun = last_checkpoint(folder), read_record(folder)
     if found is None and (begun is None or begun.finished):

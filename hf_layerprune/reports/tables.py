@@ -1,4 +1,4 @@
-"""Tables from the record of a run and from evaluations: rows of text, the first with the column heads."""
+"""Makes tables from the record of a run and from evaluations. The first row holds the column heads."""
 
 import math
 import re
@@ -11,14 +11,14 @@ from ..scoring.score import reads_text
 from .record import Record
 
 
-EFFECTIVE_QUESTIONS = 30  # the fewest for which stability is shown
+EFFECTIVE_QUESTIONS = 30  # the smallest number for which stability is shown
 
 ABOVE_CHANCE = "accuracy above chance (% of dense)"
 
 
 def table_rows(record: Record) -> list[list[str]]:
-    """Returns a run as a table: a row for the dense model and one for each phase. Columns without values are
-    left out."""
+    """Returns a run as a table, with a row for the dense model and a row for each phase. Columns without
+    values are dropped."""
     dense, phases, metrics = qualities_of(record)
     cut, healed = (any(phase[i] for phase in phases) for i in (0, 1))
     speed = _speeds_compare(record, [dense, *(found[1] or found[0] for found in phases)])
@@ -68,8 +68,8 @@ def table_rows(record: Record) -> list[list[str]]:
 
 
 def candidate_rows(record: Record) -> list[list[str]]:
-    """Returns the blocks that were compared by KL as a table. It has only heads if no blocks were
-    compared."""
+    """Returns a table of the blocks that were compared by KL divergence. Without such blocks, it has only
+    column heads."""
     rows = [["block", f"{record['pruning']['criterion']} score", "KL"]]
     for candidate in (one for phase in record["phases"] for one in phase.get("candidates", [])):
         layers = ", ".join(map(str, candidate["layers"]))
@@ -81,18 +81,21 @@ def qualities_of(
     record: Record,
 ) -> tuple[dict[str, Any], list[tuple[dict[str, Any], dict[str, Any]]], list[str]]:
     """Returns the evaluation of the dense model, the evaluations of each phase (after removal, after
-    healing), and the metrics to show. They come from the run's own `evaluation`, else from the Trainer, which
-    does not evaluate right after a removal."""
+    healing), and the metrics to show.
+
+    The values come from the `evaluation` of the run if it has one, else from the Trainer. The Trainer does
+    not evaluate right after a removal.
+    """
     phases = record["phases"]
     if record["dense"] or not phases or any(phase["cut"] for phase in phases):
         dense = record["dense"] or {}
         own = [(phase["cut"] or {}, phase["healed"] or {}) for phase in phases]
         return dense, own, list(dense)[:1]
     at_depth: dict[int, dict[str, Any]] = {}
-    for found in record.get("evaluations", []):  # the last evaluation at each depth counts
+    for found in record.get("evaluations", []):  # the last evaluation at each depth is used
         values = {name: value for name, value in found.items() if _is_quality(name, value)}
         at_depth[found["layers"]] = at_depth.get(found["layers"], {}) | values
-    metrics: dict[str, list[Any]] = {}  # of metrics with equal values, the first is shown
+    metrics: dict[str, list[Any]] = {}  # if metrics have equal values, only the first is shown
     for name in dict.fromkeys(name for values in at_depth.values() for name in values):
         column = [values.get(name) for values in at_depth.values()]
         if not any(_same(column, other) for other in metrics.values()):
@@ -106,14 +109,14 @@ def qualities_of(
 def _speeds_compare(record: Record, measured: Sequence[Mapping[str, Any]]) -> bool:
     """Returns whether all speeds in a record were measured in one precision."""
     precisions = {found.get("precision") for found in measured if "tokens_per_second" in found}
-    # Earlier versions did not store the precision. They measured a model healed after one removal in the
-    # precision of training, but not the models it is compared with.
+    # Earlier versions did not store the precision. After a single removal, they measured the healed model in
+    # the precision of training, but not the models it is compared with.
     healed_later = "select" in record["pruning"] and any(phase["healed"] for phase in record["phases"])
     return len(precisions) == 1 and not (None in precisions and healed_later)
 
 
 def _is_quality(name: str, value: Any) -> bool:
-    """Returns whether a metric of the Trainer measures quality, and not time, memory or progress."""
+    """Returns whether a metric of the Trainer measures quality, not time, memory or progress."""
     return isinstance(value, (int, float)) and not re.search(
         r"^(step|layers|epoch)$|(runtime|_per_second|_time|num_tokens|num_input_tokens_seen)$|_mem_", name
     )
@@ -127,10 +130,10 @@ def _same(first: list[Any], second: list[Any]) -> bool:
 
 
 def text_rows(record: Record) -> list[list[str]]:
-    """Returns the texts of a run by use, with their sizes, as a table. It is empty if the record does not
-    name them."""
+    """Returns a table of the texts of a run by use, with their sizes. It is empty if the record does not
+    name any text."""
     texts = record.get("texts") or _texts_of_recipe(record)
-    if "evaluation" not in texts and "tokens" in (record["dense"] or {}):  # of a function of the user's own
+    if "evaluation" not in texts and "tokens" in (record["dense"] or {}):  # from the user's own function
         texts = texts | {"evaluation": {"tokens": record["dense"]["tokens"]}}
     rows = [["", "text", "sequences", "tokens"]]
     for use in sorted(texts, key=lambda use: ("calibration", "healing", "evaluation").index(use.split()[0])):
@@ -140,7 +143,7 @@ def text_rows(record: Record) -> list[list[str]]:
 
 
 def _texts_of_recipe(record: Record) -> dict[str, dict[str, Any]]:
-    """Returns the texts of a recipe's run from a record of an earlier version, which does not name them."""
+    """Returns the texts of a recipe's run for a record of an earlier version, which does not name texts."""
     if "recipe" not in record:
         return {}
     recipe, length = record["recipe"], record["recipe"].get("sequence_length", 256)
@@ -161,7 +164,7 @@ def filled_columns(rows: list[list[str]]) -> list[list[str]]:
 
 
 def markdown_table(rows: list[list[str]]) -> str:
-    """Returns rows of text, the first with the heads, as an aligned Markdown table."""
+    """Returns rows of text as an aligned Markdown table. The first row holds the column heads."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |"
@@ -172,8 +175,11 @@ def markdown_table(rows: list[list[str]]) -> str:
 
 
 def evaluation_rows(results: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """Returns models side by side as a table, from [`evaluate_model`] and [`compare_models`]: a row for each
-    metric, with standard errors if known. Speeds are shown only if all were measured in one precision."""
+    """Returns a table of models side by side, with a row for each metric and standard errors if known.
+
+    The results come from [`evaluate_model`] and [`compare_models`]. Speeds are shown only if all were
+    measured in one precision.
+    """
     speeds = len({found["dtype"] for found in results.values() if "dtype" in found}) < 2
     columns = [_measures(found, speeds, i == 0) for i, found in enumerate(results.values())]
     heads = dict.fromkeys(head for column in columns for head in column)
@@ -232,10 +238,13 @@ def is_steady(task: Mapping[str, Any]) -> bool:
 
 
 def results_rows(records: Mapping[str, Record]) -> list[list[str]]:
-    """Returns runs of one dense model as a table, from records with an `evaluation` (see `hf-layerprune
-    card`): a row for the dense model and one for each run, in the given order. It shows the tasks of
-    [`tasks_done`]. Δ accuracy is the difference in mean accuracy from the first run with as many layers, with
-    the paired standard error."""
+    """Returns a table of runs of one dense model, with a row for the dense model and a row for each run, in
+    the given order.
+
+    The records need an `evaluation` (see `hf-layerprune card`). The table shows the tasks of [`tasks_done`].
+    Δ accuracy is the difference in mean accuracy from the first run with equally many layers, with the paired
+    standard error.
+    """
     first = next(iter(records.values()))
     dense = first["evaluation"]["dense"]
     done = tasks_done(dense)

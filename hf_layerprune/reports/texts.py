@@ -1,4 +1,4 @@
-"""Names, sequences and tokens of the texts of a run."""
+"""Describes the texts of a run by name, sequences and tokens."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,10 +14,10 @@ from ..evaluation.evaluate import HeldOutText
 
 
 def describe_texts(calibration: Any, batches: Sequence[Batch], evaluation: Any) -> dict[str, Any]:
-    """Returns [`describe_text`] of the calibration data and of the text of a [`HeldOutText`].
+    """Returns the result of [`describe_text`] for the calibration data and for the text of a [`HeldOutText`].
 
     Args:
-        calibration (`Any`): the source of the batches.
+        calibration (`Any`): the source of the calibration batches.
         batches (sequence of dict): the batches to score layers on, empty if the criterion reads no text.
         evaluation (`Any`): the evaluation function of the run.
     """
@@ -28,7 +28,7 @@ def describe_texts(calibration: Any, batches: Sequence[Batch], evaluation: Any) 
 
 
 def describe_text(data: Any, batches: Sequence[Batch] | None = None) -> dict[str, Any]:
-    """Returns the `name` of a text, `sequences` and `tokens` (without padding), where they are known.
+    """Returns the `name`, `sequences` and `tokens` (without padding) of a text, if they are known.
 
     Args:
         data (`Dataset`, `DataLoader` or other): the source of the text.
@@ -52,9 +52,10 @@ def describe_text(data: Any, batches: Sequence[Batch] | None = None) -> dict[str
 
 
 def count_tokens(args: TrainingArguments, data: Any, tokenizer: Any = None) -> bool:
-    """Sets `args`, in place, so that the Trainer counts the training tokens.
+    """Changes `args` in place, so that the Trainer counts the training tokens.
 
     Args:
+        args (`TrainingArguments`): the training arguments.
         data (`Dataset` or other): the training data.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): gives the padding token, which is not counted.
 
@@ -76,7 +77,7 @@ def _columns_of(data: Any) -> list[str]:
         data = data.dataset
     if getattr(data, "column_names", None):
         return list(data.column_names)
-    # An IterableDataset of torch has __getitem__, too.
+    # An IterableDataset of torch also has __getitem__.
     if isinstance(data, IterableDataset) or not hasattr(type(data), "__getitem__"):
         return []
     first = data[0]
@@ -84,7 +85,7 @@ def _columns_of(data: Any) -> list[str]:
 
 
 def _name_of(info: Any) -> str | None:
-    """Returns the name of a data set, None if it was read from files: then the name is "json" or "text"."""
+    """Returns the name of a data set, None if it was read from files, whose name is only "json" or "text"."""
     name, kind = getattr(info, "dataset_name", None), getattr(info, "builder_name", None)
     if name is None or name == kind:
         return None

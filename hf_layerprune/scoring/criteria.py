@@ -1,6 +1,7 @@
-"""How much a decoder layer matters, or a block of layers: a table with a function for each criterion.
+"""Criteria that score the importance of decoder layers or blocks of layers. `CRITERIA` lists them by name.
 
-Each function takes a [`ScoringContext`] and returns a [`CriterionResult`]: higher matters more.
+Each criterion is a function that takes a [`ScoringContext`] and returns a [`CriterionResult`]. A higher score
+means a more important layer.
 """
 
 import math
@@ -53,16 +54,16 @@ class ScoringContext:
     Args:
         stack ([`LayerStack`]): the layers of a model in eval mode, without gradients.
         batches (sequence of dict): calibration batches with `input_ids` `(batch, length)`.
-        cuts (`Mapping`): for each candidate, by its first layer, the context in which the model lacks it.
+        cuts (`Mapping`): for the first layer of each candidate, a context that removes the candidate.
         block (`int`): number of layers in a candidate.
         bar (`tqdm`): the progress bar, advanced by 1 for each candidate and batch.
         journal ([`Journal`]): stores results, so that interrupted scoring continues.
-        racing (`float` or `None`): the confidence with which candidates may be dropped early.
-        tasks (sequence of `Callable`): for `task`.
-        teacher (`PreTrainedModel` or `None`): for `kl`, the model to compare with; None for the model itself.
+        racing (`float` or `None`): the confidence with which candidates may be dropped early. None: none is.
+        tasks (sequence of `Callable`): for `task`, the tasks to evaluate.
+        teacher (`PreTrainedModel` or `None`): for `kl`, the model to compare with. None: the model itself.
         pattern (`str`): for `positional`, the order of removal.
-        seed (`int`): for the pattern `random`.
-        prefix_cache ([`PrefixCache`] or `None`): of an earlier round, for leave-one-out.
+        seed (`int`): for the pattern `random`, the random seed.
+        prefix_cache ([`PrefixCache`] or `None`): for leave-one-out, the layer outputs of an earlier round.
     """
 
     stack: LayerStack
@@ -89,11 +90,12 @@ class CriterionResult:
     """The scores by one criterion.
 
     Args:
-        scores (`dict[int, float]`): for each candidate, by its first layer; higher matters more.
-        quality (`float` or `None`): the quality of the whole model, higher is better; None if it is not
-        measured.
-        errors (`dict[int, float]`): standard errors of the scores over units, where there are any.
-        seen (`dict[int, int]`): how many units of text each candidate was scored with.
+        scores (`dict[int, float]`): for the first layer of each candidate, its score. Higher means more
+            important.
+        quality (`float` or `None`): the quality of the whole model. Higher is better. None if the criterion
+            does not measure it.
+        errors (`dict[int, float]`): the standard errors of the scores over units, if they are known.
+        seen (`dict[int, int]`): the number of text units that each candidate was scored on.
     """
 
     scores: dict[int, float]
@@ -120,9 +122,9 @@ class Criterion:
     Args:
         score (`Callable`): scores all candidates.
         unit (`str`): the unit of the scores, for the axis of a plot.
-        reads_text (`bool`): whether calibration text is read. A task may read its own text.
-        leave_one_out (`bool`): whether the model is run without each candidate. Racing and the prefix
-            cache are for these.
+        reads_text (`bool`): whether the criterion reads calibration text. A task may read its own text.
+        leave_one_out (`bool`): whether the criterion runs the model without each candidate. Racing and the
+            prefix cache are for such criteria.
         needs_next_token (`bool`): whether the model must be a causal language model.
         takes_teacher (`bool`): whether a teacher can be given.
         needs_task (`bool`): whether a task must be given.
@@ -140,13 +142,13 @@ class Criterion:
 
     @property
     def score_is_cost(self) -> bool:
-        """Whether a score measures the loss of quality by the removal."""
+        """Whether a score measures the loss of quality caused by the removal."""
         return self.leave_one_out or self.needs_task
 
 
 def block_influence(context: ScoringContext) -> CriterionResult:
-    """Block Influence (ShortGPT, 2403.03853, equation 1): `1 - E[cos(x_i, x_{i+n})]` over tokens, for a block
-    of n layers as in LLM-Streamline (2403.19135, section 3.1).
+    """Returns the Block Influence of each candidate: `1 - E[cos(x_i, x_{i+n})]` over tokens (ShortGPT,
+    2403.03853, equation 1). Blocks of n layers follow LLM-Streamline (2403.19135, section 3.1).
 
     The states are the raw hidden states before and after the layers, without the final norm. One forward pass
     scores all candidates.
@@ -161,8 +163,8 @@ def block_influence(context: ScoringContext) -> CriterionResult:
 
 
 def angular(context: ScoringContext) -> CriterionResult:
-    """Angular distance of the last token (Gromov et al., 2403.17887, equation 8): `arccos(cos(x_l, x_{l+n}))
-    / pi`, mean over sequences. One forward pass scores all candidates."""
+    """Returns the angular distance of the last token, `arccos(cos(x_l, x_{l+n})) / pi`, as the mean over
+    sequences (Gromov et al., 2403.17887, equation 8). One forward pass scores all candidates."""
 
     def distance(before: torch.Tensor, after: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         places = torch.arange(real.shape[1], device=real.device)
@@ -177,8 +179,8 @@ def angular(context: ScoringContext) -> CriterionResult:
 
 
 def loss(context: ScoringContext) -> CriterionResult:
-    """Increase of the language-model loss (nats per token) without the layers (SLEB, 2402.09025; Shortened
-    LLaMA, 2402.02834). The quality is minus the loss."""
+    """Returns the increase of the language-model loss without the layers, in nats per token. The quality is
+    minus the loss (SLEB, 2402.09025; Shortened LLaMA, 2402.02834)."""
 
     def refer(lm_head: ChunkedLMHead, batch: Batch) -> tuple[Any, torch.Tensor]:
         positions = Positions.of(targets_of(batch)[0])
@@ -191,9 +193,9 @@ def loss(context: ScoringContext) -> CriterionResult:
 
 
 def kl(context: ScoringContext) -> CriterionResult:
-    """KL divergence (nats per token) of the output without the layers from the output of the whole model.
-    With a teacher: the increase of the KL divergence from the teacher. The quality is then minus the
-    divergence of the model."""
+    """Returns the KL divergence of the output without the layers from the output of the whole model, in nats
+    per token. With a teacher, it returns the increase of the KL divergence from the teacher. The quality is
+    then minus the model's divergence from the teacher."""
     teacher = None
     if context.teacher is not None:
         sizes = [text_config(model.config).vocab_size for model in (context.model, context.teacher)]
@@ -223,8 +225,8 @@ def kl(context: ScoringContext) -> CriterionResult:
 
 
 def hidden_mse(context: ScoringContext) -> CriterionResult:
-    """Squared error of the last hidden state without the layers, relative to its square so that models
-    compare, mean over tokens."""
+    """Returns the squared error of the last hidden state without the layers, as the mean over tokens. It is
+    relative to the square of the state, so that models can be compared."""
 
     places = _predicting_positions if predicts_next_token(context.model) else _without_padding
 
@@ -246,8 +248,8 @@ def hidden_mse(context: ScoringContext) -> CriterionResult:
 
 
 def taylor(context: ScoringContext) -> CriterionResult:
-    """First-order estimate of the change of the loss without the layers' weights: the sum of `|gradient x
-    weight|` over them, the gradient that of the mean loss (Shortened LLaMA, 2402.02834, section 3.1)."""
+    """Returns a first-order estimate of the change of the loss without the weights of the layers: the sum of
+    `|gradient x weight|`, with the gradient of the mean loss (Shortened LLaMA, 2402.02834, section 3.1)."""
     model, layers = context.model, context.stack.layers
     if is_sharded(model):
         raise LayerPruneError(
@@ -285,8 +287,8 @@ def taylor(context: ScoringContext) -> CriterionResult:
 def _add_gradients(
     context: ScoringContext, parameters: list[nn.Parameter], gradients: list[torch.Tensor]
 ) -> int:
-    """Adds the gradients of the loss, summed over the tokens of this process's batches. Returns how many
-    tokens these are."""
+    """Adds the gradients of the loss, summed over the tokens in the batches of this process. Returns the
+    number of these tokens."""
     tokens = 0
     batches = context.batches[process_index() :: process_count()]
     for number, batch in enumerate(batches):
@@ -306,10 +308,10 @@ def _add_gradients(
 
 
 def task(context: ScoringContext) -> CriterionResult:
-    """Decrease of a task's score, or of the mean over several tasks, without the layers (Iterative Layer-wise
-    Distillation, 2511.05085, section 3). The quality is the score.
+    """Returns the decrease of a task's score without the layers. For several tasks, their mean is used. The
+    quality is the score of the whole model (Iterative Layer-wise Distillation, 2511.05085, section 3).
 
-    A layer has an infinite score if the task's score without it is not a number.
+    A layer gets no score if the task's score without it is not a finite number.
     """
     choices = [one for one in context.tasks if isinstance(one, MultipleChoice)]
     if len(choices) == len(context.tasks):
@@ -330,7 +332,7 @@ def task(context: ScoringContext) -> CriterionResult:
 
 
 def _score_answers(context: ScoringContext, tasks: Sequence[MultipleChoice]) -> CriterionResult:
-    """Scores by the share of right answers, with standard errors over questions, and with racing."""
+    """Scores layers by the share of right answers, with standard errors over questions and with racing."""
     batches = []
     for questions in tasks:
         lm_head = questions.lm_head(context.model)
@@ -410,28 +412,28 @@ def _kl_at_positions(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tens
 
 
 def _count_tokens(batch: Batch) -> torch.Tensor:
-    """Returns how many tokens of each unit count, `(units,)`."""
+    """Returns the number of counted tokens in each unit, `(units,)`."""
     return _count_by_unit(targets_of(batch)[0])
 
 
 def _count_by_unit(mask: torch.Tensor) -> torch.Tensor:
-    """Returns how many positions of each unit are true in a mask."""
+    """Returns the number of positions in each unit that are true in a mask."""
     positions = Positions.of(mask)
     return sum_by_unit(positions, torch.ones_like(positions.rows))
 
 
 def _predicting_positions(batch: Batch) -> torch.Tensor:
-    """Returns the positions `(batch, length - 1)` that predict a token that counts."""
+    """Returns a mask `(batch, length - 1)` of the positions whose next token is counted."""
     return targets_of(batch)[0]
 
 
 def _without_padding(batch: Batch) -> torch.Tensor:
-    """Returns the positions `(batch, length)` that are not padding."""
+    """Returns a mask `(batch, length)` of the positions that are not padding."""
     return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
 
 
 def _read_without_each(context: ScoringContext, refer: Any, compare: Any) -> PerUnitScores:
-    """Reads the calibration text without each candidate."""
+    """Evaluates a metric on the calibration text without each candidate."""
     example = context.batches[0]["input_ids"][:1]
     return _leave_out(context, context.batches, Metric(_count_tokens, refer, compare), example)
 
@@ -463,7 +465,7 @@ def _compare_states(
     lm_head = make_together(lambda: ChunkedLMHead(context.model, context.batches[0]["input_ids"]))
 
     def read(number: int, batch: Batch) -> list[list[float]]:
-        """Returns how many tokens of each unit count, and the distances of each candidate."""
+        """Returns the number of counted tokens in each unit, and the distances of each candidate."""
         with captured(context.stack, ends) as states:
             lm_head.states(batch)
         check_all_ran(states, ends)
@@ -485,7 +487,7 @@ def _compare_states(
 
 
 def _by_position(state: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Returns hidden states as `(batch, length, ...)`. Some models have several streams."""
+    """Returns hidden states as `(batch, length, ...)`. The states of some models have several streams."""
     if state.dim() == 4 and state.shape[1:3] == real.shape:  # Gemma 3n has the streams in the first dimension
         state = state.movedim(0, 2)
     if state.shape[:2] != real.shape:

@@ -1,4 +1,4 @@
-"""Results of long work on disk, so that interrupted work continues."""
+"""Stores the results of long work on disk, so that interrupted work can continue."""
 
 import json
 import logging
@@ -17,11 +17,12 @@ HEAD = "hf_layerprune journal of"
 
 
 class Journal:
-    """Results of work that always computes the same values in the same order, one JSON line each.
+    """Stores the results of deterministic work in a file, one JSON line per result.
 
-    What an earlier journal of the same work holds is not computed again; one of other work starts afresh. A
-    line that was not written to its end counts as missing. Of several processes the first has the file. All
-    know what it holds, so that all leave out the same work.
+    The work must compute the same values in the same order each time. Results in an earlier journal of the
+    same work are not computed again. A journal of other work is overwritten. An incomplete line is ignored.
+    In a distributed run, only the first process has the file. All processes get its results, so that they
+    skip the same work.
 
     Args:
         path (`str` or `Path`, *optional*): the file. None: write nothing and compute everything.
@@ -39,11 +40,11 @@ class Journal:
 
     @property
     def is_ahead(self) -> bool:
-        """Returns whether the next result is in the journal."""
+        """Whether the next result is in the journal."""
         return bool(self._found)
 
     def once(self, compute: Callable[[], Any]) -> Any:
-        """Returns the next result from the journal, or computes and writes it. It has plain JSON values."""
+        """Returns the next result from the journal, or computes and writes it. Results are JSON values."""
         if self._found:
             return self._found.pop()
         value = compute()
@@ -59,7 +60,7 @@ class Journal:
 
 
 def _begin(path: Path | None, work: str) -> list[Any]:
-    """Returns the results in the file of a journal, last first, and begins the file anew with them.
+    """Returns the results in the file of a journal, last first, and rewrites the file with them.
 
     Raises:
         LayerPruneError: the file exists and is not a journal.
@@ -73,7 +74,7 @@ def _begin(path: Path | None, work: str) -> list[Any]:
         values = [json.loads(line) for line in lines]
     except ValueError:
         values = [None]
-    # The first line is written at once, so a journal always has it.
+    # The first line is written when the journal is created, so every journal has it.
     if content and (not values or not isinstance(values[0], dict) or HEAD not in values[0]):
         raise LayerPruneError(f"{path} exists and holds no scores. Choose another file.")
     if values and values[0][HEAD] == work:

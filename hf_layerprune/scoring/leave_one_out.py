@@ -1,5 +1,8 @@
-"""Leave-one-out scores of layers: exact, computing only the layers after the missing one, and fast, dropping
-candidates that are surely not the least important (racing)."""
+"""Leave-one-out scores of layers.
+
+Only the layers after the removed layer are computed again, which gives exact scores. Racing drops candidates
+that are surely not the least important.
+"""
 
 import logging
 import math
@@ -36,10 +39,10 @@ class Metric:
     """A metric of a batch.
 
     Args:
-        tokens (`Callable`): returns how many tokens of each unit count, `(units,)`.
-        refer (`Callable`): reads the batch with the whole model. Returns the reference for models that have
-            a layer less, and each unit's sum.
-        compare (`Callable`): reads the batch with a model that has a layer less. Returns each unit's sum.
+        tokens (`Callable`): returns the number of counted tokens in each unit, `(units,)`.
+        refer (`Callable`): runs the whole model on the batch. Returns the reference for `compare`, and the
+            sum of each unit.
+        compare (`Callable`): runs the model without a candidate on the batch. Returns the sum of each unit.
     """
 
     tokens: Callable[[Any], torch.Tensor]
@@ -49,13 +52,13 @@ class Metric:
 
 @dataclass
 class PerUnitScores:
-    """The sums over tokens, for each unit of text (a sequence, or a part of it) and candidate.
+    """The sums over tokens for each candidate and each unit of text (a sequence, or a part of it).
 
     Args:
-        tokens (`list[float]`): of each unit, how many tokens count.
-        whole (`list[float]`): of each unit, the whole model's value.
-        without (`dict[int, list[float]]`): of each candidate, the value of each unit that it was scored on,
-        from the first on.
+        tokens (`list[float]`): the number of counted tokens in each unit.
+        whole (`list[float]`): the whole model's value on each unit.
+        without (`dict[int, list[float]]`): for each candidate, the value on each unit that it was scored on,
+            starting with the first unit.
     """
 
     tokens: list[float] = field(default_factory=list)
@@ -63,24 +66,24 @@ class PerUnitScores:
     without: dict[int, list[float]] = field(default_factory=dict)
 
     def score(self, layer: int) -> float:
-        """Returns the increase without this candidate, per token of the units that it was scored on."""
+        """Returns the increase without this candidate, per token of the units it was scored on."""
         return self._rises(layer).sum().item() / self._count(len(self.without[layer]))
 
     def error(self, layer: int) -> float | None:
-        """Returns the standard error of the score over units; None for less than two units."""
+        """Returns the standard error of the score over units, or None for fewer than two units."""
         return self._error(self._rises(layer))
 
     def quality(self) -> float:
-        """Returns minus the whole model's mean per token."""
+        """Returns minus the mean per token of the whole model."""
         return -sum(self.whole) / self._count(len(self.whole))
 
     def possible(self, layers: Collection[int], confidence: float, looks: int, units: int) -> list[int]:
-        """Returns the candidates that may be less important than the least important so far, by more than a
-        standard error of its score on all `units`.
+        """Returns the candidates that may be less important than the current least important candidate.
 
-        Candidates are compared unit by unit. The bound of their difference on all units is its standard error
-        times the quantile of Student's distribution at `confidence`, with a Bonferroni correction for
-        candidates and checks. The standard error is 0 once all units are scored.
+        The margin is one standard error of that candidate's score on all `units`. Candidates are compared
+        unit by unit. The bound of a difference on all units is its standard error times the quantile of
+        Student's distribution at `confidence`. A Bonferroni correction covers candidates and checks. The
+        standard error is 0 once all units are scored.
         """
         least = min(layers, key=self.score)
         seen = len(self.without[least])
@@ -129,27 +132,31 @@ def leave_out(
     journal: Journal,
     prefix_cache: PrefixCache | None = None,
 ) -> PerUnitScores:
-    """Reads all batches with the whole model and without each candidate.
+    """Evaluates a metric on all batches, with the whole model and without each candidate.
 
-    The layers before the missing one return what they returned in the whole model: the same numbers as one
-    full pass for each candidate, to the bit, in about half the time. Where layers hand on more than their
-    outputs (Gemma's shared keys and values), each candidate gets its full pass. A candidate without which a
-    sum is not finite is dropped. Several processes share the batches, and all return the same.
+    The layers before the removed layer reuse their outputs from the whole model. The results equal those of a
+    full pass per candidate bit for bit, and take about half the time. If layers pass on more than their
+    outputs (Gemma's shared keys and values), each candidate gets a full pass. A candidate is dropped if a sum
+    without it is not finite. In a distributed run, the processes share the batches and return the same
+    scores.
 
     Args:
         stack ([`LayerStack`]): the layers of a model in eval mode, without gradients.
-        batches (sequence): as `metric` reads them.
-        metric ([`Metric`]): what is measured.
+        batches (sequence): batches in the form that `metric` reads.
+        metric ([`Metric`]): the metric to evaluate.
         example (`torch.Tensor`): `(1, length)`, some tokens of the batches.
-        cuts (`Mapping`): for each candidate, by its first layer, the context in which the model lacks it.
-        confidence (`float` or `None`): drop candidates that are surely not the least important (racing);
-            None keeps all.
+        cuts (`Mapping`): for the first layer of each candidate, a context that removes the candidate.
+        confidence (`float` or `None`): the confidence of racing, which drops candidates that are surely not
+            the least important. None keeps all candidates.
         tick (`Callable`): called with the number of finished steps of the progress bar.
-        journal ([`Journal`]): of the sums of each batch.
-        prefix_cache ([`PrefixCache`], *optional*): of an earlier round.
+        journal ([`Journal`]): stores the sums of each batch.
+        prefix_cache ([`PrefixCache`], *optional*): the layer outputs of an earlier round.
+
+    Returns:
+        [`PerUnitScores`]
 
     Raises:
-        LayerPruneError: the whole model's own sums are not finite.
+        LayerPruneError: a sum of the whole model is not finite.
     """
     scores = PerUnitScores(without={layer: [] for layer in cuts})
     lm_head = make_together(lambda: ChunkedLMHead(stack.base, example))
@@ -161,7 +168,7 @@ def leave_out(
     in_step = is_sharded(stack.base)
 
     def sums_of(number: int, batch: Any) -> list[torch.Tensor]:
-        """Returns each unit's sum of the whole model, and without each candidate that is left."""
+        """Returns the sums of each unit, for the whole model and without each remaining candidate."""
         known = prefix_cache.known(number, kept)[: max(cuts)] if prefix_cache and replay else []
         with replayed(stack, known), captured(stack, range(max(alive))) as states:
             reference, whole = metric.refer(lm_head, batch)
@@ -177,15 +184,15 @@ def leave_out(
         return sums
 
     def read(number: int, batch: Any) -> tuple[list[float], dict[int, list[float]]]:
-        """Returns these sums as plain values, in one transfer: the CPU waits for a GPU at each."""
+        """Returns the sums as plain values, in one transfer: the CPU waits for a GPU in each transfer."""
         with masks_made_once(stack.base):
             whole, *without = torch.stack(sums_of(number, batch)).tolist()
         return whole, dict(zip(alive, without, strict=True))
 
-    results: list[tuple[list[float], dict[int, list[float]]]] = []  # of this turn, not yet looked at
+    results: list[tuple[list[float], dict[int, list[float]]]] = []  # of this turn, not used yet
 
     def next_result(number: int) -> list[list[float]]:
-        """Returns the sums of a batch. Each process reads one batch of those that come next."""
+        """Returns the sums of a batch. The processes read the next batches at once, one batch each."""
         if not results:
             results.extend(read_turn(batches, number, read, in_step))
         whole, without = results.pop(0)
@@ -224,7 +231,7 @@ def leave_out(
 
 
 def _student_quantile(probability: float, degrees: int) -> float:
-    """Returns the quantile of Student's distribution (Cornish-Fisher, to the second order in 1 / degrees)."""
+    """Returns the quantile of Student's distribution, by Cornish-Fisher to second order in 1 / degrees."""
     z = NormalDist().inv_cdf(probability)
     second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
     return z + (z**3 + z) / (4 * degrees) + second / degrees**2

@@ -1,4 +1,4 @@
-"""The outputs of layers for each calibration batch, kept from one round of scoring to the next."""
+"""Caches the outputs of layers for each calibration batch between rounds of scoring."""
 
 from collections.abc import Callable, Sequence
 from itertools import takewhile
@@ -10,13 +10,13 @@ import torch
 from ..forward.memory import free_gpu_memory, least_free_gpu_memory
 
 
-CPU_MB = 1024  # where there is no GPU
+CPU_MB = 1024  # limit without a GPU
 GPU_SHARE = 4  # a quarter of the free memory of a GPU
 
 
 def default_cache_mb(device: torch.device) -> int:
-    """Returns how many MiB of states of one batch scoring may keep: a quarter of the free memory of the GPU
-    that has the least, 1024 on other devices."""
+    """Returns the default limit for the states of one batch during scoring, in MiB. It is a quarter of the
+    free memory of the GPU with the least free memory, or 1024 on other devices."""
     free = least_free_gpu_memory(device)
     if free is None:
         return CPU_MB
@@ -25,22 +25,22 @@ def default_cache_mb(device: torch.device) -> int:
 
 
 class PrefixCache:
-    """The outputs of layers for each calibration batch, kept for the next round of scoring.
+    """Caches the outputs of layers for each calibration batch, for the next round of scoring.
 
-    The layers before the first one that has gone since return the same again, as long as there was no
-    training in between and the batches are the same.
+    Layers before the first removed layer return the same outputs in the next round. This holds if the model
+    was not trained in between and the batches are the same.
 
     Args:
-        limit_mb (`int`, *optional*): MiB that may be kept; of further batches nothing is. Default: a quarter
-            of the free memory of a GPU and then as much pinned memory of the CPU as fits into half of what is
-            available; 1024 MiB on other devices.
+        limit_mb (`int`, *optional*): size of the cache in MiB. Batches that do not fit are not cached.
+            Default: on a GPU a quarter of its free memory, then half of the available CPU memory, pinned; on
+            other devices 1024 MiB.
     """
 
     def __init__(self, limit_mb: int | None = None) -> None:
         self._left: int | None = None if limit_mb is None else limit_mb * 2**20
         self._left_on_host = 0
         self._found: dict[int, tuple[list[int], torch.device, list[Any]]] = {}
-        # Of the first round, as later rounds must read the same batches: tokens of a pass, MiB of states.
+        # Tokens per pass and MiB of states in the first round. Later rounds must read the same batches.
         self.layout: tuple[int | None, int] | None = None
 
     def clear(self) -> None:
@@ -49,14 +49,14 @@ class PrefixCache:
         self._left, self._left_on_host, self.layout = 0, 0, None
 
     def known(self, batch: int, kept: Sequence[int]) -> list[Any]:
-        """Returns the known outputs of the first layers of `kept` (original indices) for this batch."""
+        """Returns the cached outputs of the first layers of `kept` (original indices) for this batch."""
         layers, device, outputs = self._found.get(batch, ([], None, []))
         same = list(takewhile(lambda pair: pair[0] == pair[1], zip(layers, kept, strict=False)))
-        # Without waiting: the GPU copies before it computes with them.
+        # The copy does not block the CPU. The GPU completes it before it uses the outputs.
         return [_mapped(one, lambda part: part.to(device, non_blocking=True)) for one in outputs[: len(same)]]
 
     def keep(self, batch: int, kept: Sequence[int], outputs: list[Any]) -> None:
-        """Keeps the outputs of the first layers of `kept` (original indices), if there is room."""
+        """Caches the outputs of the first layers of `kept` (original indices) if there is room."""
         tensors = [part for output in outputs for part in _tensors(output)]
         if not tensors:
             return
@@ -86,7 +86,7 @@ class PrefixCache:
 
 
 def _pinned(part: torch.Tensor) -> torch.Tensor:
-    """Returns a copy in pinned memory of the CPU, which may still be on its way."""
+    """Returns a copy in pinned CPU memory. The copy may still be in progress."""
     return torch.empty_like(part, device="cpu", pin_memory=True).copy_(part, non_blocking=True)
 
 
@@ -96,7 +96,7 @@ def _tensors(output: Any) -> list[torch.Tensor]:
 
 
 def _mapped(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Returns what a layer returned, with its tensors changed."""
+    """Returns the output of a layer with its tensors changed."""
     if isinstance(output, (tuple, list)):
         return tuple(change(part) if torch.is_tensor(part) else part for part in output)
     return change(output) if torch.is_tensor(output) else output

@@ -57,53 +57,54 @@ def score_layers(
     prefix_cache: PrefixCache | None = None,
     progress: bool = True,
 ) -> ScoreTable:
-    """Scores how much each decoder layer of `model` matters. The model is not changed.
+    """Scores the importance of each decoder layer of `model`. The model is not changed.
 
-    In a distributed run all processes must call this, with the same model and batches. Each reads a part of
-    the batches, and all get the same table.
+    In a distributed run, all processes must call this function with the same model and batches. Each process
+    reads a part of the batches, and all processes return the same table.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): a causal language model; with adapters as they are. Other
-            models of text (encoders, classifiers, reward and embedding models) by the criteria that need no
-            next token: `"block_influence"`, `"angular"`, `"hidden_mse"`, `"positional"` and `"task"`.
-        batches: calibration: `input_ids` `(batch, length)`, and where needed `attention_mask` and `labels`
-            (-100 is not counted) of the same shape. Or another form that [`make_batches`] knows: a data set,
-            a tensor, a list of texts, chats.
+        model (`PreTrainedModel` or `PeftModel`): a causal language model, scored with its adapters. Other
+            text models (encoders, classifiers, reward and embedding models) work with the criteria that need
+            no next token: `"block_influence"`, `"angular"`, `"hidden_mse"`, `"positional"` and `"task"`.
+        batches: the calibration data. Each batch holds `input_ids` `(batch, length)`, and if needed
+            `attention_mask` and `labels` of the same shape. Labels of -100 are ignored. Other forms that
+            [`make_batches`] reads are accepted too, such as a data set, a tensor, a list of texts, or chats.
         criterion (`str`, *optional*, defaults to `"loss"`): one of `CRITERIA`: `"loss"`, `"kl"`,
             `"hidden_mse"`, `"block_influence"`, `"angular"`, `"taylor"`, `"task"`, `"positional"`.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's own, where `batches` is text.
-        block_size (`int`, *optional*, defaults to 1): score blocks of so many consecutive layers, each
-            by its first.
-        task (`Callable` or `evaluate.EvaluationModule`, *optional*): for `criterion="task"`, a function
-            `score(model) -> float`, higher is better, such as [`MultipleChoice`], a list of such, whose mean
-            counts, or a metric that is computed from predicted and true next tokens of `batches`.
-        teacher (`PreTrainedModel`, *optional*): for `"kl"`, the model to compare with; left out, the model
-            itself as it is.
-        pattern (`str`, *optional*, defaults to `"output"`): for `"positional"`: `"output"` (the deepest go
-            first), `"input"`, `"middle"`, `"both"` or `"random"`.
-        seed (`int`, *optional*, defaults to 0): for `pattern="random"`.
-        racing (`float`, *optional*): a confidence such as 0.99, with which `"loss"`, `"kl"`,
-            `"hidden_mse"` and [`MultipleChoice`] stop scoring candidates that are surely not less important
-            than the least so far, by more than a standard error of its score. Their scores are of the text
-            that they have seen; batches are read in random order.
-        batch_tokens (`int`, *optional*): tokens in a forward pass. Default: as many as fit into half of the
-            free memory of a GPU, at most 32,768; on other devices the batches as they are given.
-        cache_mb (`int`, *optional*): states of a batch, in MiB, that the first three may keep; larger batches
-            are read in parts. Default: a quarter of the free memory of a GPU; 1024 on other devices.
-        protected (iterable of `int`, *optional*): present indices that are no candidates; left out,
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's tokenizer. Needed if `batches` is text.
+        block_size (`int`, *optional*, defaults to 1): number of consecutive layers in a candidate. The table
+            names each block by its first layer.
+        task (`Callable` or `evaluate.EvaluationModule`, *optional*): for `criterion="task"`. Either a
+            function `score(model) -> float` such as [`MultipleChoice`], higher is better, or a metric of
+            predicted and true next tokens of `batches`. For a list of tasks, their mean is used.
+        teacher (`PreTrainedModel`, *optional*): for `"kl"`, the model to compare with. Default: `model`.
+        pattern (`str`, *optional*, defaults to `"output"`): for `"positional"`, the order of removal:
+            `"output"` (the deepest layer first), `"input"`, `"middle"`, `"both"` or `"random"`.
+        seed (`int`, *optional*, defaults to 0): the random seed for `pattern="random"`.
+        racing (`float`, *optional*): a confidence such as 0.99, for `"loss"`, `"kl"`, `"hidden_mse"` and
+            [`MultipleChoice`]. A candidate is dropped if its score is surely not below the current lowest
+            score by more than one standard error of the lowest score. Dropped candidates keep the score on
+            the text read so far. Batches are read in random order. Default: no candidate is dropped.
+        batch_tokens (`int`, *optional*): tokens in a forward pass. Default: on a GPU as many as fit into half
+            of its free memory, at most 32,768; on other devices the given batches are not changed.
+        cache_mb (`int`, *optional*): memory for the hidden states of a batch, in MiB, for `"loss"`, `"kl"`
+            and `"hidden_mse"`. Larger batches are split. Default: a quarter of the free memory of a GPU; 1024
+            on other devices.
+        protected (iterable of `int`, *optional*): present indices of layers that are not scored. Default:
             the first and the last layer.
-        journal (`str` or `Path`, *optional*): a file for what is scored so far, removed in the end. Called
-            again after a stop, with the same model and text, scoring goes on there.
-        prefix_cache ([`~hf_layerprune.scoring.prefix_cache.PrefixCache`], *optional*): for round after round
-            without training: the layers before the first one removed are not computed again.
-        progress (`bool`, *optional*, defaults to `True`): show a bar with the time left.
+        journal (`str` or `Path`, *optional*): a file that stores intermediate results. If scoring is
+            interrupted, a second call with the same model and text continues from the file. The file is
+            deleted at the end.
+        prefix_cache ([`~hf_layerprune.scoring.prefix_cache.PrefixCache`], *optional*): a cache for several
+            rounds of scoring without training. Layers before the first removed layer are not computed again.
+        progress (`bool`, *optional*, defaults to `True`): whether to show a progress bar.
 
     Returns:
         [`ScoreTable`]
 
     Raises:
-        LayerPruneError: an unknown criterion or layer, no candidate, a model that cannot be cut exactly,
-            no calibration, or a score that is not a number.
+        LayerPruneError: the criterion or a layer is unknown, there is no candidate or no calibration data,
+            the model cannot be cut exactly, or no score is a finite number.
     """
     tasks, kind = check_choices(criterion, task, teacher, pattern, racing), find_criterion(criterion)
     _check_models(model, criterion, tasks, teacher)
@@ -163,7 +164,8 @@ def score_layers(
                 prefix_cache.clear()
             given, prefix_cache = halves, None
             clear_device_cache(garbage_collection=True)
-    # Of one process: a task may give each process another score, and all must remove the same layers.
+    # All processes use the scores of the first process. A task may give each process another score, but all
+    # processes must remove the same layers.
     [result, *_] = gather(result)
     table = _table(criterion, result, kept, block, list(cuts), refused)
     notes.finish()
@@ -196,10 +198,10 @@ def _score_batches(
 
 
 def _check_models(model: Any, criterion: str, tasks: list[Any], teacher: PreTrainedModel | None) -> None:
-    """Checks that a criterion can score a model, with this teacher.
+    """Checks that a criterion can score a model with this teacher.
 
     Raises:
-        LayerPruneError: it cannot.
+        LayerPruneError: the criterion cannot score the model, or the teacher is on another device.
     """
     base = base_of(model)
     check_not_tensor_parallel(base)
@@ -227,8 +229,8 @@ def _check_block(block_size: Any, count: int) -> int:
 def _candidates(
     stack: LayerStack, block: int, protected: Iterable[int] | None
 ) -> tuple[dict[int, LayerCut], dict[int, str]]:
-    """Returns the blocks that are not protected and can be removed, by their first layer, and the reason for
-    those that cannot.
+    """Returns the candidates by their first layer: the blocks that are not protected and can be removed. Also
+    returns the reason for each block that cannot be removed.
 
     Raises:
         LayerPruneError: there is no candidate.
@@ -248,15 +250,15 @@ def _candidates(
 
 
 def _on_device(model: PreTrainedModel, batches: list[Batch]) -> list[Any]:
-    """Returns calibration batches on the model's device, with labels only if they are next tokens.
+    """Returns calibration batches on the model's device. Labels are kept only if they are next tokens.
 
     Raises:
-        LayerPruneError: each row has one token only, or the labels are not tokens.
+        LayerPruneError: the rows of a batch have a single token, or the labels are not tokens.
     """
     on_device = [{k: v.to(model.device) for k, v in batch.items() if torch.is_tensor(v)} for batch in batches]
     if any(batch["input_ids"].shape[1] < 2 for batch in on_device):
         raise LayerPruneError("Calibration batches of one token have nothing to predict.")
-    if not predicts_next_token(model):  # the labels are for the head, which no criterion runs
+    if not predicts_next_token(model):  # no criterion runs the head that reads the labels
         return [{k: v for k, v in batch.items() if k != "labels"} for batch in on_device]
     check_token_labels(on_device)
     return on_device
@@ -273,7 +275,7 @@ def _table(
     """Returns the table of all finite scores.
 
     Raises:
-        LayerPruneError: there is none.
+        LayerPruneError: there is no finite score.
     """
     for layer in candidates:
         if not np.isfinite(result.scores.get(layer, np.nan)):
@@ -288,7 +290,7 @@ def _table(
 
 
 def _calibration(model: PreTrainedModel, data: Any, tokenizer: Any) -> list[Batch]:
-    """Returns calibration data of any form as the batches that `model` reads."""
+    """Returns calibration data of any form as batches that `model` reads."""
     if isinstance(data, (list, tuple)) and not data:
         return []
     length = min(256, context_length(model) or 256)
@@ -296,10 +298,10 @@ def _calibration(model: PreTrainedModel, data: Any, tokenizer: Any) -> list[Batc
 
 
 def read_table(path: str | Path) -> ScoreTable:
-    """Returns the table that `hf-layerprune score --json` wrote.
+    """Returns the table in a file that `hf-layerprune score --json` wrote.
 
     Raises:
-        LayerPruneError: there is none.
+        LayerPruneError: the file does not exist or holds no score table.
     """
     try:
         return ScoreTable.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
@@ -308,11 +310,19 @@ def read_table(path: str | Path) -> ScoreTable:
 
 
 def rank_correlation(one: ScoreTable, other: ScoreTable) -> float:
-    """Returns Spearman's rank correlation of two tables over the candidates of both, by original layer: 1 if
-    they rank alike, 0 if by chance.
+    """Returns Spearman's rank correlation of two tables. It is 1 for the same ranking and 0 by chance.
+
+    Only candidates in both tables are compared. They are matched by their original layer.
+
+    Args:
+        one, other ([`ScoreTable`]): the tables.
+
+    Returns:
+        `float`: the correlation, from -1 to 1.
 
     Raises:
-        LayerPruneError: they have less than two candidates in common.
+        LayerPruneError: the tables have fewer than two candidates in common, or all scores of a table are
+            equal.
     """
     mine = {one.kept[layer]: score for layer, score in one.scores.items()}
     theirs = {other.kept[layer]: score for layer, score in other.scores.items()}
@@ -340,7 +350,7 @@ def check_choices(
     """Checks the arguments of [`score_layers`] that need no model, and returns the list of tasks.
 
     Raises:
-        LayerPruneError: a choice is unknown, or two do not go together.
+        LayerPruneError: an argument has an unknown value, or two arguments cannot be combined.
     """
     tasks, kind = _as_list(task), find_criterion(criterion)
     if bool(tasks) != kind.needs_task:
@@ -366,14 +376,14 @@ def check_choices(
 
 
 def check_criterion_fits(model: Any, criterion: str, task: Any = None) -> None:
-    """Checks that a model, or a class of models, can be scored by a criterion.
+    """Checks that a criterion can score a model or a class of models.
 
     Args:
         model (`PreTrainedModel` or a subclass): the model, or its class before its weights are loaded.
         criterion, task: as for [`score_layers`].
 
     Raises:
-        LayerPruneError: it needs next tokens, which the model does not predict.
+        LayerPruneError: the criterion or the task needs next tokens, but the model does not predict them.
     """
     if predicts_next_token(model):
         return
@@ -404,10 +414,10 @@ def _as_list(task: Any) -> list[Any]:
 
 
 def _small_enough(stack: LayerStack, batches: list[Any], cache_mb: int) -> list[Any]:
-    """Returns the batches in parts. The hidden states of all layers of a part fit into so many MiB, or the
-    part has one row."""
+    """Returns the batches, split into parts. The hidden states of all layers of a part fit into `cache_mb`
+    MiB, or the part has a single row."""
     embeddings: Any = stack.base.get_input_embeddings().weight
-    # By the original depth, so that the parts and their prefixes stay the same after a removal.
+    # The original depth is used so that parts, and their cached prefixes, stay the same after a removal.
     state = embeddings.shape[-1] * embeddings.element_size() * stack.lineage.original
     rows = [cache_mb * 2**20 // (state * batch["input_ids"].shape[1]) for batch in batches]
     return [part for batch, most in zip(batches, rows, strict=True) for part in split_rows(batch, most)]
@@ -419,7 +429,7 @@ def _task_label(task: Any) -> str:
     return getattr(task, "__qualname__", type(task).__qualname__)
 
 
-# Config fields that saving and loading fill in. They do not make another model.
+# Config fields that are set by saving and loading. They do not change the model.
 SET_BY_SAVING = ("architectures", "dtype", "_name_or_path")
 
 
@@ -431,7 +441,7 @@ def _without(fields: Any, names: tuple[str, ...]) -> Any:
 
 
 def fingerprint(models: list[Any], batches: list[Any], settings: list[Any]) -> str:
-    """Returns a hash of configs, some weights of each tensor, the batches, and settings."""
+    """Returns a hash of the configs, of some values of each weight, of the batches, and of the settings."""
     present = [model for model in models if model is not None]
     configs = [_without(model.config.to_dict(), SET_BY_SAVING) for model in present]
     digest = hashlib.sha256(repr((settings, configs)).encode())
@@ -444,10 +454,10 @@ def fingerprint(models: list[Any], batches: list[Any], settings: list[Any]) -> s
 
 
 def check_plot_path(path: str | Path) -> None:
-    """Checks that [`ScoreTable.plot`] can write to `path`, before long work.
+    """Checks, before scoring begins, that [`ScoreTable.plot`] can write to `path`.
 
     Raises:
-        LayerPruneError: its folder does not exist, or its suffix is not of an image format.
+        LayerPruneError: the folder does not exist, or the file ending is not an image format.
     """
     from matplotlib.backend_bases import FigureCanvasBase
 

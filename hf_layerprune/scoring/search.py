@@ -1,4 +1,4 @@
-"""Selects layers to remove together, without training: greedy or as a block, then refined by exchanges."""
+"""Selects layers to remove together without training: greedily or as a block, then refined by exchanges."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Selection:
     Args:
         layers (`list[int]`): present indices, in order.
         cost (`float`): the cost of the removal in the criterion's unit. For `"loss"` and `"task"` it is the
-        decrease of quality, for others the sum of the scores at each step.
+            decrease of quality, for other criteria the sum of the scores at each step.
         steps (`list[tuple[list[int], float]]`): the set after each step, with its cost.
     """
 
@@ -44,32 +44,35 @@ def select_layers(
     progress: bool = True,
     **settings: Any,
 ) -> Selection:
-    """Finds the layers that cost least together. The model is not changed.
+    """Selects the set of layers whose removal costs least. The model is not changed.
 
-    Greedy: the least important layer is removed, then the least important of the remaining layers, and so on
-    (SLEB, 2402.09025). Contiguous: the least important block (LLM-Streamline, 2403.19135; Gromov et al.,
-    2403.17887). Refined: a layer of the set is put back and the cheapest other layer removed instead, as long
-    as this lowers the cost.
+    - Greedy: removes the least important layer, scores the remaining layers, and repeats (SLEB, 2402.09025).
+    - Contiguous: removes the least important block (LLM-Streamline, 2403.19135; Gromov et al., 2403.17887).
+    - Refinement: puts one layer of the set back and removes the cheapest other layer instead, as long as this
+      lowers the cost.
 
     Args:
         model (`PreTrainedModel`): a causal language model.
-        batches: calibration, as for [`score_layers`].
-        remove (`int`): how many layers.
+        batches: the calibration data, as for [`score_layers`].
+        remove (`int`): number of layers to remove.
         criterion (`str`, *optional*, defaults to `"loss"`): see [`score_layers`].
-        contiguous (`bool`, *optional*, defaults to `False`): start from a block.
-        refine (`bool`, *optional*, defaults to `True`): exchange layers after that; only for `"loss"` and
-            `"task"`, whose quality says whether it helps, and not with `racing`, which reads but a part of
-            the text.
-        protected (iterable of `int`, *optional*): layers that stay; left out, the first and the last.
-        progress (`bool`, *optional*, defaults to `True`): show bars.
+        contiguous (`bool`, *optional*, defaults to `False`): whether to start from a block.
+        refine (`bool`, *optional*, defaults to `True`): whether to exchange layers afterwards. Only `"loss"`
+            and `"task"` are refined, as they measure the quality of the model. With `racing` there is no
+            refinement, as racing reads only a part of the text.
+        protected (iterable of `int`, *optional*): layers to keep. Default: the first and the last layer.
+        progress (`bool`, *optional*, defaults to `True`): whether to show progress bars.
         settings: other arguments of [`score_layers`].
 
+    Returns:
+        [`Selection`]
+
     Raises:
-        LayerPruneError: so many layers cannot be removed, or as [`score_layers`].
+        LayerPruneError: `remove` is not a possible number of layers, or [`score_layers`] refuses an argument.
     """
     stack = LayerStack(model)
     kept = stack.lineage.kept
-    given = take_rows(batches) if isinstance(batches, Iterator) else batches  # it is read several times
+    given = take_rows(batches) if isinstance(batches, Iterator) else batches  # the data is read several times
     fixed = {0, len(kept) - 1} if protected is None else stack.check_layers(protected)
     remove = plain_int(remove)
     if type(remove) is not int or not 1 <= remove <= len(kept) - len(fixed) - (not fixed):
@@ -79,7 +82,7 @@ def select_layers(
     measured = find_criterion(criterion).measures_quality and settings.get("racing") is None
 
     def table(gone: Sequence[int], block: int = 1) -> tuple[ScoreTable, dict[int, int]]:
-        """Returns the scores without some layers, and the present index of each layer in them."""
+        """Returns the scores of the model without some layers, and the present index of each scored layer."""
         left = [layer for layer in range(len(kept)) if layer not in gone]
         stay = [left.index(layer) for layer in fixed]
         with stack.without(gone):

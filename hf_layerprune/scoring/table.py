@@ -18,20 +18,21 @@ BY_LAYER = ("scores", "refused", "errors", "seen")
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """How much each candidate layer of a model matters.
+    """The importance of each candidate layer of a model.
 
     Args:
         criterion (`str`): the criterion that gave the scores.
-        scores (`dict[int, float]`): for each candidate, by its index in the present model, its score;
-            higher is more important.
-        quality (`float` or `None`): of the scored model, higher is better. For `loss` minus the loss in nats
-        per token, for `task` the task's score, else None.
+        scores (`dict[int, float]`): the score of each candidate, by its index in the present model. Higher
+            means more important.
+        quality (`float` or `None`): the quality of the scored model. Higher is better. It is minus the loss
+            in nats per token for `loss`, the task's score for `task`, and None if it was not measured. With
+            a teacher, `kl` gives minus the KL divergence from the teacher, in nats per token.
         kept (`list[int]`): for each present layer, its index in the original model.
-        refused (`dict[int, str]`): by present index, why a layer is not a candidate: it cannot be removed
-        exactly, or the score without it is not finite.
+        refused (`dict[int, str]`): by present index, the reason why a layer is not a candidate. It cannot be
+            removed exactly, or the score without it is not finite.
         block_size (`int`): number of layers in a candidate, which is named by its first layer.
-        errors (`dict[int, float]`): standard errors of the scores, if known: over sequences or questions, and
-        for leave-one-out over parts of 64 tokens.
+        errors (`dict[int, float]`): standard errors of the scores, if known. They are over sequences or
+            questions, and for leave-one-out over parts of 64 tokens.
         seen (`dict[int, int]`): number of sequences, questions or parts that each candidate was scored on.
     """
 
@@ -45,9 +46,9 @@ class ScoreTable:
     seen: dict[int, int] = field(default_factory=dict)
 
     def ranking(self) -> list[int]:
-        """Returns the candidates, least important first. Of equal scores, the deeper layer comes first.
+        """Returns the candidates, least important first. If scores are equal, the deeper layer comes first.
 
-        Those that racing dropped early come last.
+        Candidates that racing dropped come last.
         """
         return sorted(self.scores, key=lambda i: (-self.seen.get(i, 0), self.scores[i], -i))
 
@@ -58,7 +59,7 @@ class ScoreTable:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ScoreTable":
-        """Returns the table of the values of [`~ScoreTable.to_dict`], also of an earlier version."""
+        """Returns the table from values of [`~ScoreTable.to_dict`]. Earlier versions can be read too."""
         values = {{"run": "block_size"}.get(name, name): value for name, value in values.items()}
         by_layer = {name: values.get(name, {}) for name in BY_LAYER}
         return cls(**values | {name: {int(i): v for i, v in d.items()} for name, d in by_layer.items()})
@@ -82,14 +83,14 @@ class ScoreTable:
         return "\n".join([*lines, *(["", *refused] if refused else [])])
 
     def _repr_markdown_(self) -> str:
-        """Returns what a notebook shows."""
+        """Returns the table as a notebook shows it."""
         return repr(self)
 
     def plot(self, path: str | Path | None = None) -> "Figure":
         """Returns a bar chart of the scores by original layer, with the lowest score marked.
 
         Args:
-            path (`str` or `Path`, *optional*): a file to write the chart to. Its ending names its format.
+            path (`str` or `Path`, *optional*): a file to write the chart to. The file ending sets the format.
         """
         from matplotlib.figure import Figure
 
@@ -120,7 +121,7 @@ class ScoreTable:
         axes.legend(fontsize=8)
         if path is not None:
             figure.savefig(path, dpi=120)
-        # A notebook shows a figure that pyplot has not made only by this method.
+        # Notebooks need this method to show a figure that was not made by pyplot.
         vars(figure)["_repr_png_"] = partial(_png, figure)
         return figure
 

@@ -1,7 +1,7 @@
-"""Config fields that name single layers, and how they change when layers are removed.
+"""Updates config fields that name single layers when layers are removed.
 
-General rules use the form and the name of a field. Tables hold the exceptions, with the reason. The
-comparison with a freshly built model (`exact_cut.py`) finds what rules and tables get wrong.
+General rules use the form and the name of a field. Tables list the exceptions, with the reason. The
+comparison with a freshly built model (`exact_cut.py`) finds errors of rules and tables.
 """
 
 import re
@@ -14,7 +14,7 @@ from ..errors import LayerPruneError
 
 Fields = dict[str, Any]
 
-# Number of layers of a kind at the start: layer i is of the kind if i is less.
+# Number of layers of a kind at the start: layer i is of this kind if i is smaller.
 FIRST = ("first_k_dense_replace", "num_dense_layers", "max_window_layers", "moe_layer_start_index")
 # Number of layers of a kind at the end.
 LAST = ("num_kv_shared_layers",)
@@ -33,7 +33,7 @@ def cut_fields(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
         kept (sequence of `int`): the present indices of the layers that stay.
 
     Raises:
-        LayerPruneError: the remaining layers could not run.
+        LayerPruneError: the remaining layers cannot run.
     """
     cut = {name: _cut_value(name, value, count, kept) for name, value in fields.items()}
     for special in SPECIAL:
@@ -45,7 +45,7 @@ def is_per_layer(name: str, value: Any, count: int) -> bool:
     """Returns whether a field is a list with one entry for each layer, such as `layer_types`."""
     if not isinstance(value, (list, tuple)) or len(value) != count or _is_indices(name, value, count):
         return False
-    # Lists such as mlp_multipliers of Falcon-H1 have another length, which may be equal by chance.
+    # Other lists, such as mlp_multipliers of Falcon-H1, may have the same length by chance.
     return bool(re.search(r"layer|block|pattern|types|intermediate_size|topk", name)) and "mtp" not in name
 
 
@@ -69,7 +69,7 @@ def _cut_value(name: str, value: Any, count: int, kept: Sequence[int]) -> Any:
 
 
 def _is_indices(name: str, value: Any, count: int) -> bool:
-    """Returns whether a field is a list of layer indices, such as `mlp_only_layers`: increasing numbers."""
+    """Returns whether a field is a list of increasing layer indices, such as `mlp_only_layers`."""
     if not isinstance(value, (list, tuple)) or not re.search(r"layer|_idxs", name) or "mtp" in name:
         return False
     rising = all(type(v) is int for v in value) and all(a < b for a, b in pairwise(value))
@@ -79,8 +79,10 @@ def _is_indices(name: str, value: Any, count: int) -> bool:
 
 
 def _sparse_steps(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
-    """Qwen2-MoE and similar models: layer i has experts if (i + 1) % decoder_sparse_step is 0 and i is not in
-    mlp_only_layers. A removal breaks the period, so the list has to name all dense layers."""
+    """Updates the sparse layers of Qwen2-MoE and similar models.
+
+    Layer i has experts if (i + 1) % decoder_sparse_step is 0 and i is not in mlp_only_layers. A removal
+    breaks the period, so the list must name all dense layers."""
     step, listed = fields.get("decoder_sparse_step"), fields.get("mlp_only_layers")
     if step is None or listed is None:
         return {}
@@ -89,13 +91,13 @@ def _sparse_steps(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
 
 
 def _repeated_block_types(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
-    """RecurrentGemma: block_types is repeated over the layers, so it has to be written out for each layer."""
+    """Updates block_types of RecurrentGemma. It is repeated over the layers, so it must name each layer."""
     types = fields.get("block_types")
     return {"block_types": [types[layer % len(types)] for layer in kept]} if types else {}
 
 
 def _attention_types(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
-    """GPT-Neo: attention_types holds pairs: kinds of attention, and how often they are repeated."""
+    """Updates attention_types of GPT-Neo: pairs of attention kinds and their number of repetitions."""
     pairs = fields.get("attention_types")
     if not pairs:
         return {}
@@ -104,14 +106,15 @@ def _attention_types(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
 
 
 def _depth_scale(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
-    """MiniCPM3: the residual of a layer is scaled by scale_depth / sqrt(num_hidden_layers). The scale must
-    stay."""
+    """Updates scale_depth of MiniCPM3. The residual of a layer is scaled by scale_depth /
+    sqrt(num_hidden_layers), and this scale must not change."""
     scale = fields.get("scale_depth")
     return {"scale_depth": scale * (len(kept) / count) ** 0.5} if scale else {}
 
 
 def _shared_indexers(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
-    """HY-V4 and GLM-MoE-DSA: a layer with a "shared" indexer uses the choice of the last "full" indexer."""
+    """Checks the indexers of HY-V4 and GLM-MoE-DSA. A "shared" indexer uses the choice of the last "full"
+    indexer, whose layer must remain."""
     types = fields.get("indexer_types") or []
     for layer in kept:
         source = max((i for i in range(layer + 1) if types[i : i + 1] == ["full"]), default=layer)
@@ -121,7 +124,8 @@ def _shared_indexers(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
 
 
 def _linear_first(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
-    """MiniMax: the cache counts its tokens in layer 0, which must not be a layer of linear attention."""
+    """Checks the first layer of MiniMax. The cache counts tokens in layer 0, which must not have linear
+    attention."""
     types = fields.get("layer_types")
     if fields["model_type"] == "minimax" and types and types[kept[0]] != types[0] == "full_attention":
         raise LayerPruneError("the first layer left has linear attention, which cannot count cached tokens.")
@@ -129,7 +133,8 @@ def _linear_first(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
 
 
 def _rescaled_weights(fields: Fields, count: int, kept: Sequence[int]) -> Fields:
-    """RWKV divides weights in place by powers of two that depend on depth when it first runs in eval mode."""
+    """Checks rescale_every of RWKV. In its first eval pass, RWKV divides weights in place by powers of two
+    that depend on depth."""
     if fields["model_type"] == "rwkv" and fields.get("rescale_every"):
         raise LayerPruneError("its weights are rescaled by depth as it runs: load it with rescale_every=0.")
     return {}
@@ -146,23 +151,23 @@ SPECIAL: tuple[Callable[[Fields, int, Sequence[int]], Fields], ...] = (
 )
 
 
-# Matches any layer index in a pattern of names.
+# Matches the parts of a name pattern that stand for any layer index.
 _ANY_LAYER = re.compile(r"\*|\.[*+]|\\d[*+]|\[0-9\][*+]|\[\^\.\][*+]")
 
 
 def cut_names(value: Any, stack: str, others: Collection[str], kept: Sequence[int]) -> Any:
-    """Returns an entry of a config, such as `llm_int8_skip_modules`, with the names of modules after a
-    removal. Names of removed layers are left out.
+    """Returns a config entry, such as `llm_int8_skip_modules`, with the module names after a removal. Names
+    of removed layers are dropped.
 
     Args:
-        value: lists of names and dicts by name, nested in any depth. Other values stay the same.
+        value: lists of names and dicts by name, nested to any depth. Other values stay the same.
         stack (`str`): the path of the list of layers, for example `"model.layers"`.
         others (collection of `str`): paths of other lists with the same last name. Their modules keep their
-        names.
+            names.
         kept (sequence of `int`): the present indices of the layers that stay.
 
     Raises:
-        LayerPruneError: a pattern of names names layers in a way that cannot follow.
+        LayerPruneError: a name pattern cannot be updated for the removal.
     """
 
     def follow(name: Any) -> Any:
@@ -179,10 +184,10 @@ def cut_names(value: Any, stack: str, others: Collection[str], kept: Sequence[in
 
 
 def cut_name(name: str, stack: str, others: Collection[str], kept: Sequence[int]) -> str | None:
-    """Returns the name of a module, or a pattern of names, after a removal. None if its layer is gone.
+    """Returns the name of a module, or a name pattern, after a removal. It is None if the layer was removed.
 
     Raises:
-        LayerPruneError: the pattern cannot follow.
+        LayerPruneError: the pattern cannot be updated for the removal.
     """
     last = stack.rpartition(".")[2]
     parts, end, gone = [], 0, False
@@ -211,7 +216,7 @@ def cut_name(name: str, stack: str, others: Collection[str], kept: Sequence[int]
 
 
 def _is_of_another(path: str, stack: str, others: Collection[str]) -> bool:
-    """Returns whether a path, perhaps without its beginning, is one of `others` and not `stack`."""
+    """Returns whether a path, whose beginning may be missing, is one of `others` and not `stack`."""
 
     def fits(whole: str) -> bool:
         return f".{whole}".endswith(f".{path}") or f".{path}".endswith(f".{whole}")

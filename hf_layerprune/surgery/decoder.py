@@ -1,4 +1,4 @@
-"""Where a causal language model keeps its decoder layers, and where its config counts them."""
+"""Finds the decoder layers of a language model and the config fields that count them."""
 
 import copy
 import inspect
@@ -14,11 +14,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import LayerPruneError
 
 
-# Fields that count decoder layers, the most specific first: num_hidden_layers counts the encoder of Bart, and
-# is twice num_layers in LongCat.
+# Fields that count decoder layers, the most specific first. num_hidden_layers counts the encoder layers of
+# Bart, and is twice num_layers in LongCat.
 COUNT_FIELDS = ("decoder_layers", "num_decoder_layers", "num_layers", "num_hidden_layers", "num_blocks")
 
-# Module attributes that hold a layer's own position (key/value cache slot, attention kind).
+# Module attributes that hold the position of a layer (key/value cache slot, attention kind).
 INDEX_ATTRIBUTES = ("layer_idx", "layer_id", "layer_number")
 
 SUPPORTED = (
@@ -26,7 +26,7 @@ SUPPORTED = (
     "vision-language models"
 )
 
-# Words for a class, by the end of its name.
+# Descriptions of model classes, by the end of the class name.
 _KINDS = {
     "SequenceClassification|RewardModel": "a sequence classifier",
     "TokenClassification": "a token classifier",
@@ -41,9 +41,9 @@ class Decoder:
     """The decoder stack of a model.
 
     Args:
-        config (`PreTrainedConfig`): the configuration that counts these layers, shared by all modules.
+        config (`PreTrainedConfig`): the config that counts these layers, shared by all modules.
         parent (`nn.Module`): the module that holds the list of layers.
-        attribute (`str`): the list's name in `parent`, for example `"layers"` or `"h"`.
+        attribute (`str`): the name of the list in `parent`, for example `"layers"` or `"h"`.
     """
 
     config: PreTrainedConfig
@@ -57,11 +57,11 @@ class Decoder:
 
 
 def find_decoder(model: PreTrainedModel) -> Decoder:
-    """Returns the place of the decoder layers of `model`: the outermost module list with the length that its
-    config gives.
+    """Returns the decoder of `model`: the outermost module list whose length equals the number of layers in
+    the config.
 
     Raises:
-        LayerPruneError: the model is no `PreTrainedModel`, or has no such list, or more than one.
+        LayerPruneError: the model is not a `PreTrainedModel`, or has no such list, or more than one.
     """
     if not isinstance(model, PreTrainedModel):
         raise LayerPruneError(
@@ -94,10 +94,10 @@ def find_decoder(model: PreTrainedModel) -> Decoder:
 
 
 def _check_counted(model: PreTrainedModel, root: nn.Module, count: int) -> None:
-    """Checks that the only stack of layers of a model has the length that its config gives.
+    """Checks that the only stack of layers of a model has as many layers as the config counts.
 
     Raises:
-        LayerPruneError: the lengths differ.
+        LayerPruneError: the numbers differ.
     """
     lists = [(path, module) for path, module in root.named_modules() if isinstance(module, nn.ModuleList)]
     depth = min((path.count(".") for path, _ in lists), default=0)
@@ -114,7 +114,7 @@ def _check_counted(model: PreTrainedModel, root: nn.Module, count: int) -> None:
 
 
 def _builds_as_many(model: PreTrainedModel, stack: nn.ModuleList) -> bool:
-    """Returns whether a new model of the same config has as many modules in the place of `stack`."""
+    """Returns whether a new model of the same config has equally many modules in this stack."""
     path = next(name for name, module in model.named_modules() if module is stack)
     try:
         with torch.device("meta"):
@@ -135,7 +135,7 @@ def layer_count(config: PreTrainedConfig) -> int:
     """Returns the number of decoder layers in `config`.
 
     Raises:
-        LayerPruneError: the config has no such number.
+        LayerPruneError: no field of the config counts the layers.
     """
     for name in COUNT_FIELDS:
         count = getattr(config, name, None)
@@ -145,33 +145,34 @@ def layer_count(config: PreTrainedConfig) -> int:
 
 
 def count_fields(config: PreTrainedConfig) -> list[str]:
-    """Returns the fields of `config` that store the number of decoder layers, none if it counts a list."""
+    """Returns the fields of `config` that store the number of decoder layers. It is an empty list if the
+    config computes the number from a list."""
     first = next(name for name in COUNT_FIELDS if type(getattr(config, name, None)) is int)
     names = {config.attribute_map.get(first, first), *COUNT_FIELDS}
     return [name for name in sorted(names) if vars(config).get(name) == layer_count(config)]
 
 
 def predicts_next_token(model: Any) -> bool:
-    """Returns whether a model, or a class of models, gives logits of the next token, as causal language
-    models and vision-language models do.
+    """Returns whether a model or a class of models gives logits of the next token. Causal language models and
+    vision-language models do.
 
     Args:
         model (`PreTrainedModel` or a subclass): the model or its class.
     """
     cls = model if isinstance(model, type) else type(model)
-    if not issubclass(cls, PreTrainedModel):  # an auto class; other objects are refused elsewhere
+    if not issubclass(cls, PreTrainedModel):  # an auto class; other checks refuse other objects
         return not re.search("|".join(_KINDS), cls.__name__)
     if cls.can_generate():
         return True
     known = next(base for base in cls.__mro__ if base.__module__.startswith("transformers."))
     if not known.__name__.endswith("PreTrainedModel"):
         return False
-    # A class of the user: only its model tells.
+    # A class of the user: only an instance shows whether it has an LM head.
     return isinstance(model, type) or model.get_output_embeddings() is not None
 
 
 def describe_class(model: Any) -> str:
-    """Returns the kind of a model in words, with the name of its class."""
+    """Returns a description of a model's kind, with the name of its class."""
     cls = model if isinstance(model, type) else type(model)
     kinds = (kind for pattern, kind in _KINDS.items() if re.search(pattern, cls.__name__))
     default = (
@@ -181,10 +182,10 @@ def describe_class(model: Any) -> str:
 
 
 def check_next_token(model: Any, what: str) -> None:
-    """Checks that a model, or a class of models, predicts next tokens, as `what` needs.
+    """Checks that a model or a class of models predicts next tokens, as `what` needs.
 
     Raises:
-        LayerPruneError: it does not.
+        LayerPruneError: the model does not predict next tokens.
     """
     if not predicts_next_token(model):
         raise LayerPruneError(
@@ -194,15 +195,15 @@ def check_next_token(model: Any, what: str) -> None:
 
 
 def check_reads_text(cls: Any, config: PreTrainedConfig, name: str) -> None:
-    """Checks, before any weights are loaded, that a class of models reads tokens and nothing else.
+    """Checks, before any weights are loaded, that a class of models can run on tokens alone.
 
     Args:
-        cls (a subclass of `PreTrainedModel`): what would be loaded.
-        config (`PreTrainedConfig`): its config.
-        name (`str`): the user's name of the model.
+        cls (a subclass of `PreTrainedModel`): the class to load.
+        config (`PreTrainedConfig`): the config of the model.
+        name (`str`): the name of the model, for the error.
 
     Raises:
-        LayerPruneError: it is an encoder-decoder model, or reads pictures or sound.
+        LayerPruneError: the class is an encoder-decoder model, or reads images or audio.
     """
     takes = getattr(cls, "main_input_name", "input_ids")
     is_auto = not issubclass(cls, PreTrainedModel)
@@ -241,7 +242,7 @@ def check_not_tensor_parallel(model: Any) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Returns whether each process holds only a part of each weight: FSDP, or DeepSpeed ZeRO stage 3."""
+    """Returns whether each process holds only a part of each weight, as in FSDP or DeepSpeed ZeRO stage 3."""
     kinds = FSDPModule, FullyShardedDataParallel
     return any(isinstance(module, kinds) for module in model.modules()) or any(
         hasattr(parameter, "ds_id") for parameter in model.parameters()

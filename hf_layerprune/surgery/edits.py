@@ -1,4 +1,4 @@
-"""Changes to attributes of modules and configs that can be undone and made again."""
+"""Changes attributes of modules and configs, so that changes can be undone and made again."""
 
 import weakref
 from collections.abc import Callable
@@ -11,8 +11,8 @@ _UNSET: Any = object()
 
 @dataclass(frozen=True)
 class Computed:
-    """A new value that is computed from the old value when a change is made. It is not kept, as it may be
-    gigabytes.
+    """A new value that is computed from the old value each time a change is made. It is not stored, as it may
+    take gigabytes.
 
     Args:
         compute (`Callable`): returns the new value, given the old value.
@@ -26,8 +26,8 @@ class _Change:
     """A new value of one attribute.
 
     Args:
-        owner (`weakref.ref`): the module or config that has the attribute.
-        name (`str`): its name.
+        owner (`weakref.ref`): the module or config with the attribute.
+        name (`str`): the name of the attribute.
         value: the new value, or [`Computed`].
     """
 
@@ -36,7 +36,7 @@ class _Change:
     value: Any
 
     def make(self) -> Any:
-        """Makes the change and returns the value before it."""
+        """Makes the change, and returns the old value."""
         owner = self.owner()
         if isinstance(self.value, Computed):  # a parameter or a module
             old = getattr(owner, self.name)
@@ -47,7 +47,7 @@ class _Change:
         return old
 
     def take_back(self, old: Any) -> None:
-        """Sets the value that [`make`] returned."""
+        """Undoes the change. `old` is the value that [`make`] returned."""
         owner = self.owner()
         if isinstance(self.value, Computed):
             setattr(owner, self.name, old)
@@ -58,12 +58,12 @@ class _Change:
 
 
 class Edits:
-    """Changes to attributes that can be undone and made again. Undone changes keep no module and no tensor
-    alive.
+    """Changes attributes, and can undo the changes and make them again. Undone changes hold no strong
+    reference to a module or tensor.
     """
 
     def __init__(self) -> None:
-        self.renumbered: list[int] = []  # layers whose number was not their position before
+        self.renumbered: list[int] = []  # layers whose index was not their position before
         self._changes: list[_Change] = []
         self._old: list[Any] = []
 
@@ -79,7 +79,7 @@ class Edits:
             self._changes[len(self._old) - 1].take_back(self._old.pop())
 
     def make(self) -> None:
-        """Makes all changes again, or no change if it is interrupted."""
+        """Makes all changes again. If an error or interrupt occurs, it makes none."""
         try:
             for change in self._changes:
                 self._old.append(change.make())

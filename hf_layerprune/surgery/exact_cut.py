@@ -1,4 +1,4 @@
-"""Removes layers so that the model is exactly the one that its new config builds, or undoes the removal."""
+"""Removes layers so that the model equals the one that its new config builds, or undoes the removal."""
 
 import copy
 import math
@@ -26,7 +26,8 @@ _UNSET: Any = object()
 
 
 class StateBefore:
-    """The differences between a model and a freshly built model before a removal. Computed when first needed.
+    """The differences between a model and a freshly built model before a removal. They are computed at the
+    first access.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): the model. It must not change afterwards.
@@ -37,7 +38,7 @@ class StateBefore:
 
     @cached_property
     def differences(self) -> set[Any]:
-        """The keys of the differences to a freshly built model."""
+        """The keys of the differences from a freshly built model."""
         base = base_of(self._model())
         try:
             return {difference.key for difference in differences(base, build_meta_model(base))}
@@ -46,13 +47,13 @@ class StateBefore:
 
     @cached_property
     def adapter_differences(self) -> set[str]:
-        """The differences between its adapters and freshly built adapters; none without adapters."""
+        """The differences between the model's adapters and freshly built adapters. Empty without adapters."""
         model = self._model()
         return set(adapter_differences(model)) if adapter_configs(model) else set()
 
 
 def _kept_layers(kept: list[int]) -> Computed:
-    """Returns the change that keeps the layers with these indices in a list."""
+    """Returns a change of a list of layers that keeps the layers with these indices."""
 
     def compute(stack: nn.ModuleList) -> nn.ModuleList:
         layers = nn.ModuleList([stack[i] for i in kept])
@@ -63,8 +64,8 @@ def _kept_layers(kept: list[int]) -> Computed:
 
 
 def _kept_part(dimension: int, width: int, kept: list[int]) -> Computed:
-    """Returns the change that keeps the part of these layers in a parameter that packs all layers side by
-    side."""
+    """Returns a change of a parameter that packs all layers side by side. It keeps the parts of these
+    layers."""
 
     def compute(packed: nn.Parameter) -> nn.Parameter:
         entries = [layer * width + i for layer in kept for i in range(width)]
@@ -76,11 +77,11 @@ def _kept_part(dimension: int, width: int, kept: list[int]) -> Computed:
 
 @dataclass(frozen=True)
 class _Removal:
-    """Decides which differences to a fresh model are expected after a removal.
+    """Decides which differences from a fresh model are expected after a removal.
 
     Args:
         count (`int`): number of layers before the removal.
-        kept (`list[int]`): the old indices of those that stay.
+        kept (`list[int]`): the old indices of the layers that stay.
         changed (`dict`): the config fields that changed, each with its old and new value.
         places (`dict`): for each module inside a kept layer, the layer's old index.
     """
@@ -91,19 +92,19 @@ class _Removal:
     places: dict[nn.Module, int]
 
     def explains(self, difference: Difference) -> bool:
-        """Returns whether an attribute only follows the removal: a layer's position, the number of layers, a
-        list of the config, or a table by layer."""
+        """Returns whether the removal explains a difference. The attribute is then a layer's position, the
+        number of layers, a list of the config, or a table by layer."""
         name, here, there = difference.name, difference.here, difference.there
         if isinstance(here, list) and isinstance(there, list):
             moved = any(here == old and there == new for old, new in self.changed.values())
-            kinds = len(set(here)) == len(here) and set(there) <= set(here)  # a set of the values in use
+            kinds = len(set(here)) == len(here) and set(there) <= set(here)  # the distinct values in use
             return moved or kinds
         if isinstance(here, dict) and isinstance(there, dict):
             return {self.kept.index(k): v for k, v in here.items() if k in self.kept} == there
         if type(here) is float and type(there) is float:
             return math.isclose(here, there, rel_tol=1e-12)  # the same value, computed from other numbers
         layer = self.places.get(difference.module)
-        if here is True and there is False:  # whether there is a layer of a kind
+        if here is True and there is False:  # whether the model has a layer of a kind
             return layer is None and bool(re.fullmatch(r"has_\w+_layers", name))
         if type(here) is not int or type(there) is not int:
             return False
@@ -121,8 +122,11 @@ class _Removal:
         return name == "layer_idx" and (here // 2, here % 2) == (layer, there % 2) and there // 2 == new
 
     def unpacked(self, difference: Difference) -> tuple[int, int] | None:
-        """Returns the packed dimension and the width of one layer's part, if a tensor's shape, or a number of
-        a module, packs all layers side by side as Gemma's embed_tokens_per_layer does."""
+        """Returns the packed dimension and the width of one layer's part, None if the value is not packed.
+
+        A packed value is a tensor's shape, or a number in a module, that puts all layers side by side, as in
+        Gemma's embed_tokens_per_layer.
+        """
         if "per_layer" not in difference.path:
             return None
         here, there = difference.here, difference.there
@@ -136,12 +140,12 @@ class _Removal:
 
 
 def cut_exactly(model: Any, decoder: Decoder, removed: set[int], before: StateBefore) -> Edits:
-    """Removes layers in place and returns the edits. If the result is not exact, nothing changes.
+    """Removes layers in place and returns the edits. If the result is not exact, the model is not changed.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): the model.
-        decoder ([`Decoder`]): its decoder.
-        removed (`set[int]`): present indices of the layers.
+        decoder ([`Decoder`]): the decoder of the model.
+        removed (`set[int]`): present indices of the layers to remove.
         before ([`StateBefore`]): the differences of the model before the removal.
 
     Raises:
@@ -205,16 +209,16 @@ def cut_exactly(model: Any, decoder: Decoder, removed: set[int], before: StateBe
 
 
 def _renumber(edits: Edits, earlier: list[Difference], places: dict[nn.Module, int]) -> list[Difference]:
-    """Renumbers the layers of a model that was cut by hand, whose modules still have their old numbers.
+    """Renumbers the layers of a model that was cut by hand, if modules still have their old indices.
 
     Args:
-        edits (`Edits`): where the numbers are set.
-        earlier (`list[Difference]`): what differed from a fresh model before the removal.
+        edits ([`Edits`]): the edits to add the new indices to.
+        earlier (`list[Difference]`): the differences from a fresh model that existed before the removal.
         places (`dict`): for each module inside a kept layer, the layer's old index.
 
     Returns:
-        `list[Difference]`: if there are such numbers, the other differences of the layers before: a config
-        that did not follow the cut.
+        `list[Difference]`: the other earlier differences of the layers, if there are old indices, else none.
+        They show that the config was not updated when the model was cut.
     """
     inside = [difference for difference in earlier if difference.module in places]
     stale = [
@@ -229,10 +233,10 @@ def _renumber(edits: Edits, earlier: list[Difference], places: dict[nn.Module, i
 
 
 def _check_pictures(model: PreTrainedModel) -> None:
-    """Checks that a model does not add image features to the output of layers by their number.
+    """Checks that a model does not add image features to the output of layers with fixed indices.
 
     Raises:
-        LayerPruneError: the model does that.
+        LayerPruneError: the model adds image features by layer index.
     """
     parts = [model.config.to_dict()]
     for part in parts:
@@ -249,7 +253,8 @@ def _reason(error: Exception) -> str:
 def _cut_config(
     edits: Edits, model: PreTrainedModel, config: PreTrainedConfig, kept: list[int], lineage: Lineage
 ) -> dict[str, tuple[Any, Any]]:
-    """Updates `config` and its copies in modules for the removal, and returns the changed fields."""
+    """Updates `config` and its copies in modules for the removal. Returns the changed fields, each with its
+    old and new value."""
     before = config.to_dict()
     fields = cut_fields(before, layer_count(config), kept)
     fields |= dict.fromkeys(count_fields(config), len(kept)) | {CONFIG_KEY: lineage_entry(lineage)}
@@ -259,7 +264,7 @@ def _cut_config(
     names = [
         name
         for name in vars(config).keys() | vars(new).keys()
-        if name == "_heterogeneity_spec"  # private, as it has no other name: what per_layer_config is read as
+        if name == "_heterogeneity_spec"  # private: the parsed per_layer_config has no public name
         or (not name.startswith("_") and name in after and before.get(name, _UNSET) != after[name])
     ]
     changed = {name: (vars(config).get(name, _UNSET), vars(new).get(name, _UNSET)) for name in names}
@@ -275,11 +280,11 @@ def _cut_config(
 
 
 def _cut_names(edits: Edits, model: PreTrainedModel, decoder: Decoder, kept: list[int]) -> None:
-    """Changes names of modules that contain a layer, in the config, its quantisation, and the quantizer that
-    the model was loaded with.
+    """Updates module names that contain a layer index, in the config, its quantisation settings, and the
+    quantizer that the model was loaded with.
 
     Raises:
-        LayerPruneError: other modules would be quantised when the model is loaded.
+        LayerPruneError: after the update, other modules would be quantised when the model is loaded.
     """
     lists = {path: m for path, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     (stack,) = [path for path, m in lists.items() if m is decoder.layers]
@@ -299,7 +304,7 @@ def _cut_names(edits: Edits, model: PreTrainedModel, decoder: Decoder, kept: lis
         settings = getattr(holder, "quantization_config", None)
         fields = changed(holder)
         if hasattr(settings, "__dict__") and (followed := changed(settings)):
-            new = copy.copy(settings)  # the user's own object may be for other models, too
+            new = copy.copy(settings)  # the user may share this object with other models
             vars(new).update(followed)
             fields["quantization_config"] = new
         for name, value in fields.items():
@@ -318,7 +323,7 @@ def _cut_names(edits: Edits, model: PreTrainedModel, decoder: Decoder, kept: lis
 
 
 def _reconcile(edits: Edits, model: PreTrainedModel, removal: _Removal) -> list[Difference]:
-    """Updates modules for the removal, and returns the remaining differences to a fresh model."""
+    """Updates modules for the removal, and returns the remaining differences from a fresh model."""
     meta_model = build_meta_model(model)
     left = []
     for difference in differences(model, meta_model):
@@ -332,8 +337,8 @@ def _reconcile(edits: Edits, model: PreTrainedModel, removal: _Removal) -> list[
             left.append(difference)
     edits.set(model, "all_tied_weights_keys", meta_model.all_tied_weights_keys)
     fresh = dict(meta_model.named_modules())
-    # Private, as transformers has no other name for the ties that a class declares. Zamba declares them for
-    # each depth.
+    # Private, as transformers has no public name for the ties that a class declares. Zamba declares different
+    # ties for each depth.
     for path, module in model.named_modules():
         if "_tied_weights_keys" in vars(module) and path in fresh:
             edits.set(module, "_tied_weights_keys", fresh[path]._tied_weights_keys)
@@ -341,7 +346,7 @@ def _reconcile(edits: Edits, model: PreTrainedModel, removal: _Removal) -> list[
 
 
 def _has_cache(config: PreTrainedConfig) -> bool:
-    """Whether a key/value cache for this config can tell its length."""
+    """Returns whether a key/value cache for this config can return its length."""
     try:
         DynamicCache(config=config).get_seq_length()
     except Exception:  # any error here would also stop generation

@@ -19,14 +19,14 @@ _ABSENT = "absent"
 
 @dataclass(frozen=True)
 class Difference:
-    """One difference between a live model and a fresh one.
+    """A difference between a live model and a fresh model.
 
     Args:
-        path (`str`): the live module's path in the model.
+        path (`str`): the path of the live module in the model.
         module (`nn.Module`): the live module.
-        name (`str`): an attribute, a parameter, a buffer or a submodule of the module; empty for the module
-            itself.
-        here, there: the value in the live model and in the fresh one. Of a tensor, its shape.
+        name (`str`): an attribute, a parameter, a buffer or a submodule of the module. It is empty for the
+            module itself.
+        here, there: the values in the live model and in the fresh model. For a tensor, its shape.
     """
 
     path: str
@@ -37,7 +37,7 @@ class Difference:
 
     @property
     def key(self) -> tuple[Any, str]:
-        """Identifies the same difference before and after a removal, when the path has changed."""
+        """The key of the same difference before and after a removal, which may change the path."""
         return weakref.ref(self.module), self.name
 
     def __str__(self) -> str:
@@ -46,17 +46,20 @@ class Difference:
 
 
 def build_meta_model(model: PreTrainedModel) -> PreTrainedModel:
-    """Returns a model of the same class and config as `model` on the meta device, where it has no weights."""
-    # Some models draw random numbers while they are built (DiffLlama).
+    """Returns a model without weights, on the meta device, with the class and config of `model`."""
+    # Building some models, such as DiffLlama, draws random numbers.
     with torch.device("meta"), torch.random.fork_rng(devices=[]), quiet():
-        # Through plain values, as in a reload, so that the rules of the config run again.
+        # Built from plain values, as in a reload, so that the rules of the config run again.
         config = type(model.config).from_dict(copy.deepcopy(model.config.to_dict()))
         return type(model)(config)
 
 
 def differences(model: PreTrainedModel, meta_model: PreTrainedModel) -> list[Difference]:
-    """Returns all differences between a live model and a fresh one: modules and their classes, shapes of
-    tensors, attributes that are plain values, lists of them or tables by layer, and tied weights."""
+    """Returns all differences between a live model and a fresh model.
+
+    It compares modules and their classes, shapes of tensors, tied weights, and attributes that are plain
+    values, lists of plain values, or tables by layer.
+    """
     live, fresh = dict(model.named_modules()), dict(meta_model.named_modules())
     different = []
     for path in fresh.keys() - live.keys():
@@ -70,7 +73,8 @@ def differences(model: PreTrainedModel, meta_model: PreTrainedModel) -> list[Dif
             different.append(Difference(path, module, "", "a module", _ABSENT))
             continue
         here, there = module_facts(module), module_facts(fresh[path])
-        # Not saved and not in a fresh model: not needed, such as tables of a removed kind of attention.
+        # Values that are neither saved nor in a fresh model are not needed, such as tables of a removed kind
+        # of attention.
         stale = here.keys() - there.keys() - _saved_tensors(module)
         different += [
             Difference(path, module, name, here.get(name, _ABSENT), there.get(name, _ABSENT))
@@ -85,7 +89,8 @@ def differences(model: PreTrainedModel, meta_model: PreTrainedModel) -> list[Dif
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Makes transformers log errors only within this context: users need no warnings about a meta model."""
+    """Makes transformers log only errors within this context, as warnings about a meta model do not help
+    users."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -95,8 +100,8 @@ def quiet() -> Iterator[None]:
 
 
 def module_facts(module: nn.Module) -> dict[str, Any]:
-    """Returns the parts of a module that a config determines: class, shapes of its own tensors, plain
-    attributes."""
+    """Returns the properties of a module that a config determines: its class, the shapes of its own tensors,
+    and its plain attributes."""
     parameters = module.named_parameters(recurse=False, remove_duplicate=False)
     buffers = module.named_buffers(recurse=False, remove_duplicate=False)
     facts: dict[str, Any] = {name: tuple(tensor.shape) for name, tensor in (*parameters, *buffers)}
@@ -108,7 +113,7 @@ def module_facts(module: nn.Module) -> dict[str, Any]:
 
 
 def _copied(value: Any) -> Any:
-    """Returns a list for a sequence, a new dict for a dict, and a scalar as it is."""
+    """Returns a list for a sequence, a new dict for a dict, and a scalar unchanged."""
     if isinstance(value, dict):
         return dict(value)
     return list(value) if isinstance(value, (list, tuple)) else value
@@ -128,7 +133,7 @@ def _saved_tensors(module: nn.Module) -> set[str]:
         *module.named_parameters(recurse=False, remove_duplicate=False),
         *module.named_buffers(recurse=False, remove_duplicate=False),
     )
-    # Private, as torch tells otherwise only by `state_dict`, which runs hooks and gathers sharded weights.
+    # Private, as the only public way is `state_dict`, which runs hooks and gathers sharded weights.
     return {name for name, _ in tensors} - module._non_persistent_buffers_set
 
 

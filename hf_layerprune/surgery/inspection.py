@@ -1,4 +1,4 @@
-"""Describes the layers of a model, and which of them can be removed."""
+"""Describes the layers of a model, and finds the layers that can be removed."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,11 +15,11 @@ class LayerFacts:
     """One decoder layer.
 
     Args:
-        layer (`int`): its index in the present model.
-        original (`int`): its index in the original model.
-        kind (`str`): its kind in the config, such as `"sliding_attention, sparse"`, else its class.
-        parameters (`int`): its number of parameters.
-        refused (`str` or `None`): why it cannot be removed; None if it can.
+        layer (`int`): index in the present model.
+        original (`int`): index in the original model.
+        kind (`str`): kind of the layer in the config, such as `"sliding_attention, sparse"`, else its class.
+        parameters (`int`): number of parameters of the layer.
+        refused (`str` or `None`): the reason why the layer cannot be removed. None if it can be removed.
     """
 
     layer: int
@@ -34,8 +34,8 @@ class Inspection:
     """The result of [`inspect_layers`].
 
     Args:
-        model_type (`str`): the model type in its config.
-        parameters (`int`): of the whole model.
+        model_type (`str`): the model type in the config.
+        parameters (`int`): number of parameters of the whole model.
         original_layers (`int`): number of layers of the original model.
         layers (`list[LayerFacts]`): the present layers, in order.
     """
@@ -53,7 +53,13 @@ class Inspection:
 def inspect_layers(model: PreTrainedModel) -> Inspection:
     """Describes each decoder layer of `model`. The model is not changed and may be on the meta device.
 
-    `refused` is for the removal of this layer alone. To remove several at once, call `remove_layers`.
+    `refused` applies to the removal of a single layer. To remove several layers, call `remove_layers`.
+
+    Args:
+        model (`PreTrainedModel`): the model.
+
+    Returns:
+        [`Inspection`]
 
     Raises:
         LayerPruneError: the decoder layers of the model cannot be found.

@@ -1,5 +1,4 @@
-"""A handle on the decoder layers of a model: lists them, finds those that can be removed, and removes
-them."""
+"""A handle on the decoder layers of a model. It finds the layers that can be removed, and removes layers."""
 
 import copy
 import weakref
@@ -20,16 +19,16 @@ from .peft import adapter_configs, base_of
 
 
 class LayerStack:
-    """The decoder layers of a model. Public functions make one and pass it on.
+    """A handle on the decoder layers of a model. Public functions create it and pass it to other functions.
 
-    Each call describes the model in its present state. The layers that can be removed are computed once per
-    state, and shared by all handles on the model.
+    Each call describes the present state of the model. The layers that can be removed are computed once for
+    each state, and shared by all handles on the model.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): the model.
 
     Raises:
-        LayerPruneError: the model has no decoder layers that can be told.
+        LayerPruneError: the decoder layers of the model cannot be found.
     """
 
     def __init__(self, model: Any) -> None:
@@ -49,7 +48,7 @@ class LayerStack:
 
     @property
     def decoder(self) -> Decoder:
-        """The place of the layers in the model. It is searched again after a change."""
+        """The decoder that holds the layers. It is searched again if the model has changed."""
         base, decoder = self.base, self._found
         is_current = (
             decoder.config is text_config(base.config)
@@ -86,11 +85,11 @@ class LayerStack:
 
         Args:
             layers (iterable of `int`, *optional*): present indices. Default: all layers that begin a block.
-            block (`int`, *optional*, defaults to 1): how many consecutive layers are removed together.
+            block (`int`, *optional*, defaults to 1): number of consecutive layers that are removed together.
 
         Returns:
-            For each layer that can be removed, the context without it (and without the rest of its block).
-            For each other layer, the reason.
+            `tuple[dict[int, LayerCut], dict[int, str]]`: for each layer that can be removed, a context that
+            removes the layer and the rest of its block. For each other layer, the reason.
         """
         removals, cuts, reasons = self._removals(), {}, {}
         for first in range(len(self) - block + 1) if layers is None else layers:
@@ -105,7 +104,7 @@ class LayerStack:
         """Removes layers in place.
 
         Returns:
-            `list[int]`: the remaining layers whose number was not their position before.
+            `list[int]`: the remaining layers whose index was not their position before.
 
         Raises:
             LayerPruneError: as [`remove_layers`].
@@ -116,7 +115,7 @@ class LayerStack:
         return edits.renumbered
 
     def without(self, layers: int | Iterable[int]) -> "LayerCut":
-        """Returns a context in which the model lacks some layers.
+        """Returns a context that removes layers from the model.
 
         Raises:
             LayerPruneError: as [`remove_layers`].
@@ -127,7 +126,7 @@ class LayerStack:
         """Returns the present indices in `layers` as a set that leaves at least one layer.
 
         Raises:
-            LayerPruneError: an index is not one of the model's layers or named twice, or all are named.
+            LayerPruneError: an index is out of range or given twice, or all layers are given.
         """
         given: Any = plain_int(layers)
         try:
@@ -145,7 +144,7 @@ class LayerStack:
         return set(named)
 
     def _removals(self) -> "_Removals":
-        """The known removals from the model in its present state."""
+        """Returns the known removals from the model in its present state."""
         state, known = _ModelState.of(self), _REMOVALS.get(self.layers)
         if known is None or not known.state.is_same(state):
             known = _REMOVALS[self.layers] = _Removals(state, StateBefore(self.model))
@@ -153,12 +152,12 @@ class LayerStack:
 
 
 class LayerCut:
-    """A context in which a model lacks some layers. Afterwards the model is restored. It can be entered again
-    at no cost while nothing else changes the model.
+    """A context that removes layers from a model. On exit the model is restored. The context can be entered
+    again at no cost while nothing else changes the model.
 
     Args:
         stack ([`LayerStack`]): the model's layers.
-        edits ([`Edits`]): the edits that remove some of them, not yet made.
+        edits ([`Edits`]): the edits that remove the layers, not yet made.
     """
 
     def __init__(self, stack: LayerStack, edits: Edits) -> None:
@@ -176,11 +175,11 @@ class LayerCut:
 
 @dataclass
 class _ModelState:
-    """The state of a model, without its weights, that decides whether a removal is exact.
+    """The state of a model that decides whether a removal is exact. Weights are not part of it.
 
     Args:
         objects (list of `weakref.ref`): the model, its modules and configs.
-        facts: their attributes, as plain values.
+        facts (`list`): the attributes of these objects, as plain values.
     """
 
     objects: list["weakref.ref[Any]"]
@@ -209,7 +208,7 @@ class _ModelState:
         return cls([weakref.ref(owner) for owner in objects], facts)
 
     def is_same(self, other: "_ModelState") -> bool:
-        """Returns whether it is the same model in the same state."""
+        """Returns whether `other` is the same model in the same state."""
         pairs = zip(self.objects, other.objects, strict=False)
         return (
             len(self.objects) == len(other.objects)
@@ -224,9 +223,9 @@ class _Removals:
 
     Args:
         state ([`_ModelState`]): the state.
-        before ([`StateBefore`]): its differences to a freshly built model.
-        results (`dict`): for each set of layers, the edits that remove it exactly, or why it cannot be
-        removed.
+        before ([`StateBefore`]): the differences of the model from a freshly built model.
+        results (`dict`): for each set of layers, the edits that remove it exactly, or the reason why it
+            cannot be removed.
     """
 
     state: _ModelState
@@ -234,7 +233,7 @@ class _Removals:
     results: dict[frozenset[int], Edits | LayerPruneError] = field(default_factory=dict)
 
     def find(self, stack: LayerStack, removed: set[int]) -> Edits:
-        """Returns the edits that remove some layers, not yet made.
+        """Returns the edits that remove these layers, not yet made.
 
         Raises:
             LayerPruneError: these layers cannot be removed exactly.
@@ -254,7 +253,7 @@ class _Removals:
         return result
 
 
-# It keeps no model, layer or tensor alive.
+# This cache holds no strong reference to a model, a layer or a tensor.
 _REMOVALS: "weakref.WeakKeyDictionary[nn.ModuleList, _Removals]" = weakref.WeakKeyDictionary()
 
 

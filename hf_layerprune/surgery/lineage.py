@@ -1,4 +1,4 @@
-"""The layers of the original model that remain, stored in config.json over all removals."""
+"""Tracks which layers of the original model remain. The lineage is stored in config.json."""
 
 import operator
 from collections.abc import Collection
@@ -12,7 +12,7 @@ from .decoder import layer_count, text_config
 
 
 CONFIG_KEY = "layer_pruning"
-MOST_LAYERS = 1_000  # more than any model has: a damaged config may give any number
+MOST_LAYERS = 1_000  # more than any model has, as a damaged config may hold any number
 
 
 def plain_int(number: Any) -> Any:
@@ -38,7 +38,7 @@ class Lineage:
     kept: list[int]
 
     def __post_init__(self) -> None:
-        # JSON has no numbers of numpy or torch.
+        # JSON cannot hold numbers of numpy or torch.
         object.__setattr__(self, "original", plain_int(self.original))
         object.__setattr__(self, "kept", [plain_int(layer) for layer in self.kept])
         increasing = all(a < b for a, b in zip(self.kept, self.kept[1:], strict=False))
@@ -67,10 +67,10 @@ class Lineage:
 
 
 def get_lineage(model: PreTrainedModel | PreTrainedConfig) -> Lineage:
-    """Returns the lineage of a model or a config. It keeps all layers if no layer was removed.
+    """Returns the lineage of a model or a config. It contains all layers if no layer was removed.
 
     Raises:
-        LayerPruneError: the entry in the config is damaged or lists another number of layers.
+        LayerPruneError: the entry in the config is damaged, or has another number of layers than the config.
     """
     config = model if isinstance(model, PreTrainedConfig) else model.config
     config = text_config(config)
@@ -93,15 +93,15 @@ def get_lineage(model: PreTrainedModel | PreTrainedConfig) -> Lineage:
 
 
 def lineage_entry(lineage: Lineage) -> dict[str, Any]:
-    """Returns the entry for `lineage` in a (text) config, under [`CONFIG_KEY`]."""
+    """Returns the entry for `lineage` in a (text) config. Its field is [`CONFIG_KEY`]."""
     return {"original_num_hidden_layers": lineage.original, "kept_layers": lineage.kept}
 
 
 def read_lineage(entry: Any) -> Lineage:
-    """Returns the lineage of an entry that [`lineage_entry`] returned.
+    """Returns the lineage in an entry of [`lineage_entry`].
 
     Raises:
-        KeyError, TypeError, ValueError: it is damaged.
+        KeyError, TypeError, ValueError: the entry is damaged.
     """
     original, kept = entry["original_num_hidden_layers"], entry["kept_layers"]
     numbers = [original, *kept]

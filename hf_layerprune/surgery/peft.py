@@ -1,4 +1,4 @@
-"""PEFT adapters on a model whose layers are removed: how their configs follow."""
+"""Updates, merges and saves PEFT adapters on a model whose layers are removed."""
 
 import copy
 import json
@@ -25,23 +25,23 @@ from .lineage import get_lineage, lineage_entry
 
 logger = logging.getLogger(__name__)
 
-# Fields of a PeftConfig that name modules: lists, or dicts by name. A name may include a layer index.
+# Fields of a PeftConfig that hold module names: lists, or dicts by name. A name may include a layer index.
 NAMES = ("target_modules", "exclude_modules", "modules_to_save", "target_parameters")
 PATTERNS = ("rank_pattern", "alpha_pattern")
 PRUNED_BASE = "pruned_base.json"  # file beside adapters: the base model and its kept layers
 
 
 def base_of(model: Any) -> PreTrainedModel:
-    """Returns the transformers model inside a `PeftModel`, with its adapters. Other models are returned as
-    they are.
+    """Returns the transformers model inside a `PeftModel`, with its adapters. Other models are returned
+    unchanged.
 
     Raises:
         LayerPruneError: adapters were added to a transformers model directly, without a `PeftModel`, or they
-        are in a `PeftMixedModel`.
+            are in a `PeftMixedModel`.
     """
     if isinstance(model, PreTrainedModel):
-        # Private, as the public `active_adapters` needs PEFT and tells only by an error, and `peft_config` is
-        # also set on the model inside a PeftModel.
+        # Private, as the public `active_adapters` needs PEFT and raises an error if there is no adapter, and
+        # `peft_config` is also set on the model inside a PeftModel.
         if getattr(model, "_hf_peft_config_loaded", False):
             raise LayerPruneError(
                 "This model got its adapters by `add_adapter` or by loading: make it with "
@@ -59,7 +59,7 @@ def base_of(model: Any) -> PreTrainedModel:
 
 
 def adapter_configs(model: Any) -> dict[str, Any]:
-    """Returns the `PeftConfig` of each adapter of a `PeftModel`; none for any other model."""
+    """Returns the `PeftConfig` of each adapter of a `PeftModel`, an empty dict for any other model."""
     return {} if isinstance(model, PreTrainedModel) else dict(getattr(model, "peft_config", {}))
 
 
@@ -67,12 +67,12 @@ def cut_adapter(config: Any, stack: str, kept: Sequence[int]) -> dict[str, Any]:
     """Returns the fields of a `PeftConfig` that change when layers are removed.
 
     Args:
-        config (`PeftConfig`): of one adapter. It is not changed.
+        config (`PeftConfig`): the config of one adapter. It is not changed.
         stack (`str`): the name of the list of layers in its parent, for example `"layers"`.
         kept (sequence of `int`): the present indices of the layers that stay.
 
     Raises:
-        LayerPruneError: a field cannot follow, or no adapted layer would be left.
+        LayerPruneError: a field cannot be updated for the removal, or no adapted layer would remain.
     """
     if config.is_prompt_learning or getattr(config, "layer_replication", None):
         what = "layer_replication" if not config.is_prompt_learning else str(config.peft_type.value)
@@ -81,8 +81,8 @@ def cut_adapter(config: Any, stack: str, kept: Sequence[int]) -> dict[str, Any]:
         )
 
     def follow(name: str) -> str | None:
-        """Returns the name after the removal; None if its layer is gone."""
-        # With "layers.3." in it, the dots perhaps escaped, or from "3." on, as PEFT shortens many names.
+        """Returns the name after the removal, None if its layer was removed."""
+        # A name contains "layers.3.", perhaps with escaped dots, or begins with "3.", as PEFT shortens names.
         match = re.search(rf"(?:(?:^|\.){re.escape(stack)}\\?\.|^)(\d+)(?=\\?\.|$)", name)
         if match is None:
             return name
@@ -111,7 +111,7 @@ def cut_adapter(config: Any, stack: str, kept: Sequence[int]) -> dict[str, Any]:
 
 
 def adapter_differences(model: Any) -> list[str]:
-    """Returns the differences of a live `PeftModel` to one built from its base's and its adapters' configs.
+    """Returns the differences of a live `PeftModel` from a model built from the configs of base and adapters.
 
     Raises:
         LayerPruneError: adapters of this type cannot be built without weights.
@@ -127,13 +127,13 @@ def adapter_differences(model: Any) -> list[str]:
         for name, config in model.peft_config.items():
             config = copy.deepcopy(config)
             if hasattr(config, "init_lora_weights"):
-                config.init_lora_weights = False  # some methods compute them from the base weights
+                config.init_lora_weights = False  # some methods compute initial weights from the base weights
             try:
                 if fresh is None:
                     fresh = type(model)(build_meta_model(model.get_base_model()), config, adapter_name=name)
                 else:
                     fresh.add_adapter(name, config)
-            except RuntimeError as error:  # the method computes with values
+            except RuntimeError as error:  # the method needs the values of weights
                 raise LayerPruneError(
                     f"PEFT cannot build {config.peft_type.value} adapters without weights, as is needed to "
                     "check them after a removal: use another type, such as LORA, or merge them first."
@@ -160,7 +160,7 @@ def check_adapter_type(config: Any) -> None:
     """Checks that a `PeftConfig` puts adapters on modules of the model.
 
     Raises:
-        LayerPruneError: it is prompt learning, or changes the model's forward pass in another way.
+        LayerPruneError: the config is for prompt learning or for adaption prompts.
     """
     if config.is_prompt_learning or getattr(config, "is_adaption_prompt", False):
         raise LayerPruneError(
@@ -172,7 +172,7 @@ def check_adapter_type(config: Any) -> None:
 
 def starts_from_weights(model: Any) -> bool:
     """Returns whether adapters of a `PeftModel` were initialised from the base weights and changed them, as
-    PiSSA and OLoRA do. They then belong to the unchanged base."""
+    in PiSSA and OLoRA. Such adapters belong to the unchanged base."""
     inits = [getattr(config, "init_lora_weights", None) for config in adapter_configs(model).values()]
     return any(
         str(init).lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")) for init in inits
@@ -194,12 +194,11 @@ def unsaved_parameters(model: Any) -> list[str]:
 
 
 def merged_copy(model: Any) -> PreTrainedModel:
-    """Returns a copy of a `PeftModel` with its adapters merged into the weights. The copy is on the CPU, so
-    that a GPU holds the model once; that of a quantised model is where the model is. A GPU merges one module
-    after another.
+    """Returns a copy of a `PeftModel` with its adapters merged into the weights.
 
-    If a model ties LM head and embeddings and adapters change one of them, the copy is untied, in its weights
-    and its config.
+    The copy is on the CPU, so that a GPU holds the model only once. The copy of a quantised model is on the
+    device of the model. A GPU merges the modules one by one. If a model ties LM head and embeddings and
+    adapters change one of them, the copy is untied in its weights and its config.
 
     Raises:
         LayerPruneError: adapters of this type cannot be merged.
@@ -214,13 +213,14 @@ def merged_copy(model: Any) -> PreTrainedModel:
 
 
 def merge_adapters(model: Any, device: torch.device | None = None) -> PreTrainedModel:
-    """Merges the adapters of a `PeftModel` into its weights, in place, and returns the model without them.
+    """Merges the adapters of a `PeftModel` into its weights in place, and returns the model without adapters.
 
-    Weights that the adapters make differ are untied, see [`merged_copy`].
+    Tied weights are untied if the adapters make them differ, see [`merged_copy`].
 
     Args:
         model (`PeftModel`): the model.
-        device (`torch.device`, *optional*): merge one layer after another on this device, and move each back.
+        device (`torch.device`, *optional*): the device that merges the layers one by one. Each layer is then
+            moved back. Default: the layers are merged on their own device.
 
     Raises:
         LayerPruneError: adapters of this type cannot be merged.
@@ -229,7 +229,7 @@ def merge_adapters(model: Any, device: torch.device | None = None) -> PreTrained
     tied = getattr(base.config, "tie_word_embeddings", None)
     _untie(base)
     try:
-        with warnings.catch_warnings():  # of ties, which are seen to here
+        with warnings.catch_warnings():  # about ties, which are handled below
             warnings.filterwarnings("ignore", message=".*tie")
             if device is not None:
                 merge_one_by_one(model, device)
@@ -255,8 +255,8 @@ def merge_adapters(model: Any, device: torch.device | None = None) -> PreTrained
 
 
 def merge_one_by_one(model: Any, device: torch.device) -> None:
-    """Merges the LoRA of each linear layer of a `PeftModel` on `device`, where only that layer is then, and
-    moves it back. A CPU takes a second for a large layer. `merge_and_unload` merges what else there is."""
+    """Merges the LoRA of each linear layer of a `PeftModel` on `device`, one layer at a time, and moves it
+    back. A CPU takes a second for a large layer. `merge_and_unload` merges the other modules."""
     from peft.tuners.lora import Linear
 
     for module in model.modules():
@@ -267,8 +267,8 @@ def merge_one_by_one(model: Any, device: torch.device) -> None:
 
 
 def bare_copy(model: Any) -> PreTrainedModel:
-    """Returns a copy of the model inside a `PeftModel`, without its adapters. It shares the weights, unless
-    adapters that are loaded onto it may change them."""
+    """Returns a copy of the model inside a `PeftModel`, without its adapters. The copy shares the weights,
+    unless loading adapters onto it may change them."""
     configs = adapter_configs(model).values()
     is_frozen = all(config.peft_type == "LORA" and config.bias == "none" for config in configs)
     if not is_frozen or starts_from_weights(model):
@@ -277,7 +277,8 @@ def bare_copy(model: Any) -> PreTrainedModel:
 
 
 def _copy(model: Any, tensors: dict[int, torch.Tensor] | None = None) -> Any:
-    """Returns a copy of a model, with these tensors in place of its own, by `id`."""
+    """Returns a copy of a model that uses the given tensors instead of its own. The keys are the `id` of the
+    replaced tensors."""
     computed = {id(tensor): tensor.detach() for tensor in _computed_tensors(model)}
     return copy.deepcopy(model, computed | (tensors or {}))
 
@@ -294,7 +295,7 @@ def _cpu_tensors(model: nn.Module) -> dict[int, torch.Tensor]:
 
 
 def _computed_tensors(model: nn.Module) -> list[torch.Tensor]:
-    """Returns the tensors in modules that autograd has computed. deepcopy refuses them."""
+    """Returns the tensors in modules that autograd has computed, which deepcopy refuses."""
 
     def within(value: Any) -> Iterator[torch.Tensor]:
         if torch.is_tensor(value):
@@ -307,7 +308,7 @@ def _computed_tensors(model: nn.Module) -> list[torch.Tensor]:
 
 
 def _untie(model: nn.Module) -> None:
-    """Gives each module parameters of its own."""
+    """Gives each module its own copy of shared parameters."""
     seen: set[int] = set()
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
@@ -317,27 +318,27 @@ def _untie(model: nn.Module) -> None:
 
 
 def base_name(model: Any) -> str:
-    """Returns the folder or hub id of the model that the adapters of a `PeftModel` are for, or ""."""
+    """Returns the folder or hub id of the base model of a `PeftModel`, or "" if it is unknown."""
     named = next(iter(adapter_configs(model).values())).base_model_name_or_path
     return named or base_of(model).config.name_or_path or ""
 
 
 def write_pruned_base(model: Any, folder: Path) -> None:
-    """Writes into `folder` which layers of which model the adapters of a `PeftModel` are for."""
+    """Writes [`PRUNED_BASE`] into `folder`: the base model of a `PeftModel` and its kept layers."""
     base = base_of(model)
     record = {"base_model": base_name(model), **lineage_entry(get_lineage(base))}
     record["class"] = type(base).__name__
-    if not predicts_next_token(base):  # a head that the stored base may not have
+    if not predicts_next_token(base):  # the stored base may lack this head
         record["num_labels"] = base.config.num_labels
     with whole_file(folder / PRUNED_BASE) as file:
         file.write(f"{json.dumps(record, indent=1)}\n".encode())
 
 
 def keep_base_known(model: Any) -> None:
-    """Makes every `save_pretrained` of a `PeftModel` also write what [`load_pruned_adapter`] needs, and a
-    card that names it. PEFT alone would put the adapters on the wrong layers of the whole base.
+    """Makes every `save_pretrained` of a `PeftModel` also write [`PRUNED_BASE`], and a card that names
+    [`load_pruned_adapter`]. Plain PEFT would put the adapters on the wrong layers of the whole base.
 
-    Both are methods of this object, as accelerate's `forward` is, so that they follow it into a copy.
+    Both methods are set on this object, like accelerate's `forward`, so that a copy of the model has them.
     """
     vars(model).setdefault("save_pretrained", MethodType(save_with_base, model))
     vars(model).setdefault("create_or_update_model_card", MethodType(_write_adapter_card, model))
@@ -353,7 +354,7 @@ def save_with_base(model: Any, save_directory: str | Path, *args: Any, **kwargs:
 
 
 def adapter_folder(folder: str | Path, name: str) -> Path:
-    """Returns where PEFT puts the adapter of this name when it saves all of them in `folder`."""
+    """Returns the folder of the adapter with this name when PEFT saves all adapters in `folder`."""
     return Path(folder) / ("" if name == "default" else name)
 
 
@@ -367,7 +368,7 @@ def _write_adapter_card(model: Any, output_dir: str | Path) -> None:
     card.text = f"\n# {source}\n\n{loading}\n"
     if path.is_file():
         card = ModelCard.load(path)
-        if "load_pruned_adapter" not in card.text:  # trl's quick start loads what PEFT alone would
+        if "load_pruned_adapter" not in card.text:  # trl's quick start loads the adapters with plain PEFT
             kept = re.sub(r"## Quick start\n.*?(?=\n## |\Z)", "", card.text, flags=re.DOTALL).rstrip()
             card.text = f"{kept}\n\n{loading}\n"
     card.data.library_name = "peft"
@@ -378,5 +379,5 @@ def _write_adapter_card(model: Any, output_dir: str | Path) -> None:
 
 
 def is_hub_id(name: str) -> bool:
-    """Returns whether a model's name is a repository on the hub, and not a local folder."""
+    """Returns whether a model's name is a hub id, and not a local folder."""
     return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", name)) and not Path(name).exists()

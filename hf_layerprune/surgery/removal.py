@@ -1,4 +1,4 @@
-"""Removes decoder layers from a live model and puts them back. Config and indices follow."""
+"""Removes decoder layers from a model in memory and puts them back, with config and layer indices."""
 
 import logging
 from collections.abc import Iterable
@@ -17,27 +17,27 @@ logger = logging.getLogger(__name__)
 
 
 def remove_layers(model: Any, layers: int | Iterable[int]) -> Lineage:
-    """Removes decoder layers from `model`, in place, and returns the lineage of the pruned model.
+    """Removes decoder layers from `model` in place, and returns the lineage of the pruned model.
 
-    The config follows: the number of layers, every field that names single layers, and the lineage. The
-    indices in modules follow, too. The model then saves, reloads and generates as a plain transformers model.
-    If the result is not exactly the model that the new config builds, nothing is changed. An optimizer made
-    before
-    keeps the removed parameters: see `LayerPruningCallback`.
+    The config is updated: the number of layers, every field that names single layers, and the lineage. The
+    layer indices in modules are updated too. The pruned model saves, reloads and generates as a plain
+    transformers model. If the result is not exactly the model that the new config builds, the model is not
+    changed.
+
+    An existing optimizer keeps the removed parameters, see `LayerPruningCallback`. If the model was cut by
+    hand before, its layers are renumbered, with a warning.
 
     Args:
-        model (`PreTrainedModel` or `PeftModel`): a causal language model. Indices in the configs of adapters
-            follow, too; see [`~hf_layerprune.save_adapter`].
+        model (`PreTrainedModel` or `PeftModel`): a causal language model. Layer indices in the configs of
+            adapters are updated too, see [`~hf_layerprune.save_adapter`].
         layers (`int` or iterable of `int`): indices in the present model, from 0.
 
     Returns:
         `Lineage`: the original indices of the remaining layers.
 
-    Layers of a model that was cut by hand are renumbered, with a warning.
-
     Raises:
-        LayerPruneError: an index is not one of the model's layers or named twice, no layer would be
-            left, or these layers cannot be removed exactly (with the reason).
+        LayerPruneError: an index is out of range or given twice, no layer would remain, or these layers
+            cannot be removed exactly (with the reason).
     """
     stack = LayerStack(model)
     renumbered = stack.remove(layers)
@@ -53,10 +53,10 @@ def remove_layers(model: Any, layers: int | Iterable[int]) -> Lineage:
 
 
 def keep_lineage(model: Any, lineage: Lineage) -> None:
-    """Removes layers from `model`, in place, until it has exactly the layers that `lineage` keeps.
+    """Removes layers from `model` in place, so that it has exactly the layers of `lineage`.
 
     Raises:
-        LayerPruneError: `lineage` is of another original model, or has a layer that `model` lacks.
+        LayerPruneError: `lineage` belongs to another original model, or has a layer that `model` lacks.
     """
     present = get_lineage(model)
     if present.original != lineage.original or not set(lineage.kept) <= set(present.kept):
@@ -65,9 +65,9 @@ def keep_lineage(model: Any, lineage: Lineage) -> None:
 
 
 def put_back(model: PreTrainedModel, whole: PreTrainedModel) -> None:
-    """Turns `model`, in place, into `whole`: a model of the same kind with more of its layers.
+    """Turns `model` in place into `whole`, a model of the same kind that has more of the layers.
 
-    Modules outside of the decoder layers stay the same modules. `whole` cannot be used afterwards.
+    Modules outside the decoder layers remain the same objects. `whole` cannot be used afterwards.
 
     Raises:
         LayerPruneError: `whole` lacks a layer that `model` has.
@@ -92,7 +92,11 @@ def put_back(model: PreTrainedModel, whole: PreTrainedModel) -> None:
 
 
 def without_layers(model: Any, layers: int | Iterable[int]) -> LayerCut:
-    """Returns a context in which `model` lacks some layers. Afterwards the model is restored.
+    """Returns a context that removes layers from `model`. On exit the model is restored.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): the model.
+        layers (`int` or iterable of `int`): indices in the present model, from 0.
 
     Raises:
         LayerPruneError: as [`remove_layers`], before the context is entered.
