@@ -19,11 +19,12 @@ from ..forward.lm_head import ChunkedLMHead
 from ..scoring.score import fingerprint
 from ..surgery.decoder import find_decoder, is_sharded
 from ..surgery.lineage import get_lineage
-from ..surgery.peft import base_of
+from ..surgery.peft import adapter_configs, base_of
+from .learning_rate import ADAPTERS, RECONSTRUCTION, relative_learning_rate
 from .losses import divergence
 from .window_states import PREFIX, cache_states, counted_positions
 from .window_training import WindowTraining, only_trained, window_parameters
-from .windows import check_teacher_has_layers, find_windows
+from .windows import Window, check_teacher_has_layers, find_windows
 
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ def reconstruct_layers(
     layers_after: int = 1,
     removed: Collection[int] | None = None,
     epochs: int = 4,
-    learning_rate: float = 1e-3,
+    learning_rate: float | None = None,
     autocast: torch.dtype | None = None,
     seed: int = 0,
     folder: str | Path | None = None,
@@ -102,7 +103,8 @@ def reconstruct_layers(
         removed (collection of `int`, *optional*): train only next to the cuts that removed one of these
             layers, given as original indices. Default: all cuts.
         epochs (`int`, *optional*, defaults to 4): number of passes over the batches.
-        learning_rate (`float`, *optional*, defaults to 1e-3): peak of a cosine schedule for AdamW.
+        learning_rate (`float`, *optional*): peak of a cosine schedule for AdamW. Default: 0.003 times the
+            root mean square of the weight matrices in a window, or 0.001 for adapters.
         autocast (`torch.dtype`, *optional*): compute in this precision, for example `torch.bfloat16`. 16-bit
             weights are float32 during training and return to their own dtype afterwards.
         seed (`int`, *optional*, defaults to 0): seed for the order of the batches.
@@ -140,7 +142,8 @@ def reconstruct_layers(
         with only_trained(base, window, training.parameters):
             before = training.error()
             checkpoint = None if folder is None else Path(folder) / f"{PREFIX}_window_{number}.pt"
-            training.fit(epochs, learning_rate, seed, checkpoint, run_key, bar)
+            rate = learning_rate or _fitting_learning_rate(model, window)
+            training.fit(epochs, rate, seed, checkpoint, run_key, bar)
             after = training.error()
         kept = get_lineage(base).kept
         results.append(WindowResult(kept[window.first : window.last + 1], before, after))
@@ -155,6 +158,14 @@ def reconstruct_layers(
     tokens = sum(batch["input_ids"].numel() for batch in batches)
     steps = len(windows) * epochs * len(batches)
     return Reconstruction(results, kl_before, mean_kl(base, teacher, batches), tokens, steps)
+
+
+def _fitting_learning_rate(model: Any, window: Window) -> float:
+    """Returns the peak learning rate of a window."""
+    if adapter_configs(model):
+        return ADAPTERS
+    layers = find_decoder(base_of(model)).layers[window.first : window.last + 1]
+    return relative_learning_rate(layers.parameters(), RECONSTRUCTION)
 
 
 def mean_kl(
@@ -214,7 +225,9 @@ def check_can_reconstruct(model: PreTrainedModel, teacher: PreTrainedModel, batc
     _check_layers_stand_alone(base, range(len(layers)), range(len(layers)), batches)
 
 
-def _check(batches: Sequence[Batch], epochs: int, learning_rate: float, autocast: torch.dtype | None) -> None:
+def _check(
+    batches: Sequence[Batch], epochs: int, learning_rate: float | None, autocast: torch.dtype | None
+) -> None:
     """Checks the text and the settings before any work."""
     _check_text(batches)
     if autocast is torch.float16:
@@ -222,7 +235,7 @@ def _check(batches: Sequence[Batch], epochs: int, learning_rate: float, autocast
             "autocast is torch.float16, in which small gradients vanish. Use torch.bfloat16, or None for "
             "float32."
         )
-    if epochs < 1 or not 0 < learning_rate < float("inf"):
+    if epochs < 1 or (learning_rate is not None and not 0 < learning_rate < float("inf")):
         raise LayerPruneError(
             f"epochs is {epochs} and learning_rate {learning_rate}: use at least 1 epoch and a rate above 0."
         )
@@ -231,10 +244,7 @@ def _check(batches: Sequence[Batch], epochs: int, learning_rate: float, autocast
 def _check_text(batches: Sequence[Batch]) -> None:
     """Checks that at least one token counts."""
     if not any(bool(counted_positions(batch).any()) for batch in batches):
-        raise LayerPruneError(
-            "No token of the batches counts: all are padding, or the first of their sequence. Give sequences "
-            "of at least two tokens."
-        )
+        raise LayerPruneError("No token of the batches counts: all are padding. Give sequences with tokens.")
 
 
 def _check_models(model: Any, teacher: PreTrainedModel) -> None:

@@ -95,15 +95,12 @@ def cache_states(
 
 
 def counted_positions(batch: Batch) -> torch.Tensor:
-    """Returns a mask `(rows, length)` of all positions except padding and the first position of each row.
+    """Returns a mask `(rows, length)` of all positions except padding.
 
-    The hidden state of the first position is a hundred times as large as the others and the same in every
-    text (2402.17762).
+    The hidden state of the first position is a hundred times as large as the others (2402.17762). It counts
+    as much as they do, because errors are relative, and all later attention depends on it.
     """
-    mask = torch.ones_like(batch["input_ids"])
-    if "attention_mask" in batch:
-        mask = batch["attention_mask"]
-    return mask.bool() & (mask.cumsum(1) > 1)
+    return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
 
 
 def _allocator(

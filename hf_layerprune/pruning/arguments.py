@@ -162,8 +162,8 @@ class ReconstructionArguments:
             after the removal. If the training data is a stream, calibration tokens are read instead.
         reconstruction_epochs (`int`, *optional*, defaults to 4):
             Number of passes over these tokens.
-        reconstruction_learning_rate (`float`, *optional*, defaults to 1e-3):
-            Peak of a cosine schedule.
+        reconstruction_learning_rate (`float`, *optional*):
+            Peak of a cosine schedule. Default: 0.003 times the root mean square of the weights.
     """
 
     reconstruction_layers: int = field(
@@ -180,8 +180,9 @@ class ReconstructionArguments:
     reconstruction_epochs: int = field(
         default=4, metadata={"help": "Passes of reconstruction over its tokens."}
     )
-    reconstruction_learning_rate: float = field(
-        default=1e-3, metadata={"help": "Peak learning rate of reconstruction."}
+    reconstruction_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Peak learning rate of reconstruction. Default: by the size of the weights."},
     )
 
     def __post_init__(self) -> None:
@@ -195,10 +196,11 @@ class ReconstructionArguments:
             raise LayerPruneError(
                 f"reconstruction_tokens is {self.reconstruction_tokens}. Choose at least 1, or leave it out."
             )
-        if self.reconstruction_epochs < 1 or not 0 < self.reconstruction_learning_rate < float("inf"):
+        rate = self.reconstruction_learning_rate
+        if self.reconstruction_epochs < 1 or (rate is not None and not 0 < rate < float("inf")):
             raise LayerPruneError(
                 f"reconstruction_epochs is {self.reconstruction_epochs} and reconstruction_learning_rate is "
-                f"{self.reconstruction_learning_rate}. Choose at least 1 epoch and a rate above 0."
+                f"{rate}. Choose at least 1 epoch and a rate above 0."
             )
 
 

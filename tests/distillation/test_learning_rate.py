@@ -1,0 +1,38 @@
+"""Learning rates that fit the size of the weights."""
+
+import copy
+
+import pytest
+import torch
+
+from hf_layerprune.distillation.learning_rate import healing_learning_rate, relative_learning_rate
+
+from ..conftest import make_model
+
+
+def test_the_rate_is_a_share_of_the_root_mean_square_of_all_matrices():
+    small, large = torch.full((2, 3), 0.1), torch.full((4, 6), 0.3)
+    vector = torch.full((100,), 9.0)  # norms and biases are not matrices
+    mean_square = (6 * 0.01 + 24 * 0.09) / 30
+    rate = relative_learning_rate([torch.nn.Parameter(one) for one in (small, vector, large)], 0.01)
+    assert rate == pytest.approx(0.01 * mean_square**0.5, rel=0.05)
+    assert rate == float(f"{rate:.2g}")
+
+
+def test_the_rate_grows_with_the_weights_and_not_with_their_dtype():
+    model = make_model()
+    rate = healing_learning_rate(model)
+    larger = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in larger.model.layers.parameters():
+            parameter.mul_(10)
+    assert healing_learning_rate(larger) == pytest.approx(10 * rate, rel=0.05)
+    assert healing_learning_rate(copy.deepcopy(model).bfloat16()) == pytest.approx(rate, rel=0.05)
+
+
+def test_embeddings_do_not_count():
+    model = make_model()
+    rate = healing_learning_rate(model)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(100)
+    assert healing_learning_rate(model) == rate
