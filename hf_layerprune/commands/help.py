@@ -50,7 +50,7 @@ GROUP_OF = {name: group for group, parts in GROUPS.items() for name in " ".join(
 TRAINER_HELP = {
     "output_dir": "A new folder for the model, its card and its record.",
     "max_steps": "Training steps of all phases. Default: by num_train_epochs.",
-    "learning_rate": "Peak learning rate.",
+    "learning_rate": "Peak learning rate. Default: by the size of the weights.",
     "per_device_train_batch_size": "Sequences in a batch of one device.",
     "gradient_accumulation_steps": "Batches in a training step.",
     "activation_checkpointing": "Recompute activations: less memory, slower steps.",

@@ -88,6 +88,7 @@ def distill(arguments: list[str]) -> None:
         given_values.update(kept)  # the settings beside the model name no precision of this machine
     name, source, data, text, sample, teacher, lora, resuming, pruning, args = parsed
     from ..checkpoints.loading import copy_companions
+    from ..distillation.learning_rate import healing_learning_rate
     from ..distillation.teacher_cache import is_teacher_cache
     from ..evaluation.evaluate import HeldOutText
     from ..recipes.inputs import (
@@ -128,6 +129,8 @@ def distill(arguments: list[str]) -> None:
     if not resume and args.process_index == 0:
         keep_settings(args.output_dir)
     model = load_on_device(name, source, dtype="float32")
+    if lora.lora_rank is None and "learning_rate" not in given_values:
+        args.learning_rate = healing_learning_rate(model)
     evaluation = HeldOutText(heldout, args.per_device_eval_batch_size)
     callback = pruning_callback(pruning, calibration=calibration, evaluation=evaluation)
     trainer = _make_trainer(

@@ -132,16 +132,28 @@ def check_linear_map(model: PreTrainedModel) -> None:
     Raises:
         LayerPruneError: the map cannot be multiplied into any kind of layer.
     """
+    errors = _errors_of_kinds(model)
+    if None not in errors:
+        raise errors[0]  # type: ignore[misc]
+
+
+def fits_linear_map(model: PreTrainedModel) -> bool:
+    """Returns whether a linear map can replace any block of layers, see [`check_linear_map`]."""
+    return set(_errors_of_kinds(model)) == {None}
+
+
+def _errors_of_kinds(model: PreTrainedModel) -> list[LayerPruneError | None]:
+    """Returns for each kind of layer why a map cannot be multiplied into it, or None if it can."""
     layers = LayerStack(model).layers
     kinds = {tuple(name for name, _ in layer.named_modules()): place for place, layer in enumerate(layers)}
-    errors: list[LayerPruneError] = []
+    errors: list[LayerPruneError | None] = []
     for place in kinds.values():
         try:
             _check_feed_forward_is_added(model, layers[place], place)
+            errors.append(None)
         except LayerPruneError as error:
             errors.append(error)
-    if len(errors) == len(kinds):
-        raise errors[0]
+    return errors
 
 
 def _check_feed_forward_is_added(model: PreTrainedModel, module: nn.Module, layer: int) -> None:

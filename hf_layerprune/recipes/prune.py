@@ -1,6 +1,7 @@
 """Runs a whole pruning method in one call: text, scores, removal, training, saving."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoints.loading import copy_companions, load_meta_model, load_tokenizer
 from ..distillation.arguments import DistillationTrainingArguments
+from ..distillation.learning_rate import healing_learning_rate
 from ..distillation.teacher_cache import is_teacher_cache
 from ..errors import LayerPruneError
 from ..pruning.arguments import PruningArguments, with_given
+from ..pruning.linear_map import fits_linear_map
 from ..pruning.schedule import phase_sizes
 from ..pruning.target import resolve_target
 from ..reports.record import RunRecord, check_folder_is_free
@@ -156,6 +159,10 @@ def prune(
         write_settings(settings | ({"teacher": teacher_name} if teacher_name else {}), args.output_dir)
     pruned: Any = model if in_memory else load_on_device(chosen.model, source, dtype="float32")
     frozen = {id(parameter) for parameter in pruned.parameters() if not parameter.requires_grad}
+    if chosen.replacement == "auto":
+        chosen = replace(chosen, replacement="linear" if fits_linear_map(pruned) else "none")
+    if args.max_steps != 0 and "learning_rate" not in settings:
+        args.learning_rate = healing_learning_rate(pruned)
     resolved = resolved_fields([chosen, taught, text, sample, pruning], args)
     run: dict[str, Any] = {"resume": True if resume == "True" else resume, "resolved": resolved}
     run |= {"teacher": given, "trust_remote_code": trust}

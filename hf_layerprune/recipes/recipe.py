@@ -67,7 +67,11 @@ class RecipeArguments:
     )
     replacement: str = field(
         default="none",
-        metadata={"help": "For select block: what replaces it.", "choices": list(KINDS)},
+        metadata={
+            "help": "For select block: what replaces it. auto: a linear map where the model allows it, "
+            "otherwise nothing.",
+            "choices": ["auto", *KINDS],
+        },
     )
     replacement_layers: int = field(default=1, metadata={"help": "Layers in the replacement."})
     replacement_loss: str = field(
@@ -91,7 +95,7 @@ class RecipeArguments:
                 f"block_candidates is {self.block_candidates} and select is {self.select}. Choose 1 or more "
                 "candidates, and set select to block to compare several."
             )
-        if self.replacement == "linear" and self.replacement_loss == "mse":
+        if self.replacement in ("auto", "linear") and self.replacement_loss == "mse":
             self.replacement_loss = "kl"  # the map already minimises the mse
 
     @property
@@ -200,15 +204,16 @@ def check_recipe(recipe: RecipeArguments, pruning: PruningArguments, streaming: 
     name = "reconstruction_layers" if pruning.reconstruction_layers else "block_candidates"
     if not pruning.reconstruction_layers and recipe.block_candidates == 1:
         return
-    if recipe.replacement not in ("none", "linear"):
+    if recipe.replacement not in ("auto", "none", "linear"):
         raise LayerPruneError(
             f"{name} is set, but replacement {recipe.replacement} trains its own layer. Use "
             "replacement none or linear."
         )
-    if streaming and recipe.select != "phases":
+    limited = pruning.reconstruction_tokens is not None or not pruning.reconstruction_layers
+    if streaming and recipe.select != "phases" and not limited:
         raise LayerPruneError(
-            f"{name} reads its tokens several times, but the data is streamed. Leave streaming out, or leave "
-            f"{name} out."
+            "reconstruction_layers reads its text several times, but the data is streamed. Set "
+            "reconstruction_tokens to the number of tokens to read, or leave streaming out."
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
@@ -195,7 +195,7 @@ def _check(run: Run, resume: str | bool | None) -> None:
                 f"reconstruction_layers is set, but {teacher} holds cached logits and no hidden states. Give "
                 "the original model as teacher, or set reconstruction_layers to 0."
             )
-        check_can_reconstruct(run.model, teacher, make_batches(run.train.select(range(1)), 1))
+        check_can_reconstruct(run.model, teacher, make_batches(_first_rows(run.train, 1), 1))
 
 
 def _check_has_block(run: Run, length: int, protected: Sequence[int] | None) -> None:
@@ -343,10 +343,18 @@ def _reconstruct(run: Run, teacher: PreTrainedModel) -> dict[str, Any]:
 
 def _training_batches(run: Run, tokens: int | None) -> list[Batch]:
     """Returns batches of the first training rows with this number of tokens. None means all rows."""
-    rows = len(run.train)
+    rows = run.train
     if tokens is not None:
-        rows = min(rows, max(1, tokens // len(run.train[0]["input_ids"])))
-    return make_batches(run.train.select(range(rows)), run.args.train_batch_size)
+        length = len(_first_rows(run.train, 1)[0]["input_ids"])
+        rows = _first_rows(run.train, max(1, tokens // length))
+    return make_batches(rows, run.args.train_batch_size)
+
+
+def _first_rows(train: Dataset | IterableDataset, count: int) -> Dataset:
+    """Returns the first `count` rows of the training text, or all if it has fewer."""
+    if isinstance(train, IterableDataset):
+        return Dataset.from_list(list(train.take(count)))
+    return train.select(range(min(count, len(train))))
 
 
 def _reconstruction_settings(run: Run) -> dict[str, Any]:
@@ -362,9 +370,11 @@ def _reconstruction_settings(run: Run) -> dict[str, Any]:
     }
 
 
-def _rows_read(run: Run) -> Dataset:
+def _rows_read(run: Run) -> Dataset | IterableDataset:
     """Returns the rows that training reads after reconstruction, so that both read the same tokens."""
     train, args = run.train, run.args
+    if isinstance(train, IterableDataset):  # both read it from its start
+        return train
     rows = len(train)
     if args.max_steps > 0:
         rows = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -24,6 +24,7 @@ from hf_layerprune.data.batches import make_batches
 from hf_layerprune.data.sequences import split_sequences, token_sequences
 from hf_layerprune.data.texts import load_texts
 from hf_layerprune.distillation import window_training
+from hf_layerprune.distillation.learning_rate import healing_learning_rate
 from hf_layerprune.distillation.reconstruction import mean_kl
 from hf_layerprune.evaluation.evaluate import evaluate_text
 from hf_layerprune.pruning.linear_map import replace_by_linear_map
@@ -429,7 +430,7 @@ def test_text_may_be_streamed(folder, tokenizer, trained):
 
 
 def test_the_default_is_a_linear_map_and_a_plain_loop_against_the_original(folder, tokenizer, trained):
-    assert run("default", *DATA, *SMALL, *SHORT, *WHOLE) == 0
+    assert run("default", *DATA, *SMALL, *SHORT, *WHOLE, "--reconstruction_layers", "0") == 0
     calibration, _, text = blocks(tokenizer)
     reference, original = trained(), trained()
     batches = make_batches(calibration, 4)
@@ -573,9 +574,8 @@ def test_reconstruction_alone_trains_nothing_else(folder, tokenizer, trained):
         (["shortgpt", "--block_candidates", "2"], "set select to block"),
         (["default", "--block_candidates", "0"], "block_candidates is 0"),
         (["streamline", "--block_candidates", "2"], "trains its own layer"),
-        (["default", "--block_candidates", "2", "--streaming", "True"], "the data is streamed"),
         (["streamline", *RECONSTRUCTED], "trains its own layer"),
-        (["default", *RECONSTRUCTED, "--streaming", "True"], "the data is streamed"),
+        (["shortgpt", *RECONSTRUCTED, "--streaming", "True"], "the data is streamed"),
         (["default", *RECONSTRUCTED, "--reconstruction_epochs", "0"], "at least 1 epoch"),
     ],
 )
@@ -639,6 +639,7 @@ def test_a_stopped_run_with_reconstruction_resumes_to_the_same_bits(folder, monk
 
 def test_the_best_few_blocks_are_compared_by_kl(folder, tokenizer, trained):
     words = [*SHORT, "--max_steps", "0", "--keep", "4", "--block_candidates", "3", "--criterion", "loss"]
+    words += ["--reconstruction_layers", "0"]  # only the candidates are reconstructed
     assert run("default", *DATA, *SMALL, *words) == 0
     model, record = result()
     calibration, _, text = blocks(tokenizer)
@@ -667,12 +668,45 @@ def test_the_best_few_blocks_are_compared_by_kl(folder, tokenizer, trained):
     assert "| block | loss score |" in " ".join(card.split())
 
 
-def test_models_into_which_no_linear_map_goes_are_told_before_scoring(tokenizer, capsys, monkeypatch):
+@pytest.fixture
+def gemma(tokenizer):
+    """A model whose layers normalise the output of the feed-forward part."""
     make_model("gemma3_text").save_pretrained("model")
     tokenizer.save_pretrained("model")
     Path("text.txt").write_text(TEXT)
+
+
+@pytest.mark.parametrize(("kind", "replacement"), [("folder", "linear"), ("gemma", "none")])
+def test_the_default_has_a_linear_map_where_the_model_allows_it(request, kind, replacement):
+    request.getfixturevalue(kind)
+    assert run("default", *DATA, *SMALL, *SHORT) == 0
+    record = read_record("out").to_dict()
+    assert record["pruning"].get("replacement", "none") == replacement
+    assert record["recipe"].get("replacement", "none") == replacement
+    assert len(record["phases"][-1]["reconstruction"]["windows"]) == 1
+    assert AutoModelForCausalLM.from_pretrained("out").config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("command", ["run", "distill"])
+def test_without_a_learning_rate_it_fits_the_weights(folder, trained, command):
+    short = [word for word in SHORT if word not in ("--learning_rate", "1e-2")]
+    words = ["run", "default", *DATA] if command == "run" else ["distill", "model", *DATA[2:]]
+    assert main([*words, *SMALL, *short]) == 0
+    rate = healing_learning_rate(trained())
+    assert read_record("out").training["learning_rate"] == rate
+    assert main([*words, *SMALL[:-1], "other", *SHORT]) == 0
+    assert read_record("other").training["learning_rate"] == 1e-2 != rate
+
+
+def test_streamed_text_is_reconstructed_on_its_first_rows(folder, tokenizer):
+    words = [*DATA, *SMALL, *SHORT, *RECONSTRUCTED, "--reconstruction_tokens", "64", "--streaming", "True"]
+    assert run("shortgpt", *words) == 0
+    assert read_record("out").phases[-1].reconstruction["tokens"] == 64
+
+
+def test_models_into_which_no_linear_map_goes_are_told_before_scoring(gemma, capsys, monkeypatch):
     monkeypatch.setattr(recipe_run, "score_present", None)  # never called
-    assert run("default", *DATA, *SMALL, *SHORT) == 2
+    assert run("replaceme", *DATA, *SMALL, *SHORT) == 2
     error = capsys.readouterr().err
     assert "In this gemma3_text model the output of the feed-forward part is not simply added" in error
     assert "Use --replacement none, and --reconstruction_layers 3" in error
