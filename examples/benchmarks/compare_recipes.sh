@@ -3,8 +3,9 @@
 #
 #   examples/benchmarks/compare_recipes.sh MODEL TEXT OUTPUT LAYERS EVALUATION_TEXT [TASK=FILE...]
 #
-# TEXT is from text_mix.py. STEPS (245) are of 4 x 256 tokens, in the order of SEED (42). RECIPES holds the names of
-# those to run, between spaces (all). JOBS (1) runs train and are evaluated at once: a large GPU has room for 16. More
+# TEXT is from text_mix.py. STEPS (245) are of 4 x 256 tokens, in the order of SEED (42), at a peak learning rate of RATE
+# (1.9e-4, the default's for SmolLM2-135M; 1.8e-5 for Qwen2.5-Coder-0.5B, 3.4e-5 for Gemma 3 270M). RECIPES holds the
+# names of those to run, between spaces (all). JOBS (1) runs train and are evaluated at once: a large GPU has room for 16. More
 # than one make the speeds in the results meaningless. What is finished in OUTPUT is left alone.
 # OUTPUT/evaluation.json holds the result.
 set -euo pipefail
@@ -41,37 +42,38 @@ run() { # NAME RECIPE FLAGS...
   start train "$@" > "$output/$1.log" 2>&1
 }
 
-healing=(--max_steps "$steps" --per_device_train_batch_size 4 --learning_rate 3e-4 --lr_scheduler_type cosine
+healing=(--max_steps "$steps" --per_device_train_batch_size 4 --learning_rate "${RATE:-1.9e-4}" --lr_scheduler_type cosine
   --lr_scheduler_kwargs '{}' --warmup_steps 0.05 --weight_decay 0 --bf16 True --logging_steps 7)
 phases=(--steps_per_phase $((steps / (depth - layers))) --calibration_sequences 32)
-around=(--reconstruction_layers 3 --reconstruction_learning_rate 2e-3)
+around=(--reconstruction_layers 3) alone=(--reconstruction_layers 0)
 
 [[ -f $output/parts/dense.json ]] || start evaluate dense "$model" > "$output/dense.log" 2>&1
 run block-reconstruction default "${healing[@]}" --replacement none "${around[@]}"
-run linear-map default "${healing[@]}" # refused for models that normalise the feed-forward output
-run linear-map-reconstruction default "${healing[@]}" "${around[@]}"
-run block default "${healing[@]}" --replacement none
+run linear-map default "${healing[@]}" --replacement linear "${alone[@]}" # refused for models that normalise the feed-forward output
+run linear-map-reconstruction default "${healing[@]}" --replacement linear "${around[@]}" # the same
+run block default "${healing[@]}" --replacement none "${alone[@]}"
 run block-raced default "${healing[@]}" --replacement none "${around[@]}" --block_candidates 3
 run shortgpt shortgpt "${healing[@]}"
 run iterative iterative-small "${healing[@]}" "${phases[@]}"
 run iterative-reconstruction iterative-small "${healing[@]}" "${phases[@]}" "${around[@]}"
 run streamline streamline "${healing[@]}"
-run replaceme replaceme # refused for the same models
+run replaceme replaceme # the same
 wait
 
-python - "$output" "$model" <<'PYTHON'
+# evaluate takes what is unchanged from its file, and compares the models question by question.
+python - "$output" <<'PYTHON'
 import json
 import sys
 from pathlib import Path
 
-from hf_layerprune.evaluation.comparison import compare_models
-from hf_layerprune.reports.tables import evaluation_rows, markdown_table
-
-output, model = Path(sys.argv[1]), sys.argv[2]
+output = Path(sys.argv[1])
 parts = [json.loads(file.read_text()) for file in output.glob("parts/*.json")]
-found = {name: measured for part in parts for name, measured in part["models"].items()}
-models = {model: found.pop(model)} | dict(sorted(found.items()))
-compare_models(models)
-(output / "evaluation.json").write_text(json.dumps(parts[0] | {"models": models}, indent=1))
-print(markdown_table(evaluation_rows(models)))
+models = {name: found for part in parts for name, found in part["models"].items()}
+(output / "evaluation.json").write_text(json.dumps(parts[0] | {"models": models}))
 PYTHON
+finished=()
+for part in "$output"/parts/*.json; do
+  name=$(basename "$part" .json)
+  [[ $name == dense ]] || finished+=("$output/$name")
+done
+hf-layerprune evaluate "$model" "${finished[@]}" "${measure[@]}" --json "$output/evaluation.json"
