@@ -41,23 +41,29 @@ STEPS = {  # distill_step.py's ways in README's words
 
 
 def published_records() -> dict[str, dict[str, Any]]:
-    """The runs in model_cards/ that were evaluated, by depth, the default one first, then the best."""
+    """The runs in model_cards/ that were evaluated, by depth, the default recipe first, then the best."""
     found = {folder.name: read_record(folder) for folder in CARDS.iterdir() if folder.is_dir()}
     runs = {name: record.to_dict() for name, record in found.items() if record and record.evaluation}
 
     def place(name: str) -> tuple[int, bool, float]:
         found = runs[name]["evaluation"]
         layers = found["model"]["layers"]
-        return layers, name != f"default-{layers}", -share_kept(found["dense"], found["model"])["share"]
+        return (
+            layers,
+            name != f"reconstruction-{layers}",
+            -share_kept(found["dense"], found["model"])["share"],
+        )
 
     return {name: runs[name] for name in sorted(runs, key=place)}
 
 
 def seeds() -> str:
-    """How far the default is ahead where it and those next to it were trained on the text in two orders: each
-    question counts by the mean over both, in pairs."""
+    """How far the linear map is ahead where it and others were trained on the text in two orders.
+
+    Each question counts by the mean over both orders, in pairs.
+    """
     runs = published_records()
-    done = tasks_done(runs["default-23"]["evaluation"]["dense"])
+    done = tasks_done(runs["linear-map-23"]["evaluation"]["dense"])
 
     def right(name: str, task: str) -> np.ndarray:
         both = (runs[run]["evaluation"]["model"]["tasks"][task]["right"] for run in (name, f"{name}-seed-7"))
@@ -65,11 +71,11 @@ def seeds() -> str:
 
     ahead = []
     for other in ("sleb-23", "shortgpt-23"):
-        pairs = [right("default-23", task) - right(other, task) for task in done]
+        pairs = [right("linear-map-23", task) - right(other, task) for task in done]
         mean = statistics.fmean(pair.mean() for pair in pairs)
         error = math.sqrt(sum(pair.var(ddof=1) / len(pair) for pair in pairs)) / len(pairs)
         ahead.append(f"`{other}` by {mean:.4f} ± {error:.4f}")
-    words = f"Over both orders of the text, `default-23` is ahead of {' and of '.join(ahead)}."
+    words = f"Over both orders of the text, `linear-map-23` is ahead of {' and of '.join(ahead)}."
     return textwrap.fill(words, 120)
 
 
@@ -146,7 +152,14 @@ def gpu() -> str:
     return textwrap.fill(sentences, 120)
 
 
-SHORT = ("default-23", "shortgpt-23", "sleb-23", "iterative-23", "replaceme-23")  # the rows of README
+SHORT = (
+    "reconstruction-23",
+    "linear-map-23",
+    "shortgpt-23",
+    "sleb-23",
+    "iterative-23",
+    "replaceme-23",
+)  # the rows of README
 PAGES = (
     "README.md",
     "model_cards/README.md",

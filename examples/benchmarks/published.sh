@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every method at 23 of the 30 layers of SmolLM2-135M, the default at 25 and 27 too: the same text, tokens and
-# schedule, where not said otherwise.
+# Every method at 23 of the 30 layers of SmolLM2-135M, some at 25 and 27 too: the same text, tokens and schedule, where
+# not said otherwise.
 #
 #   examples/benchmarks/published.sh MODEL TEXT OUTPUT [NAME...]
 #
@@ -25,7 +25,14 @@ method() { # NAME KEEP RECIPE FLAGS...
     --calibration_sequences 128 "${common[@]}" "$@"
 }
 
-method default-23 23 default "${healing[@]}"
+map=(--replacement linear --reconstruction_layers 0)
+around=(--reconstruction_layers 3 --reconstruction_learning_rate 2e-3)
+method reconstruction-23 23 default "${healing[@]}" "${around[@]}"
+method reconstruction-25 25 default "${healing[@]}" "${around[@]}"
+method reconstruction-without-map-23 23 default "${healing[@]}" "${around[@]}" --replacement none
+method iterative-reconstruction-23 23 iterative-small "${healing[@]}" "${around[@]}" --steps_per_phase 35 \
+  --calibration_sequences 32
+method linear-map-23 23 default "${healing[@]}" "${map[@]}"
 method iterative-23 23 iterative-small "${healing[@]}" --steps_per_phase 35 --calibration_sequences 32
 method iterative-23-one-schedule 23 iterative-small "${healing[@]}" --steps_per_phase 35 --calibration_sequences 32 \
   --restart_learning_rate False
@@ -37,17 +44,17 @@ method streamline-23 23 streamline "${healing[@]}"
 method layerchop-23 23 layerchop "${healing[@]}"
 method deepest-23 23 deepest "${healing[@]}"
 method replaceme-23 23 replaceme
-method default-27 27 default "${healing[@]}"
-method default-25 25 default "${healing[@]}"
+method linear-map-27 27 default "${healing[@]}" "${map[@]}"
+method linear-map-25 25 default "${healing[@]}" "${map[@]}"
 
 # Those next to the default, and it, with the text in another order.
-method default-23-seed-7 23 default "${healing[@]}" --seed 7
+method linear-map-23-seed-7 23 default "${healing[@]}" "${map[@]}" --seed 7
 method sleb-23-seed-7 23 sleb "${healing[@]}" --racing 0.95 --calibration_sequences 32 --seed 7
 method shortgpt-23-seed-7 23 shortgpt "${healing[@]}" --seed 7
 
 # Longer, in as many sittings as it takes.
-long=$output/default-23-long
+long=$output/linear-map-23-long
 resume=()
 if compgen -G "$long/checkpoint-*" > /dev/null; then resume=(--resume); fi
-method default-23-long 23 default "${healing[@]}" --max_steps 1000 --save_strategy steps --save_steps 50 \
+method linear-map-23-long 23 default "${healing[@]}" "${map[@]}" --max_steps 1000 --save_strategy steps --save_steps 50 \
   --save_total_limit 1 "${resume[@]}"
