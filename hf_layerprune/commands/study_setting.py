@@ -18,6 +18,7 @@ from ..data.batches import make_batches
 from ..data.sequences import check_sequence_length, split_sequences, token_sequences
 from ..data.texts import load_texts
 from ..distillation.arguments import DistillationTrainingArguments
+from ..distillation.learning_rate import healing_learning_rate
 from ..distillation.reconstruction import reconstruct_layers
 from ..distillation.trainer import DistillationTrainer
 from ..errors import LayerPruneError
@@ -83,7 +84,9 @@ class StudyArguments:
     )
     sequence_length: int = field(default=256, metadata={"help": "Tokens in a sequence."})
     batch_size: int = field(default=4, metadata={"help": "Sequences in a training step."})
-    learning_rate: float = field(default=3e-4, metadata={"help": "Peak of a cosine schedule."})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak of a cosine schedule. Default: by the size of the weights."}
+    )
     seed: int = field(default=0, metadata={"help": "Seed of the order of the text."})
 
     def __post_init__(self) -> None:
@@ -110,6 +113,7 @@ class Setting:
         self.arguments, self.folder = arguments, Path(arguments.output_dir or f"study-{name}")
         check_writable(self.folder)
         self.dense, self.tokenizer = load(next(iter(arguments.models), None))
+        self.learning_rate = arguments.learning_rate or healing_learning_rate(self.dense)
         self.layers = len(get_lineage(self.dense).kept)
         self.remove = max(1, self.layers // 4) if arguments.remove is None else arguments.remove
         if not 1 <= self.remove <= self.layers - 3:
@@ -239,7 +243,7 @@ class Setting:
         settings: dict[str, Any] = {
             "max_steps": self.steps,
             "per_device_train_batch_size": self.arguments.batch_size,
-            "learning_rate": self.arguments.learning_rate,
+            "learning_rate": self.learning_rate,
             "lr_scheduler_type": "cosine",
             "warmup_steps": 0.05,
             "seed": self.arguments.seed,

@@ -97,9 +97,7 @@ def regroup_batches(batches: list[Any], tokens: int) -> list[Any]:
     regrouped: list[Any] = []
     for _, alike in groupby(batches, form):
         first, *others = alike
-        if (
-            "position_ids" in first
-        ):  # FlashAttention tells the texts of a row apart in batches of one row only
+        if "position_ids" in first:  # FlashAttention tells texts apart only in batches of one row
             regrouped += [first, *others]
             continue
         rows = max(1, tokens // first["input_ids"].shape[1])

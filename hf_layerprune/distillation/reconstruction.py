@@ -290,5 +290,5 @@ def _check_layers_stand_alone(
     if not stand_alone:
         raise LayerPruneError(
             f"The layers of this {model.config.model_type} model hand on more than one hidden state, so they "
-            "cannot be trained apart from the others. Leave reconstruction out."
+            "cannot be trained alone. Leave reconstruction out: set reconstruction_layers to 0."
         )

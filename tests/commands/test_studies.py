@@ -40,7 +40,8 @@ def arguments(tokenizer):
         tokenizer.save_pretrained(folder)
     Path("text.txt").write_text(TEXT)
     Path("more.txt").write_text(TEXT[::-1])
-    return {"models": ["model"], "data": ["text.txt"], "sequence_length": 32, "quick": True, "tokens": 512}
+    given = {"models": ["model"], "data": ["text.txt"], "sequence_length": 32, "quick": True, "tokens": 512}
+    return given | {"learning_rate": 3e-4}
 
 
 @pytest.mark.parametrize("name", STUDIES)
