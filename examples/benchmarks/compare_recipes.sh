@@ -4,7 +4,7 @@
 #   examples/benchmarks/compare_recipes.sh MODEL TEXT OUTPUT LAYERS EVALUATION_TEXT [TASK=FILE...]
 #
 # TEXT is from text_mix.py. STEPS (245) are of 4 x 256 tokens, in the order of SEED (42), at a peak learning rate of RATE
-# (1.9e-4, the default's for SmolLM2-135M; 1.8e-5 for Qwen2.5-Coder-0.5B, 3.4e-5 for Gemma 3 270M). RECIPES holds the
+# (9.7e-5, the default's for SmolLM2-135M; 9.2e-6 for Qwen2.5-Coder-0.5B, 1.7e-5 for Gemma 3 270M). RECIPES holds the
 # names of those to run, between spaces (all). JOBS (1) runs train and are evaluated at once: a large GPU has room for 16. More
 # than one make the speeds in the results meaningless. What is finished in OUTPUT is left alone.
 # OUTPUT/evaluation.json holds the result.
@@ -42,7 +42,7 @@ run() { # NAME RECIPE FLAGS...
   start train "$@" > "$output/$1.log" 2>&1
 }
 
-healing=(--max_steps "$steps" --per_device_train_batch_size 4 --learning_rate "${RATE:-1.9e-4}" --lr_scheduler_type cosine
+healing=(--max_steps "$steps" --per_device_train_batch_size 4 --learning_rate "${RATE:-9.7e-5}" --lr_scheduler_type cosine
   --lr_scheduler_kwargs '{}' --warmup_steps 0.05 --weight_decay 0 --bf16 True --logging_steps 7)
 phases=(--steps_per_phase $((steps / (depth - layers))) --calibration_sequences 32)
 around=(--reconstruction_layers 3) alone=(--reconstruction_layers 0)

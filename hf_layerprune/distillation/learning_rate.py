@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ..surgery.decoder import find_decoder
 
 
-HEALING = 1e-3  # change of a weight in a step of AdamW, as a share of the weights' root mean square
+HEALING = 5e-4  # change of a weight in a step of AdamW, as a share of the weights' root mean square
 RECONSTRUCTION = 3e-3  # the same for a few layers, whose loss has little noise
 ADAPTERS = 1e-3  # rate for adapters, whose size at the start says nothing
 
