@@ -4,10 +4,9 @@
 #   examples/benchmarks/compare_recipes.sh MODEL TEXT OUTPUT LAYERS EVALUATION_TEXT [TASK=FILE...]
 #
 # TEXT is from text_mix.py. STEPS (245) are of 4 x 256 tokens, in the order of SEED (42), at a peak learning rate of RATE
-# (9.7e-5, the default's for SmolLM2-135M; 9.2e-6 for Qwen2.5-Coder-0.5B, 1.7e-5 for Gemma 3 270M). RECIPES holds the
-# names of those to run, between spaces (all). JOBS (1) runs train and are evaluated at once: a large GPU has room for 16. More
-# than one make the speeds in the results meaningless. What is finished in OUTPUT is left alone.
-# OUTPUT/evaluation.json holds the result.
+# (9.7e-5, the default's for SmolLM2-135M; 9.2e-6 for Qwen2.5-Coder-0.5B, 1.7e-5 for Gemma 3 270M). RECIPES lists the
+# runs to make, separated by spaces (all). JOBS (1) of them go on at once: a large GPU has room for 16. With more than one
+# job, the measured speeds mean nothing. What is finished in OUTPUT is left alone. OUTPUT/evaluation.json holds the result.
 set -euo pipefail
 
 model=$1 text=$2 output=$3 layers=$4 evaluation=$5
@@ -50,14 +49,14 @@ around=(--reconstruction_layers 3) alone=(--reconstruction_layers 0)
 [[ -f $output/parts/dense.json ]] || start evaluate dense "$model" > "$output/dense.log" 2>&1
 run block-reconstruction default "${healing[@]}" --replacement none "${around[@]}"
 run linear-map default "${healing[@]}" --replacement linear "${alone[@]}" # refused for models that normalise the feed-forward output
-run linear-map-reconstruction default "${healing[@]}" --replacement linear "${around[@]}" # the same
+run linear-map-reconstruction default "${healing[@]}" --replacement linear "${around[@]}" # also refused for them
 run block default "${healing[@]}" --replacement none "${alone[@]}"
 run block-raced default "${healing[@]}" --replacement none "${around[@]}" --block_candidates 3
 run shortgpt shortgpt "${healing[@]}"
 run iterative iterative-small "${healing[@]}" "${phases[@]}"
 run iterative-reconstruction iterative-small "${healing[@]}" "${phases[@]}" "${around[@]}"
 run streamline streamline "${healing[@]}"
-run replaceme replaceme # the same
+run replaceme replaceme # also refused for them
 wait
 
 # evaluate takes what is unchanged from its file, and compares the models question by question.

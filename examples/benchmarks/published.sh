@@ -47,7 +47,7 @@ method replaceme-23 23 replaceme
 method linear-map-27 27 default "${healing[@]}" "${map[@]}"
 method linear-map-25 25 default "${healing[@]}" "${map[@]}"
 
-# Those next to the default, and it, with the text in another order.
+# The linear map and the runs next to it, with the text in another order.
 method linear-map-23-seed-7 23 default "${healing[@]}" "${map[@]}" --seed 7
 method sleb-23-seed-7 23 sleb "${healing[@]}" --racing 0.95 --calibration_sequences 32 --seed 7
 method shortgpt-23-seed-7 23 shortgpt "${healing[@]}" --seed 7

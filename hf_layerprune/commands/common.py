@@ -51,7 +51,8 @@ def parse(
         if defaults is not None:
             _show_defaults(actions, defaults)
         whole = not {*HELP_ALL}.isdisjoint(arguments)
-        print(help_text(command, actions, positional or (MODEL if model else None), whole))
+        first = positional or (MODEL if model else None)
+        print(help_text(command, actions, first, whole, given=defaults or ()))
         raise SystemExit(0)
     # The file is read before the parser knows the flags, so that errors in the file name fields, not flags.
     config = read_config(common.config, kinds, model, several) if common.config else {}

@@ -2,7 +2,7 @@
 
 import re
 from argparse import SUPPRESS, Action
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from inspect import cleandoc, getdoc
 from textwrap import wrap
 from typing import Any
@@ -47,10 +47,11 @@ GROUPS = {
 GROUP_OF = {name: group for group, parts in GROUPS.items() for name in " ".join(parts).split()}
 
 # One line for each of the Trainer's flags that --help explains.
+RATE = "learning_rate"  # the only one whose default differs from the Trainer's
 TRAINER_HELP = {
     "output_dir": "A new folder for the model, its card and its record.",
     "max_steps": "Training steps of all phases. Default: by num_train_epochs.",
-    "learning_rate": "Peak learning rate. Default: by the size of the weights.",
+    RATE: "Peak learning rate. Default: fits the weights (LoRA: 5e-5).",
     "per_device_train_batch_size": "Sequences in a batch of one device.",
     "gradient_accumulation_steps": "Batches in a training step.",
     "activation_checkpointing": "Recompute activations: less memory, slower steps.",
@@ -68,17 +69,22 @@ def summary(command: Any) -> str:
 
 
 def help_text(
-    command: Any, actions: Iterable[Action], positional: tuple[str, str] | None, whole: bool = False
+    command: Any,
+    actions: Sequence[Action],
+    positional: tuple[str, str] | None,
+    whole: bool = False,
+    given: Container[str] = (),
 ) -> str:
     """Returns the help of a command.
 
     Args:
         command (`Callable`): the command. Its docstring holds a summary and the lines `usage:` and
             `example:`.
-        actions (iterable of `argparse.Action`): the flags of the command.
+        actions (sequence of `argparse.Action`): the flags of the command. Their texts are changed in place.
         positional (`tuple`, *optional*): name and description of the first argument.
         whole (`bool`, *optional*, defaults to `False`): whether to explain every flag with its whole help
             text.
+        given (container of `str`, *optional*): the flags whose defaults are from a recipe.
     """
     _, usage, example = re.split(r"^usage: |^example: ", cleandoc(command.__doc__), flags=re.M)
     example = " \\\n    ".join(line.strip() for line in example.splitlines())
@@ -87,13 +93,17 @@ def help_text(
         lines += wrap(": ".join(positional), WIDTH, subsequent_indent="  ", break_on_hyphens=False)
         lines += [""]
     groups = _by_group(actions)
+    for action in actions:
+        if "Trainer" in groups and action.dest in TRAINER_HELP and (not whole or action.dest == RATE):
+            action.help = TRAINER_HELP[action.dest]
+        if action.dest in given:
+            action.help = re.sub(r"\s*Default: [^.]*(\.\d[^.]*)*\.(?=\s|$)", "", action.help or "")
     if whole:
         return "\n".join([*lines, *_sections(groups, _whole_text)])
     trainer = groups.pop("Trainer", [])
-    text = _line_of_trainer_text if trainer else _line_of_text
     end = ["", "--help_all explains every flag" + (", those of the Trainer too." if trainer else ".")]
     for main, gap in ((False, True), (False, False), (True, False)):
-        shown = "\n".join([*lines, *_sections(groups, text, main, gap), *end])
+        shown = "\n".join([*lines, *_sections(groups, _line_of_text, main, gap), *end])
         if shown.count("\n") < SCREEN:
             break
     return shown
@@ -181,14 +191,10 @@ def _whole_text(action: Action) -> str:
     return " ".join(filter(None, [text, *_choices(action), _default(action, text)]))
 
 
-def _line_of_trainer_text(action: Action) -> str:
-    return _line_of_text(action, TRAINER_HELP.get(action.dest))
-
-
-def _line_of_text(action: Action, text: str | None = None) -> str:
+def _line_of_text(action: Action) -> str:
     """Returns the first sentence of a flag's help with its choices, and further sentences that fit on the
     line."""
-    text = text or _text(action)
+    text = _text(action)
     first, *others = re.split(r"(?<=[.?])\s+", text)
     line, default = " ".join([first, *_choices(action)]), _default(action, text)
     if len(line) + len(default) >= WIDTH - FLAG_WIDTH:

@@ -23,7 +23,7 @@ from ..distillation.reconstruction import reconstruct_layers
 from ..distillation.trainer import DistillationTrainer
 from ..errors import LayerPruneError
 from ..evaluation.evaluate import evaluate_text
-from ..pruning.linear_map import check_linear_map, replace_by_linear_map
+from ..pruning.linear_map import fits_linear_map, replace_by_linear_map
 from ..pruning.prune import prune_layers
 from ..scoring.journal import Journal
 from ..scoring.score import fingerprint, score_layers
@@ -113,7 +113,8 @@ class Setting:
         self.arguments, self.folder = arguments, Path(arguments.output_dir or f"study-{name}")
         check_writable(self.folder)
         self.dense, self.tokenizer = load(next(iter(arguments.models), None))
-        self.learning_rate = arguments.learning_rate or healing_learning_rate(self.dense)
+        if arguments.learning_rate is None:  # before the mark of the journal, so that it holds the rate
+            arguments.learning_rate = healing_learning_rate(self.dense)
         self.layers = len(get_lineage(self.dense).kept)
         self.remove = max(1, self.layers // 4) if arguments.remove is None else arguments.remove
         if not 1 <= self.remove <= self.layers - 3:
@@ -179,11 +180,9 @@ class Setting:
     def cut_block(self, remove: int) -> tuple[PreTrainedModel, Row]:
         """Returns the model without the block with the lowest Block Influence, and the choice. A linear map
         replaces the block if the model allows it."""
-        try:
-            check_linear_map(self.dense)
-        except LayerPruneError:
-            return self.cut("block_influence", "block", remove)
-        return self.cut_with_map(remove)
+        if fits_linear_map(self.dense):
+            return self.cut_with_map(remove)
+        return self.cut("block_influence", "block", remove)
 
     def reconstruct(self, model: PreTrainedModel, layers: int, epochs: int, tokens: int) -> Row:
         """Trains the layers next to each cut in place. Returns the KL divergence before and after, and the
@@ -243,7 +242,7 @@ class Setting:
         settings: dict[str, Any] = {
             "max_steps": self.steps,
             "per_device_train_batch_size": self.arguments.batch_size,
-            "learning_rate": self.learning_rate,
+            "learning_rate": self.arguments.learning_rate,
             "lr_scheduler_type": "cosine",
             "warmup_steps": 0.05,
             "seed": self.arguments.seed,

@@ -220,7 +220,7 @@ def check_can_reconstruct(model: PreTrainedModel, teacher: PreTrainedModel, batc
     if idle:
         raise LayerPruneError(
             f"Layers {idle} have no trainable parameter, so reconstruction may have nothing to train next to "
-            "a cut. Unfreeze them, put adapters on them, or leave reconstruction out."
+            "a cut. Unfreeze them, put adapters on them, or set reconstruction_layers to 0."
         )
     _check_layers_stand_alone(base, range(len(layers)), range(len(layers)), batches)
 

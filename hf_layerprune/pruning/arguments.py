@@ -159,11 +159,13 @@ class ReconstructionArguments:
             its own teacher.
         reconstruction_tokens (`int`, *optional*):
             Number of training tokens for the reconstruction. Default: the number of tokens in the training
-            after the removal. If the training data is a stream, calibration tokens are read instead.
+            after the removal, which is the most for recipes that remove all layers at once. If the callback
+            trains on a stream, calibration tokens are read instead.
         reconstruction_epochs (`int`, *optional*, defaults to 4):
             Number of passes over these tokens.
         reconstruction_learning_rate (`float`, *optional*):
-            Peak of a cosine schedule. Default: 0.003 times the root mean square of the weights.
+            Peak of a cosine schedule. Default: 0.003 times the root mean square of the weights, or 0.001 for
+            adapters.
     """
 
     reconstruction_layers: int = field(

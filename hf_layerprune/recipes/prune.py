@@ -124,21 +124,22 @@ def prune(
     values = _of_machine(settings)
     chosen, source, taught, text, sample, pruning, args = fill(RECIPE_KINDS, values)
     trust = source.trust_remote_code
-    check_recipe(chosen, pruning, text.streaming)
+    check_recipe(chosen, pruning, reads_text=args.max_steps != 0 or not text.streaming)
     check_reporters(args.report_to)
     check_teacher_exists(taught.teacher, trust)
     resume = resume_from_checkpoint or args.resume_from_checkpoint
     if not resume:
         check_folder_is_free(args.output_dir, resume="resume_from_checkpoint=True")
+    trains = args.max_steps != 0 or pruning.reconstruction_layers > 0 or chosen.block_candidates > 1
     if isinstance(model, PreTrainedModel):
         check_next_token(model, "prune")
         config, tokenizer = model.config, tokenizer or _tokenizer_of(model, trust)
     else:
-        check_loading_for_training(source, all_weights=args.max_steps != 0)
+        check_loading_for_training(source, all_weights=trains)
         config, own_tokenizer = check_model(chosen.model, source, "prune")
         tokenizer = tokenizer or own_tokenizer
         keep_stored_dtype(args, chosen.model, source)
-    if args.max_steps != 0:
+    if trains:
         check_stored_weights(config, chosen.model or "the model")
     if pruning.target_layers is None:
         whole = model if isinstance(model, PreTrainedModel) else _meta_model(chosen.model, source)
@@ -158,6 +159,8 @@ def prune(
         teacher_name = getattr(teacher, "name_or_path", None)
         write_settings(settings | ({"teacher": teacher_name} if teacher_name else {}), args.output_dir)
     pruned: Any = model if in_memory else load_on_device(chosen.model, source, dtype="float32")
+    if in_memory and trains and not hasattr(pruned, "hf_device_map"):
+        pruned.to(args.device)  # as the Trainer does, which begins after reconstruction
     frozen = {id(parameter) for parameter in pruned.parameters() if not parameter.requires_grad}
     if chosen.replacement == "auto":
         chosen = replace(chosen, replacement="linear" if fits_linear_map(pruned) else "none")

@@ -95,8 +95,13 @@ class RecipeArguments:
                 f"block_candidates is {self.block_candidates} and select is {self.select}. Choose 1 or more "
                 "candidates, and set select to block to compare several."
             )
-        if self.replacement in ("auto", "linear") and self.replacement_loss == "mse":
+        if self.replacement == "linear" and self.replacement_loss == "mse":
             self.replacement_loss = "kl"  # the map already minimises the mse
+        if self.replacement == "auto" and self.replacement_loss != "none":
+            raise LayerPruneError(
+                f"replacement is auto and replacement_loss {self.replacement_loss}, but there may be no "
+                "replacement to train. Set replacement to linear, or replacement_loss to none."
+            )
 
     @property
     def trains_only_replacement(self) -> bool:
@@ -189,13 +194,14 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def check_recipe(recipe: RecipeArguments, pruning: PruningArguments, streaming: bool) -> None:
+def check_recipe(recipe: RecipeArguments, pruning: PruningArguments, reads_text: bool = True) -> None:
     """Checks that the fields of a recipe go together.
 
     Args:
         recipe ([`RecipeArguments`]): settings of the selection and the replacement of layers.
         pruning ([`PruningArguments`]): settings of scoring and reconstruction.
-        streaming (`bool`): whether the text is streamed.
+        reads_text (`bool`, *optional*, defaults to `True`): whether there is text to train on. A stream is
+            not read when `max_steps` is 0.
 
     Raises:
         LayerPruneError: two fields do not go together.
@@ -206,14 +212,13 @@ def check_recipe(recipe: RecipeArguments, pruning: PruningArguments, streaming: 
         return
     if recipe.replacement not in ("auto", "none", "linear"):
         raise LayerPruneError(
-            f"{name} is set, but replacement {recipe.replacement} trains its own layer. Use "
-            "replacement none or linear."
+            f"{name} is set, but replacement {recipe.replacement} trains its own layer. Use replacement "
+            f"auto, none or linear, or set {name} to {0 if pruning.reconstruction_layers else 1}."
         )
-    limited = pruning.reconstruction_tokens is not None or not pruning.reconstruction_layers
-    if streaming and recipe.select != "phases" and not limited:
+    if not reads_text and recipe.select != "phases":
         raise LayerPruneError(
-            "reconstruction_layers reads its text several times, but the data is streamed. Set "
-            "reconstruction_tokens to the number of tokens to read, or leave streaming out."
+            f"{name} trains layers on the text, but a stream is not read when max_steps is 0. Set max_steps, "
+            "or leave streaming out."
         )
 
 

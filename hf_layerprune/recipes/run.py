@@ -142,10 +142,12 @@ def run_recipe(
     if cache_setting is not None:
         model.config.use_cache = cache_setting
     healing = "healed by distillation" if args.kl_weight or args.hidden_weight else "healed on text"
+    if not args.max_steps:
+        healing = "healed by reconstruction" if record.phases[-1].reconstruction else "not healed"
     record.method = {
         "name": recipe.title,
         "url": recipe.paper,
-        "healing": healing if args.max_steps else "not healed",
+        "healing": healing,
     }
     settings: Any = {"legacy_rope": args.legacy_rope, "dtype": args.save_dtype}
     save_model(model, run.folder, verify=args.verify_save, **settings)
@@ -183,7 +185,7 @@ def _check(run: Run, resume: str | bool | None) -> None:
         raise LayerPruneError(
             "Training of a replacement cannot be resumed. Start again in a new output_dir, without resume."
         )
-    check_recipe(run.recipe, run.pruning, streaming=not isinstance(run.train, Dataset))
+    check_recipe(run.recipe, run.pruning)
     if run.recipe.select == "phases" and not run.args.max_steps:
         raise LayerPruneError("select phases trains between removals. Set max_steps or steps_per_phase.")
     if run.recipe.replacement == "linear":
@@ -195,7 +197,8 @@ def _check(run: Run, resume: str | bool | None) -> None:
                 f"reconstruction_layers is set, but {teacher} holds cached logits and no hidden states. Give "
                 "the original model as teacher, or set reconstruction_layers to 0."
             )
-        check_can_reconstruct(run.model, teacher, make_batches(_first_rows(run.train, 1), 1))
+        first = Dataset.from_list([next(iter(run.train))])
+        check_can_reconstruct(run.model, teacher, make_batches(first, 1))
 
 
 def _check_has_block(run: Run, length: int, protected: Sequence[int] | None) -> None:
@@ -342,19 +345,17 @@ def _reconstruct(run: Run, teacher: PreTrainedModel) -> dict[str, Any]:
 
 
 def _training_batches(run: Run, tokens: int | None) -> list[Batch]:
-    """Returns batches of the first training rows with this number of tokens. None means all rows."""
-    rows = run.train
-    if tokens is not None:
-        length = len(_first_rows(run.train, 1)[0]["input_ids"])
-        rows = _first_rows(run.train, max(1, tokens // length))
-    return make_batches(rows, run.args.train_batch_size)
-
-
-def _first_rows(train: Dataset | IterableDataset, count: int) -> Dataset:
-    """Returns the first `count` rows of the training text, or all if it has fewer."""
-    if isinstance(train, IterableDataset):
-        return Dataset.from_list(list(train.take(count)))
-    return train.select(range(min(count, len(train))))
+    """Returns batches of the first training rows with at most this number of tokens. None means all rows."""
+    if tokens is None and isinstance(run.train, Dataset):
+        return make_batches(run.train, run.args.train_batch_size)
+    rows: list[dict[str, Any]] = []
+    read = 0
+    for row in run.train:
+        read += len(row["input_ids"])
+        if rows and tokens is not None and read > tokens:
+            break
+        rows.append(row)
+    return make_batches(Dataset.from_list(rows), run.args.train_batch_size)
 
 
 def _reconstruction_settings(run: Run) -> dict[str, Any]:
@@ -373,11 +374,11 @@ def _reconstruction_settings(run: Run) -> dict[str, Any]:
 def _rows_read(run: Run) -> Dataset | IterableDataset:
     """Returns the rows that training reads after reconstruction, so that both read the same tokens."""
     train, args = run.train, run.args
-    if isinstance(train, IterableDataset):  # both read it from its start
-        return train
-    rows = len(train)
-    if args.max_steps > 0:
-        rows = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if isinstance(train, IterableDataset):
+        return train.take(rows)
+    if args.max_steps <= 0:
+        rows = len(train)
     return train.shuffle(seed=args.seed).select(range(min(rows, len(train))))
 
 

@@ -575,7 +575,12 @@ def test_reconstruction_alone_trains_nothing_else(folder, tokenizer, trained):
         (["default", "--block_candidates", "0"], "block_candidates is 0"),
         (["streamline", "--block_candidates", "2"], "trains its own layer"),
         (["streamline", *RECONSTRUCTED], "trains its own layer"),
-        (["shortgpt", *RECONSTRUCTED, "--streaming", "True"], "the data is streamed"),
+        (
+            ["default", "--max_steps", "0", "--streaming", "True"],
+            "a stream is not read when --max_steps is 0",
+        ),
+        (["default", "--replacement_loss", "kl"], "Set replacement to linear"),
+        (["default", "--replacement", "layer"], "or set --reconstruction_layers to 0"),
         (["default", *RECONSTRUCTED, "--reconstruction_epochs", "0"], "at least 1 epoch"),
     ],
 )
@@ -698,10 +703,44 @@ def test_without_a_learning_rate_it_fits_the_weights(folder, trained, command):
     assert read_record("other").training["learning_rate"] == 1e-2 != rate
 
 
-def test_streamed_text_is_reconstructed_on_its_first_rows(folder, tokenizer):
-    words = [*DATA, *SMALL, *SHORT, *RECONSTRUCTED, "--reconstruction_tokens", "64", "--streaming", "True"]
-    assert run("shortgpt", *words) == 0
-    assert read_record("out").phases[-1].reconstruction["tokens"] == 64
+@pytest.mark.parametrize(
+    ("more", "tokens"), [([], 6 * 4 * 16), (["--reconstruction_tokens", "64"], 64)], ids=["all", "64"]
+)
+@pytest.mark.parametrize("streaming", ["True", "False"])
+def test_reconstruction_reads_the_rows_of_training_up_to_its_tokens(folder, streaming, more, tokens):
+    words = [*DATA, *SMALL, *SHORT, *more, "--streaming", streaming, "--reconstruction_epochs", "1"]
+    assert run("default", *words) == 0
+    record = read_record("out")
+    assert record.phases[-1].reconstruction["tokens"] == tokens
+    assert record.log[-1]["step"] == 6
+
+
+def test_reconstruction_of_rows_of_any_length_stops_before_its_tokens(folder):
+    """The first row may be short or long."""
+    Path("text.jsonl").write_text("".join(json.dumps({"text": "ab " * n}) + "\n" for n in [2, 30] * 40))
+    words = ["--model", "model", "--data", "text.jsonl", "--keep", "3", *SMALL, *SHORT, "--packing", "none"]
+    assert run("default", *words, "--max_steps", "8", "--reconstruction_tokens", "100") == 0
+    assert 60 < read_record("out").phases[-1].reconstruction["tokens"] <= 200  # padding counts too
+
+
+def test_reconstruction_alone_is_told_in_the_card(folder):
+    assert run("default", *DATA, *SMALL, *SHORT, "--max_steps", "0") == 0
+    card = Path("out/README.md").read_text()
+    assert "healed by reconstruction" in card
+    assert "not healed" not in card
+    assert "was not trained" not in card
+
+
+def test_candidates_are_compared_on_a_stream(folder):
+    words = ["--block_candidates", "2", "--streaming", "True", "--keep", "4"]
+    assert run("default", *DATA, *SMALL, *SHORT, *words) == 0
+    assert len(read_record("out").phases[-1].candidates) == 2
+
+
+def test_a_quantised_model_is_not_reconstructed(folder, capsys):
+    words = ["--max_steps", "0", "--load_in_4bit", "True"]
+    assert run("default", *DATA, *SMALL, *SHORT, *words) == 2
+    assert "quantised weights cannot be trained" in capsys.readouterr().err
 
 
 def test_models_into_which_no_linear_map_goes_are_told_before_scoring(gemma, capsys, monkeypatch):
