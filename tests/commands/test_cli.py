@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -414,6 +415,8 @@ def test_ctrl_c_ends_with_a_line_that_says_how_to_resume(folder, capsys):
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
+        # A shell lets its background jobs ignore SIGINT, and so would their children.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     while process.poll() is None and not Path("out/checkpoint-4").exists():
         time.sleep(0.01)
