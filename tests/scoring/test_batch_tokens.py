@@ -72,7 +72,7 @@ def test_free_memory_of_a_gpu_decides(llama, monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 150 * MIB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 50 * MIB)
     assert memory.free_gpu_memory(device) == 1000 * MIB  # what torch holds and does not use is free
-    assert default_cache_mb(device) == 250
+    assert default_cache_mb(device) == 128  # a quarter, down to a power of two
     assert memory.free_gpu_memory(llama.device) is None
     assert default_cache_mb(llama.device) == 1024
     assert memory.tokens_per_pass(llama) is None
