@@ -15,8 +15,11 @@ GPU_SHARE = 4  # a quarter of the free memory of a GPU
 
 
 def default_cache_mb(device: torch.device) -> int:
-    """Returns the default limit for the states of one batch during scoring, in MiB. It is a quarter of the
-    free memory of the GPU with the least free memory, or 1024 on other devices."""
+    """Returns the default limit for the states of one batch during scoring, in MiB.
+
+    It is a quarter of the free memory of the GPU with the least free memory, rounded down to a power of two,
+    or 1024 on other devices.
+    """
     free = least_free_gpu_memory(device)
     if free is None:
         return CPU_MB
