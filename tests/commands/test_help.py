@@ -99,3 +99,25 @@ def test_help_of_run_shows_the_defaults_of_the_recipe(recipe, default, capsys):
         main(["run", *([recipe] if recipe else []), "--help"])
     line = next(x for x in capsys.readouterr().out.splitlines() if "--calibration_sequences N" in x)
     assert re.findall(r"\(default: (.*)\)", line) == default
+
+
+@pytest.mark.parametrize(
+    ("words", "flag", "shown"),
+    [
+        (["run", "iterative", "--help"], "learning_rate X", "Peak learning rate. (default: 0.0001)"),
+        (["run", "default", "--help"], "learning_rate X", "Default: fits the weights (LoRA: 5e-5)."),
+        (["distill", "--help_all"], "learning_rate X", "Default: fits the weights (LoRA: 5e-5)."),
+        (
+            ["run", "default", "--help_all"],
+            "reconstruction_layers N",
+            "before the other training. (default: 3)",
+        ),
+        (["distill", "--help_all"], "reconstruction_layers N", "Default: 0, none."),
+    ],
+)
+def test_a_default_of_the_recipe_stands_for_that_in_the_text(words, flag, shown, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(words)
+    _, text = capsys.readouterr().out.split(f"  --{flag} ", 1)
+    text = text.split("\n  --", 1)[0]
+    assert " ".join(text.split()).endswith(shown)
