@@ -28,9 +28,7 @@ def test_the_block_of_a_guide_runs(guide, folder, tokenizer, capsys):
     template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     Path("model/chat_template.jinja").write_text(template)
     save_vlm("vlm", tokenizer)
-    pictures = [
-        {"picture": path, "caption": f"<image> A picture named {path}."} for path in save_pictures(16)
-    ]
+    pictures = [{"images": [path], "messages": talk} for path in save_pictures(16)]
     Path("pictures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pictures))
     [code] = re.findall(r"```python\n(.*?)```", guide.read_text(), re.S)
     for pattern, number in TINY.items():

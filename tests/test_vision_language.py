@@ -16,6 +16,7 @@ from hf_layerprune import (
     LayerPruneError,
     cache_teacher_logits,
     load_model,
+    load_rows,
     prune,
     remove_layers,
     score_layers,
@@ -116,6 +117,131 @@ def test_teacher_and_student_see_the_pictures(vlm):
     assert trainer.state.log_history[0]["kl"] == pytest.approx(float(kl.sum(-1)[mask].mean()), rel=1e-4)
 
 
+PICTURES = ["--data", "pictures.jsonl", *DATA[2:]]
+QUESTION = {"role": "user", "content": "What colour is it?"}
+
+
+@pytest.fixture
+def pictures(vlm):
+    """The vision-language model, beside it pictures.jsonl with 24 chats about a picture."""
+    write_chats(save_pictures(24))
+    return vlm
+
+
+def write_chats(paths):
+    def row(number, path):
+        answer = {"role": "assistant", "content": f"Number {number}."}
+        return {"images": [path], "messages": [QUESTION, answer]}
+
+    rows = [json.dumps(row(number, path)) + "\n" for number, path in enumerate(paths)]
+    Path("pictures.jsonl").write_text("".join(rows))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "default", "--model", "vlm", *SHORT],
+        ["run", "iterative", "--model", "vlm", *SHORT, *PHASES, "--reconstruction_layers", "1"],
+        ["run", "layerchop", "--model", "vlm", *SHORT],
+        ["distill", "vlm", *SHORT, "--loss_on", "completion"],
+        ["distill", "vlm", *SHORT, "--lora_rank", "2"],
+        ["prune", "vlm"],
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_commands_read_chats_about_pictures(words, pictures, capsys):
+    assert main([*words, *PICTURES, "--target_layers", "4", "--output_dir", "out"]) == 0, (
+        capsys.readouterr().err
+    )
+    check_saved("out", 4)
+    record = json.loads(Path("out/layer_pruning.json").read_text())
+    assert {text["name"] for text in record["texts"].values()} == {"pictures.jsonl"}
+    assert main(["evaluate", "vlm", "out", *PICTURES[:4], "--json", "e.json"]) == 0
+    found = json.loads(Path("e.json").read_text())["models"]
+    assert all(found[name]["perplexity"] > 1 and "copying" not in found[name] for name in ("vlm", "out"))
+    assert main(["card", "out", "--evaluation", "e.json"]) == 0
+
+
+def test_commands_score_with_the_pictures(pictures):
+    def scores():
+        assert main(["score", "vlm", *PICTURES[:6], "--json", "scores.json"]) == 0
+        return json.loads(Path("scores.json").read_text())["scores"]
+
+    first = scores()
+    write_chats([f"pictures/{23 - number}.png" for number in range(24)])
+    assert scores() != pytest.approx(first, rel=1e-3)
+    rows = list(load_rows("pictures.jsonl").select(range(4)))
+    processor = AutoProcessor.from_pretrained("vlm")
+    table = score_layers(load_model("vlm"), rows, tokenizer=processor, progress=False)
+    assert scores() == pytest.approx({str(layer): score for layer, score in table.scores.items()}, rel=1e-4)
+
+
+def test_python_and_command_give_equal_weights_on_pictures(pictures):
+    settings = {"sequence_length": 16, "calibration_sequences": 4, "heldout_sequences": 4, "max_steps": 2}
+    settings |= {"bf16": False, "report_to": "none", "save_strategy": "no", "use_cpu": True}
+    model, _ = prune("vlm", "pictures.jsonl", keep=4, output_dir="python", **settings)
+    words = ["run", "default", "--model", "vlm", *PICTURES, *SHORT, "--target_layers", "4"]
+    assert main([*words, "--output_dir", "command"]) == 0
+    other = AutoModelForImageTextToText.from_pretrained("command", dtype="float32").state_dict()
+    torch.testing.assert_close(model.state_dict(), other, rtol=0, atol=0)
+    rows = list(load_rows("pictures.jsonl"))
+    inputs = {"tokenizer": AutoProcessor.from_pretrained("vlm"), "output_dir": "loaded"}
+    model, _ = prune(load_model("vlm", dtype="float32"), rows, keep=4, **inputs, **settings)
+    torch.testing.assert_close(model.state_dict(), other, rtol=0, atol=0)
+
+
+def test_a_trainer_reads_rows_with_pictures_by_the_processor(pictures):
+    rows, student = load_rows("pictures.jsonl").select(range(8)), make_vlm()
+    remove_layers(student, [2, 3])
+    processor = AutoProcessor.from_pretrained("vlm")
+    args = DistillationTrainingArguments(
+        "out",
+        max_steps=1,
+        learning_rate=0.0,
+        logging_steps=1,
+        per_device_train_batch_size=8,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        loss_on="completion",
+    )
+    trainer = DistillationTrainer(
+        student, args, train_dataset=rows, processing_class=processor, teacher_model=make_vlm()
+    )
+    trainer.train()
+    texts = [f"[user]<image>What colour is it?[assistant]Number {number}.<end>" for number in range(8)]
+    images = [Image.open(f"pictures/{number}.png") for number in range(8)]
+    batch = processor(text=texts, images=images, padding=True, padding_side="right", return_tensors="pt")
+    with torch.no_grad():
+        of_student, of_teacher = (model(**batch).logits.log_softmax(-1) for model in (student, make_vlm()))
+    kl = F.kl_div(of_student, of_teacher, log_target=True, reduction="none").sum(-1)
+    answer = len("Number 0.") + 1  # all have one digit; one more token ends the text
+    ends = batch["attention_mask"].sum(1) - 1  # the place before each token predicts it
+    counted = torch.stack([row[end - answer : end] for row, end in zip(kl, ends, strict=True)])
+    assert trainer.state.log_history[0]["kl"] == pytest.approx(float(counted.mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["distill", "vlm", "--packing", "packed"], "rows with pictures are not packed"),
+        (["distill", "vlm", "--streaming", "True", "--max_steps", "2"], "and no streaming"),
+        (["cache-teacher", "vlm"], "logits are cached for text alone"),
+    ],
+)
+def test_what_pictures_cannot_do_is_said_before_weights_are_loaded(words, message, pictures, capsys):
+    Path("vlm/model.safetensors").unlink()
+    others = [] if words[0] == "cache-teacher" else [*PICTURES[4:], "--target_layers", "4"]
+    assert main([*words, *PICTURES[:4], *others, "--output_dir", "out"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_whose_processor_cannot_be_loaded_reads_text(vlm, caplog):
+    Path("vlm/processor_config.json").write_text('{"processor_class": "Llava2Processor"}')
+    words = ["score", "vlm", *DATA[:6], "--criterion", "block_influence"]
+    assert main(words) == 0
+
+
 def test_layers_are_scored_with_pictures(vlm):
     batch = collate()(rows_with_pictures())
     other = batch | {"pixel_values": -batch["pixel_values"]}
@@ -162,7 +288,7 @@ def test_text_beside_pictures_is_read_where_it_is_asked_for(vlm, capsys):
     Path("pictures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["score", "vlm", "--data", "pictures.jsonl", *DATA[2:6], "--criterion", "block_influence"]
     assert main(words) == 2
-    assert "data_collator that calls the processor" in capsys.readouterr().err
+    assert "The picture 'cat.png' cannot be read: it is no file" in capsys.readouterr().err
     assert main([*words, "--data_template", "{text}"]) == 0
     empty = {"text": "A text.", "images": [], "image": None}
     assert text_of(empty).text == "A text."

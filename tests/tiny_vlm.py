@@ -39,6 +39,14 @@ VISION_CONFIG = {
 }
 
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}[{{ message.role }}]"
+    "{% for part in message.content %}"
+    "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
 def make_vlm():
     """A tiny Llava model in eval mode, the same at every call."""
     config = LlavaConfig(
@@ -58,7 +66,12 @@ def make_processor(tokenizer):
     pictures = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16)
     settings = {"patch_size": 8, "vision_feature_select_strategy": "default"}
     return LlavaProcessor(
-        pictures, tokenizer, image_token="<image>", num_additional_image_tokens=1, **settings
+        pictures,
+        tokenizer,
+        image_token="<image>",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+        **settings,
     )
 
 
@@ -70,7 +83,7 @@ def save_vlm(folder, tokenizer):
 
 def save_pictures(count):
     """Saves pictures of one colour each in the folder pictures, and returns their paths."""
-    Path("pictures").mkdir()
+    Path("pictures").mkdir(exist_ok=True)
     paths = [f"pictures/{i}.png" for i in range(count)]
     for i, path in enumerate(paths):
         Image.new("RGB", (16, 16), (255 * i // count, 90, 255 - 255 * i // count)).save(path)

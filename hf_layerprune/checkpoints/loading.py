@@ -1,4 +1,4 @@
-"""Loads models, tokenizers, lineages and adapters from a folder or the hub."""
+"""Loads models, tokenizers, processors, lineages and adapters from a folder or the hub."""
 
 import json
 import logging
@@ -12,6 +12,7 @@ import transformers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -244,6 +245,24 @@ def load_tokenizer(
         return load_tokenizer(base, trust_remote_code)
     options = {} if gguf_file is None else {"gguf_file": gguf_file}
     return _load(AutoTokenizer, name, "tokenizer", trust_remote_code=trust_remote_code, **options)
+
+
+def load_processing_class(name: str, trust_remote_code: bool = False, gguf_file: str | None = None) -> Any:
+    """Loads the processor of a vision-language model, and the tokenizer of any other model.
+
+    Raises:
+        LayerPruneError: see [`load_tokenizer`].
+    """
+    tokenizer = load_tokenizer(name, trust_remote_code, gguf_file)
+    source = adapter_base(name) or name
+    if all(_companion(source, file) is None for file in (PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME)):
+        return tokenizer
+    try:
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (ImportError, OSError, ValueError) as error:  # a package for pictures may be missing
+        logger.warning("Only text can be read, since %s has no usable processor: %s", name, one_line(error))
+        return tokenizer
+    return processor if hasattr(processor, "tokenizer") else tokenizer
 
 
 def copy_companions(name: str, folder: str | Path) -> list[str]:

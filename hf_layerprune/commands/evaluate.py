@@ -106,6 +106,7 @@ class _Measurement:
             self.questions = {split_name(task)[0]: load_task(task, output.limit) for task in output.tasks}
         self.tokenizers: dict[str, Any] = {}
         self.sequences: dict[str, Any] = {}
+        self.form = form
         for name in names:
             config, self.tokenizers[name] = check_model(name, source, "evaluate")
             if data:
@@ -117,13 +118,16 @@ class _Measurement:
     def of(self, name: str, earlier: dict[str, Any]) -> dict[str, Any]:
         """Returns the results of a model. It reuses earlier results if model, text and settings are equal."""
         from ..data.batches import make_batches
+        from ..data.texts import tokenizer_of
         from ..evaluation.evaluate import evaluate_model
-        from ..recipes.inputs import load_on_device
+        from ..recipes.inputs import load_on_device, picture_collator
         from ..scoring.score import fingerprint
 
         output, tokenizer = self.output, self.tokenizers[name]
         model = load_on_device(name, self.source)
-        batches = make_batches(self.sequences[name], 4) if name in self.sequences else []
+        batches, rows = [], self.sequences.get(name)
+        if rows is not None:
+            batches = make_batches(rows, 4, picture_collator(rows, tokenizer, *self.form))
         settings = [output.lm_eval, output.limit, output.tasks, self.questions]
         mark = fingerprint([model], batches, settings)
         known = next((found for found in earlier.values() if found.get("fingerprint") == mark), None)
@@ -131,7 +135,7 @@ class _Measurement:
         if self.through_lm_eval and not known:
             from ..evaluation.lm_eval import run_lm_eval
 
-            results |= run_lm_eval(model, tokenizer, output.tasks, output.limit)
+            results |= run_lm_eval(model, tokenizer_of(tokenizer), output.tasks, output.limit)
         results["fingerprint"] = mark
         weights = list(Path(name).glob("model*.safetensors"))  # not the files of adapters
         if weights:

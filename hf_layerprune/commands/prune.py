@@ -26,7 +26,13 @@ def prune(arguments: list[str]) -> None:
     from ..data.sequences import split_sequences
     from ..evaluation.evaluate import HeldOutText
     from ..pruning.prune import prune_layers
-    from ..recipes.inputs import check_model, load_on_device, load_writer, make_sequences
+    from ..recipes.inputs import (
+        check_model,
+        load_on_device,
+        load_writer,
+        make_sequences,
+        picture_collator,
+    )
     from ..reports.record import check_folder_is_free, write_record
     from ..surgery.decoder import predicts_next_token
 
@@ -36,6 +42,7 @@ def prune(arguments: list[str]) -> None:
     writer = partial(load_writer, name, source)
     sequences = make_sequences(data.sources, text, sequence, config, tokenizer, sum(sizes), writer)
     calibration, heldout, _ = split_sequences(sequences, *sizes)
+    collate = picture_collator(sequences, tokenizer, text, sequence)
     keep_settings(output.output_dir)
     model = load_on_device(name, source)
     record = prune_layers(
@@ -43,7 +50,8 @@ def prune(arguments: list[str]) -> None:
         removal,
         calibration=calibration,
         # Other kinds of models have no perplexity.
-        evaluation=HeldOutText(heldout) if predicts_next_token(model) else None,
+        evaluation=HeldOutText(heldout, collate=collate) if predicts_next_token(model) else None,
+        collate=collate,
     )
     save_model(model, output.output_dir, verify=output.verify_save, legacy_rope=output.legacy_rope)
     write_record(record, output.output_dir)
@@ -77,6 +85,7 @@ def phases(arguments: list[str]) -> None:
         load_on_device,
         load_writer,
         make_sequences,
+        picture_collator,
     )
 
     check_loading_for_training(replace(source, device_map=None))
@@ -85,6 +94,7 @@ def phases(arguments: list[str]) -> None:
     writer = partial(load_writer, name, source)
     sequences = make_sequences(data.sources, text, sequence, config, tokenizer, sum(sizes), writer)
     calibration, heldout, _ = split_sequences(sequences, *sizes)
+    collate = picture_collator(sequences, tokenizer, text, sequence)
 
     written = replace(source, gguf_file=None)  # a phase does not write a GGUF file
 
@@ -97,7 +107,8 @@ def phases(arguments: list[str]) -> None:
         output.output_dir,
         args=removal,
         calibration=calibration,
-        evaluation=HeldOutText(heldout),
+        evaluation=HeldOutText(heldout, collate=collate),
+        collate=collate,
     )
     last = Path(output.output_dir) / f"phase_{len(record.phases)}" / "healed"
     settings: dict[str, Any] = {"legacy_rope": output.legacy_rope}

@@ -52,7 +52,13 @@ def score(arguments: list[str]) -> None:
     name, source, data, text, sequence, sample, scoring, output = parsed
     from ..data.batches import make_batches
     from ..pruning.prune import scoring_settings
-    from ..recipes.inputs import check_model, load_on_device, load_writer, make_sequences
+    from ..recipes.inputs import (
+        check_model,
+        load_on_device,
+        load_writer,
+        make_sequences,
+        picture_collator,
+    )
     from ..scoring.score import check_plot_path, read_table, score_layers
 
     if output.plot:
@@ -72,7 +78,11 @@ def score(arguments: list[str]) -> None:
     def table_of(sequences: Any, journal: str | None = None) -> Any:
         settings = scoring_settings(scoring) | {"protected": scoring.protected, "journal": journal}
         return score_layers(
-            model, make_batches(sequences, 4), scoring.criterion, block_size=output.block_size, **settings
+            model,
+            make_batches(sequences, 4, picture_collator(sequences, tokenizer, text, sequence)),
+            scoring.criterion,
+            block_size=output.block_size,
+            **settings,
         )
 
     table = table_of(sequences[0], output.json and output.json + ".part")

@@ -34,11 +34,23 @@ def cache_teacher(arguments: list[str]) -> None:
     from ..data.batches import make_batches, regroup_batches
     from ..distillation.teacher_cache import CachedTeacherLogits, cache_teacher_logits
     from ..forward.memory import tokens_per_pass
-    from ..recipes.inputs import check_model, load_on_device, load_writer, make_sequences
+    from ..recipes.inputs import (
+        check_model,
+        load_on_device,
+        load_writer,
+        make_sequences,
+        picture_collator,
+    )
 
     config, tokenizer = check_model(name, source, "cache-teacher")
     writer = partial(load_writer, name, source)
-    batches = make_batches(make_sequences(data.sources, text, sequence, config, tokenizer, writer=writer))
+    sequences = make_sequences(data.sources, text, sequence, config, tokenizer, writer=writer)
+    if picture_collator(sequences, tokenizer, text, sequence):
+        raise LayerPruneError(
+            "The data holds pictures, but logits are cached for text alone. Train with the teacher "
+            "itself, or read text columns alone with data_template, as '{text}'."
+        )
+    batches = make_batches(sequences)
     model = load_on_device(name, source)
     most = tokens_per_pass(model, batch.batch_tokens)
     if most is not None:
@@ -90,6 +102,7 @@ def distill(arguments: list[str]) -> None:
     from ..checkpoints.loading import copy_companions
     from ..distillation.learning_rate import healing_learning_rate
     from ..distillation.teacher_cache import is_teacher_cache
+    from ..distillation.trainable import freeze_vision
     from ..evaluation.evaluate import HeldOutText
     from ..recipes.inputs import (
         check_loading_for_training,
@@ -101,6 +114,7 @@ def distill(arguments: list[str]) -> None:
         keep_stored_dtype,
         load_on_device,
         load_writer,
+        picture_collator,
         split_text,
     )
     from ..recipes.run import pruning_callback
@@ -131,19 +145,25 @@ def distill(arguments: list[str]) -> None:
     model = load_on_device(name, source, dtype="float32")
     if lora.lora_rank is None and "learning_rate" not in given_values:
         args.learning_rate = healing_learning_rate(model)
-    evaluation = HeldOutText(heldout, args.per_device_eval_batch_size)
+    collate = picture_collator(train, tokenizer, text, args)
+    if collate:  # it reads columns that the model does not
+        args.remove_unused_columns = False
+    evaluation = HeldOutText(heldout, args.per_device_eval_batch_size, collate)
     callback = pruning_callback(pruning, calibration=calibration, evaluation=evaluation)
     trainer = _make_trainer(
         model=model,
         args=args,
         teacher_model=teacher.teacher,
         trust_remote_code=trust,
+        data_collator=collate,
         train_dataset=train,
         eval_dataset=heldout,
         processing_class=tokenizer,
         peft_config=_lora_config(lora.lora_rank),
         callbacks=[callback],
     )
+    if collate:  # the teacher's pictures and the student's stay the same
+        freeze_vision(trainer.model)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     copy_companions(name, args.output_dir)

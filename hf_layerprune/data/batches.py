@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 
 from ..errors import LayerPruneError
 from .collator import PaddingCollator
+from .pictures import PictureCollator, holds_pictures
 from .sequences import prepare_dataset
 from .targets import Batch
-from .texts import holds_text, iter_texts, unknown_form
+from .texts import holds_text, iter_texts, tokenizer_of, unknown_form
 
 
 def make_batches(
@@ -37,7 +38,8 @@ def make_batches(
             Tokens: a data set, stream or list of rows, a tensor, one batch, or a list, generator or loader of
             batches. Batches are not changed.
             Text: a list of strings, or rows with `text`, `messages`, `conversations`, or `prompt` and
-            `completion`, as in trl. It is cut into sequences, see [`prepare_dataset`].
+            `completion`, as in trl. It is cut into sequences, see [`prepare_dataset`]. Rows with pictures are
+            prepared by the processor in `tokenizer`, see [`PictureCollator`].
         batch_size (`int`, *optional*, defaults to 8): rows per batch.
         collate (`Callable`, *optional*): makes a batch of rows of tokens, like a Trainer's `data_collator`.
             Default: a collator that pads rows of unequal length.
@@ -74,8 +76,11 @@ def make_batches(
     if _is_batch(rows[0]):
         return [_as_batch(batch) for batch in rows]
     if not _is_tokens(rows[0]):
-        form: dict[str, Any] = {"packing": packing, "loss_on": loss_on}
-        rows, collate = _text_sequences(rows, tokenizer, sequence_length, form), PaddingCollator()
+        if holds_pictures(rows, tokenizer) and not isinstance(collate, PictureCollator):
+            collate = PictureCollator(tokenizer, loss_on)
+        if not isinstance(collate, PictureCollator):
+            form: dict[str, Any] = {"packing": packing, "loss_on": loss_on}
+            rows, collate = _text_sequences(rows, tokenizer, sequence_length, form), PaddingCollator()
     elif columns is not None:
         rows = [{name: value for name, value in _as_row(row).items() if name in columns} for row in rows]
     else:
@@ -88,7 +93,7 @@ def make_batches(
 def regroup_batches(batches: list[Any], tokens: int) -> list[Any]:
     """Returns the same rows in batches of at most `tokens` tokens, or of one row if the row is longer.
 
-    A batch holds only rows of one length and with the same columns.
+    A batch holds only rows of one length and with the same columns. Batches with pictures are not changed.
     """
 
     def form(batch: Any) -> list[Any]:
@@ -97,7 +102,8 @@ def regroup_batches(batches: list[Any], tokens: int) -> list[Any]:
     regrouped: list[Any] = []
     for _, alike in groupby(batches, form):
         first, *others = alike
-        if "position_ids" in first:  # FlashAttention tells texts apart only in batches of one row
+        # FlashAttention tells texts apart only in batches of one row.
+        if "position_ids" in first or not _has_rows(first):
             regrouped += [first, *others]
             continue
         rows = max(1, tokens // first["input_ids"].shape[1])
@@ -107,9 +113,25 @@ def regroup_batches(batches: list[Any], tokens: int) -> list[Any]:
 
 
 def split_rows(batch: Any, rows: int) -> list[Any]:
-    """Splits a batch into parts of at most `rows` rows. Each part has at least one row."""
+    """Splits a batch into parts of at most `rows` rows. Each part has at least one row.
+
+    A batch with pictures is not split: it does not say which row a picture belongs to.
+    """
+    if not _has_rows(batch):
+        return [batch]
     split = {name: value.split(max(1, rows)) for name, value in batch.items()}
     return [dict(zip(split, values, strict=True)) for values in zip(*split.values(), strict=True)]
+
+
+def _has_rows(batch: Any) -> bool:
+    """Returns whether all values of a batch have one entry for each row, and none of them holds pictures."""
+    rows = len(batch["input_ids"])
+    return not has_pictures(batch) and all(len(value) == rows for value in batch.values())
+
+
+def has_pictures(batch: Any) -> bool:
+    """Returns whether a batch holds pictures beside its tokens."""
+    return any(name.startswith(("pixel_", "image_")) for name in batch)
 
 
 def iterate_batches(data: Any) -> Iterable[Batch]:
@@ -223,8 +245,8 @@ def _text_sequences(rows: Any, tokenizer: Any, length: int, form: dict[str, Any]
     """Returns token sequences of rows of text. They are shorter than `length` if there is little text."""
     if not holds_text(rows[0]):
         raise unknown_form(rows[0])
-    tokenizer = tokenizer if hasattr(tokenizer, "bos_token_id") else getattr(tokenizer, "tokenizer", None)
-    if tokenizer is None:
+    tokenizer = tokenizer_of(tokenizer)
+    if not hasattr(tokenizer, "bos_token_id"):
         raise LayerPruneError(
             "The data is text, which needs a tokenizer. Give tokenizer= (in training, processing_class= of "
             "the Trainer), or give tokens: prepare_dataset(rows, tokenizer, 256) makes them."

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from transformers import default_data_collator
 
+from .texts import tokenizer_of
+
 
 class PaddingCollator:
     """Data collator that pads rows of unequal length on the right.
@@ -56,6 +58,6 @@ def padding_collator(tokenizer: Any) -> PaddingCollator:
     The collator pads with the padding token. It uses the end-of-text token if the tokenizer has no padding
     token, as for Llama and GPT-2.
     """
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    tokenizer = tokenizer_of(tokenizer)
     tokens = [getattr(tokenizer, name, None) for name in ("pad_token_id", "eos_token_id")]
     return PaddingCollator(next((token for token in tokens if isinstance(token, int)), 0))

@@ -118,7 +118,7 @@ def iter_sequences(
     counts = Counts()
     texts = iter_texts(rows, tokenizer, template, column, name)
     encoded = _encoded(texts, tokenizer, loss_on, counts)
-    start = _start(tokenizer)
+    start = start_tokens(tokenizer)
     pack = {"joined": _joined, "packed": _packed, "none": _single}[packing]
     try:
         yield from pack(encoded, start, length, counts)
@@ -201,7 +201,7 @@ def _stream(origin: dict[str, Any], form: dict[str, Any], skip: int = 0) -> Iter
         raise unreadable(name, error) from error
 
 
-def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns the tokens that the tokenizer adds before a text, for example [CLS] for BERT.
 
     Gemma predicts badly without its beginning-of-text token.
@@ -210,12 +210,17 @@ def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [token for token in tokenizer("")["input_ids"] if token in first][:1]
 
 
+def end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the token at the end of each text, if the tokenizer has one."""
+    last = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    return [] if last is None else [last]
+
+
 def _encoded(
     texts: Iterable[Text], tokenizer: PreTrainedTokenizerBase, loss_on: str, counts: Counts
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Yields the tokens of each text, with the end-of-text token at the end, and their labels."""
-    last = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    end = [] if last is None else [last]
+    end = end_tokens(tokenizer)
     for text in texts:
         counts.texts += 1
         if loss_on == "all":

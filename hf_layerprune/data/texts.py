@@ -16,7 +16,8 @@ logger: Any = logging.get_logger(__name__)  # the logger of transformers has war
 
 COLUMNS = ("text", "messages", "conversations", "prompt")
 # Columns and message parts that hold other things than text. The names are those of trl and chat templates.
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+PICTURES = ("image", "images")
+MEDIA = (*PICTURES, "video", "videos", "audio", "audios")
 MEDIA_PARTS = (*MEDIA, "image_url", "video_url", "audio_url", "input_audio")
 # Maps the roles of ShareGPT conversations to the roles of chat templates.
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -43,19 +44,19 @@ def text_of(row: Any, tokenizer: Any = None, template: str | None = None, column
         row (`str`, messages, or `dict`): a string; a list of messages; or a row with the column `text`,
             `messages`, `conversations` (ShareGPT), or `prompt` and `completion`, as in trl.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's tokenizer. Its chat template formats
-            messages.
+            messages. With a processor that reads pictures, the row may hold pictures.
         template (`str`, *optional*): a text with column names, for example `"{instruction}\\n{output}"`.
         column (`str`, *optional*, defaults to `"text"`): the column that holds plain text.
 
     Raises:
         LayerPruneError: the row has none of these forms, the chat template cannot format its messages, or
-            the row holds pictures, video or sound.
+            the row holds media that `tokenizer` does not read.
     """
     if template is not None:
         return Text(_filled(template, row))
     if isinstance(row, str):
         return Text(row)
-    _check_text_alone(row)
+    _check_media(row, PICTURES if reads_pictures(tokenizer) else ())
     if is_chat(row):
         return _chat(row, tokenizer)
     if not isinstance(row, Mapping):
@@ -74,29 +75,51 @@ def text_of(row: Any, tokenizer: Any = None, template: str | None = None, column
     raise unknown_form(row)
 
 
-def _check_text_alone(row: Any) -> None:
-    """Checks that a row holds only text. The placeholder tokens of a picture mean nothing without it.
+def _check_media(row: Any, read: Sequence[str]) -> None:
+    """Checks that a row holds no media of other kinds than `read`. The placeholder tokens of a picture mean
+    nothing without it.
 
     Raises:
-        LayerPruneError: the row holds pictures, video or sound.
+        LayerPruneError: the row holds media of another kind.
     """
     columns = row if isinstance(row, Mapping) else {}
-    found = [f"in column {name!r}" for name in MEDIA if not _is_empty(columns.get(name))]
-    chats = [row, *(columns.get(name) for name in ("messages", "conversations", "prompt", "completion"))]
-    for chat in filter(is_chat, chats):
-        contents = [message.get("content") for message in chat]
-        parts = [part for content in contents if isinstance(content, (list, tuple)) for part in content]
-        kinds = [part.get("type") for part in parts if isinstance(part, Mapping)]
-        found += [f"as a part of type {kind!r} of a message" for kind in kinds if kind in MEDIA_PARTS]
+    others = [name for name in MEDIA if name not in read]
+    found = [f"in column {name!r}" for name in others if not is_empty(columns.get(name))]
+    kinds = [part.get("type") for part in parts_of(row) if isinstance(part, Mapping)]
+    found += [
+        f"as a part of type {kind!r} of a message"
+        for kind in kinds
+        if kind in MEDIA_PARTS and kind not in read
+    ]
     if found:
+        as_text = "with pictures" if read else "as text alone"
         raise LayerPruneError(
-            f"The data holds media {found[0]}, but rows are read as text alone. Give DistillationTrainer a "
-            "data_collator that calls the processor (guide on vision-language models), or read text columns "
-            "alone with data_template, as '{text}'."
+            f"The data holds media {found[0]}, but rows are read {as_text}. Pictures need a vision-language "
+            "model with its processor, and no streaming. For other media, give DistillationTrainer a "
+            "data_collator. To read text columns alone, set data_template, as '{text}'."
         )
 
 
-def _is_empty(value: Any) -> bool:
+def parts_of(row: Any) -> list[Any]:
+    """Returns the parts of all messages of a row whose content is a list of parts, in order."""
+    columns = row if isinstance(row, Mapping) else {}
+    chats = [row, *(columns.get(name) for name in ("messages", "conversations", "prompt", "completion"))]
+    contents = [message.get("content") for chat in filter(is_chat, chats) for message in chat]
+    return [part for content in contents if isinstance(content, (list, tuple)) for part in content]
+
+
+def reads_pictures(processing_class: Any) -> bool:
+    """Returns whether a tokenizer or processor reads pictures."""
+    return getattr(processing_class, "image_processor", None) is not None
+
+
+def tokenizer_of(processing_class: Any) -> Any:
+    """Returns the tokenizer of a processor, and a tokenizer or None unchanged."""
+    return getattr(processing_class, "tokenizer", processing_class)
+
+
+def is_empty(value: Any) -> bool:
+    """Returns whether a value of a column is None or has no entries."""
     return value is None or (hasattr(value, "__len__") and len(value) == 0)
 
 

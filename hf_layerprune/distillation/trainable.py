@@ -78,6 +78,16 @@ def trained_parameters(model: Any, what: str) -> list[nn.Parameter]:
     return parameters
 
 
+def freeze_vision(model: Any) -> None:
+    """Freezes all parameters of a vision-language model, in place, but those of its text decoder, embeddings
+    and LM head, and the adapters on them."""
+    base = base_of(model)
+    text = (find_decoder(base).parent, base.get_input_embeddings(), base.get_output_embeddings())
+    kept = {id(parameter) for module in text for parameter in module.parameters()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and id(parameter) in kept)
+
+
 class TrainedParameters:
     """Freezes and unfreezes the parameters of a model that loses layers.
 

@@ -26,9 +26,9 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..checkpoints.saving import check_configs, check_merge, check_no_adapters_in, check_writable
-from ..data.collator import padding_collator
+from ..data.pictures import PictureCollator
 from ..data.targets import targets_of
-from ..data.trainer_rows import prepare_rows
+from ..data.trainer_rows import make_collator, prepare_rows
 from ..errors import LayerPruneError, one_line
 from ..forward.lm_head import router_losses
 from ..surgery.decoder import is_sharded
@@ -167,10 +167,14 @@ class DistillationTrainer(Trainer):
             tokenizer: Any = processing_class
             train_dataset = prepare_rows(train_dataset, tokenizer, student, args, "train_dataset")
             eval_dataset = prepare_rows(eval_dataset, tokenizer, student, args, "eval_dataset")
+        if data_collator is None:
+            data_collator = make_collator([train_dataset, eval_dataset], processing_class, args)
+            if isinstance(data_collator, PictureCollator):  # it reads columns that the model does not
+                args.remove_unused_columns = False
         super().__init__(
             trained,
             args,
-            padding_collator(processing_class) if data_collator is None else data_collator,
+            data_collator,
             train_dataset,
             eval_dataset,
             processing_class,

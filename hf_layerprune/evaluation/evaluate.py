@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.batches import make_batches, model_columns, regroup_batches
+from ..data.batches import has_pictures, make_batches, model_columns, regroup_batches
 from ..data.processes import check_same_batches, process_count, read_all
 from ..data.sequences import context_length
 from ..data.targets import Batch, check_token_labels, targets_of
+from ..data.texts import tokenizer_of
 from ..errors import LayerPruneError
 from ..forward.hooks import undisturbed
 from ..forward.lm_head import ChunkedLMHead, unit_losses
@@ -41,9 +42,10 @@ def evaluate_model(
 
     Args:
         model (`PreTrainedModel`): a causal language model.
-        tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
+        tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`): the model's tokenizer or processor.
         batches: `input_ids` `(batch, length)` of whole passages, or another form that [`evaluate_text`]
-            reads. If `batches` is empty, only the tasks are measured.
+            reads. If `batches` is empty, only the tasks are measured. For rows with pictures, only the
+            perplexity is measured on them.
         questions (mapping of `str` to sequence of [`Question`], *optional*): the questions of each task, by
             its name in `TASKS`.
         batch_tokens (`int`, *optional*): tokens in a forward pass, see [`evaluate_text`] and
@@ -56,8 +58,11 @@ def evaluate_model(
     Raises:
         LayerPruneError: a question is too long, or a text is too short to copy. Both are checked first.
     """
+    text_tokenizer = tokenizer_of(tokenizer)
     tasks = {
-        name: MultipleChoice(asked, tokenizer, normalize=TASKS[name].normalize, batch_tokens=batch_tokens)
+        name: MultipleChoice(
+            asked, text_tokenizer, normalize=TASKS[name].normalize, batch_tokens=batch_tokens
+        )
         for name, asked in (questions or {}).items()
     }
     for task in tasks.values():
@@ -66,15 +71,17 @@ def evaluate_model(
         torch.cuda.reset_peak_memory_stats()
     if not isinstance(batches, (list, tuple)) or batches:
         batches = _as_batches(model, batches, tokenizer)
-    copied = copying(model, batches[: 1 + 31 // len(batches[0]["input_ids"])]) if batches else None
+    on_text = bool(batches) and not any(map(has_pictures, batches))
+    copied = copying(model, batches[: 1 + 31 // len(batches[0]["input_ids"])]) if on_text else None
     found: dict[str, Any] = {
         "layers": len(get_lineage(model).kept),
         "parameters": model.num_parameters(),
         "weights_mb": round(model.get_memory_footprint() / 2**20, 1),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    if copied is not None:
+    if batches:
         found |= evaluate_text(model, batches, tokenizer, batch_tokens)
+    if copied is not None:
         found |= {"generated_per_second": generation_speed(model, batches[0]), "copying": copied}
     if torch.cuda.is_available():
         found["peak_memory_mb"] = torch.cuda.max_memory_allocated() // 2**20
@@ -103,8 +110,9 @@ def evaluate_text(
         model (`PreTrainedModel`): a causal language model. It is not changed.
         batches: `input_ids` `(batch, length)`, and if needed `attention_mask` and `labels`. Other forms that
             [`make_batches`] reads are accepted too, such as a data set, a tensor, a list of texts, or chats.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's tokenizer. Needed for text, and for
-            bits per byte, which compare models with different tokenizers.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's tokenizer, or its processor for rows
+            with pictures. Needed for text, and for bits per byte, which compare models with different
+            tokenizers.
         batch_tokens (`int`, *optional*): tokens in a forward pass. Default: on a GPU as many as fit into half
             of its free memory, at most 32,768; on other devices the given batches are not changed.
 
@@ -123,7 +131,7 @@ def evaluate_text(
     """
     check_next_token(base_of(model), "evaluate_text")
     check_not_tensor_parallel(base_of(model))
-    batches = _as_batches(model, batches, tokenizer)
+    batches, tokenizer = _as_batches(model, batches, tokenizer), tokenizer_of(tokenizer)
     most = tokens_per_pass(model, batch_tokens)
     if most is not None:
         total = sum(batch["input_ids"].numel() for batch in batches)
@@ -193,13 +201,16 @@ class HeldOutText:
     Args:
         data (`Dataset` or list of batches): sequences of tokens.
         batch_size (`int`, *optional*, defaults to 4): number of sequences in a batch.
+        collate (`Callable`, *optional*): makes a batch of rows, see [`make_batches`].
 
     Raises:
         LayerPruneError: `data` is empty.
     """
 
-    def __init__(self, data: Any, batch_size: int = 4) -> None:
-        self.data, self.batches = data, make_batches(data, batch_size)
+    def __init__(
+        self, data: Any, batch_size: int = 4, collate: Callable[[list[Any]], dict[str, Any]] | None = None
+    ) -> None:
+        self.data, self.batches = data, make_batches(data, batch_size, collate)
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
         """Returns the result of [`evaluate_text`] for `model`."""

@@ -56,6 +56,7 @@ def run_phases(
     args: PhaseSizeArguments | None = None,
     calibration: Any = (),
     evaluation: Evaluation | None = None,
+    collate: Callable[[list[Any]], dict[str, Any]] | None = None,
     **settings: Any,
 ) -> RunRecord:
     """Removes layers phase by phase. In each phase a command trains the pruned model in its own processes.
@@ -76,6 +77,7 @@ def run_phases(
             each phase removes.
         calibration (`Dataset` or sequence of dict): sequences or batches to score layers on.
         evaluation (`Callable`, *optional*): see [`LayerPruningCallback`].
+        collate (`Callable`, *optional*): makes a batch of calibration rows, see [`make_batches`].
         settings (*optional*): fields of [`PhaseSizeArguments`] by name, instead of `args`.
 
     Returns:
@@ -96,7 +98,7 @@ def run_phases(
         args = resolve_target(args, load(None))
     recorded = record_settings(args)
     check_choices(args.criterion, pattern=args.pattern, racing=args.racing)
-    batches = make_batches(calibration, 4)
+    batches = make_batches(calibration, 4, collate)
     record = read_record(folder)
     if record is None:
         model = load(None)

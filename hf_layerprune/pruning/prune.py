@@ -42,6 +42,7 @@ def prune_layers(
     teacher: PreTrainedModel | None = None,
     evaluation: Evaluation | None = None,
     select: str = "greedy",
+    collate: Callable[[list[Any]], dict[str, Any]] | None = None,
     **settings: Any,
 ) -> RunRecord:
     """Removes the least important layers of `model`, in place, without training.
@@ -57,6 +58,7 @@ def prune_layers(
               `"block_influence"`).
             - `"block"`: the consecutive layers with the lowest common score (LLM-Streamline, 2403.19135, with
               `"block_influence"`; Gromov et al., 2403.17887, with `"angular"`).
+        collate (`Callable`, *optional*): makes a batch of calibration rows, see [`make_batches`].
         settings (*optional*): fields of [`RemovalArguments`] by name, instead of `args`.
 
     Returns:
@@ -69,7 +71,7 @@ def prune_layers(
     args = resolve_target(make_arguments(RemovalArguments, args, settings), model)
     _check_selection(model, args, task, teacher, select)
     fixed = check_plan(model, args.target_layers, args.protected)
-    batches = make_batches(calibration, 4) if reads_text(args.criterion, task) else []
+    batches = make_batches(calibration, 4, collate) if reads_text(args.criterion, task) else []
     pruning = record_settings(args, teacher) | {"protected_originals": fixed, "select": select}
     record = start_record(model, pruning)
     record.texts = describe_texts(calibration, batches, evaluation)

@@ -9,8 +9,8 @@ from ..errors import LayerPruneError
 
 
 DATA_FORMS = (
-    "Rows hold text, chats or prompts. Files are .txt, .md, .json, .jsonl, .csv, .parquet or .arrow, also "
-    "packed as .gz and .zst."
+    "Rows hold text, chats or prompts, for vision-language models also pictures. Files are .txt, .md, "
+    ".json, .jsonl, .csv, .parquet or .arrow, also packed as .gz and .zst."
 )
 DATA_HELP = (
     "Files, folders, globs, hub ids, - (stdin) or self (model text). With self the model writes the text. "

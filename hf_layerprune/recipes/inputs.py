@@ -18,10 +18,11 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_torch_tf32_available
 
-from ..checkpoints.loading import load_class, load_model, load_tokenizer, stored_dtype
+from ..checkpoints.loading import load_class, load_model, load_processing_class, stored_dtype
 from ..data.arguments import SequenceArguments
 from ..data.batches import make_batches, rows_of
 from ..data.own_text import SELF, write_own_text
+from ..data.pictures import PictureCollator, check_pictures, holds_pictures
 from ..data.processes import process_index, run_together
 from ..data.sequences import (
     check_sequence_length,
@@ -31,7 +32,7 @@ from ..data.sequences import (
     stream_sequences,
 )
 from ..data.sources import SUPPORTED, load_rows, names_of
-from ..data.texts import holds_text
+from ..data.texts import holds_text, tokenizer_of
 from ..distillation.arguments import DTYPES, DistillationTrainingArguments
 from ..distillation.checks import quantised_weights
 from ..distillation.teacher_cache import is_teacher_cache
@@ -51,8 +52,8 @@ Parts = tuple[Dataset, Dataset, Any]  # rows for calibration, evaluation and tra
 
 def check_model(
     name: str, source: ModelArguments, what: str, criterion: str | None = None
-) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
-    """Returns the config and the tokenizer of a model, without loading its weights.
+) -> tuple[PreTrainedConfig, Any]:
+    """Returns the config and the tokenizer or processor of a model, without loading its weights.
 
     Args:
         name (`str`): folder or hub id of the model.
@@ -69,7 +70,7 @@ def check_model(
         check_next_token(cls, what)
     else:
         check_criterion_fits(cls, criterion)
-    return config, load_tokenizer(name, source.trust_remote_code, source.gguf_file)
+    return config, load_processing_class(name, source.trust_remote_code, source.gguf_file)
 
 
 def check_loading_for_training(source: ModelArguments, all_weights: bool = True) -> None:
@@ -208,11 +209,11 @@ def make_sequences(
     text: TextArguments,
     sequence: SequenceArguments,
     config: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Any,
     limit: int | None = None,
     writer: Callable[[], PreTrainedModel] | None = None,
 ) -> Dataset:
-    """Returns rows of tokens with labels, made of text.
+    """Returns rows of tokens with labels, made of text. Rows with pictures are returned unchanged.
 
     Args:
         data: sources that [`load_rows`] reads, as a `str`, a `Path` or a list of `Path`; `"self"`; or rows in
@@ -220,7 +221,7 @@ def make_sequences(
         text ([`TextArguments`]): settings of text loading.
         sequence ([`SequenceArguments`]): settings of the sequences.
         config (`PreTrainedConfig`): the config of the model that reads the text.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's tokenizer. Text needs it.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's tokenizer or processor. Text needs it.
         limit (`int`, *optional*): maximum number of sequences made of text.
         writer (`Callable`, *optional*): a function that returns the model that generates text for `"self"`.
 
@@ -242,12 +243,18 @@ def make_sequences(
     if sources:
         rows = load_rows(sources, text.data_split, text.data_config, text.data_revision)
         name = text_name(sources, text)
+        if _has_pictures(rows, tokenizer, text):
+            rows.info.dataset_name = name
+            return _picture_rows(rows, tokenizer, text, sequence, limit)
         sequences = prepare_dataset(rows, _needed(tokenizer), limit=limit, name=name, **form)
         sequences.info.dataset_name = name
         return sequences
     if data is None:
         raise LayerPruneError(f"There is no data. Give {SUPPORTED}, or a list of texts.")
     rows = rows_of(data)
+    if _has_pictures(rows, tokenizer, text):
+        rows = rows if isinstance(rows, Dataset) else Dataset.from_list([*rows])
+        return _picture_rows(rows, tokenizer, text, sequence, limit)
     if _holds_text(rows, text):
         sequences = prepare_dataset(rows, _needed(tokenizer), limit=limit, **form)
         if isinstance(data, Dataset):
@@ -255,6 +262,37 @@ def make_sequences(
         return sequences
     tokens = [{name: value[0].tolist() for name, value in batch.items()} for batch in make_batches(rows, 1)]
     return Dataset.from_list([{"labels": row["input_ids"]} | row for row in tokens])
+
+
+def _has_pictures(rows: Any, processing_class: Any, text: TextArguments) -> bool:
+    """Returns whether rows are read with their pictures. A template reads only the columns that it names."""
+    return text.data_template is None and holds_pictures(rows, processing_class)
+
+
+def _picture_rows(
+    rows: Dataset, processor: Any, text: TextArguments, sequence: SequenceArguments, limit: int | None
+) -> Dataset:
+    """Returns the first rows, and checks that the processor can read all of them.
+
+    Raises:
+        LayerPruneError: a row cannot be read, or the sequences are set to be packed.
+    """
+    if sequence.packing == "packed":
+        raise LayerPruneError(
+            "packing is 'packed', but rows with pictures are not packed: each row is one sequence. Set "
+            "packing to 'none'."
+        )
+    check_pictures(rows, PictureCollator(processor, sequence.loss_on, text.data_field))
+    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+
+def picture_collator(
+    rows: Any, processing_class: Any, text: TextArguments, sequence: SequenceArguments
+) -> PictureCollator | None:
+    """Returns the data collator for rows of [`make_sequences`] with pictures, None for rows of tokens."""
+    if not isinstance(rows, Dataset) or "input_ids" in rows.column_names:
+        return None
+    return PictureCollator(processing_class, sequence.loss_on, text.data_field)
 
 
 def load_writer(name: str, source: ModelArguments) -> PreTrainedModel:
@@ -352,7 +390,7 @@ def split_text(
     sequence: SequenceArguments,
     sample: SampleArguments,
     config: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
+    tokenizer: Any,
     max_steps: int,
     writer: Callable[[], PreTrainedModel] | None = None,
 ) -> Parts:
@@ -408,7 +446,7 @@ def text_name(sources: Iterable[str | Path], text: TextArguments) -> str:
     return f"{name}, {text.data_config}" if text.data_config else name
 
 
-def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    if tokenizer is None:
+def _needed(processing_class: Any) -> PreTrainedTokenizerBase:
+    if processing_class is None:
         raise LayerPruneError("The data is text, which needs a tokenizer. Give tokenizer=.")
-    return tokenizer
+    return tokenizer_of(processing_class)

@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, Trainer
 
 from ..checkpoints.saving import save_model
 from ..data.batches import make_batches
 from ..data.collator import PaddingCollator
+from ..data.pictures import PictureCollator
 from ..data.targets import Batch
 from ..distillation.arguments import DistillationTrainingArguments
 from ..distillation.reconstruction import check_can_reconstruct, reconstruct_layers
 from ..distillation.teacher import hold_in_autocast_dtype, make_teacher
 from ..distillation.teacher_cache import CachedTeacherLogits
-from ..distillation.trainable import trained_parameters
+from ..distillation.trainable import freeze_vision, trained_parameters
 from ..distillation.trainer import DistillationTrainer
 from ..errors import LayerPruneError
 from ..evaluation.evaluate import HeldOutText
@@ -72,6 +73,8 @@ class Run:
             Default: a copy of `model`.
         owns_teacher (`bool`, *optional*, defaults to `True`): whether only this run uses the teacher, so that
             its weights may be cast.
+        pictures ([`PictureCollator`], *optional*): the data collator, if the rows hold pictures instead of
+            tokens.
     """
 
     model: PreTrainedModel
@@ -83,9 +86,12 @@ class Run:
     train: Any
     teacher: Any = None
     owns_teacher: bool = True
+    pictures: PictureCollator | None = None
 
     def __post_init__(self) -> None:
-        self.evaluation = HeldOutText(self.heldout, self.args.per_device_eval_batch_size)
+        self.evaluation = HeldOutText(self.heldout, self.args.per_device_eval_batch_size, self.pictures)
+        if self.pictures:  # it reads columns that the model does not
+            self.args.remove_unused_columns = False
         self.folder = Path(str(self.args.output_dir))
 
     @property
@@ -96,7 +102,7 @@ class Run:
 
 def run_recipe(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Any,
     recipe: RecipeArguments,
     pruning: PruningArguments,
     args: DistillationTrainingArguments,
@@ -106,12 +112,14 @@ def run_recipe(
     resolved: dict[str, Any] | None = None,
     teacher: PreTrainedModel | str | None = None,
     trust_remote_code: bool = False,
+    pictures: PictureCollator | None = None,
 ) -> RunRecord:
     """Runs a recipe on `model`, in place, and saves the pruned model with its card in `args.output_dir`.
 
     Args:
-        model, recipe, pruning, args: see [`Run`].
-        tokenizer (`PreTrainedTokenizerBase`): the tokenizer, which is saved with the model.
+        model, recipe, pruning, args, pictures: see [`Run`].
+        tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`): the tokenizer or processor, which is saved
+            with the model.
         parts (tuple of three `Dataset`): rows of tokens for calibration, evaluation and training.
         resume (*optional*): see [`~transformers.Trainer.train`]. Training of a replacement cannot be resumed.
         resolved (`dict`, *optional*): the fields of the recipe, for record and card.
@@ -125,7 +133,8 @@ def run_recipe(
     Raises:
         LayerPruneError: settings cannot work. It is raised before any long work.
     """
-    run = Run(model, recipe, pruning, args, *parts, owns_teacher=not isinstance(teacher, PreTrainedModel))
+    owns_teacher = not isinstance(teacher, PreTrainedModel)
+    run = Run(model, recipe, pruning, args, *parts, owns_teacher=owns_teacher, pictures=pictures)
     if teacher is not None:
         _check_teaches(run)
         found: Any = make_teacher(teacher, model, args.hidden_weight > 0, False, tokenizer, trust_remote_code)
@@ -197,8 +206,7 @@ def _check(run: Run, resume: str | bool | None) -> None:
                 f"reconstruction_layers is set, but {teacher} holds cached logits and no hidden states. Give "
                 "the original model as teacher, or set reconstruction_layers to 0."
             )
-        first = Dataset.from_list([next(iter(run.train))])
-        check_can_reconstruct(run.model, teacher, make_batches(first, 1))
+        check_can_reconstruct(run.model, teacher, make_batches([next(iter(run.train))], 1, run.pictures))
 
 
 def _check_has_block(run: Run, length: int, protected: Sequence[int] | None) -> None:
@@ -295,7 +303,7 @@ def _remove(run: Run, checkpoint: str | None) -> tuple[RunRecord, list[nn.Parame
     if run.recipe.replacement != "none" or run.recipe.block_candidates > 1:
         return _replace(run)
     removal, select = narrowed(pruning, RemovalArguments), run.recipe.select
-    texts: Any = {"calibration": run.calibration, "evaluation": run.evaluation}
+    texts: Any = {"calibration": run.calibration, "evaluation": run.evaluation, "collate": run.pictures}
     return prune_layers(model, removal, select=select, **texts), []
 
 
@@ -346,16 +354,26 @@ def _reconstruct(run: Run, teacher: PreTrainedModel) -> dict[str, Any]:
 
 def _training_batches(run: Run, tokens: int | None) -> list[Batch]:
     """Returns batches of the first training rows with at most this number of tokens. None means all rows."""
+    size = run.args.train_batch_size
     if tokens is None and isinstance(run.train, Dataset):
-        return make_batches(run.train, run.args.train_batch_size)
-    rows: list[dict[str, Any]] = []
+        return make_batches(run.train, size, run.pictures)
     read = 0
+    if run.pictures:  # only the batches tell the number of tokens
+        batches: list[Batch] = []
+        for start in range(0, len(run.train), size):
+            batch = run.pictures([run.train[i] for i in range(start, min(start + size, len(run.train)))])
+            read += batch["input_ids"].numel()
+            if batches and tokens is not None and read > tokens:
+                break
+            batches.append(batch)
+        return batches
+    rows: list[dict[str, Any]] = []
     for row in run.train:
         read += len(row["input_ids"])
         if rows and tokens is not None and read > tokens:
             break
         rows.append(row)
-    return make_batches(Dataset.from_list(rows), run.args.train_batch_size)
+    return make_batches(Dataset.from_list(rows), size)
 
 
 def _reconstruction_settings(run: Run) -> dict[str, Any]:
@@ -411,7 +429,7 @@ def _replace(run: Run) -> tuple[RunRecord, list[nn.Parameter]]:
     settings: dict[str, Any] = {name: getattr(pruning, name) for name in names}
     settings |= {"protected_originals": fixed, "select": "block", "replacement": kind}
     record = start_record(model, settings)
-    batches = make_batches(run.calibration, 4)
+    batches = make_batches(run.calibration, 4, run.pictures)
     record.texts = describe_texts(run.calibration, batches, run.evaluation)
     record.dense = run_evaluation(run.evaluation, model)
 
@@ -460,6 +478,8 @@ def _train(
         LayerPruneError: the Trainer does not accept an argument.
     """
     model, args = run.model, run.args
+    if run.pictures:  # the teacher's pictures and the student's stay the same
+        freeze_vision(model)
     kind: Any
     settings: dict[str, Any]
     distills = args.kl_weight or args.hidden_weight
@@ -470,7 +490,9 @@ def _train(
         chosen = {id(parameter) for parameter in trained_parameters(model, args.trainable)}
         for parameter in model.parameters():
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in chosen)
-        kind, settings = Trainer, {"data_collator": PaddingCollator()}
+        kind, settings = Trainer, {}
+    if run.pictures or kind is Trainer:
+        settings["data_collator"] = run.pictures or PaddingCollator()
     callbacks = [] if callback is None else [callback]
     try:
         trainer = kind(model, args, train_dataset=run.train, callbacks=callbacks, **settings)
@@ -480,7 +502,7 @@ def _train(
         callback.set_trainer(trainer)
     if isinstance(teacher, PreTrainedModel) and run.owns_teacher:
         hold_in_autocast_dtype(teacher, trainer.accelerator)
-    count_tokens(args, run.train)
+    count_tokens(args, run.train, run.pictures and run.pictures.processor)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     return trainer.state.log_history

@@ -209,10 +209,9 @@ def _measures(found: Mapping[str, Any], speeds: bool, is_first: bool) -> dict[st
             "copy accuracy": f"{copied['right']:.3f}",
         }
     if speeds and "tokens_per_second" in found:
-        cells |= {
-            "prefill tokens/s": f"{found['tokens_per_second']:.0f}",
-            "decode tokens/s": f"{found['generated_per_second']:.1f}",
-        }
+        cells["prefill tokens/s"] = f"{found['tokens_per_second']:.0f}"
+        if "generated_per_second" in found:  # not for text with pictures
+            cells["decode tokens/s"] = f"{found['generated_per_second']:.1f}"
     tasks = found.get("tasks", {})
     cells |= {name: _with_error(task["accuracy"], task["standard_error"]) for name, task in tasks.items()}
     if tasks:

@@ -10,6 +10,7 @@ from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 from ..data.targets import Batch
+from ..data.texts import tokenizer_of
 from ..evaluation.evaluate import HeldOutText
 
 
@@ -57,7 +58,8 @@ def count_tokens(args: TrainingArguments, data: Any, tokenizer: Any = None) -> b
     Args:
         args (`TrainingArguments`): the training arguments.
         data (`Dataset` or other): the training data.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): gives the padding token, which is not counted.
+        tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*): gives the padding token, which
+            is not counted.
 
     Returns:
         `bool`: whether tokens are counted. Data without `input_ids`, as for GRPO, cannot be counted.
@@ -67,7 +69,8 @@ def count_tokens(args: TrainingArguments, data: Any, tokenizer: Any = None) -> b
         # A stream has no column names, but distillation always reads input_ids.
         if "input_ids" not in columns and not hasattr(args, "kl_weight"):
             return False
-        padded = "attention_mask" in columns or getattr(tokenizer, "pad_token_id", None) is not None
+        pad_token = getattr(tokenizer_of(tokenizer), "pad_token_id", None)
+        padded = "attention_mask" in columns or pad_token is not None
         args.include_num_input_tokens_seen = "non_padding" if padded else "all"
     return True
 

@@ -211,11 +211,11 @@ def summary():
     exact = [name for name, reasons in types.items() if not any(reasons)]
     refused = [name for name, reasons in types.items() if all(reasons)]
     return textwrap.fill(
-        f"transformers {transformers.__version__} has {len(TYPES)} causal language model types. "
-        f"For {len(exact)} of them, a tiny model was pruned exactly with each of {len(ALL_SETS)} sets of "
-        f"layers. For {len(types) - len(exact) - len(refused)}, some sets were pruned exactly, and the "
-        f"others were refused with the reason. {len(refused)} are always refused, and for {len(NOT_BUILT)} "
-        "no tiny model could be built ([list](tests/surgery/architectures.md)).",
+        f"A tiny model of each of the {len(TYPES)} causal language model types in transformers "
+        f"{transformers.__version__} was pruned and reloaded. {len(exact)} types give the same logits as the "
+        f"original model with the removed layers skipped, for each of {len(ALL_SETS)} sets of layers. "
+        f"{len(types) - len(exact) - len(refused)} do so for some sets, {len(refused)} are always refused, "
+        f"and for {len(NOT_BUILT)} no tiny model could be built ([list](tests/surgery/architectures.md)).",
         120,
     )
 
