@@ -108,6 +108,7 @@ def quantised_weights(config: PreTrainedConfig, name: str) -> LayerPruneError:
 
 
 STOCHASTIC = ("adamw_torch_4bit", "adamw_torch_8bit")  # optimizers that can round stochastically
+STOCHASTIC_ROUNDING = "bf16_stochastic_round=True"
 
 
 def check_trained_dtype(trainer: Any, model: Any) -> None:
@@ -126,7 +127,8 @@ def check_trained_dtype(trainer: Any, model: Any) -> None:
             "with dtype=torch.float32."
         )
     halves = dtypes & {torch.bfloat16, torch.float16}
-    is_plain = trainer.optimizer is None and trainer.args.optim not in STOCHASTIC
+    rounds = trainer.args.optim in STOCHASTIC and STOCHASTIC_ROUNDING in (trainer.args.optim_args or "")
+    is_plain = trainer.optimizer is None and not rounds
     if not halves or not is_plain or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return
     logger.warning(

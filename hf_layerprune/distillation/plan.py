@@ -291,6 +291,10 @@ def optimizer_bytes(optim: str) -> int:
     return 2 if "8bit" in optim else 8
 
 
+# Trains bfloat16 weights: 8-bit states, and updates that are rounded up or down at random (torchao).
+IN_BF16 = "--dtype bfloat16 --optim adamw_torch_8bit --optim_args bf16_stochastic_round=True"
+
+
 def settings_that_fit(
     footprint: Footprint, settings: TrainingSettings, target: int, start: int, length: int, memory: float
 ) -> list[str]:
@@ -301,16 +305,23 @@ def settings_that_fit(
     chosen: list[str] = []
     present = settings
     peak = plan_training(footprint, present, target, start, length).peak
-    for words, changes in (
-        ("--activation_checkpointing True", {"activation_checkpointing": True}),
-        ("--optim adamw_8bit", {"optim": "adamw_8bit"}),
-        ("--teacher DIR of cached logits", {"teacher_bytes": 0, "teacher_runs": False}),
-    ):
-        changed = replace(present, **changes)
+    in_bf16 = {
+        "weight_bytes": 2,
+        "teacher_bytes": min(2, settings.teacher_bytes),
+        "optim": "adamw_torch_8bit",
+    }
+    changes: dict[str, dict[str, Any]] = {
+        "--activation_checkpointing True": {"activation_checkpointing": True},
+        "--optim adamw_8bit": {"optim": "adamw_8bit"},
+        IN_BF16: in_bf16 if settings.weight_bytes == 4 else {},
+        "--teacher DIR of cached logits": {"teacher_bytes": 0, "teacher_runs": False},
+    }
+    for words, change in changes.items():
+        changed = replace(present, **change)
         lower = plan_training(footprint, changed, target, start, length).peak
         if lower >= peak:
             continue
-        chosen.append(words)
+        chosen = [one for one in chosen if words != IN_BF16 or not one.startswith("--optim ")] + [words]
         present, peak = changed, lower
         if peak <= memory:
             return chosen

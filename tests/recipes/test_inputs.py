@@ -152,7 +152,8 @@ def test_commands_train_in_the_precision_of_the_machine(command, folder, monkeyp
     [
         (torch.bfloat16, {}, True),
         (torch.bfloat16, {"bf16": True}, True),
-        (torch.bfloat16, {"optim": "adamw_torch_8bit"}, False),
+        (torch.bfloat16, {"optim": "adamw_torch_8bit"}, True),
+        (torch.bfloat16, {"optim": "adamw_torch_8bit", "optim_args": "bf16_stochastic_round=True"}, False),
         (torch.float32, {"bf16": True}, False),
     ],
 )
