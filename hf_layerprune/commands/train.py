@@ -138,7 +138,7 @@ def distill(arguments: list[str]) -> None:
         data.sources, text, args, sample, config, tokenizer, args.max_steps, writer
     )
     check_text_is_left(train, sample)
-    taught: Any = {"teacher": teacher.teacher, "lora_rank": lora.lora_rank}
+    taught: Any = {"teacher": teacher.teacher, "lora_rank": lora.lora_rank, "given": given_values}
     announce_plan(name, source, pruning, args, train, **taught)
     if not resume and args.process_index == 0:
         keep_settings(args.output_dir)

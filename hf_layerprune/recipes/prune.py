@@ -153,7 +153,14 @@ def prune(
     distills = args.max_steps and (args.kl_weight or args.hidden_weight)
     if distills and not in_memory and not chosen.trains_only_replacement:
         announce_plan(
-            chosen.model, source, pruning, args, rows[2], select=chosen.select, teacher=taught.teacher
+            chosen.model,
+            source,
+            pruning,
+            args,
+            rows[2],
+            select=chosen.select,
+            teacher=taught.teacher,
+            given=settings,
         )
     if not resume and args.process_index == 0:
         # Of objects in memory only a teacher has a name by which the run can be repeated.

@@ -4,7 +4,8 @@ import logging
 import math
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Container
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -160,8 +161,11 @@ def announce_plan(
     select: str = "phases",
     teacher: str | None = None,
     lora_rank: int | None = None,
+    given: Container[str] = (),
 ) -> None:
     """Logs the memory and time of a distillation run before its weights are loaded, see [`log_plan`].
+
+    Sets `activation_checkpointing` in `args`, in place, if a run on one GPU only fits with it.
 
     Nothing is logged for runs that cannot be planned: quantised weights, and weights that are sharded over
     processes. The checks of the run handle wrong settings.
@@ -174,13 +178,14 @@ def announce_plan(
         train (`Dataset` or stream): the rows to train on.
         select (`str`, *optional*, defaults to `"phases"`): the selection of layers, see [`RecipeArguments`].
         teacher, lora_rank (*optional*): see [`plan_run`] and [`planned_model`].
+        given (container of `str`, *optional*): names of the settings that the user chose. They stay.
     """
     on_cpu = not torch.cuda.is_available() or args.use_cpu
     shares = bool(
         args.fsdp or args.deepspeed or {"ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"} & {*os.environ}
     )
     is_heard = logger.isEnabledFor(logging.INFO if on_cpu else logging.WARNING)
-    if shares or source.quantized or not is_heard or args.local_process_index:
+    if shares or source.quantized or (on_cpu and not is_heard) or args.local_process_index:
         return
     try:
         model = planned_model(name, source, lora_rank)
@@ -192,7 +197,31 @@ def announce_plan(
     except Exception as error:  # a failed estimate must not end the run
         logger.debug("The run is not planned: %s", error)
         return
+    if not on_cpu and "activation_checkpointing" not in given:
+        plan = _recompute_to_fit(plan, args)
     log_plan(plan, args, len(train) if isinstance(train, Dataset) else None)
+
+
+def _recompute_to_fit(plan: RunPlan, args: DistillationTrainingArguments) -> RunPlan:
+    """Sets activation checkpointing in `args`, in place, if the run only fits into the free memory of the GPU
+    with it. Returns the plan of the run.
+
+    With several processes nothing is changed: each has its own free memory, but all need the same settings.
+    """
+    if args.activation_checkpointing or args.torch_compile or args.world_size > 1:
+        return plan
+    free = torch.cuda.mem_get_info()[0]
+    recomputing = replace(plan, settings=replace(plan.settings, activation_checkpointing=True))
+    if not recomputing.training.peak <= free < plan.training.peak:
+        return plan
+    args.activation_checkpointing = True
+    logger.warning(
+        "activation_checkpointing is set, because training would need %.1f GiB without it and %.1f GiB are "
+        "free. Steps take about a third longer. A smaller batch may fit without it.",
+        plan.training.peak / GIB,
+        free / GIB,
+    )
+    return recomputing
 
 
 def log_plan(plan: RunPlan, args: DistillationTrainingArguments, rows: int | None) -> None:

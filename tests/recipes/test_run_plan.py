@@ -93,6 +93,32 @@ def test_a_gpu_that_is_too_small_is_a_warning(caplog, monkeypatch):
     assert not time.message.endswith("seconds.")  # nobody knows its speed in float32
 
 
+@pytest.mark.parametrize(
+    ("share", "given", "changes", "is_set"),
+    [
+        (0.98, (), {}, True),
+        (1.02, (), {}, False),  # it fits
+        (0.5, (), {}, False),  # it would not fit either
+        (0.98, ("activation_checkpointing",), {}, False),
+        (0.98, (), {"torch_compile": True}, False),
+    ],
+)
+def test_activations_are_recomputed_where_the_gpu_is_too_small(
+    share, given, changes, is_set, caplog, monkeypatch
+):
+    stored_config("large")
+    peak = plan_run(planned_model("large", ModelArguments(), None), arguments(), 4, 5).training.peak
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L4")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (share * peak, 22.5 * GIB))
+    args = arguments(**changes)
+    args.use_cpu = False  # as on the GPU that is pretended
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    messages = announced(caplog, args, given=given)
+    assert bool(args.activation_checkpointing) == is_set
+    assert any("activation_checkpointing is set, because training" in one for one in messages) == is_set
+    assert ("The run should fit." in messages) == (is_set or share > 1)
+
+
 def test_nothing_is_planned_where_nobody_reads_it(caplog, monkeypatch):
     stored_config("large")
     monkeypatch.setattr(run_plan, "planned_model", lambda *args: pytest.fail("planned"))
