@@ -15,7 +15,7 @@ from hf_layerprune import DistillationTrainer, DistillationTrainingArguments, La
 name, text, output_dir, target_layers = sys.argv[1:5]
 max_steps = int(sys.argv[5]) if len(sys.argv) > 5 else 300
 
-model = AutoModelForCausalLM.from_pretrained(name)
+model = AutoModelForCausalLM.from_pretrained(name, dtype="float32")
 tokenizer = AutoTokenizer.from_pretrained(name)
 tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 length = min(256, model.config.max_position_embeddings)

@@ -24,7 +24,8 @@ cut, name, text, output_dir = sys.argv[1:5]
 max_steps = int(sys.argv[5]) if len(sys.argv) > 5 else 300
 
 # Before the arguments are made: after that, ZeRO-3 would take the teacher apart, too.
-model, teacher = AutoModelForCausalLM.from_pretrained(cut), AutoModelForCausalLM.from_pretrained(name)
+model = AutoModelForCausalLM.from_pretrained(cut, dtype="float32")
+teacher = AutoModelForCausalLM.from_pretrained(name)
 tokenizer = AutoTokenizer.from_pretrained(name)
 train = token_sequences(load_texts(text), tokenizer, min(256, model.config.max_position_embeddings))
 

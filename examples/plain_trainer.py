@@ -20,7 +20,7 @@ from hf_layerprune import (
 name, text, output_dir, target_layers = sys.argv[1:5]
 max_steps = int(sys.argv[5]) if len(sys.argv) > 5 else 300
 
-model, tokenizer = load_model(name), load_tokenizer(name)
+model, tokenizer = load_model(name, dtype="float32"), load_tokenizer(name)
 length = min(256, model.config.max_position_embeddings)
 blocks = token_sequences(load_texts(text), tokenizer, length)
 calibration, heldout, train = split_sequences(blocks, calibration=8, heldout=8)

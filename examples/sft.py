@@ -17,7 +17,7 @@ name, text, output_dir, target_layers = sys.argv[1:5]
 max_steps = int(sys.argv[5]) if len(sys.argv) > 5 else 300
 
 checkpoint = last_checkpoint(output_dir)  # of a run that was stopped: it goes on with the layers left there
-model = AutoModelForCausalLM.from_pretrained(checkpoint or name)
+model = AutoModelForCausalLM.from_pretrained(checkpoint or name, dtype="float32")
 tokenizer = AutoTokenizer.from_pretrained(name)
 lines = load_dataset("text", data_files=text, split="train").filter(lambda row: row["text"].strip())
 parts = lines.train_test_split(test_size=0.1, seed=0)

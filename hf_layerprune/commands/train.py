@@ -102,7 +102,6 @@ def distill(arguments: list[str]) -> None:
     from ..checkpoints.loading import copy_companions
     from ..distillation.learning_rate import healing_learning_rate
     from ..distillation.teacher_cache import is_teacher_cache
-    from ..distillation.trainable import freeze_vision
     from ..evaluation.evaluate import HeldOutText
     from ..recipes.inputs import (
         check_loading_for_training,
@@ -146,8 +145,6 @@ def distill(arguments: list[str]) -> None:
     if lora.lora_rank is None and "learning_rate" not in given_values:
         args.learning_rate = healing_learning_rate(model)
     collate = picture_collator(train, tokenizer, text, args)
-    if collate:  # it reads columns that the model does not
-        args.remove_unused_columns = False
     evaluation = HeldOutText(heldout, args.per_device_eval_batch_size, collate)
     callback = pruning_callback(pruning, calibration=calibration, evaluation=evaluation)
     trainer = _make_trainer(
@@ -162,8 +159,6 @@ def distill(arguments: list[str]) -> None:
         peft_config=_lora_config(lora.lora_rank),
         callbacks=[callback],
     )
-    if collate:  # the teacher's pictures and the student's stay the same
-        freeze_vision(trainer.model)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     copy_companions(name, args.output_dir)

@@ -160,11 +160,12 @@ def _loaded(picture: Any) -> Any:
         LayerPruneError: the picture cannot be read.
     """
     name: Any = picture.get("path") if isinstance(picture, Mapping) else picture
+    content = picture.get("bytes") if isinstance(picture, Mapping) else picture
     try:
-        if isinstance(picture, Mapping) and picture.get("bytes") is not None:
+        if isinstance(content, bytes):
             from PIL import Image  # an optional package of transformers
 
-            return load_image(Image.open(BytesIO(picture["bytes"])))
+            return load_image(Image.open(BytesIO(content)))
         return load_image(name) if isinstance(name, str) or hasattr(name, "convert") else name
     except Exception as error:  # a damaged picture or a server can raise any error
         is_text = isinstance(error, ValueError) and isinstance(name, str)

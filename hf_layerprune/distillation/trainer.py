@@ -58,7 +58,7 @@ from .teacher import (
     make_teacher,
     place_teacher,
 )
-from .trainable import TrainedParameters, forget_parameters
+from .trainable import TrainedParameters, forget_parameters, freeze_vision
 from .trainer_saving import (
     card_from_record,
     checked_saving,
@@ -104,8 +104,9 @@ class DistillationTrainer(Trainer):
     All other arguments are the same as in [`~transformers.Trainer`]. `train_dataset` and `eval_dataset` may
     hold raw rows with `text`, `messages`, `conversations`, or `prompt` and `completion`. [`prepare_dataset`]
     makes token sequences of them with the tokenizer in `processing_class`. The default `data_collator` pads
-    rows of unequal length on the right. A saved model is loaded again and compared, see `verify_save` in
-    [`DistillationTrainingArguments`].
+    rows of unequal length on the right. For rows with pictures it is a [`PictureCollator`], with which only
+    the text decoder, the embeddings and the LM head are trained. A saved model is loaded again and compared,
+    see `verify_save` in [`DistillationTrainingArguments`].
 
     Raises:
         LayerPruneError: the teacher does not fit the student, or distillation does not use an argument.
@@ -169,8 +170,9 @@ class DistillationTrainer(Trainer):
             eval_dataset = prepare_rows(eval_dataset, tokenizer, student, args, "eval_dataset")
         if data_collator is None:
             data_collator = make_collator([train_dataset, eval_dataset], processing_class, args)
-            if isinstance(data_collator, PictureCollator):  # it reads columns that the model does not
-                args.remove_unused_columns = False
+        if isinstance(data_collator, PictureCollator):
+            args.remove_unused_columns = False  # the collator reads columns that the model does not
+            freeze_vision(trained)  # teacher and student see the same
         super().__init__(
             trained,
             args,

@@ -478,7 +478,7 @@ def _train(
         LayerPruneError: the Trainer does not accept an argument.
     """
     model, args = run.model, run.args
-    if run.pictures:  # the teacher's pictures and the student's stay the same
+    if run.pictures:  # teacher and student see the same
         freeze_vision(model)
     kind: Any
     settings: dict[str, Any]

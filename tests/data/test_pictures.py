@@ -103,7 +103,7 @@ def test_messages_name_their_pictures_in_all_forms(processor):
 def test_pictures_come_as_paths_bytes_base64_or_pictures(processor):
     path, *_ = save_pictures(2)
     content = Path(path).read_bytes()
-    forms = [path, Image.open(path), {"bytes": content, "path": None}, {"bytes": None, "path": path}]
+    forms = [path, content, Image.open(path), {"bytes": content, "path": None}, {"bytes": None, "path": path}]
     forms += [base64.b64encode(content).decode(), np.asarray(Image.open(path))]
     collate = PictureCollator(processor)
     expected = collate([{"text": "<image>", "images": [path]}])["pixel_values"]

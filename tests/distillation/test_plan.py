@@ -105,7 +105,10 @@ def test_all_weights_of_llama_8b_fit_80_gb_in_bfloat16():
     )
     peak = plan_training(footprint, chosen, 31, 32, 2048).peak / GIB
     assert peak < 74
-    assert f"| Llama-3.1-8B, all weights in bfloat16 (below) | {peak:.0f} | a100-80gb |" in GUIDE.read_text()
+    assert (
+        f"| Llama-3.1-8B, all weights in bfloat16 (flags below) | {peak:.0f} | a100-80gb |"
+        in GUIDE.read_text()
+    )
     assert IN_BF16 in GUIDE.read_text()
 
 
