@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -219,6 +220,24 @@ def test_a_trainer_reads_rows_with_pictures_by_the_processor(pictures):
     ends = batch["attention_mask"].sum(1) - 1  # the place before each token predicts it
     counted = torch.stack([row[end - answer : end] for row, end in zip(kl, ends, strict=True)])
     assert trainer.state.log_history[0]["kl"] == pytest.approx(float(counted.mean()), rel=1e-4)
+
+
+def test_a_trainer_evaluates_pictures_and_text(pictures):
+    processor, rows = AutoProcessor.from_pretrained("vlm"), load_rows("pictures.jsonl")
+    text = Dataset.from_list([{"text": TEXT[:40]}] * 4)
+    settings = {"report_to": "none", "use_cpu": True, "save_strategy": "no", "eval_strategy": "steps"}
+    args = DistillationTrainingArguments("out", max_steps=1, eval_steps=1, **settings)
+    data = {"train_dataset": rows.select(range(8)), "processing_class": processor}
+    both = {"pictures": rows.select(range(8, 12)), "text": text}
+    trainer = DistillationTrainer(make_vlm(), args, eval_dataset=both, **data)
+    before = make_vlm().model.vision_tower.state_dict()
+    trainer.train()
+    losses = [entry for entry in trainer.state.log_history if any("eval_" in name for name in entry)]
+    assert {name for one in losses for name in one} >= {"eval_pictures_loss", "eval_text_loss"}
+    torch.testing.assert_close(trainer.model.model.vision_tower.state_dict(), before, rtol=0, atol=0)
+    tokens = Dataset.from_list([{"input_ids": [1, 2, 3]}])
+    with pytest.raises(LayerPruneError, match="holds rows with pictures, and another data set holds tokens"):
+        DistillationTrainer(make_vlm(), args, eval_dataset=tokens, **data)
 
 
 @pytest.mark.parametrize(

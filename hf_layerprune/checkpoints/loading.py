@@ -247,22 +247,16 @@ def load_tokenizer(
     return _load(AutoTokenizer, name, "tokenizer", trust_remote_code=trust_remote_code, **options)
 
 
-def load_processing_class(name: str, trust_remote_code: bool = False, gguf_file: str | None = None) -> Any:
-    """Loads the processor of a vision-language model, and the tokenizer of any other model.
-
-    Raises:
-        LayerPruneError: see [`load_tokenizer`].
-    """
-    tokenizer = load_tokenizer(name, trust_remote_code, gguf_file)
-    source = adapter_base(name) or name
-    if all(_companion(source, file) is None for file in (PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME)):
-        return tokenizer
+def load_processor(name: str, trust_remote_code: bool = False) -> Any:
+    """Loads the processor of a vision-language model. Returns None if the model has no usable processor."""
+    name = adapter_base(name) or name
+    if all(_companion(name, file) is None for file in (PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME)):
+        return None
     try:
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (ImportError, OSError, ValueError) as error:  # a package for pictures may be missing
-        logger.warning("Only text can be read, since %s has no usable processor: %s", name, one_line(error))
-        return tokenizer
-    return processor if hasattr(processor, "tokenizer") else tokenizer
+        return AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a damaged file or a missing package can raise any error
+        logger.warning("Pictures cannot be read: the processor of %s fails. %s", name, one_line(error))
+        return None
 
 
 def copy_companions(name: str, folder: str | Path) -> list[str]:
@@ -300,6 +294,8 @@ _OF_A_MODULE = ("config.json", "model.safetensors", "pytorch_model.bin")
 
 def _companion(name: str, file: str) -> Path | None:
     """Returns the path of a file of a model, None if the model has no such file."""
+    if not name:  # a model made in memory
+        return None
     try:
         return Path(str(cached_file(name, file)))
     except OSError:

@@ -92,7 +92,7 @@ class _Measurement:
         batch_tokens: int | None,
     ):
         from ..evaluation.tasks import load_task, split_name
-        from ..recipes.inputs import check_model, make_sequences
+        from ..recipes.inputs import check_model, make_sequences, processor_of
 
         self.source, self.output, self.batch_tokens = source, output, batch_tokens
         text, sequence = form
@@ -105,20 +105,21 @@ class _Measurement:
         else:
             self.questions = {split_name(task)[0]: load_task(task, output.limit) for task in output.tasks}
         self.tokenizers: dict[str, Any] = {}
+        self.processors: dict[str, Any] = {}
         self.sequences: dict[str, Any] = {}
         self.form = form
         for name in names:
             config, self.tokenizers[name] = check_model(name, source, "evaluate")
+            self.processors[name] = processor_of(name, source)
             if data:
-                limit = output.max_sequences
+                limits: Any = {"limit": output.max_sequences, "processor": self.processors[name]}
                 self.sequences[name] = make_sequences(
-                    data, text, sequence, config, self.tokenizers[name], limit
+                    data, text, sequence, config, self.tokenizers[name], **limits
                 )
 
     def of(self, name: str, earlier: dict[str, Any]) -> dict[str, Any]:
         """Returns the results of a model. It reuses earlier results if model, text and settings are equal."""
         from ..data.batches import make_batches
-        from ..data.texts import tokenizer_of
         from ..evaluation.evaluate import evaluate_model
         from ..recipes.inputs import load_on_device, picture_collator
         from ..scoring.score import fingerprint
@@ -127,7 +128,7 @@ class _Measurement:
         model = load_on_device(name, self.source)
         batches, rows = [], self.sequences.get(name)
         if rows is not None:
-            batches = make_batches(rows, 4, picture_collator(rows, tokenizer, *self.form))
+            batches = make_batches(rows, 4, picture_collator(rows, self.processors[name], *self.form))
         settings = [output.lm_eval, output.limit, output.tasks, self.questions]
         mark = fingerprint([model], batches, settings)
         known = next((found for found in earlier.values() if found.get("fingerprint") == mark), None)
@@ -135,7 +136,7 @@ class _Measurement:
         if self.through_lm_eval and not known:
             from ..evaluation.lm_eval import run_lm_eval
 
-            results |= run_lm_eval(model, tokenizer_of(tokenizer), output.tasks, output.limit)
+            results |= run_lm_eval(model, tokenizer, output.tasks, output.limit)
         results["fingerprint"] = mark
         weights = list(Path(name).glob("model*.safetensors"))  # not the files of adapters
         if weights:

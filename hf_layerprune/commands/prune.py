@@ -32,6 +32,7 @@ def prune(arguments: list[str]) -> None:
         load_writer,
         make_sequences,
         picture_collator,
+        processor_of,
     )
     from ..reports.record import check_folder_is_free, write_record
     from ..surgery.decoder import predicts_next_token
@@ -39,10 +40,10 @@ def prune(arguments: list[str]) -> None:
     check_folder_is_free(output.output_dir)
     config, tokenizer = check_model(name, source, "prune", removal.criterion)
     sizes = sample.calibration_sequences, sample.heldout_sequences
-    writer = partial(load_writer, name, source)
-    sequences = make_sequences(data.sources, text, sequence, config, tokenizer, sum(sizes), writer)
+    writer, processor = partial(load_writer, name, source), processor_of(name, source)
+    sequences = make_sequences(data.sources, text, sequence, config, tokenizer, sum(sizes), writer, processor)
     calibration, heldout, _ = split_sequences(sequences, *sizes)
-    collate = picture_collator(sequences, tokenizer, text, sequence)
+    collate = picture_collator(sequences, processor, text, sequence)
     keep_settings(output.output_dir)
     model = load_on_device(name, source)
     record = prune_layers(
@@ -86,15 +87,16 @@ def phases(arguments: list[str]) -> None:
         load_writer,
         make_sequences,
         picture_collator,
+        processor_of,
     )
 
     check_loading_for_training(replace(source, device_map=None))
     config, tokenizer = check_model(name, source, "phases")
     sizes = sample.calibration_sequences, sample.heldout_sequences
-    writer = partial(load_writer, name, source)
-    sequences = make_sequences(data.sources, text, sequence, config, tokenizer, sum(sizes), writer)
+    writer, processor = partial(load_writer, name, source), processor_of(name, source)
+    sequences = make_sequences(data.sources, text, sequence, config, tokenizer, sum(sizes), writer, processor)
     calibration, heldout, _ = split_sequences(sequences, *sizes)
-    collate = picture_collator(sequences, tokenizer, text, sequence)
+    collate = picture_collator(sequences, processor, text, sequence)
 
     written = replace(source, gguf_file=None)  # a phase does not write a GGUF file
 

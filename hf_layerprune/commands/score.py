@@ -58,6 +58,7 @@ def score(arguments: list[str]) -> None:
         load_writer,
         make_sequences,
         picture_collator,
+        processor_of,
     )
     from ..scoring.score import check_plot_path, read_table, score_layers
 
@@ -67,10 +68,10 @@ def score(arguments: list[str]) -> None:
     is_table = output.compare is not None and output.compare.endswith(".json")
     other = read_table(output.compare) if is_table else None
     config, tokenizer = check_model(name, source, "score", scoring.criterion)
-    writer = partial(load_writer, name, source)
+    inputs = partial(load_writer, name, source), processor_of(name, source)
     sources = [data.sources] if is_table or not output.compare else [data.sources, output.compare]
     sequences = [
-        make_sequences(one, text, sequence, config, tokenizer, sample.calibration_sequences, writer)
+        make_sequences(one, text, sequence, config, tokenizer, sample.calibration_sequences, *inputs)
         for one in sources
     ]
     model = load_on_device(name, source)
@@ -79,7 +80,7 @@ def score(arguments: list[str]) -> None:
         settings = scoring_settings(scoring) | {"protected": scoring.protected, "journal": journal}
         return score_layers(
             model,
-            make_batches(sequences, 4, picture_collator(sequences, tokenizer, text, sequence)),
+            make_batches(sequences, 4, picture_collator(sequences, inputs[1], text, sequence)),
             scoring.criterion,
             block_size=output.block_size,
             **settings,

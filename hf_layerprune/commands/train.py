@@ -40,12 +40,13 @@ def cache_teacher(arguments: list[str]) -> None:
         load_writer,
         make_sequences,
         picture_collator,
+        processor_of,
     )
 
     config, tokenizer = check_model(name, source, "cache-teacher")
-    writer = partial(load_writer, name, source)
-    sequences = make_sequences(data.sources, text, sequence, config, tokenizer, writer=writer)
-    if picture_collator(sequences, tokenizer, text, sequence):
+    inputs: Any = {"writer": partial(load_writer, name, source), "processor": processor_of(name, source)}
+    sequences = make_sequences(data.sources, text, sequence, config, tokenizer, **inputs)
+    if picture_collator(sequences, inputs["processor"], text, sequence):
         raise LayerPruneError(
             "The data holds pictures, but logits are cached for text alone. Train with the teacher "
             "itself, or read text columns alone with data_template, as '{text}'."
@@ -114,6 +115,7 @@ def distill(arguments: list[str]) -> None:
         load_on_device,
         load_writer,
         picture_collator,
+        processor_of,
         split_text,
     )
     from ..recipes.run import pruning_callback
@@ -133,8 +135,9 @@ def distill(arguments: list[str]) -> None:
     check_teacher_exists(teacher.teacher, trust)
     is_cache = teacher.teacher is None or is_teacher_cache(teacher.teacher)
     writer = partial(load_writer, name if is_cache else teacher.teacher, source)
+    processor = processor_of(name, source)
     calibration, heldout, train = split_text(
-        data.sources, text, args, sample, config, tokenizer, args.max_steps, writer
+        data.sources, text, args, sample, config, tokenizer, args.max_steps, writer, processor
     )
     check_text_is_left(train, sample)
     taught: Any = {"teacher": teacher.teacher, "lora_rank": lora.lora_rank, "given": given_values}
@@ -144,7 +147,7 @@ def distill(arguments: list[str]) -> None:
     model = load_on_device(name, source, dtype="float32")
     if lora.lora_rank is None and "learning_rate" not in given_values:
         args.learning_rate = healing_learning_rate(model)
-    collate = picture_collator(train, tokenizer, text, args)
+    collate = picture_collator(train, processor, text, args)
     evaluation = HeldOutText(heldout, args.per_device_eval_batch_size, collate)
     callback = pruning_callback(pruning, calibration=calibration, evaluation=evaluation)
     trainer = _make_trainer(

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 
 from ..errors import LayerPruneError
 from .collator import PaddingCollator
-from .pictures import PictureCollator, holds_pictures
+from .pictures import PictureCollator, hold_pictures
 from .sequences import prepare_dataset
 from .targets import Batch
-from .texts import holds_text, iter_texts, tokenizer_of, unknown_form
+from .texts import holds_text, iter_texts, reads_pictures, tokenizer_of, unknown_form
 
 
 def make_batches(
@@ -76,9 +76,12 @@ def make_batches(
     if _is_batch(rows[0]):
         return [_as_batch(batch) for batch in rows]
     if not _is_tokens(rows[0]):
-        if holds_pictures(rows, tokenizer) and not isinstance(collate, PictureCollator):
-            collate = PictureCollator(tokenizer, loss_on)
-        if not isinstance(collate, PictureCollator):
+        with_pictures = isinstance(collate, PictureCollator)
+        if not with_pictures and reads_pictures(tokenizer) and hold_pictures(rows):
+            with_pictures = True
+            if collate is None or isinstance(collate, PaddingCollator):
+                collate = PictureCollator(tokenizer, loss_on)
+        if not with_pictures:
             form: dict[str, Any] = {"packing": packing, "loss_on": loss_on}
             rows, collate = _text_sequences(rows, tokenizer, sequence_length, form), PaddingCollator()
     elif columns is not None:
@@ -103,7 +106,7 @@ def regroup_batches(batches: list[Any], tokens: int) -> list[Any]:
     for _, alike in groupby(batches, form):
         first, *others = alike
         # FlashAttention tells texts apart only in batches of one row.
-        if "position_ids" in first or not _has_rows(first):
+        if "position_ids" in first or not has_rows(first):
             regrouped += [first, *others]
             continue
         rows = max(1, tokens // first["input_ids"].shape[1])
@@ -117,13 +120,13 @@ def split_rows(batch: Any, rows: int) -> list[Any]:
 
     A batch with pictures is not split: it does not say which row a picture belongs to.
     """
-    if not _has_rows(batch):
+    if not has_rows(batch):
         return [batch]
     split = {name: value.split(max(1, rows)) for name, value in batch.items()}
     return [dict(zip(split, values, strict=True)) for values in zip(*split.values(), strict=True)]
 
 
-def _has_rows(batch: Any) -> bool:
+def has_rows(batch: Any) -> bool:
     """Returns whether all values of a batch have one entry for each row, and none of them holds pictures."""
     rows = len(batch["input_ids"])
     return not has_pictures(batch) and all(len(value) == rows for value in batch.values())

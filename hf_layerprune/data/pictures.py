@@ -1,46 +1,45 @@
 """Makes batches of rows with pictures and text, by the processor of a vision-language model."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset, Image, LargeList, List
 from transformers.image_utils import load_image
 
 from ..errors import LayerPruneError, one_line
 from .sequences import IGNORED, end_tokens, start_tokens
-from .texts import PICTURES, Text, is_chat, is_empty, parts_of, reads_pictures, text_of, tokenizer_of
+from .texts import COLUMNS, PICTURES, Text, is_chat, is_empty, parts_of, text_of, tokenizer_of
 
 
 SOURCES = ("image", "url", "path", "base64")  # keys of a picture in a part of a message, as in transformers
+CHATS = ("messages", "conversations", "prompt", "completion")  # columns that may hold messages
+MARK = "<image>"  # the place of a picture in text, as in the data of LLaVA
 
 
-def holds_pictures(rows: Any, processing_class: Any) -> bool:
-    """Returns whether rows hold pictures that `processing_class` can read.
+def hold_pictures(rows: Any) -> bool:
+    """Returns whether at least one row holds a picture.
 
     Args:
         rows (`Dataset` or sequence of rows): rows of text, chats or prompts.
-        processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`): a tokenizer reads no pictures.
     """
-    if not reads_pictures(processing_class):
-        return False
-    names = getattr(rows, "column_names", None)
-    if names is not None:
-        if not {*PICTURES}.isdisjoint(names):
-            return True
-        rows = rows.select_columns(
-            [name for name in names if name in ("messages", "conversations", "prompt")]
-        )
-    return any(_names_pictures(row) for row in rows)
+    if not isinstance(rows, Dataset):
+        return any(pictures_of(row) for row in rows)
+    if any(_has_value(rows, name) for name in PICTURES if name in rows.column_names):
+        return True
+    chats = [name for name in CHATS if name in rows.column_names]
+    return any(pictures_of(row) for row in rows.select_columns(chats)) if chats else False
 
 
-def _names_pictures(row: Any) -> bool:
-    in_columns = isinstance(row, Mapping) and any(name in row for name in PICTURES)
-    return in_columns or any(_is_picture(part) for part in parts_of(row))
-
-
-def _is_picture(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") == "image"
+def _has_value(rows: Dataset, name: str) -> bool:
+    """Returns whether a column has a value that is neither null nor an empty list. No picture is decoded."""
+    column = rows.data.column(name)
+    if isinstance(rows.features[name], (List, LargeList)):
+        return any(length for chunk in column.chunks for length in chunk.value_lengths().to_pylist())
+    return column.null_count < len(column)
 
 
 class PictureCollator:
@@ -48,19 +47,29 @@ class PictureCollator:
 
     Each row is one sequence, which is padded on the right and never truncated. The pictures are in the column
     `images` or `image`, or in the parts of messages. If the content of all messages is plain text, the
-    pictures come before the first message of the user, as in trl. Padding and the tokens of pictures have no
-    labels.
+    pictures take the places of `<image>` in it, or come before the first message of the user, as in trl.
+    Padding and the tokens that stand for pictures have no labels.
 
     Args:
         processor (`ProcessorMixin`): the model's processor.
         loss_on (`str`, *optional*, defaults to `"all"`): the tokens with labels: `"all"`, or `"completion"`
             for assistant turns and completions.
         column (`str`, *optional*, defaults to `"text"`): the column that holds plain text.
+
+    Raises:
+        LayerPruneError: the model does not read its text from left to right.
     """
 
     def __init__(self, processor: Any, loss_on: str = "all", column: str = "text") -> None:
+        if type(processor).__name__ == "PaliGemmaProcessor":
+            raise LayerPruneError(
+                "PaliGemma reads a prompt in both directions, so the loss of its tokens means nothing. Give "
+                "DistillationTrainer a data_collator that passes suffix= to the processor."
+            )
         self.processor, self.loss_on, self.column = processor, loss_on, column
         tokenizer = tokenizer_of(processor)
+        if tokenizer.pad_token is None:  # as for text
+            tokenizer.pad_token = tokenizer.eos_token
         self.start, self.end = (
             "".join(tokenizer.convert_ids_to_tokens(tokens))
             for tokens in (start_tokens(tokenizer), end_tokens(tokenizer))
@@ -73,8 +82,13 @@ class PictureCollator:
             LayerPruneError: a picture cannot be read, or the processor cannot read the rows.
         """
         texts = [self.text_of(row) for row in rows]
-        pictures = [[_loaded(picture) for picture in pictures_of(row)] for row in rows]
-        options = {"padding": True, "padding_side": "right", "add_special_tokens": False}
+        pictures = [[load_picture(picture) for picture in pictures_of(row)] for row in rows]
+        begun = [text.text.startswith(self.start) for text in texts]  # by a chat template
+        if any(begun):
+            starts = ["" if has else self.start for has in begun]
+            texts = [_moved(text, start) for text, start in zip(texts, starts, strict=True)]
+        options: dict[str, Any] = {"padding": True, "padding_side": "right"}
+        options["add_special_tokens"] = not any(begun)
         if self.loss_on == "completion":
             options["return_offsets_mapping"] = True
         try:
@@ -102,28 +116,31 @@ class PictureCollator:
         return batch | {"labels": labels}
 
     def text_of(self, row: Any) -> Text:
-        """Returns the text of a row for the processor, with the tokens at its start and end.
+        """Returns the text of a row for the processor, with the end-of-text token at its end.
 
         Raises:
-            LayerPruneError: the row has no text, the messages name another number of pictures than the row
-                has, or the completions cannot be found.
+            LayerPruneError: the row has no text, it has places for another number of pictures than it has, or
+                the completions cannot be found.
         """
-        found = text_of(_with_places(row), self.processor, column=self.column)
+        found = text_of(in_parts(row), self.processor, column=self.column)
         if not found.text.strip():
             raise LayerPruneError("A row with pictures has no text. Leave such rows out.")
-        start = "" if found.text.startswith(self.start) else self.start
-        spans = [(len(start) + first, len(start) + last) for first, last in found.completions]
-        text = start + found.text + self.end
-        if spans and spans[-1][1] == len(start) + len(found.text):
+        mark = getattr(self.processor, "image_token", None) or MARK
+        pictures, places = len(pictures_of(row)), found.text.count(mark)
+        if places not in (0, pictures):  # 0: the text may name a picture by another token
+            raise LayerPruneError(
+                f"A row has {pictures} pictures, but {places} places for them in its text ({mark}). Give one "
+                "for each."
+            )
+        text, spans = found.text + self.end, list(found.completions)
+        if spans and spans[-1][1] == len(found.text):
             spans[-1] = spans[-1][0], len(text)  # the end-of-text token belongs to the last completion
-        if self.loss_on == "completion":
-            mark = getattr(self.processor, "image_token", None)
-            if not spans or (mark and mark in text[spans[0][0] :]):
-                raise LayerPruneError(
-                    "loss_on is 'completion', but the completion of a row with pictures cannot be told: the "
-                    "row is plain text, has no assistant turn, or has a picture after the first one. Set "
-                    "loss_on to 'all', or give rows with prompt and completion."
-                )
+        if self.loss_on == "completion" and (not spans or mark in text[spans[0][0] :]):
+            raise LayerPruneError(
+                "loss_on is 'completion', but the completion of a row with pictures cannot be told: the "
+                "row is plain text, has no assistant turn, or has a picture after the first one. Set "
+                "loss_on to 'all', or give rows with prompt and completion."
+            )
         return Text(text, spans)
 
 
@@ -134,12 +151,45 @@ def check_pictures(rows: Iterable[Any], collator: PictureCollator) -> None:
         LayerPruneError: see [`PictureCollator`].
     """
     first = None
-    for row in rows:
+    for row in _undecoded(rows) if isinstance(rows, Dataset) else rows:
         first = first or row
         collator.text_of(row)
     if first is None:
-        raise LayerPruneError("There is no row to train on. Give more rows.")
+        raise LayerPruneError("The data has no rows. Give at least one.")
     collator([first])
+
+
+def _undecoded(rows: Dataset) -> Dataset:
+    """Returns rows whose pictures are read as bytes or paths."""
+    for name in PICTURES:
+        kind = rows.features.get(name)
+        if isinstance(kind, Image):
+            rows = rows.cast_column(name, Image(decode=False))
+        elif isinstance(kind, List) and isinstance(kind.feature, Image):
+            rows = rows.cast_column(name, List(Image(decode=False)))
+    return rows
+
+
+def picture_dataset(rows: Iterable[Any], column: str = "text") -> Dataset:
+    """Returns rows in memory as a data set with their text, chats or prompts and a column `images`.
+
+    Raises:
+        LayerPruneError: a picture cannot be read, or a column has values of different kinds.
+    """
+    names = tuple(dict.fromkeys((column, *COLUMNS, "completion")))
+    formed = []
+    for row in rows:
+        columns = in_parts(row)
+        columns = columns if isinstance(columns, Mapping) else {"text": columns}
+        pictures = [load_picture(picture) for picture in pictures_of(row)]
+        formed.append({name: columns.get(name) for name in names} | {"images": pictures})
+    found = [name for name in names if any(row[name] is not None for row in formed)]
+    try:
+        return Dataset.from_list([{name: row[name] for name in (*found, "images")} for row in formed])
+    except (ValueError, TypeError) as error:  # of pyarrow
+        raise LayerPruneError(
+            f"The rows with pictures differ in form: {one_line(error)} Give all rows the same columns."
+        ) from error
 
 
 def pictures_of(row: Any) -> list[Any]:
@@ -153,20 +203,20 @@ def pictures_of(row: Any) -> list[Any]:
     return [part[key] for part in parts for key in SOURCES if part.get(key) is not None]
 
 
-def _loaded(picture: Any) -> Any:
-    """Returns a picture that a processor reads, from a path, URL, base64 text, bytes or picture.
+def load_picture(picture: Any) -> Any:
+    """Returns a picture of Pillow, from a path, URL, base64 text, bytes, array or picture.
 
     Raises:
         LayerPruneError: the picture cannot be read.
     """
+    from PIL import Image as Pictures  # an optional package of transformers
+
     name: Any = picture.get("path") if isinstance(picture, Mapping) else picture
     content = picture.get("bytes") if isinstance(picture, Mapping) else picture
     try:
         if isinstance(content, bytes):
-            from PIL import Image  # an optional package of transformers
-
-            return load_image(Image.open(BytesIO(content)))
-        return load_image(name) if isinstance(name, str) or hasattr(name, "convert") else name
+            return load_image(Pictures.open(BytesIO(content)))
+        return load_image(Pictures.fromarray(name) if isinstance(name, np.ndarray) else name)
     except Exception as error:  # a damaged picture or a server can raise any error
         is_text = isinstance(error, ValueError) and isinstance(name, str)
         reason = "it is no file, URL or base64 text." if is_text else one_line(error)
@@ -176,50 +226,72 @@ def _loaded(picture: Any) -> Any:
         ) from error
 
 
-def _with_places(row: Any) -> Any:
-    """Returns a row whose messages are lists of parts, with a place for each picture.
+def in_parts(row: Any) -> Any:
+    """Returns a row whose messages are lists of parts, with a place for each picture. A bare chat becomes the
+    column `messages`. Other rows are returned unchanged.
 
     Raises:
         LayerPruneError: the messages name another number of pictures than the row has.
     """
-    names = ("messages", "conversations", "prompt", "completion")
-    chats = {name: row[name] for name in names if isinstance(row, Mapping) and is_chat(row.get(name))}
-    if is_chat(row):
-        chats = {"messages": row}
-    if not chats:
+    columns = {"messages": row} if is_chat(row) else row
+    if not isinstance(columns, Mapping):
         return row
-    count, parts = len(pictures_of(row)), [part for part in parts_of(row) if _is_picture(part)]
-    places = 0 if parts else count
-    if parts and len(parts) != count:
+    chats = {name: columns[name] for name in CHATS if is_chat(columns.get(name))}
+    messages = [message for chat in chats.values() for message in chat]
+    if not messages:
+        return row
+    count, parts = len(pictures_of(row)), sum(map(_is_picture, parts_of(row)))
+    marks = sum(_content(message).count(MARK) for message in messages if isinstance(_content(message), str))
+    if parts and parts != count:
         raise LayerPruneError(
-            f"A row has {count} pictures, but {len(parts)} image parts in its messages. Give one for each."
+            f"A row has {count} pictures, but {parts} image parts in its messages. Give one for each."
         )
-    formed = dict(row) if isinstance(row, Mapping) else {}
+    has_marks = not parts and marks == count
+    first = next((one for one in messages if one.get("role", one.get("from")) in ("user", "human")), None)
+    formed = {}
     for name, chat in chats.items():
-        formed[name] = []
-        for message in chat:
-            role = message.get("role", message.get("from"))
-            has_places = places and role in ("user", "human")
-            formed[name].append(_in_parts(message, places if has_places else 0))
-            places = 0 if has_places else places
-    return formed
+        before = [count if one is first and not parts and not has_marks else 0 for one in chat]
+        formed[name] = [_parted(one, places, has_marks) for one, places in zip(chat, before, strict=True)]
+    return {**columns, **formed}
 
 
-def _in_parts(message: Mapping[str, Any], pictures: int) -> dict[str, Any]:
-    """Returns a message whose content is a list of parts, with this number of pictures first."""
-    key = "content" if "content" in message else "value"
-    content = message[key]
+def _content(message: Mapping[str, Any]) -> Any:
+    return message.get("content", message.get("value"))
+
+
+def _parted(message: Mapping[str, Any], pictures: int, has_marks: bool) -> dict[str, Any]:
+    """Returns a message whose content is a list of parts.
+
+    Args:
+        message (mapping): the message.
+        pictures (`int`): number of pictures that come first.
+        has_marks (`bool`): whether [`MARK`] is the place of a picture.
+    """
+    content, place = _content(message), {"type": "image"}
     if isinstance(content, str):
-        parts = [{"type": "text", "text": content}]
+        pieces = re.split(f"({MARK})", content) if has_marks else [content]
+        parts = [place if piece == MARK else {"type": "text", "text": piece} for piece in pieces if piece]
     else:  # rows of a Dataset have all keys in all parts
-        parts = [{name: value for name, value in part.items() if value is not None} for part in content or []]
-    return {**message, key: [{"type": "image"}] * pictures + parts}
+        given = [{key: value for key, value in part.items() if value is not None} for part in content or []]
+        parts = [place if _is_picture(part) else part for part in given]
+    key = "value" if "value" in message and "content" not in message else "content"
+    return {**message, key: [place] * pictures + parts}
+
+
+def _is_picture(part: Any) -> bool:
+    return isinstance(part, Mapping) and part.get("type") == "image"
 
 
 def _picture_tokens(processor: Any) -> list[int]:
     """Returns the tokens that stand for pictures."""
     tokens = [getattr(each, "image_token_id", None) for each in (processor, tokenizer_of(processor))]
+    tokens += getattr(processor, "image_token_ids", None) or []
     return [token for token in tokens if isinstance(token, int)]
+
+
+def _moved(text: Text, start: str) -> Text:
+    """Returns a text that begins with `start`."""
+    return Text(start + text.text, [(len(start) + a, len(start) + b) for a, b in text.completions])
 
 
 def _in_completions(text: Text, offsets: torch.Tensor) -> torch.Tensor:
@@ -232,7 +304,7 @@ def _in_completions(text: Text, offsets: torch.Tensor) -> torch.Tensor:
         text ([`Text`]): the text before the processor replaced anything.
         offsets (`torch.Tensor`): first and last character of each token `(length, 2)`.
     """
-    moved = int(offsets[-1, 1]) - len(text.text)
+    moved = int(offsets.max()) - len(text.text)
     counted = torch.zeros(len(offsets), dtype=torch.bool)
     for first, last in text.completions:
         counted |= (offsets[:, 0] < last + moved) & (offsets[:, 1] > first + moved)

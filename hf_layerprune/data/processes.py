@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import LayerPruneError
+from .batches import has_rows
 
 
 Item = TypeVar("Item")
@@ -105,10 +106,16 @@ def read_all(
 
 
 def split_for_processes(batches: list[Any]) -> list[Any]:
-    """Splits the batches into parts of nearly equal size if there are fewer batches than processes."""
+    """Splits the batches into parts of nearly equal size if there are fewer batches than processes.
+
+    Batches with pictures are not split: they do not say which row a picture belongs to.
+    """
     parts = -(-process_count() // max(1, len(batches)))
     split: list[Any] = []
     for batch in batches:
+        if not has_rows(batch):
+            split.append(batch)
+            continue
         columns = [value.tensor_split(min(parts, len(value))) for value in batch.values()]
         split += [dict(zip(batch, values, strict=True)) for values in zip(*columns, strict=True)]
     return split

@@ -115,6 +115,8 @@ def reads_pictures(processing_class: Any) -> bool:
 
 def tokenizer_of(processing_class: Any) -> Any:
     """Returns the tokenizer of a processor, and a tokenizer or None unchanged."""
+    if hasattr(processing_class, "bos_token_id"):  # some tokenizers have an attribute `tokenizer` too
+        return processing_class
     return getattr(processing_class, "tokenizer", processing_class)
 
 
@@ -254,13 +256,18 @@ def _chat(value: Any, tokenizer: Any, first: int = 0) -> Text:
 
 
 def _written(messages: list[dict[str, Any]], tokenizer: Any, generates: bool = False) -> str:
-    if getattr(tokenizer, "chat_template", None) is None:
+    found = [getattr(one, "chat_template", None) for one in (tokenizer, tokenizer_of(tokenizer))]
+    template = found[0] or found[1]  # a processor may leave it to its tokenizer
+    if template is None:
         raise LayerPruneError(
             "The data holds chat messages, but the tokenizer has no chat template. Use the tokenizer of a "
             "chat model, set tokenizer.chat_template, or give texts."
         )
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generates)
+        settings: dict[str, Any] = {"tokenize": False, "add_generation_prompt": generates}
+        if reads_pictures(tokenizer):
+            settings["chat_template"] = template
+        return tokenizer.apply_chat_template(messages, **settings)
     except Exception as error:  # a template is a program and can raise any error
         raise LayerPruneError(
             f"The chat template of the tokenizer cannot write these messages: {one_line(error)} Give texts, "

@@ -1,4 +1,4 @@
-"""Prepares the raw rows of a Trainer as token sequences, and chooses its data collator."""
+"""Prepares the raw rows of a Trainer as token sequences, and finds rows with pictures."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,8 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import LayerPruneError
 from .arguments import SequenceArguments
-from .collator import PaddingCollator, padding_collator
-from .pictures import PictureCollator, check_pictures, holds_pictures
+from .pictures import PictureCollator, check_pictures, hold_pictures
 from .sequences import iter_sequences, prepare_dataset, resolve_length
 from .texts import holds_text, reads_pictures, tokenizer_of
 
@@ -21,7 +20,7 @@ def prepare_rows(
     settings: SequenceArguments,
     name: str,
 ) -> Any:
-    """Returns raw rows as token sequences. Rows of tokens and rows with pictures are returned unchanged.
+    """Returns raw rows as token sequences, and rows of tokens unchanged.
 
     Args:
         data (`Dataset`, `IterableDataset`, list, or `dict` of these): see [`prepare_dataset`]. Data of any
@@ -39,7 +38,7 @@ def prepare_rows(
             key: prepare_rows(value, tokenizer, model, settings, f"{name}[{key!r}]")
             for key, value in data.items()
         }
-    if not _is_raw(data) or has_picture_rows(data, tokenizer):
+    if not _is_raw(data):
         return data
     tokenizer = tokenizer_of(tokenizer)
     if tokenizer is None:
@@ -62,31 +61,32 @@ def prepare_rows(
     return sequences
 
 
-def has_picture_rows(data: Any, processing_class: Any) -> bool:
-    """Returns whether the data of a Trainer holds rows with pictures that `processing_class` can read."""
-    if isinstance(data, dict):
-        return any(has_picture_rows(value, processing_class) for value in data.values())
-    if not reads_pictures(processing_class) or not _is_raw(data):
-        return False
-    return holds_pictures(data.take(1) if isinstance(data, IterableDataset) else data, processing_class)
-
-
-def make_collator(
+def picture_collator(
     datasets: list[Any], processing_class: Any, settings: SequenceArguments
-) -> PaddingCollator | PictureCollator:
-    """Returns the data collator for the data sets of a Trainer.
+) -> PictureCollator | None:
+    """Returns the data collator for the raw data sets of a Trainer if one of them holds pictures, else None.
 
     Raises:
-        LayerPruneError: rows with pictures cannot be read.
+        LayerPruneError: rows cannot be read with pictures, such as rows of tokens beside rows with pictures.
     """
-    with_pictures = [data for data in datasets if has_picture_rows(data, processing_class)]
-    if not with_pictures:
-        return padding_collator(processing_class)
+    if not reads_pictures(processing_class):
+        return None
+    given = [one for data in datasets for one in (data.values() if isinstance(data, dict) else [data])]
+    firsts = [data.take(1) if isinstance(data, IterableDataset) else data for data in given]
+    if not any(
+        _is_raw(data) and hold_pictures(list(rows) if rows is not data else rows)
+        for data, rows in zip(given, firsts, strict=True)
+    ):
+        return None
     collator = PictureCollator(processing_class, settings.loss_on)
-    for data in with_pictures:
-        for rows in data.values() if isinstance(data, dict) else [data]:
-            if not isinstance(rows, IterableDataset):  # a stream is read once
-                check_pictures(rows, collator)
+    for data in (one for one in given if one is not None):
+        if not _is_raw(data):
+            raise LayerPruneError(
+                "train_dataset or eval_dataset holds rows with pictures, and another data set holds tokens. One "
+                "data collator reads them all: give rows with text or chats to each."
+            )
+        if not isinstance(data, IterableDataset):  # a stream is read once
+            check_pictures(data, collator)
     return collator
 
 

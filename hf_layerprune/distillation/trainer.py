@@ -26,9 +26,10 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from ..checkpoints.saving import check_configs, check_merge, check_no_adapters_in, check_writable
+from ..data.collator import padding_collator
 from ..data.pictures import PictureCollator
 from ..data.targets import targets_of
-from ..data.trainer_rows import make_collator, prepare_rows
+from ..data.trainer_rows import picture_collator, prepare_rows
 from ..errors import LayerPruneError, one_line
 from ..forward.lm_head import router_losses
 from ..surgery.decoder import is_sharded
@@ -163,20 +164,20 @@ class DistillationTrainer(Trainer):
         self._use_cache = getattr(student.config, "use_cache", None) or student.generation_config.use_cache
         if shares_weights and args.export == "merged" and not is_sharded(trained):
             check_merge(trained)
+        if data_collator is None:
+            data_collator = picture_collator([train_dataset, eval_dataset], processing_class, args)
+        if isinstance(data_collator, PictureCollator):
+            args.remove_unused_columns = False  # the collator reads columns that the model does not
+            freeze_vision(trained)  # teacher and student see the same
         # A collator that reads raw rows needs all columns.
         if data_collator is None or args.remove_unused_columns:
             tokenizer: Any = processing_class
             train_dataset = prepare_rows(train_dataset, tokenizer, student, args, "train_dataset")
             eval_dataset = prepare_rows(eval_dataset, tokenizer, student, args, "eval_dataset")
-        if data_collator is None:
-            data_collator = make_collator([train_dataset, eval_dataset], processing_class, args)
-        if isinstance(data_collator, PictureCollator):
-            args.remove_unused_columns = False  # the collator reads columns that the model does not
-            freeze_vision(trained)  # teacher and student see the same
         super().__init__(
             trained,
             args,
-            data_collator,
+            padding_collator(processing_class) if data_collator is None else data_collator,
             train_dataset,
             eval_dataset,
             processing_class,

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from transformers import (
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_torch_tf32_available
 
-from ..checkpoints.loading import load_class, load_model, load_processing_class, stored_dtype
+from ..checkpoints.loading import load_class, load_model, load_processor, load_tokenizer, stored_dtype
 from ..data.arguments import SequenceArguments
 from ..data.batches import make_batches, rows_of
 from ..data.own_text import SELF, write_own_text
-from ..data.pictures import PictureCollator, check_pictures, holds_pictures
+from ..data.pictures import PictureCollator, check_pictures, hold_pictures, picture_dataset
 from ..data.processes import process_index, run_together
 from ..data.sequences import (
     check_sequence_length,
@@ -32,7 +33,7 @@ from ..data.sequences import (
     stream_sequences,
 )
 from ..data.sources import SUPPORTED, load_rows, names_of
-from ..data.texts import holds_text, tokenizer_of
+from ..data.texts import holds_text
 from ..distillation.arguments import DTYPES, DistillationTrainingArguments
 from ..distillation.checks import quantised_weights
 from ..distillation.teacher_cache import is_teacher_cache
@@ -50,10 +51,22 @@ OWN_TEXT = "text that the model wrote"  # the name of generated text in records 
 Parts = tuple[Dataset, Dataset, Any]  # rows for calibration, evaluation and training
 
 
+Processor = Callable[[], Any]  # returns the processor of a vision-language model, or None
+
+
+def no_processor() -> None:
+    """Returns None: without a processor, no pictures are read."""
+
+
+def processor_of(name: str, source: ModelArguments) -> Processor:
+    """Returns a function that loads the processor of a model at its first call."""
+    return cache(partial(load_processor, name, source.trust_remote_code))
+
+
 def check_model(
     name: str, source: ModelArguments, what: str, criterion: str | None = None
-) -> tuple[PreTrainedConfig, Any]:
-    """Returns the config and the tokenizer or processor of a model, without loading its weights.
+) -> tuple[PreTrainedConfig, PreTrainedTokenizerBase]:
+    """Returns the config and the tokenizer of a model, without loading its weights.
 
     Args:
         name (`str`): folder or hub id of the model.
@@ -70,7 +83,7 @@ def check_model(
         check_next_token(cls, what)
     else:
         check_criterion_fits(cls, criterion)
-    return config, load_processing_class(name, source.trust_remote_code, source.gguf_file)
+    return config, load_tokenizer(name, source.trust_remote_code, source.gguf_file)
 
 
 def check_loading_for_training(source: ModelArguments, all_weights: bool = True) -> None:
@@ -209,9 +222,10 @@ def make_sequences(
     text: TextArguments,
     sequence: SequenceArguments,
     config: PreTrainedConfig,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
     limit: int | None = None,
     writer: Callable[[], PreTrainedModel] | None = None,
+    processor: Processor = no_processor,
 ) -> Dataset:
     """Returns rows of tokens with labels, made of text. Rows with pictures are returned unchanged.
 
@@ -221,9 +235,10 @@ def make_sequences(
         text ([`TextArguments`]): settings of text loading.
         sequence ([`SequenceArguments`]): settings of the sequences.
         config (`PreTrainedConfig`): the config of the model that reads the text.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's tokenizer or processor. Text needs it.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): the model's tokenizer. Text needs it.
         limit (`int`, *optional*): maximum number of sequences made of text.
         writer (`Callable`, *optional*): a function that returns the model that generates text for `"self"`.
+        processor (`Callable`, *optional*): a function that returns the processor for pictures, or None.
 
     Raises:
         LayerPruneError: the text does not exist, or it cannot be read or made into sequences with these
@@ -243,18 +258,17 @@ def make_sequences(
     if sources:
         rows = load_rows(sources, text.data_split, text.data_config, text.data_revision)
         name = text_name(sources, text)
-        if _has_pictures(rows, tokenizer, text):
+        if _has_pictures(rows, text, processor):
             rows.info.dataset_name = name
-            return _picture_rows(rows, tokenizer, text, sequence, limit)
+            return _picture_rows(rows, processor, text, sequence, limit)
         sequences = prepare_dataset(rows, _needed(tokenizer), limit=limit, name=name, **form)
         sequences.info.dataset_name = name
         return sequences
     if data is None:
         raise LayerPruneError(f"There is no data. Give {SUPPORTED}, or a list of texts.")
     rows = rows_of(data)
-    if _has_pictures(rows, tokenizer, text):
-        rows = rows if isinstance(rows, Dataset) else Dataset.from_list([*rows])
-        return _picture_rows(rows, tokenizer, text, sequence, limit)
+    if _holds_text(rows, text) and _has_pictures(rows, text, processor):
+        return _picture_rows(rows, processor, text, sequence, limit)
     if _holds_text(rows, text):
         sequences = prepare_dataset(rows, _needed(tokenizer), limit=limit, **form)
         if isinstance(data, Dataset):
@@ -264,13 +278,13 @@ def make_sequences(
     return Dataset.from_list([{"labels": row["input_ids"]} | row for row in tokens])
 
 
-def _has_pictures(rows: Any, processing_class: Any, text: TextArguments) -> bool:
+def _has_pictures(rows: Any, text: TextArguments, processor: Processor) -> bool:
     """Returns whether rows are read with their pictures. A template reads only the columns that it names."""
-    return text.data_template is None and holds_pictures(rows, processing_class)
+    return text.data_template is None and hold_pictures(rows) and processor() is not None
 
 
 def _picture_rows(
-    rows: Dataset, processor: Any, text: TextArguments, sequence: SequenceArguments, limit: int | None
+    rows: Any, processor: Processor, text: TextArguments, sequence: SequenceArguments, limit: int | None
 ) -> Dataset:
     """Returns the first rows, and checks that the processor can read all of them.
 
@@ -282,17 +296,19 @@ def _picture_rows(
             "packing is 'packed', but rows with pictures are not packed: each row is one sequence. Set "
             "packing to 'none'."
         )
-    check_pictures(rows, PictureCollator(processor, sequence.loss_on, text.data_field))
-    return rows if limit is None else rows.select(range(min(limit, len(rows))))
+    rows = rows if isinstance(rows, Dataset) else picture_dataset(rows, text.data_field)
+    rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
+    check_pictures(rows, PictureCollator(processor(), sequence.loss_on, text.data_field))
+    return rows
 
 
 def picture_collator(
-    rows: Any, processing_class: Any, text: TextArguments, sequence: SequenceArguments
+    rows: Any, processor: Processor, text: TextArguments, sequence: SequenceArguments
 ) -> PictureCollator | None:
     """Returns the data collator for rows of [`make_sequences`] with pictures, None for rows of tokens."""
     if not isinstance(rows, Dataset) or "input_ids" in rows.column_names:
         return None
-    return PictureCollator(processing_class, sequence.loss_on, text.data_field)
+    return PictureCollator(processor(), sequence.loss_on, text.data_field)
 
 
 def load_writer(name: str, source: ModelArguments) -> PreTrainedModel:
@@ -390,14 +406,15 @@ def split_text(
     sequence: SequenceArguments,
     sample: SampleArguments,
     config: PreTrainedConfig,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
     max_steps: int,
     writer: Callable[[], PreTrainedModel] | None = None,
+    processor: Processor = no_processor,
 ) -> Parts:
     """Returns rows of tokens in three parts, for calibration, evaluation and training.
 
     Args:
-        data, text, sequence, config, tokenizer, writer: see [`make_sequences`].
+        data, text, sequence, config, tokenizer, writer, processor: see [`make_sequences`].
         sample ([`SampleArguments`]): number of rows for calibration and evaluation.
         max_steps (`int`): number of training steps. A stream needs it, as it has no known length.
 
@@ -406,7 +423,9 @@ def split_text(
     """
     calibration, heldout = sample.calibration_sequences, sample.heldout_sequences
     if not text.streaming or SELF in _sources_of(data):
-        sequences = make_sequences(data, text, sequence, config, tokenizer, writer=writer)
+        sequences = make_sequences(
+            data, text, sequence, config, tokenizer, writer=writer, processor=processor
+        )
         return split_sequences(sequences, calibration, heldout)
     sources = _sources_of(data)
     if not sources:
@@ -446,7 +465,7 @@ def text_name(sources: Iterable[str | Path], text: TextArguments) -> str:
     return f"{name}, {text.data_config}" if text.data_config else name
 
 
-def _needed(processing_class: Any) -> PreTrainedTokenizerBase:
-    if processing_class is None:
+def _needed(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
         raise LayerPruneError("The data is text, which needs a tokenizer. Give tokenizer=.")
-    return tokenizer_of(processing_class)
+    return tokenizer

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from ..checkpoints.loading import copy_companions, load_meta_model, load_processing_class
+from ..checkpoints.loading import copy_companions, load_meta_model, load_tokenizer
+from ..data.texts import reads_pictures, tokenizer_of
 from ..distillation.arguments import DistillationTrainingArguments
 from ..distillation.learning_rate import healing_learning_rate
 from ..distillation.teacher_cache import is_teacher_cache
@@ -33,6 +34,7 @@ from .inputs import (
     load_writer,
     picture_collator,
     precision_of_training,
+    processor_of,
     split_text,
 )
 from .recipe import (
@@ -91,8 +93,8 @@ def prune(
         teacher (`str`, `Path` or `PreTrainedModel`, *optional*): folder or hub id of the teacher, a cache of
             [`cache_teacher_logits`], or the teacher itself, which is frozen in place. It may have more layers
             than the model, for example the original of a pruned model. Default: a copy of the model.
-        tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*): the tokenizer or processor.
-            Default: the one in the model's folder.
+        tokenizer (`PreTrainedTokenizerBase` or `ProcessorMixin`, *optional*): the tokenizer, or the processor
+            for rows with pictures. Default: those in the model's folder.
         resume_from_checkpoint (`str` or `bool`, *optional*): see [`~transformers.Trainer.train`].
         fields: other fields of a recipe, which replace the values of the recipe. They are the fields of
             [`PruningArguments`] and [`DistillationTrainingArguments`] (`output_dir`, `max_steps`,
@@ -134,7 +136,7 @@ def prune(
     trains = args.max_steps != 0 or pruning.reconstruction_layers > 0 or chosen.block_candidates > 1
     if isinstance(model, PreTrainedModel):
         check_next_token(model, "prune")
-        config, tokenizer = model.config, tokenizer or _processing_class_of(model, trust)
+        config, tokenizer = model.config, tokenizer or _tokenizer_of(model, trust)
     else:
         check_loading_for_training(source, all_weights=trains)
         config, own_tokenizer = check_model(chosen.model, source, "prune")
@@ -149,7 +151,10 @@ def prune(
     read = [Path(one) for one in chosen.data or []] or None if data is None or is_source else data
     given = teacher if isinstance(teacher, PreTrainedModel) else taught.teacher
     writer = partial(_writer, model if in_memory else chosen.model, given, source)
-    rows = split_text(read, text, args, sample, config, tokenizer, args.max_steps, writer)
+    name = model.name_or_path if isinstance(model, PreTrainedModel) else chosen.model
+    processor = (lambda: tokenizer) if reads_pictures(tokenizer) else processor_of(str(name), source)
+    reader = tokenizer_of(tokenizer)
+    rows = split_text(read, text, args, sample, config, reader, args.max_steps, writer, processor)
     distills = args.max_steps and (args.kl_weight or args.hidden_weight)
     if distills and not in_memory and not chosen.trains_only_replacement:
         announce_plan(
@@ -177,7 +182,7 @@ def prune(
     resolved = resolved_fields([chosen, taught, text, sample, pruning], args)
     run: dict[str, Any] = {"resume": True if resume == "True" else resume, "resolved": resolved}
     run |= {"teacher": given, "trust_remote_code": trust}
-    run["pictures"] = picture_collator(rows[2], tokenizer, text, args)
+    run["pictures"] = picture_collator(rows[2], processor, text, args)
     record = run_recipe(pruned, tokenizer, chosen, pruning, args, rows, **run)
     if not in_memory:
         copy_companions(chosen.model, args.output_dir)
@@ -211,8 +216,8 @@ def _values(
     return values
 
 
-def _processing_class_of(model: PreTrainedModel, trust_remote_code: bool) -> Any:
-    """Returns the tokenizer or processor in the folder or hub repository that a model was loaded from.
+def _tokenizer_of(model: PreTrainedModel, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer in the folder or hub repository that a model was loaded from.
 
     Raises:
         LayerPruneError: the model was not loaded from a folder or the hub, or no tokenizer exists there.
@@ -222,7 +227,7 @@ def _processing_class_of(model: PreTrainedModel, trust_remote_code: bool) -> Any
             "tokenizer is missing, and the model was made in memory, so it names no folder to load one from. "
             "Give tokenizer=."
         )
-    return load_processing_class(str(model.name_or_path), trust_remote_code)
+    return load_tokenizer(str(model.name_or_path), trust_remote_code)
 
 
 def _writer(model: Any, teacher: Any, source: ModelArguments) -> PreTrainedModel:

@@ -18,6 +18,7 @@ from ..data.batches import make_batches
 from ..data.collator import PaddingCollator
 from ..data.pictures import PictureCollator
 from ..data.targets import Batch
+from ..data.texts import tokenizer_of
 from ..distillation.arguments import DistillationTrainingArguments
 from ..distillation.reconstruction import check_can_reconstruct, reconstruct_layers
 from ..distillation.teacher import hold_in_autocast_dtype, make_teacher
@@ -137,7 +138,8 @@ def run_recipe(
     run = Run(model, recipe, pruning, args, *parts, owns_teacher=owns_teacher, pictures=pictures)
     if teacher is not None:
         _check_teaches(run)
-        found: Any = make_teacher(teacher, model, args.hidden_weight > 0, False, tokenizer, trust_remote_code)
+        others = args.hidden_weight > 0, False, tokenizer_of(tokenizer), trust_remote_code
+        found: Any = make_teacher(teacher, model, *others)
         run.teacher = str(teacher) if isinstance(found, CachedTeacherLogits) else found.to(model.device)
     _check(run, resume)
     checkpoint = checkpoint_of(str(args.output_dir)) if resume is True else resume or None
@@ -363,7 +365,7 @@ def _training_batches(run: Run, tokens: int | None) -> list[Batch]:
         for start in range(0, len(run.train), size):
             batch = run.pictures([run.train[i] for i in range(start, min(start + size, len(run.train)))])
             read += batch["input_ids"].numel()
-            if batches and tokens is not None and read > tokens:
+            if batches and read > (tokens or 0):
                 break
             batches.append(batch)
         return batches
