@@ -82,8 +82,8 @@ def picture_collator(
     for data in (one for one in given if one is not None):
         if not _is_raw(data):
             raise LayerPruneError(
-                "train_dataset or eval_dataset holds rows with pictures, and another data set holds tokens. One "
-                "data collator reads them all: give rows with text or chats to each."
+                "train_dataset or eval_dataset holds rows with pictures, and another data set holds "
+                "tokens. One data collator reads them all: give rows with text or chats to each."
             )
         if not isinstance(data, IterableDataset):  # a stream is read once
             check_pictures(data, collator)
