@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib.metadata import version
 
 from ..errors import LayerPruneError, choose_from
@@ -58,6 +58,7 @@ def quickstart(arguments: list[str]) -> None:
     keep_settings(settings.output_dir)
 
 
+SHARED = ("score", "evaluate")  # commands whose batches are shared by processes
 COMMANDS: dict[str, Command] = {
     "quickstart": quickstart,
     "inspect": inspect,
@@ -98,7 +99,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if command not in COMMANDS:
             raise LayerPruneError(f"There is no command {command!r}. {choose_from(command, COMMANDS)}.")
-        with _package_logs(quiet), logging_redirect_tqdm(), _quiet_libraries() if quiet else nullcontext():
+        silence = _quiet_libraries() if quiet else nullcontext()
+        with _package_logs(quiet), logging_redirect_tqdm(), silence, _processes(command):
             COMMANDS[command](rest)
     except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -113,6 +115,34 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"\nhf-layerprune: interrupted. {_how_to_continue(command, rest)}", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+@contextmanager
+def _processes(command: str) -> Iterator[None]:
+    """Lets the processes of torchrun share the work of a command within this context. The first one prints.
+
+    Raises:
+        LayerPruneError: the command does not share its work.
+    """
+    started = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    if started == 1 or command in ("distill", "run"):  # a Trainer starts the process group
+        yield
+        return
+    if command not in SHARED:
+        raise LayerPruneError(
+            f"{command} works in one process, but torchrun or accelerate started {started}. Start it directly."
+        )
+    import torch
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    with (
+        open(os.devnull, "w") as nothing,
+        nullcontext() if state.is_main_process else redirect_stdout(nothing),
+    ):
+        yield
+        state.wait_for_everyone()
+    state.destroy_process_group()
 
 
 @contextmanager

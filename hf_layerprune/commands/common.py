@@ -186,7 +186,11 @@ def _parser(command: Command, kinds: list[Any], only_given: bool = False) -> Any
 
 
 def write_json(path: str, values: Any) -> None:
-    """Writes values to a JSON file."""
+    """Writes values to a JSON file. Of several processes, the first one writes."""
+    from ..data.processes import process_index
+
+    if process_index():
+        return
     with whole_file(path) as file:
         file.write(json.dumps(values, indent=1).encode())
 

@@ -51,6 +51,7 @@ def score(arguments: list[str]) -> None:
     parsed = parse(score, arguments, [*kinds, ScoringArguments, ScoreArguments])
     name, source, data, text, sequence, sample, scoring, output = parsed
     from ..data.batches import make_batches
+    from ..data.processes import process_index
     from ..pruning.prune import scoring_settings
     from ..recipes.inputs import (
         check_model,
@@ -87,7 +88,7 @@ def score(arguments: list[str]) -> None:
         )
 
     table = table_of(sequences[0], output.json and output.json + ".part")
-    if output.plot:
+    if output.plot and process_index() == 0:
         table.plot(output.plot)
     if output.json:
         write_json(output.json, table.to_dict())
