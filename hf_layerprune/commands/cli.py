@@ -130,7 +130,8 @@ def _processes(command: str) -> Iterator[None]:
         return
     if command not in SHARED:
         raise LayerPruneError(
-            f"{command} works in one process, but torchrun or accelerate started {started}. Start it directly."
+            f"{command} works in one process, but torchrun or accelerate started {started}. Start it "
+            "directly."
         )
     import torch
     from accelerate import PartialState
