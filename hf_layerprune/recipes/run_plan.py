@@ -51,6 +51,7 @@ class RunPlan:
         target_layers (`int`), start_layers (`int`): number of layers of the pruned model, and at the start of
             training.
         length (`int`): number of tokens in a sequence.
+        phases (`int`, *optional*, defaults to 1): number of removals with training after each.
     """
 
     footprint: Footprint
@@ -58,6 +59,17 @@ class RunPlan:
     target_layers: int
     start_layers: int
     length: int
+    phases: int = 1
+
+    def reconstruction_flops(self, pruning: PruningArguments, tokens: float) -> float:
+        """Returns the FLOPs of all reconstructions in a run that trains on `tokens` tokens.
+
+        The teacher reads the tokens once. A backward pass takes as many FLOPs as two forward passes.
+        """
+        read = min(tokens / self.phases, pruning.reconstruction_tokens or math.inf) * self.phases
+        trained = min(2 * pruning.reconstruction_layers, self.target_layers)
+        passes = self.footprint.layers + 3 * trained * pruning.reconstruction_epochs
+        return passes * self.footprint.layer_flops * read / (self.settings.batch * self.length)
 
     @property
     def training(self) -> TrainingPlan:
@@ -194,12 +206,13 @@ def announce_plan(
         start = layers - sizes[0] if sizes else target
         trust = source.trust_remote_code
         plan = plan_run(model, args, target, start, teacher=teacher, trust_remote_code=trust, on_cpu=on_cpu)
+        plan = replace(plan, phases=len(sizes) or 1)
     except Exception as error:  # a failed estimate must not end the run
         logger.debug("The run is not planned: %s", error)
         return
     if not on_cpu and "activation_checkpointing" not in given:
         plan = _recompute_to_fit(plan, args)
-    log_plan(plan, args, len(train) if isinstance(train, Dataset) else None)
+    log_plan(plan, args, len(train) if isinstance(train, Dataset) else None, pruning)
 
 
 def _recompute_to_fit(plan: RunPlan, args: DistillationTrainingArguments) -> RunPlan:
@@ -224,7 +237,12 @@ def _recompute_to_fit(plan: RunPlan, args: DistillationTrainingArguments) -> Run
     return recomputing
 
 
-def log_plan(plan: RunPlan, args: DistillationTrainingArguments, rows: int | None) -> None:
+def log_plan(
+    plan: RunPlan,
+    args: DistillationTrainingArguments,
+    rows: int | None,
+    pruning: PruningArguments | None = None,
+) -> None:
     """Logs three lines: memory, time, and the settings to change if there is too little memory.
 
     The lines are warnings if the GPU is too small.
@@ -233,6 +251,7 @@ def log_plan(plan: RunPlan, args: DistillationTrainingArguments, rows: int | Non
         plan ([`RunPlan`]): the plan.
         args ([`DistillationTrainingArguments`]): the settings of the run.
         rows (`int`, *optional*): number of sequences to train on, if it is known.
+        pruning ([`PruningArguments`], *optional*): the settings of reconstruction.
     """
     training, settings = plan.training, plan.settings
     if settings.on_cpu:
@@ -251,6 +270,9 @@ def log_plan(plan: RunPlan, args: DistillationTrainingArguments, rows: int | Non
     words += f" of {training.step_tokens:,} tokens"
     if settings.on_cpu or settings.bf16 or args.fp16:  # the GPU speeds are for 16 bits
         words += f", about {duration(max(1, steps) * training.seconds(speed))}"
+        if pruning is not None and pruning.reconstruction_layers and steps > 0:
+            flops = plan.reconstruction_flops(pruning, steps * training.step_tokens)
+            words += f", and about {duration(flops / speed)} of reconstruction"
     memory = f"about {training.peak / GIB:.1f} GiB, {free / GIB:.1f} GiB {name} are free"
     logger.log(level, "Memory: training needs %s.", memory)
     logger.log(level, "Time: %s.", words)

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil
@@ -63,6 +64,25 @@ def test_memory_time_and_fit_are_told_without_weights(caplog):
     assert time.startswith("Time: 26 steps of 512 tokens, about ")  # 13 batches of 8 sequences, twice
     assert fit == "The run should fit."
     assert announced(caplog, arguments(max_steps=7))[1].startswith("Time: 7 steps of 512 tokens")
+
+
+def test_the_time_of_reconstruction_is_told(caplog, monkeypatch):
+    stored_config("large")
+    monkeypatch.setattr(run_plan, "matmul_speed", lambda dtype: 2e9)
+    pruning = PruningArguments(target_layers=4, reconstruction_layers=1)
+    plan = plan_run(planned_model("large", ModelArguments(), None), arguments(), 4, 5, on_cpu=True)
+    layer, layers = plan.footprint.layer_flops, plan.footprint.layers  # of 8 x 64 tokens
+    tokens = 10 * 512
+    assert plan.reconstruction_flops(pruning, tokens) == pytest.approx(10 * layer * (layers + 4 * 3 * 2))
+    less = replace(pruning, reconstruction_tokens=512)
+    assert plan.reconstruction_flops(less, tokens) == pytest.approx(layer * (layers + 4 * 3 * 2))
+    phases = replace(plan, phases=2)
+    assert phases.reconstruction_flops(less, tokens) == pytest.approx(2 * layer * (layers + 4 * 3 * 2))
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "hf_layerprune"):
+        announce_plan("large", ModelArguments(), pruning, arguments(max_steps=10), ROWS, select="block")
+    expected = run_plan.duration(plan.reconstruction_flops(pruning, tokens) / 1e9)
+    assert any(one.message.endswith(f", and about {expected} of reconstruction.") for one in caplog.records)
 
 
 def test_the_setting_to_change_is_told(caplog, monkeypatch):
