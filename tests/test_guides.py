@@ -15,7 +15,8 @@ GUIDES = sorted((Path(__file__).parents[1] / "examples" / "guides").glob("*.md")
 TINY = {
     r"(target_layers=|keep=|\"--target_layers\",\s+\")2[134]": r"\g<1>4",
     r"max_steps=\d+": "max_steps=4",
-    r"length=1024": "length=64",
+    r"length=1024": "length=32",
+    r'"Qwen/Qwen2.5-1.5B-Instruct"': '"model"',
 }
 
 

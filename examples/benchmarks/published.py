@@ -91,6 +91,7 @@ def scoring() -> str:
     same = sum(one["full"] == one["racing"] for one in samples)
     near = sum(one["within an error"] for one in samples)
     raced = statistics.median(one["ratio"] for one in samples)
+    same, near = ("all" if count == len(samples) else count for count in (same, near))
     other = took["block influence"]["layer"]
     chose = f"Block influence chose layer {other}, and the others chose layer {full['layer']}."
     chose = "All chose the same layer." if other == full["layer"] else chose
