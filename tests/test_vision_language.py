@@ -18,7 +18,9 @@ from hf_layerprune import (
     cache_teacher_logits,
     load_model,
     load_rows,
+    make_batches,
     prune,
+    reconstruct_layers,
     remove_layers,
     score_layers,
 )
@@ -229,12 +231,15 @@ def test_a_trainer_evaluates_pictures_and_text(pictures):
     args = DistillationTrainingArguments("out", max_steps=1, eval_steps=1, **settings)
     data = {"train_dataset": rows.select(range(8)), "processing_class": processor}
     both = {"pictures": rows.select(range(8, 12)), "text": text}
-    trainer = DistillationTrainer(make_vlm(), args, eval_dataset=both, **data)
+    student = make_vlm()
+    remove_layers(student, [2, 3])
+    trainer = DistillationTrainer(student, args, teacher_model=make_vlm(), eval_dataset=both, **data)
     before = make_vlm().model.vision_tower.state_dict()
     trainer.train()
     losses = [entry for entry in trainer.state.log_history if any("eval_" in name for name in entry)]
     assert {name for one in losses for name in one} >= {"eval_pictures_loss", "eval_text_loss"}
     torch.testing.assert_close(trainer.model.model.vision_tower.state_dict(), before, rtol=0, atol=0)
+    assert not trainer.model.lm_head.weight.equal(make_vlm().lm_head.weight)
     tokens = Dataset.from_list([{"input_ids": [1, 2, 3]}])
     with pytest.raises(LayerPruneError, match="holds rows with pictures, and another data set holds tokens"):
         DistillationTrainer(make_vlm(), args, eval_dataset=tokens, **data)
@@ -255,10 +260,31 @@ def test_what_pictures_cannot_do_is_said_before_weights_are_loaded(words, messag
     assert message in capsys.readouterr().err
 
 
-def test_a_model_whose_processor_cannot_be_loaded_reads_text(vlm, caplog):
+def test_a_model_whose_processor_cannot_be_loaded_reads_text(vlm, caplog, capsys):
     Path("vlm/processor_config.json").write_text('{"processor_class": "Llava2Processor"}')
     words = ["score", "vlm", *DATA[:6], "--criterion", "block_influence"]
     assert main(words) == 0
+    assert "Pictures cannot be read" not in caplog.text  # nobody asked for them
+    write_chats(save_pictures(4))
+    assert main(["score", "vlm", *PICTURES[:6]]) == 2
+    assert "Pictures cannot be read: vlm has no image processor" in caplog.text
+    assert "The data holds media in column 'images', but rows are read as text" in capsys.readouterr().err
+    caplog.clear()
+    Path("vlm/processor_config.json").write_text("[]")
+    assert main(["score", "vlm", *PICTURES[:6]]) == 2
+    assert "Pictures cannot be read: the processor of vlm fails" in caplog.text
+
+
+@pytest.mark.parametrize("pictures_of_rows", [(1, 1, 1, 1), (2, 0, 1, 3)])
+def test_layers_are_reconstructed_with_any_number_of_pictures(vlm, pictures_of_rows):
+    paths, teacher, student = save_pictures(3), make_vlm(), make_vlm()
+    rows = [{"text": "<image> " * count + "words", "images": paths[:count]} for count in pictures_of_rows]
+    remove_layers(student, [3])
+    batches = make_batches(rows, 2, tokenizer=AutoProcessor.from_pretrained("vlm"))
+    settings = {"layers_before": 1, "layers_after": 1, "epochs": 8, "learning_rate": 1e-2, "progress": False}
+    found = reconstruct_layers(student, teacher, batches, **settings)
+    [window] = found.windows
+    assert window.error_after < window.error_before
 
 
 def test_layers_are_scored_with_pictures(vlm):

@@ -253,10 +253,14 @@ def load_processor(name: str, trust_remote_code: bool = False) -> Any:
     if all(_companion(name, file) is None for file in (PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME)):
         return None
     try:
-        return AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # a damaged file or a missing package can raise any error
         logger.warning("Pictures cannot be read: the processor of %s fails. %s", name, one_line(error))
         return None
+    if getattr(processor, "image_processor", None) is None:  # of an unknown class, or for sound alone
+        logger.warning("Pictures cannot be read: %s has no image processor.", name)
+        return None
+    return processor
 
 
 def copy_companions(name: str, folder: str | Path) -> list[str]:

@@ -137,6 +137,8 @@ def _processes(command: str) -> Iterator[None]:
     from accelerate import PartialState
 
     state = PartialState(cpu=not torch.cuda.is_available())
+    if not state.is_main_process:
+        logging.getLogger("hf_layerprune").setLevel(logging.ERROR)
     with (
         open(os.devnull, "w") as nothing,
         nullcontext() if state.is_main_process else redirect_stdout(nothing),

@@ -22,6 +22,7 @@ def evaluate(arguments: list[str]) -> None:
     kinds = [ModelArguments, OptionalDataArguments, TextArguments, SequenceArguments, BatchArguments]
     kinds = [*kinds, EvaluateArguments]
     names, source, data, text, sequence, batch, output = parse(evaluate, arguments, kinds, several=True)
+    from ..data.processes import gather
     from ..data.sources import names_of
     from ..evaluation.comparison import compare_models
     from ..reports.tables import evaluation_rows, markdown_table
@@ -29,7 +30,7 @@ def evaluate(arguments: list[str]) -> None:
     check_folder_of(output.json)
     _check_tasks(data.sources, output)
     measure = _Measurement(names, source, data.sources, (text, sequence), output, batch.batch_tokens)
-    earlier = _read_json(output.json)["models"] if _can_go_on(output) else {}
+    earlier = gather(_read_json(output.json)["models"] if _can_go_on(output) else {})[0]
     read = names_of(data.sources) or None
     results: dict[str, dict[str, Any]] = {}
     for name in names:

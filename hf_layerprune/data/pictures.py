@@ -3,11 +3,12 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Image, LargeList, List
+from datasets import Dataset, Image, LargeList, List, Value
 from transformers.image_utils import load_image
 
 from ..errors import LayerPruneError, one_line
@@ -35,11 +36,16 @@ def hold_pictures(rows: Any) -> bool:
 
 
 def _has_value(rows: Dataset, name: str) -> bool:
-    """Returns whether a column has a value that is neither null nor an empty list. No picture is decoded."""
-    column = rows.data.column(name)
-    if isinstance(rows.features[name], (List, LargeList)):
-        return any(length for chunk in column.chunks for length in chunk.value_lengths().to_pylist())
-    return column.null_count < len(column)
+    """Returns whether a column has a value that is not null or empty. No picture is decoded."""
+    kind = rows.features[name]
+    for table in rows.select_columns([name]).with_format("arrow").iter(batch_size=1000):
+        column = table.column(name).combine_chunks()
+        if isinstance(kind, (List, LargeList)):
+            if any(column.value_lengths().to_pylist()):
+                return True
+        elif any(column.to_pylist()) if isinstance(kind, Value) else column.null_count < len(column):
+            return True
+    return False
 
 
 class PictureCollator:
@@ -48,7 +54,7 @@ class PictureCollator:
     Each row is one sequence, which is padded on the right and never truncated. The pictures are in the column
     `images` or `image`, or in the parts of messages. If the content of all messages is plain text, the
     pictures take the places of `<image>` in it, or come before the first message of the user, as in trl.
-    Padding and the tokens that stand for pictures have no labels.
+    Padding and image tokens have no labels. The markers that some processors put between them have.
 
     Args:
         processor (`ProcessorMixin`): the model's processor.
@@ -181,7 +187,7 @@ def picture_dataset(rows: Iterable[Any], column: str = "text") -> Dataset:
     for row in rows:
         columns = in_parts(row)
         columns = columns if isinstance(columns, Mapping) else {"text": columns}
-        pictures = [load_picture(picture) for picture in pictures_of(row)]
+        pictures = [_stored(picture) for picture in pictures_of(row)]
         formed.append({name: columns.get(name) for name in names} | {"images": pictures})
     found = [name for name in names if any(row[name] is not None for row in formed)]
     try:
@@ -190,6 +196,21 @@ def picture_dataset(rows: Iterable[Any], column: str = "text") -> Dataset:
         raise LayerPruneError(
             f"The rows with pictures differ in form: {one_line(error)} Give all rows the same columns."
         ) from error
+
+
+def _stored(picture: Any) -> dict[str, Any]:
+    """Returns a picture as the path of its file, or as the bytes of one."""
+    if isinstance(picture, Mapping):
+        return {"bytes": picture.get("bytes"), "path": picture.get("path")}
+    if isinstance(picture, str):
+        return {"bytes": None, "path": picture}
+    if isinstance(picture, bytes):
+        return {"bytes": picture, "path": None}
+    if Path(getattr(picture, "filename", "") or "").is_file():
+        return {"bytes": None, "path": picture.filename}
+    content = BytesIO()
+    load_picture(picture).save(content, "png")
+    return {"bytes": content.getvalue(), "path": None}
 
 
 def pictures_of(row: Any) -> list[Any]:

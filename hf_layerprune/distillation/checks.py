@@ -1,6 +1,7 @@
 """Checks the arguments, the student, the teacher and the data before training, and the loss during it."""
 
 import logging
+import re
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
@@ -108,7 +109,7 @@ def quantised_weights(config: PreTrainedConfig, name: str) -> LayerPruneError:
 
 
 STOCHASTIC = ("adamw_torch_4bit", "adamw_torch_8bit")  # optimizers that can round stochastically
-STOCHASTIC_ROUNDING = "bf16_stochastic_round=True"
+STOCHASTIC_ROUNDING = re.compile(r"bf16_stochastic_round\s*=\s*(1|t|true|y|yes|on)\b", re.IGNORECASE)
 
 
 def check_trained_dtype(trainer: Any, model: Any) -> None:
@@ -127,7 +128,8 @@ def check_trained_dtype(trainer: Any, model: Any) -> None:
             "with dtype=torch.float32."
         )
     halves = dtypes & {torch.bfloat16, torch.float16}
-    rounds = trainer.args.optim in STOCHASTIC and STOCHASTIC_ROUNDING in (trainer.args.optim_args or "")
+    is_set = STOCHASTIC_ROUNDING.search(trainer.args.optim_args or "")
+    rounds = trainer.args.optim in STOCHASTIC and is_set is not None
     is_plain = trainer.optimizer is None and not rounds
     if not halves or not is_plain or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         return

@@ -305,6 +305,7 @@ def settings_that_fit(
     chosen: list[str] = []
     present = settings
     peak = plan_training(footprint, present, target, start, length).peak
+    with_adapters = settings.teacher_bytes == 0 and settings.teacher_runs  # the teacher shares their base
     in_bf16 = {
         "weight_bytes": 2,
         "teacher_bytes": min(2, settings.teacher_bytes),
@@ -313,7 +314,8 @@ def settings_that_fit(
     changes: dict[str, dict[str, Any]] = {
         "--activation_checkpointing True": {"activation_checkpointing": True},
         "--optim adamw_8bit": {"optim": "adamw_8bit"},
-        IN_BF16: in_bf16 if settings.weight_bytes == 4 else {},
+        "--dtype bfloat16": {"weight_bytes": 2} if with_adapters else {},  # adapters stay float32
+        IN_BF16: in_bf16 if settings.weight_bytes == 4 and not with_adapters else {},
         "--teacher DIR of cached logits": {"teacher_bytes": 0, "teacher_runs": False},
     }
     for words, change in changes.items():

@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
+from ..data.batches import has_pictures, has_rows
 from ..data.targets import Batch
 from ..errors import LayerPruneError
 from ..forward.hooks import captured, hidden, undisturbed
@@ -29,7 +30,8 @@ class TeacherStates:
     """The teacher's hidden states before and after a window, for this process's rows of each batch.
 
     Args:
-        batches (`list`): the other inputs of the model besides the hidden states, on its device.
+        batches (`list`): the other inputs of the model besides the hidden states, on its device. Batches with
+            pictures are in main memory.
         masks (`list[torch.Tensor]`): `(rows, length)`, the positions that count.
         counts (`list[int]`): the number of positions that count, on all processes.
         inputs, targets (`list[torch.Tensor]`): `(rows, length, hidden)`, in the teacher's precision.
@@ -59,7 +61,7 @@ def cache_states(
         LayerPruneError: the hidden states do not fit in memory, and no folder is given.
     """
     rank, world = PartialState().process_index, PartialState().num_processes
-    rows = [{name: x[rank::world] for name, x in batch.items() if name != "labels"} for batch in batches]
+    rows = [_rows_of_process(batch, number, rank, world) for number, batch in enumerate(batches)]
     width = find_decoder(teacher).config.hidden_size
     sizes = [batch["input_ids"].numel() * width for batch in rows]
     dtype = autocast or teacher.dtype
@@ -83,8 +85,11 @@ def cache_states(
             for window, (window_inputs, window_targets) in zip(windows, storage, strict=True):
                 window_inputs[number].copy_(states[window.teacher_first][0].flatten())
                 window_targets[number].copy_(hidden(states[window.teacher_last][1]).flatten())
-    inputs = [{name: value.to(student.device) for name, value in batch.items()} for batch in rows]
-    masks = [counted_positions(batch) for batch in inputs]
+    inputs = [
+        batch if has_pictures(batch) else {name: value.to(student.device) for name, value in batch.items()}
+        for batch in rows
+    ]
+    masks = [counted_positions(batch).to(student.device) for batch in inputs]
     counts = [int(counted_positions(batch).sum()) for batch in batches]
     shapes = [(*batch["input_ids"].shape, width) for batch in rows]
 
@@ -92,6 +97,15 @@ def cache_states(
         return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     return [TeacherStates(inputs, masks, counts, shaped(given), shaped(wanted)) for given, wanted in storage]
+
+
+def _rows_of_process(batch: Batch, number: int, rank: int, world: int) -> dict[str, torch.Tensor]:
+    """Returns the rows of a batch that a process reads, without labels. One process reads a whole batch with
+    pictures."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    if has_rows(inputs):
+        return {name: value[rank::world] for name, value in inputs.items()}
+    return inputs if rank == number % world else {"input_ids": inputs["input_ids"][:0]}
 
 
 def counted_positions(batch: Batch) -> torch.Tensor:

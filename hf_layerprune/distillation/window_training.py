@@ -12,6 +12,7 @@ from accelerate.utils import reduce
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
+from ..data.batches import split_rows
 from ..errors import LayerPruneError
 from ..files import whole_file
 from ..forward.hooks import captured, hidden, replayed, undisturbed
@@ -83,7 +84,8 @@ class WindowTraining:
         self._previous_output: Any = None  # an output of the layer before the window, as a template
         batches = [batch for batch in states.batches if len(batch["input_ids"])]  # a process may have no rows
         if window.first and batches:
-            example = {name: value[:1] for name, value in batches[0].items()}
+            example = split_rows(batches[0], 1)[0]
+            example = {name: value.to(model.device) for name, value in example.items()}
             previous = window.first - 1
             with undisturbed(model), captured(model, [previous]) as outputs, stop_after(model, previous):
                 model.base_model(**example, use_cache=False)
@@ -103,7 +105,8 @@ class WindowTraining:
             previous = self._previous_output
             previous = (inputs, *previous[1:]) if isinstance(previous, tuple) else inputs
             with replayed(self.model, [previous] * window.first):
-                self.model.base_model(**states.batches[number], use_cache=False)
+                batch = {name: value.to(device) for name, value in states.batches[number].items()}
+                self.model.base_model(**batch, use_cache=False)
         mask = states.masks[number]
         error = hidden_error(hidden(outputs[window.last][1])[mask], targets[mask], "normalized_mse")
         return error / max(1, states.counts[number])

@@ -296,7 +296,8 @@ def _picture_rows(
             "packing is 'packed', but rows with pictures are not packed: each row is one sequence. Set "
             "packing to 'none'."
         )
-    rows = rows if isinstance(rows, Dataset) else picture_dataset(rows, text.data_field)
+    if not isinstance(rows, Dataset):
+        rows = picture_dataset(rows[:limit], text.data_field)
     rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
     check_pictures(rows, PictureCollator(processor(), sequence.loss_on, text.data_field))
     return rows

@@ -184,8 +184,8 @@ def prune(
     run |= {"teacher": given, "trust_remote_code": trust}
     run["pictures"] = picture_collator(rows[2], processor, text, args)
     record = run_recipe(pruned, tokenizer, chosen, pruning, args, rows, **run)
-    if not in_memory:
-        copy_companions(chosen.model, args.output_dir)
+    if not in_memory or run["pictures"]:
+        copy_companions(str(name), args.output_dir)
     for parameter in pruned.parameters():  # a recipe may train only a part of the model
         parameter.requires_grad_(id(parameter) not in frozen)
     pruned.zero_grad()

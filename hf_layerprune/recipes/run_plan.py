@@ -28,10 +28,12 @@ from ..distillation.plan import (
 )
 from ..distillation.teacher_cache import is_teacher_cache
 from ..errors import LayerPruneError
+from ..forward.memory import free_gpu_memory
 from ..pruning.arguments import PruningArguments
 from ..pruning.schedule import phase_sizes
 from ..pruning.target import resolve_target
 from ..surgery.decoder import check_next_token, layer_count, text_config
+from ..surgery.peft import base_of
 from .arguments import ModelArguments
 from .inputs import check_loading_for_training, check_stored_weights
 
@@ -61,12 +63,14 @@ class RunPlan:
     length: int
     phases: int = 1
 
-    def reconstruction_flops(self, pruning: PruningArguments, tokens: float) -> float:
+    def reconstruction_flops(self, pruning: PruningArguments, tokens: float, rows: int | None) -> float:
         """Returns the FLOPs of all reconstructions in a run that trains on `tokens` tokens.
 
-        The teacher reads the tokens once. A backward pass takes as many FLOPs as two forward passes.
+        The teacher reads the tokens once. A backward pass takes as many FLOPs as two forward passes. A
+        reconstruction reads each of the `rows` sequences at most once.
         """
-        read = min(tokens / self.phases, pruning.reconstruction_tokens or math.inf) * self.phases
+        most = math.inf if rows is None else rows * self.length
+        read = min(tokens / self.phases, most, pruning.reconstruction_tokens or math.inf) * self.phases
         trained = min(2 * pruning.reconstruction_layers, self.target_layers)
         passes = self.footprint.layers + 3 * trained * pruning.reconstruction_epochs
         return passes * self.footprint.layer_flops * read / (self.settings.batch * self.length)
@@ -201,6 +205,7 @@ def announce_plan(
         return
     try:
         model = planned_model(name, source, lora_rank)
+        recomputes = base_of(model).supports_gradient_checkpointing
         layers, target = layer_count(text_config(model.config)), resolve_target(pruning, model).target_layers
         sizes = phase_sizes(layers, target, pruning.layers_per_phase) if select == "phases" else []
         start = layers - sizes[0] if sizes else target
@@ -210,9 +215,19 @@ def announce_plan(
     except Exception as error:  # a failed estimate must not end the run
         logger.debug("The run is not planned: %s", error)
         return
-    if not on_cpu and "activation_checkpointing" not in given:
+    chosen = "activation_checkpointing" in given or not recomputes or not _is_exact(args, train)
+    if not on_cpu and not chosen:
         plan = _recompute_to_fit(plan, args)
     log_plan(plan, args, len(train) if isinstance(train, Dataset) else None, pruning)
+
+
+def _is_exact(args: DistillationTrainingArguments, train: Any) -> bool:
+    """Returns whether the plan counts all that a run needs, and no more.
+
+    It counts all weights as trained, bfloat16 or float32 activations, and rows of `sequence_length` tokens.
+    """
+    has_pictures = isinstance(train, Dataset) and "input_ids" not in train.column_names
+    return args.trainable == "all" and not args.fp16 and not has_pictures
 
 
 def _recompute_to_fit(plan: RunPlan, args: DistillationTrainingArguments) -> RunPlan:
@@ -223,7 +238,7 @@ def _recompute_to_fit(plan: RunPlan, args: DistillationTrainingArguments) -> Run
     """
     if args.activation_checkpointing or args.torch_compile or args.world_size > 1:
         return plan
-    free = torch.cuda.mem_get_info()[0]
+    free = free_gpu_memory(torch.device("cuda")) or 0
     recomputing = replace(plan, settings=replace(plan.settings, activation_checkpointing=True))
     if not recomputing.training.peak <= free < plan.training.peak:
         return plan
@@ -259,7 +274,8 @@ def log_plan(
         speed = CPU_SHARE * matmul_speed(torch.bfloat16 if settings.bf16 else torch.float32)
     else:
         device = check_device(None)
-        name, free, speed = f"on {device.name}", torch.cuda.mem_get_info()[0], device.flops
+        name, speed = f"on {device.name}", device.flops
+        free = free_gpu_memory(torch.device("cuda")) or 0
     fits = training.peak <= free
     level = logging.INFO if fits or settings.on_cpu else logging.WARNING
     steps = args.max_steps
@@ -271,7 +287,7 @@ def log_plan(
     if settings.on_cpu or settings.bf16 or args.fp16:  # the GPU speeds are for 16 bits
         words += f", about {duration(max(1, steps) * training.seconds(speed))}"
         if pruning is not None and pruning.reconstruction_layers and steps > 0:
-            flops = plan.reconstruction_flops(pruning, steps * training.step_tokens)
+            flops = plan.reconstruction_flops(pruning, steps * training.step_tokens, rows)
             words += f", and about {duration(flops / speed)} of reconstruction"
     memory = f"about {training.peak / GIB:.1f} GiB, {free / GIB:.1f} GiB {name} are free"
     logger.log(level, "Memory: training needs %s.", memory)

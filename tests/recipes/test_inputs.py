@@ -154,6 +154,8 @@ def test_commands_train_in_the_precision_of_the_machine(command, folder, monkeyp
         (torch.bfloat16, {"bf16": True}, True),
         (torch.bfloat16, {"optim": "adamw_torch_8bit"}, True),
         (torch.bfloat16, {"optim": "adamw_torch_8bit", "optim_args": "bf16_stochastic_round=True"}, False),
+        (torch.bfloat16, {"optim": "adamw_torch_8bit", "optim_args": "bf16_stochastic_round = true"}, False),
+        (torch.bfloat16, {"optim": "adamw_torch_8bit", "optim_args": "bf16_stochastic_round=False"}, True),
         (torch.float32, {"bf16": True}, False),
     ],
 )

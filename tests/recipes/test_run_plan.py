@@ -73,15 +73,18 @@ def test_the_time_of_reconstruction_is_told(caplog, monkeypatch):
     plan = plan_run(planned_model("large", ModelArguments(), None), arguments(), 4, 5, on_cpu=True)
     layer, layers = plan.footprint.layer_flops, plan.footprint.layers  # of 8 x 64 tokens
     tokens = 10 * 512
-    assert plan.reconstruction_flops(pruning, tokens) == pytest.approx(10 * layer * (layers + 4 * 3 * 2))
+    assert plan.reconstruction_flops(pruning, tokens, None) == pytest.approx(
+        10 * layer * (layers + 4 * 3 * 2)
+    )
     less = replace(pruning, reconstruction_tokens=512)
-    assert plan.reconstruction_flops(less, tokens) == pytest.approx(layer * (layers + 4 * 3 * 2))
+    assert plan.reconstruction_flops(less, tokens, None) == pytest.approx(layer * (layers + 4 * 3 * 2))
+    assert plan.reconstruction_flops(pruning, tokens, 8) == pytest.approx(layer * (layers + 4 * 3 * 2))
     phases = replace(plan, phases=2)
-    assert phases.reconstruction_flops(less, tokens) == pytest.approx(2 * layer * (layers + 4 * 3 * 2))
+    assert phases.reconstruction_flops(less, tokens, None) == pytest.approx(2 * layer * (layers + 4 * 3 * 2))
     caplog.clear()
     with caplog.at_level(logging.INFO, "hf_layerprune"):
         announce_plan("large", ModelArguments(), pruning, arguments(max_steps=10), ROWS, select="block")
-    expected = run_plan.duration(plan.reconstruction_flops(pruning, tokens) / 1e9)
+    expected = run_plan.duration(plan.reconstruction_flops(pruning, tokens, 100) / 1e9)
     assert any(one.message.endswith(f", and about {expected} of reconstruction.") for one in caplog.records)
 
 
@@ -101,7 +104,7 @@ def test_a_gpu_that_is_too_small_is_a_warning(caplog, monkeypatch):
     stored_config("large")
     plan = plan_run(planned_model("large", ModelArguments(), None), arguments(), 4, 5)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L4")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0.5 * GIB, 22.5 * GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *device: (0.5 * GIB, 22.5 * GIB))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with caplog.at_level(logging.INFO, "hf_layerprune"):
         run_plan.log_plan(plan, arguments(), None)
@@ -121,6 +124,7 @@ def test_a_gpu_that_is_too_small_is_a_warning(caplog, monkeypatch):
         (0.5, (), {}, False),  # it would not fit either
         (0.98, ("activation_checkpointing",), {}, False),
         (0.98, (), {"torch_compile": True}, False),
+        (0.98, (), {"trainable": "around_cuts"}, False),  # the plan counts all weights as trained
     ],
 )
 def test_activations_are_recomputed_where_the_gpu_is_too_small(
@@ -129,7 +133,7 @@ def test_activations_are_recomputed_where_the_gpu_is_too_small(
     stored_config("large")
     peak = plan_run(planned_model("large", ModelArguments(), None), arguments(), 4, 5).training.peak
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA L4")
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (share * peak, 22.5 * GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *device: (share * peak, 22.5 * GIB))
     args = arguments(**changes)
     args.use_cpu = False  # as on the GPU that is pretended
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
