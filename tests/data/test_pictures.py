@@ -204,9 +204,9 @@ def test_only_rows_with_a_picture_hold_pictures(processor, tokenizer):
     ):
         assert hold_pictures(rows) == holds, rows
         assert hold_pictures(Dataset.from_list(rows)) == holds, rows
-    both = Dataset.from_list([row, empty])
-    assert hold_pictures(both.select([0]))
-    assert not hold_pictures(both.select([1]))
+    mixed = Dataset.from_list([empty, row, empty, row])
+    assert hold_pictures(mixed.select([3, 0]))
+    assert not hold_pictures(mixed.select([2, 0]))  # by indices into the whole table
     with pytest.raises(LayerPruneError, match="read as text alone"):
         make_batches([row], tokenizer=tokenizer)
     rows = [{"text": "words " * 20, "images": []}]
