@@ -50,7 +50,7 @@ def published_records() -> dict[str, dict[str, Any]]:
         layers = found["model"]["layers"]
         return (
             layers,
-            name != f"reconstruction-{layers}",
+            name != f"default-{layers}",
             -share_kept(found["dense"], found["model"])["share"],
         )
 
@@ -154,10 +154,9 @@ def gpu() -> str:
 
 
 SHORT = (
-    "reconstruction-23",
+    "default-23",
     "linear-map-23",
     "shortgpt-23",
-    "sleb-23",
     "iterative-23",
     "replaceme-23",
 )  # the rows of README

@@ -25,6 +25,11 @@ method() { # NAME KEEP RECIPE FLAGS...
     --calibration_sequences 128 "${common[@]}" "$@"
 }
 
+# The recipe as it is, in float32.
+alone=(--max_steps 245 --per_device_train_batch_size 4 --bf16 False --logging_steps 7)
+method default-23 23 default "${alone[@]}"
+method default-27 27 default "${alone[@]}"
+
 map=(--replacement linear --reconstruction_layers 0)
 around=(--reconstruction_layers 3 --reconstruction_learning_rate 2e-3)
 method reconstruction-23 23 default "${healing[@]}" "${around[@]}"

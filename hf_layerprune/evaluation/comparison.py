@@ -108,7 +108,7 @@ def mean_difference(
     Raises:
         LayerPruneError: the questions differ.
     """
-    both = _pairs(first, second, list(first["tasks"]) if names is None else names)
+    both = _pairs(first, second, list({**first["tasks"], **second["tasks"]}) if names is None else names)
     spread = sum(np.var(two - one, ddof=1) / len(one) for one, two in both)
     mean = statistics.fmean(float(np.mean(two - one)) for one, two in both)
     return mean, math.sqrt(spread) / len(both)
@@ -196,7 +196,8 @@ def _answers(task: Mapping[str, Any]) -> list[Answer]:
 def _pairs(
     first: Mapping[str, Any], second: Mapping[str, Any], names: Sequence[str]
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    sizes = [{name: task["questions"] for name, task in one["tasks"].items()} for one in (first, second)]
+    tasks = [{name: one["tasks"].get(name, {}) for name in names} for one in (first, second)]
+    sizes = [{name: task.get("questions", 0) for name, task in one.items()} for one in tasks]
     if sizes[0] != sizes[1]:
         raise LayerPruneError(
             f"Not the same questions: {sizes[0]} and {sizes[1]}. Evaluate both models on the same tasks."

@@ -167,6 +167,11 @@ def test_what_is_kept_is_above_chance():
     half = {"easy": [True] * 7 + [False] * 3, "hard": [True] * 2 + [False] * 8, "guessed": [True] * 10}
     assert share_kept(dense, task_scores(half, chances))["share"] == pytest.approx(0.4 / 0.9)
     assert mean_difference(dense, task_scores(half, chances), ["easy", "hard"])[0] == pytest.approx(-0.25)
+    fewer = task_scores({name: half[name] for name in ("easy", "hard")}, chances)
+    assert mean_difference(dense, fewer, ["easy", "hard"])[0] == pytest.approx(-0.25)
+    for pair in ((dense, fewer), (fewer, dense)):
+        with pytest.raises(LayerPruneError, match="Not the same questions"):
+            mean_difference(*pair)
     with pytest.raises(LayerPruneError, match="not better than chance in any task"):
         share_kept(task_scores(guess, chances | {"guessed": 1.0}), dense)
     with pytest.raises(LayerPruneError, match="Not the same questions"):
