@@ -144,7 +144,7 @@ def _processes(command: str) -> Iterator[None]:
         nullcontext() if state.is_main_process else redirect_stdout(nothing),
     ):
         yield
-        state.wait_for_everyone()
+    state.wait_for_everyone()  # not after an error: torchrun then stops the other processes
     state.destroy_process_group()
 
 

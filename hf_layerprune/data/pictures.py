@@ -31,8 +31,15 @@ def hold_pictures(rows: Any) -> bool:
         return any(pictures_of(row) for row in rows)
     if any(_has_value(rows, name) for name in PICTURES if name in rows.column_names):
         return True
-    chats = [name for name in CHATS if name in rows.column_names]
+    chats = [name for name in CHATS if name in rows.column_names and not _is_plain(rows.features[name])]
     return any(pictures_of(row) for row in rows.select_columns(chats)) if chats else False
+
+
+def _is_plain(kind: Any) -> bool:
+    """Returns whether a column holds text, or messages of plain text, which have no parts."""
+    entry = getattr(kind, "feature", kind)
+    content = entry.get("content", entry.get("value")) if isinstance(entry, Mapping) else entry
+    return isinstance(content, Value)
 
 
 def _has_value(rows: Dataset, name: str) -> bool:

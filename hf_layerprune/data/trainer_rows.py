@@ -61,7 +61,7 @@ def prepare_rows(
     return sequences
 
 
-def picture_collator(
+def collator_for_pictures(
     datasets: list[Any], processing_class: Any, settings: SequenceArguments
 ) -> PictureCollator | None:
     """Returns the data collator for the raw data sets of a Trainer if one of them holds pictures, else None.

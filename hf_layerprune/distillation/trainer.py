@@ -29,7 +29,7 @@ from ..checkpoints.saving import check_configs, check_merge, check_no_adapters_i
 from ..data.collator import padding_collator
 from ..data.pictures import PictureCollator
 from ..data.targets import targets_of
-from ..data.trainer_rows import picture_collator, prepare_rows
+from ..data.trainer_rows import collator_for_pictures, prepare_rows
 from ..errors import LayerPruneError, one_line
 from ..forward.lm_head import router_losses
 from ..surgery.decoder import is_sharded
@@ -165,7 +165,7 @@ class DistillationTrainer(Trainer):
         if shares_weights and args.export == "merged" and not is_sharded(trained):
             check_merge(trained)
         if data_collator is None:
-            data_collator = picture_collator([train_dataset, eval_dataset], processing_class, args)
+            data_collator = collator_for_pictures([train_dataset, eval_dataset], processing_class, args)
         if isinstance(data_collator, PictureCollator):
             args.remove_unused_columns = False  # the collator reads columns that the model does not
             freeze_vision(trained)  # teacher and student see the same

@@ -21,7 +21,7 @@ from transformers.utils import is_torch_tf32_available
 
 from ..checkpoints.loading import load_class, load_model, load_processor, load_tokenizer, stored_dtype
 from ..data.arguments import SequenceArguments
-from ..data.batches import make_batches, rows_of
+from ..data.batches import has_rows, make_batches, rows_of, split_rows
 from ..data.own_text import SELF, write_own_text
 from ..data.pictures import PictureCollator, check_pictures, hold_pictures, picture_dataset
 from ..data.processes import process_index, run_together
@@ -274,7 +274,14 @@ def make_sequences(
         if isinstance(data, Dataset):
             sequences.info.dataset_name = data.info.dataset_name
         return sequences
-    tokens = [{name: value[0].tolist() for name, value in batch.items()} for batch in make_batches(rows, 1)]
+    batches = make_batches(rows, 1)
+    if not all(map(has_rows, batches)):
+        raise LayerPruneError(
+            "The data holds batches with pictures, or with values that are not one for each row. Give rows "
+            "with text and a column images, or batches of tokens."
+        )
+    alone = [row for batch in batches for row in split_rows(batch, 1)]  # a given batch may have many rows
+    tokens = [{name: value[0].tolist() for name, value in row.items()} for row in alone]
     return Dataset.from_list([{"labels": row["input_ids"]} | row for row in tokens])
 
 

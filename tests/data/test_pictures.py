@@ -214,6 +214,22 @@ def test_only_rows_with_a_picture_hold_pictures(processor, tokenizer):
     assert batch["input_ids"].shape[1] == 16  # text alone is joined and cut
 
 
+def test_chats_of_plain_text_are_not_read_for_pictures(monkeypatch):
+    plain = [
+        {"messages": [{"role": "user", "content": "words"}]},
+        {"conversations": [said("human", "words")]},
+        {"prompt": "words", "completion": "more"},
+    ]
+    read = []
+    monkeypatch.setattr("hf_layerprune.data.pictures.pictures_of", lambda row: read.append(row) or [])
+    for row in plain:
+        assert not hold_pictures(Dataset.from_list([row] * 3))
+    assert not read
+    parts = {"prompt": [user(text("words"))], "completion": [assistant("more")]}
+    assert not hold_pictures(Dataset.from_list([parts] * 3))
+    assert len(read) == 3
+
+
 def test_marks_in_plain_text_are_the_places(processor):
     path, other = save_pictures(2)
     rows = [

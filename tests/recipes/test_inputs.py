@@ -10,8 +10,9 @@ import torch
 
 from hf_layerprune import LayerPruneError
 from hf_layerprune.commands.cli import main
+from hf_layerprune.data.arguments import SequenceArguments
 from hf_layerprune.recipes import inputs
-from hf_layerprune.recipes.arguments import ModelArguments
+from hf_layerprune.recipes.arguments import ModelArguments, TextArguments
 
 from ..conftest import make_model
 from ..distillation.test_trainer import make_trainer
@@ -169,3 +170,15 @@ def test_float16_weights_are_not_trained_in_float16(monkeypatch):
     monkeypatch.setattr("accelerate.accelerator.is_fp16_available", lambda: True, raising=False)
     with pytest.raises(LayerPruneError, match=r"trained weights are float16.*dtype=torch.float32"):
         make_trainer(make_model().to(torch.float16), fp16=True)
+
+
+@pytest.mark.parametrize("form", [list, lambda batches: iter(batches)], ids=["list", "iterator"])
+def test_all_rows_of_given_batches_are_read(form):
+    ids = torch.arange(48).view(4, 12)
+    batches = [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in (ids[:3], ids[3:])]
+    settings = TextArguments(), SequenceArguments(sequence_length=12), make_model().config, None
+    rows = inputs.make_sequences(form(batches), *settings)
+    assert rows["input_ids"] == rows["labels"] == ids.tolist()
+    with_pictures = [batches[0] | {"pixel_values": torch.zeros(3, 3, 2, 2)}]
+    with pytest.raises(LayerPruneError, match="holds batches with pictures"):
+        inputs.make_sequences(with_pictures, *settings)
