@@ -35,7 +35,7 @@ trainer = DistillationTrainer(
         output_dir=output_dir,
         max_steps=max_steps,
         per_device_train_batch_size=4,
-        learning_rate=2e-5,
+        learning_rate=1e-5,
         logging_steps=10,
     ),
     teacher_model=teacher,

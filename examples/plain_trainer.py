@@ -29,7 +29,7 @@ pruning = LayerPruningCallback(target_layers=int(target_layers), calibration=cal
 trainer = Trainer(
     model=model,
     args=TrainingArguments(
-        output_dir=output_dir, max_steps=max_steps, per_device_train_batch_size=4, learning_rate=2e-5
+        output_dir=output_dir, max_steps=max_steps, per_device_train_batch_size=4, learning_rate=1e-5
     ),
     train_dataset=train,
     eval_dataset=heldout,

@@ -29,7 +29,7 @@ trainer = SFTTrainer(
         max_steps=max_steps,
         max_length=min(256, model.config.max_position_embeddings),
         per_device_train_batch_size=4,
-        learning_rate=2e-5,
+        learning_rate=1e-5,
         logging_steps=10,
         use_cpu=not torch.cuda.is_available(),
     ),

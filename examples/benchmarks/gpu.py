@@ -6,8 +6,8 @@
 
 - checks: GPU and CPU agree on scores, losses, gradients and reconstruction; a resumed run, LoRA and compiled
   layers work on the GPU.
-- speed: step time, share of the peak FLOP/s and peak memory of distillation and of a plain Trainer, and the
-  time to score all layers, for a model of a given shape with random weights.
+- speed: step time, share of the peak FLOP/s and peak memory of distillation (also compiled) and of a plain
+  Trainer, and the time to score all layers, for a model of a given shape with random weights.
 - heal: the default recipe on MODEL with the longest training that fits in so many seconds.
 
 TOKENS.npy holds token ids, `(rows, length)`. `--tiny` uses a tiny model and data instead, also on a CPU.
@@ -147,9 +147,12 @@ def check_step(folder, **changes):
     return difference(*found)
 
 
+# A CPU compiles for a minute with inductor.
+COMPILED = {"torch_compile": True, "torch_compile_backend": "inductor" if DEVICE == "cuda" else "aot_eager"}
+
+
 def check_compiled(folder):
-    backend = "inductor" if DEVICE == "cuda" else "aot_eager"  # a CPU compiles for a minute
-    return check_step(folder, torch_compile=True, torch_compile_backend=backend)
+    return check_step(folder, **COMPILED)
 
 
 def check_reconstruction():
@@ -276,14 +279,18 @@ def step_flops(student, teacher, tokens):
     return tokens * (6 * student.num_parameters() + (2 * teacher.num_parameters() if teacher else 0))
 
 
-def time_steps(options, batch, length, distil):
+def time_steps(options, batch, length, distil, **more):
     student = random_model(options.shape)
     teacher = random_model(options.shape, torch.bfloat16) if distil else None
     remove_layers(student, [2, 3])
     student.train()
     data = random_rows(student, batch * options.steps, length)
     given = settings(
-        options.output / "speed", max_steps=options.steps, per_device_train_batch_size=batch, bf16=True
+        options.output / "speed",
+        max_steps=options.steps,
+        per_device_train_batch_size=batch,
+        bf16=True,
+        **more,
     )
     clock = Clock()
     common = {"train_dataset": data, "callbacks": [clock]}
@@ -317,8 +324,13 @@ def free():
 def speed(options):
     batch, length = (2, 32) if options.tiny else (4, 2048)
     found = {"shape": options.shape, "batch": batch, "length": length}
-    for name, distil in {"distillation": True, "plain Trainer": False}.items():
-        found[name] = time_steps(options, batch, length, distil)
+    kinds = {
+        "distillation": {"distil": True},
+        "compiled distillation": {"distil": True, **COMPILED},
+        "plain Trainer": {"distil": False},
+    }
+    for name, kind in kinds.items():
+        found[name] = time_steps(options, batch, length, **kind)
         print(name, found[name], flush=True)
         free()
     model = random_model(options.shape, torch.bfloat16)

@@ -140,12 +140,12 @@ def gpu() -> str:
     distil, plain = steps["distillation"], steps["plain Trainer"]
     kept = found["model"]["kept"]
     sentences = (
-        f"Measured on an {healed['device']} ([script](examples/benchmarks/gpu.py)): {agree} of "
+        f"On an {healed['device']} ([script](examples/benchmarks/gpu.py)), {agree} of "
         f"{len(checks['checks'])} correctness checks pass. A distillation step with the shape of "
         f"Qwen2.5-3B and {steps['batch']} x {steps['length']} tokens takes {distil['step_seconds']:.2f} s "
-        f"and {distil['peak_gib']:.0f} GiB. A step of a plain Trainer, without a teacher, takes "
-        f"{plain['step_seconds']:.2f} s. It needs {plain['peak_gib']:.0f} GiB, because it holds all logits "
-        f"at once. SmolLM2-135M with 23 of 30 layers was distilled on {run['tokens']:,} tokens in "
+        f"and {distil['peak_gib']:.0f} GiB. A plain Trainer takes {plain['step_seconds']:.2f} s and "
+        f"{plain['peak_gib']:.0f} GiB, because it holds all logits at once. "
+        f"SmolLM2-135M with 23 of 30 layers was distilled on {run['tokens']:,} tokens in "
         f"{run['seconds']:.0f} s. It has "
         f"{100 * kept['share']:.1f}% ± {100 * kept['standard_error']:.1f}% of the dense model's accuracy "
         f"above chance, and a copy accuracy of {found['model']['copying']:.3f}."
