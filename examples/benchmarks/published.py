@@ -96,7 +96,7 @@ def scoring() -> str:
     chose = f"Block influence chose layer {other}, and the others chose layer {full['layer']}."
     chose = "All chose the same layer." if other == full["layer"] else chose
     sentences = (
-        f"Scoring read {found['sequences']} C4 sequences of {found['length']} tokens once, with "
+        f"One run scored all layers on {found['sequences']} C4 sequences of {found['length']} tokens, with "
         f"{found['machine']['cpu_threads']} threads. It took {took['naive']['seconds']:.0f} s with full "
         f"passes, {full['seconds']:.0f} s with cached states, {took['racing 0.95']['seconds']:.0f} s with "
         f"racing and {took['block influence']['seconds']:.0f} s with block influence. {chose} On "
@@ -143,7 +143,7 @@ def gpu() -> str:
         f"On an {healed['device']} ([script](examples/benchmarks/gpu.py)), {agree} of "
         f"{len(checks['checks'])} correctness checks pass. A distillation step with the shape of "
         f"Qwen2.5-3B and {steps['batch']} x {steps['length']} tokens takes {distil['step_seconds']:.2f} s "
-        f"and {distil['peak_gib']:.0f} GiB. A plain Trainer takes {plain['step_seconds']:.2f} s and "
+        f"and {distil['peak_gib']:.0f} GiB. A plain Trainer takes {plain['step_seconds']:.2f} s but "
         f"{plain['peak_gib']:.0f} GiB, because it holds all logits at once. "
         f"SmolLM2-135M with 23 of 30 layers was distilled on {run['tokens']:,} tokens in "
         f"{run['seconds']:.0f} s. It has "

@@ -212,8 +212,8 @@ def summary():
     refused = [name for name, reasons in types.items() if all(reasons)]
     return textwrap.fill(
         f"A tiny model of each of the {len(TYPES)} causal language model types in transformers "
-        f"{transformers.__version__} was tried. {len(exact)} types lose any of {len(ALL_SETS)} sets of "
-        "layers exactly: the pruned and reloaded model gives the logits of the original model run without "
+        f"{transformers.__version__} was tried. {len(exact)} types pass for each of {len(ALL_SETS)} sets of "
+        "layers: the pruned and reloaded model gives the logits of the original model run without "
         f"these layers. {len(types) - len(exact) - len(refused)} types do so for some sets, "
         f"{len(refused)} are always refused, and {len(NOT_BUILT)} could not be tried "
         "([list](tests/surgery/architectures.md)).",
