@@ -213,10 +213,9 @@ def summary():
     return textwrap.fill(
         f"A tiny model of each of the {len(TYPES)} causal language model types in transformers "
         f"{transformers.__version__} was tried. {len(exact)} types pass for each of {len(ALL_SETS)} sets of "
-        "layers: the pruned and reloaded model gives the logits of the original model run without "
-        f"these layers. {len(types) - len(exact) - len(refused)} types do so for some sets, "
-        f"{len(refused)} are always refused, and {len(NOT_BUILT)} could not be tried "
-        "([list](tests/surgery/architectures.md)).",
+        "layers: the pruned and reloaded model gives the logits of the original with these layers skipped. "
+        f"{len(types) - len(exact) - len(refused)} types do so for some sets, {len(refused)} are always "
+        f"refused, and {len(NOT_BUILT)} could not be tried ([list](tests/surgery/architectures.md)).",
         120,
     )
 
