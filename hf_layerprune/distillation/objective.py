@@ -27,6 +27,9 @@ class LossSettings(Protocol):
     ce_weight: float
     hidden_weight: float
     hidden_loss: str
+    torch_compile: bool
+    torch_compile_backend: Any  # a str if torch_compile is set
+    torch_compile_mode: str | None
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,9 @@ def _logit_losses(
             settings.divergence,
             settings.temperature,
             settings.jsd_beta,
+            compilation=(settings.torch_compile_backend, settings.torch_compile_mode)
+            if settings.torch_compile
+            else None,
         )
     }
     if with_cross_entropy:

@@ -20,6 +20,23 @@ def random_logits(seed, positions=5, vocabulary=7):
     return 3 * torch.randn(positions, vocabulary, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_compiled_kl_is_the_same(temperature):
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    teacher = random_logits(1)
+    teacher[0, 3] = -math.inf
+    found = []
+    for compilation in (None, ("aot_eager", None)):
+        for dtype in (torch.float32, torch.bfloat16):
+            student = random_logits(0).to(dtype).requires_grad_()
+            loss = divergence(student, teacher.to(dtype), "kl", temperature, compilation=compilation)
+            (2 * loss).backward()
+            found.append((loss.detach(), student.grad))
+    torch.testing.assert_close(found[:2], found[2:])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
 def test_mask_is_shifted_with_the_logits():
     ids = tokens(3, 5)
     labels = torch.tensor([[1, 2, 3, 4, 5], [-100, -100, 3, 4, 5], [1, 2, 3, -100, -100]])

@@ -35,8 +35,22 @@ def make_settings(**changes):
         "ce_weight": 0.2,
         "hidden_weight": 0.3,
         "hidden_loss": "mse",
+        "torch_compile": False,
+        "torch_compile_backend": None,
+        "torch_compile_mode": None,
     }
     return SimpleNamespace(**defaults | changes)
+
+
+def test_torch_compile_compiles_the_loss():
+    torch.compiler.reset()
+    models, batch = make_models(), make_batch()
+    losses = []
+    for changes in ({}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}):
+        torch._dynamo.utils.counters.clear()
+        losses.append(compute(*models, batch, make_settings(**changes)).total.detach())
+    torch.testing.assert_close(losses[0], losses[1])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 def make_models(family="llama"):
