@@ -6,14 +6,16 @@
 # TEXT is from text_mix.py. STEPS (245) are of 4 x 256 tokens, in the order of SEED (42), at a peak learning rate of RATE
 # (9.7e-5, the default's for SmolLM2-135M; 9.2e-6 for Qwen2.5-Coder-0.5B, 1.7e-5 for Gemma 3 270M). RECIPES lists the
 # runs to make, separated by spaces (all). JOBS (1) of them go on at once: a large GPU has room for 16. With more than one
-# job, the measured speeds mean nothing. What is finished in OUTPUT is left alone. OUTPUT/evaluation.json holds the result.
+# job, the measured speeds mean nothing. LIMIT (2000) questions of each task are asked. On a CPU without bfloat16 units,
+# set DTYPE (bfloat16) to float32. What is finished in OUTPUT is left alone. OUTPUT/evaluation.json holds the result.
 set -euo pipefail
 
 model=$1 text=$2 output=$3 layers=$4 evaluation=$5
 shift 5
-steps=${STEPS:-245} jobs=${JOBS:-1} wanted=" ${RECIPES:-} "
+steps=${STEPS:-245} jobs=${JOBS:-1} wanted=" ${RECIPES:-} " limit=${LIMIT:-2000} dtype=${DTYPE:-bfloat16}
+[[ $dtype == bfloat16 ]] && bf16=True || bf16=False
 depth=$(python -c "import sys; from transformers import AutoConfig as C; print(C.from_pretrained(sys.argv[1]).num_hidden_layers)" "$model")
-measure=(--data "$evaluation" --sequence_length 256 --max_sequences 64 --tasks "$@" --limit 2000 --dtype bfloat16)
+measure=(--data "$evaluation" --sequence_length 256 --max_sequences 64 --tasks "$@" --limit "$limit" --dtype "$dtype")
 mkdir -p "$output/parts"
 
 evaluate() { # NAME MODEL
@@ -31,7 +33,7 @@ train() { # NAME RECIPE FLAGS...
   if [[ ! -f $output/$name/config.json ]]; then
     hf-layerprune run "$recipe" --model "$model" --target_layers "$layers" --data "$text" --output_dir "$output/$name" \
       --calibration_sequences 128 --heldout_sequences 32 --sequence_length 256 --save_strategy no --report_to none \
-      --disable_tqdm True --seed "${SEED:-42}" "$@"
+      --disable_tqdm True --bf16 "$bf16" --seed "${SEED:-42}" "$@"
   fi
   [[ -f $output/parts/$name.json ]] || evaluate "$name" "$output/$name"
 }
@@ -42,7 +44,7 @@ run() { # NAME RECIPE FLAGS...
 }
 
 healing=(--max_steps "$steps" --per_device_train_batch_size 4 --learning_rate "${RATE:-9.7e-5}" --lr_scheduler_type cosine
-  --lr_scheduler_kwargs '{}' --warmup_steps 0.05 --weight_decay 0 --bf16 True --logging_steps 7)
+  --lr_scheduler_kwargs '{}' --warmup_steps 0.05 --weight_decay 0 --logging_steps 7)
 phases=(--steps_per_phase $((steps / (depth - layers))) --calibration_sequences 32)
 around=(--reconstruction_layers 3) alone=(--reconstruction_layers 0)
 
