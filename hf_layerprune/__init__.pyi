@@ -9,6 +9,7 @@ from .checkpoints.saving import save_model as save_model
 from .commands.quickstart import load_embedded_model as load_embedded_model
 from .data.batches import make_batches as make_batches
 from .data.pictures import PictureCollator as PictureCollator
+from .data.repeats import repeat_passages as repeat_passages
 from .data.sequences import prepare_dataset as prepare_dataset
 from .data.sequences import split_sequences as split_sequences
 from .data.sequences import token_sequences as token_sequences

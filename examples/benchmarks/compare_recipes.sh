@@ -15,7 +15,8 @@ shift 5
 steps=${STEPS:-245} jobs=${JOBS:-1} wanted=" ${RECIPES:-} " limit=${LIMIT:-2000} dtype=${DTYPE:-bfloat16}
 [[ $dtype == bfloat16 ]] && bf16=True || bf16=False
 depth=$(python -c "import sys; from transformers import AutoConfig as C; print(C.from_pretrained(sys.argv[1]).num_hidden_layers)" "$model")
-measure=(--data "$evaluation" --sequence_length 256 --max_sequences 64 --tasks "$@" --limit "$limit" --dtype "$dtype")
+measure=(--data "$evaluation" --sequence_length 256 --max_sequences 64 --dtype "$dtype")
+if (( $# )); then measure+=(--limit "$limit" --tasks "$@"); fi
 mkdir -p "$output/parts"
 
 evaluate() { # NAME MODEL
@@ -46,9 +47,10 @@ run() { # NAME RECIPE FLAGS...
 healing=(--max_steps "$steps" --per_device_train_batch_size 4 --learning_rate "${RATE:-9.7e-5}" --lr_scheduler_type cosine
   --lr_scheduler_kwargs '{}' --warmup_steps 0.05 --weight_decay 0 --logging_steps 7)
 phases=(--steps_per_phase $((steps / (depth - layers))) --calibration_sequences 32)
-around=(--reconstruction_layers 3) alone=(--reconstruction_layers 0)
+around=(--reconstruction_layers 3 --repeat_share 0) alone=(--reconstruction_layers 0 --repeat_share 0)
 
 [[ -f $output/parts/dense.json ]] || start evaluate dense "$model" > "$output/dense.log" 2>&1
+run default default "${healing[@]}"
 run block-reconstruction default "${healing[@]}" --replacement none "${around[@]}"
 run linear-map default "${healing[@]}" --replacement linear "${alone[@]}" # refused for models that normalise the feed-forward output
 run linear-map-reconstruction default "${healing[@]}" --replacement linear "${around[@]}" # also refused for them

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..data.arguments import BatchArguments, SequenceArguments
 from ..errors import LayerPruneError
-from ..recipes.arguments import ModelArguments, SampleArguments, TeacherArguments, TextArguments
+from ..recipes.arguments import ModelArguments, TeacherArguments, TextArguments, TrainingSampleArguments
 from .common import (
     OUTPUT_DIR,
     given_values,
@@ -80,7 +80,7 @@ def distill(arguments: list[str]) -> None:
         ModelArguments,
         DataArguments,
         TextArguments,
-        SampleArguments,
+        TrainingSampleArguments,
         TeacherArguments,
         LoraArguments,
         ResumeArguments,

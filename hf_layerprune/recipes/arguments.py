@@ -156,3 +156,16 @@ class SampleArguments(CalibrationArguments):
     heldout_sequences: int = field(
         default=16, metadata={"help": "Sequences of the text to measure perplexity on."}
     )
+
+
+@dataclass
+class TrainingSampleArguments(SampleArguments):
+    """Settings of the amount of text, and of the text to train on."""
+
+    repeat_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the training sequences whose first half is read twice, so that the model still "
+            "copies text. Only with packing joined."
+        },
+    )

@@ -25,6 +25,7 @@ from ..data.batches import has_rows, make_batches, rows_of, split_rows
 from ..data.own_text import SELF, write_own_text
 from ..data.pictures import PictureCollator, check_pictures, hold_pictures, picture_dataset
 from ..data.processes import process_index, run_together
+from ..data.repeats import check_repeat_share, repeat_passages
 from ..data.sequences import (
     check_sequence_length,
     prepare_dataset,
@@ -42,7 +43,7 @@ from ..files import cache_folder
 from ..forward.hooks import undisturbed
 from ..scoring.score import check_criterion_fits, fingerprint
 from ..surgery.decoder import check_next_token
-from .arguments import ModelArguments, SampleArguments, TextArguments
+from .arguments import ModelArguments, SampleArguments, TextArguments, TrainingSampleArguments
 
 
 logger = logging.getLogger(__name__)
@@ -412,7 +413,7 @@ def split_text(
     data: Any,
     text: TextArguments,
     sequence: SequenceArguments,
-    sample: SampleArguments,
+    sample: TrainingSampleArguments,
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase | None,
     max_steps: int,
@@ -423,18 +424,21 @@ def split_text(
 
     Args:
         data, text, sequence, config, tokenizer, writer, processor: see [`make_sequences`].
-        sample ([`SampleArguments`]): number of rows for calibration and evaluation.
+        sample ([`TrainingSampleArguments`]): number of rows for calibration and evaluation, and the share of
+            rows for training that repeat a passage.
         max_steps (`int`): number of training steps. A stream needs it, as it has no known length.
 
     Raises:
         LayerPruneError: [`make_sequences`] fails, or there is too little text.
     """
     calibration, heldout = sample.calibration_sequences, sample.heldout_sequences
+    check_repeat_share(sample.repeat_share)
     if not text.streaming or SELF in _sources_of(data):
         sequences = make_sequences(
             data, text, sequence, config, tokenizer, writer=writer, processor=processor
         )
-        return split_sequences(sequences, calibration, heldout)
+        *others, train = split_sequences(sequences, calibration, heldout)
+        return *others, _repeated(train, sequence, sample.repeat_share)
     sources = _sources_of(data)
     if not sources:
         raise LayerPruneError(
@@ -450,7 +454,13 @@ def split_text(
     form = _form(text, sequence, config) | origin
     head, train = stream_sequences(_needed(tokenizer), first=calibration + heldout, source=sources, **form)
     head.info.dataset_name = train.info.dataset_name = text_name(sources, text)
-    return *split_sequences(head, calibration, heldout)[:2], train
+    return *split_sequences(head, calibration, heldout)[:2], _repeated(train, sequence, sample.repeat_share)
+
+
+def _repeated(train: Any, sequence: SequenceArguments, share: float) -> Any:
+    """Returns the rows for training, with [`repeat_passages`] if they are joined texts of tokens only."""
+    joined = sequence.packing == "joined" and {*(train.column_names or ())} <= {"input_ids", "labels"}
+    return repeat_passages(train, share) if joined else train
 
 
 def check_text_is_left(train: Any, sample: SampleArguments) -> None:

@@ -130,6 +130,8 @@ def prune(
     check_recipe(chosen, pruning, reads_text=args.max_steps != 0 or not text.streaming)
     check_reporters(args.report_to)
     check_teacher_exists(taught.teacher, trust)
+    if taught.teacher and is_teacher_cache(taught.teacher):  # it knows only the rows of the text
+        sample = replace(sample, repeat_share=0.0)
     resume = resume_from_checkpoint or args.resume_from_checkpoint
     if not resume:
         check_folder_is_free(args.output_dir, resume="resume_from_checkpoint=True")

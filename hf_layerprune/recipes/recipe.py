@@ -17,7 +17,7 @@ from ..pruning.arguments import PruningArguments, ReconstructionArguments, Remov
 from ..pruning.prune import SELECTIONS
 from ..pruning.replacement import KINDS
 from ..reports.record import changed_settings, is_secret
-from .arguments import DATA_HELP, ModelArguments, SampleArguments, TeacherArguments, TextArguments
+from .arguments import DATA_HELP, ModelArguments, TeacherArguments, TextArguments, TrainingSampleArguments
 from .fields import check_fields
 
 
@@ -115,7 +115,7 @@ RECIPE_KINDS = (
     ModelArguments,
     TeacherArguments,
     TextArguments,
-    SampleArguments,
+    TrainingSampleArguments,
     PruningArguments,
     DistillationTrainingArguments,
 )
