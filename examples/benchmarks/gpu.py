@@ -8,7 +8,7 @@
   layers work on the GPU.
 - speed: step time, share of the peak FLOP/s and peak memory of distillation (also compiled) and of a plain
   Trainer, and the time to score all layers, for a model of a given shape with random weights.
-- heal: the default recipe on MODEL with the longest training that fits in so many seconds.
+- heal: the steps of the default recipe on MODEL, with the longest training that fits in so many seconds.
 
 TOKENS.npy holds token ids, `(rows, length)`. `--tiny` uses a tiny model and data instead, also on a CPU.
 """

@@ -132,6 +132,60 @@ def healing() -> str:
     return f"{textwrap.fill(sentence, 120)}\n\n{markdown_table(table)}"
 
 
+def plot_healing(records: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draws the accuracy of SmolLM2 with 23 layers over tokens and seconds, with and without reconstruction.
+
+    The seconds are those of `default-23` for as many tokens, since the runs were made on other machines.
+    """
+    from matplotlib.figure import Figure
+
+    run, long = records["default-23"]["phases"][-1], measured("gpu_heal.json")
+    reconstruction = run["reconstruction"]
+    rates = [  # seconds for a token of distillation, and of reconstruction
+        (run["seconds"] - reconstruction["seconds"]) / healing_tokens(records["default-23"]),
+        reconstruction["seconds"] / reconstruction["tokens"],
+    ]
+
+    def kept(name: str) -> dict[str, float]:
+        found = records[name]["evaluation"]
+        return share_kept(found["dense"], found["model"])
+
+    healed = long["heal"]["tokens"], long["heal"]["reconstruction"]["tokens"]
+    tokens = healing_tokens(records["default-23"]), reconstruction["tokens"]
+    lines = {
+        "with reconstruction": [(tokens, kept("default-23")), (healed, long["evaluation"]["model"]["kept"])],
+        "without reconstruction": [
+            ((healing_tokens(records[name]), 0), kept(name))
+            for name in ("linear-map-23", "linear-map-23-long")
+        ],
+    }
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for label, points in lines.items():
+        shares = [100 * share["share"] for _, share in points]
+        errors = [100 * share["standard_error"] for _, share in points]
+        places = [
+            [spent[0] for spent, _ in points],
+            [spent[0] * rates[0] + spent[1] * rates[1] for spent, _ in points],
+        ]
+        for axes, place in zip(panels, places, strict=True):
+            axes.errorbar(place, shares, errors, fmt="o-", capsize=3, label=label)
+    for axes, name in zip(panels, ("tokens of distillation", "seconds on two CPU cores"), strict=True):
+        axes.axhline(
+            100 * kept("replaceme-23")["share"], color="gray", linestyle=":", label="linear map alone"
+        )
+        axes.set_xscale("log")
+        axes.set_xlabel(name)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy above chance (% of dense)")
+    panels[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def healing_tokens(record: dict[str, Any]) -> int:
+    return record["recipe"]["max_steps"] * 4 * 256  # the same batch in all published runs
+
+
 def gpu() -> str:
     """What gpu.py found: whether its checks hold, the speed of a step, and a model healed for two minutes."""
     checks, speed, healed = (measured(f"gpu_{part}.json") for part in ("checks", "speed", "heal"))
@@ -204,6 +258,7 @@ def main(output: Path | None, evaluations: list[str]) -> None:
         for name in names:
             add_card(output / name, evaluation)
     plot_results(published_records(), CARDS / "results.png")
+    plot_healing(published_records(), CARDS / "healing.png")
     for page in PAGES:
         path = ROOT / page
         path.write_text(with_figures(path.read_text(), page))

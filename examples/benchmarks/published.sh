@@ -25,13 +25,14 @@ method() { # NAME KEEP RECIPE FLAGS...
     --calibration_sequences 128 "${common[@]}" "$@"
 }
 
-# The recipe as it is, in float32.
+# The recipe as it is, in float32, and as it was before passages were repeated.
 alone=(--max_steps 245 --per_device_train_batch_size 4 --bf16 False --logging_steps 7)
 method default-23 23 default "${alone[@]}"
-method default-27 27 default "${alone[@]}"
+method without-repeats-23 23 default "${alone[@]}" --repeat_share 0
+method without-repeats-27 27 default "${alone[@]}" --repeat_share 0
 
-map=(--replacement linear --reconstruction_layers 0)
-around=(--reconstruction_layers 3 --reconstruction_learning_rate 2e-3)
+map=(--replacement linear --reconstruction_layers 0 --repeat_share 0)
+around=(--reconstruction_layers 3 --reconstruction_learning_rate 2e-3 --repeat_share 0)
 method reconstruction-23 23 default "${healing[@]}" "${around[@]}"
 method reconstruction-25 25 default "${healing[@]}" "${around[@]}"
 method reconstruction-without-map-23 23 default "${healing[@]}" "${around[@]}" --replacement none

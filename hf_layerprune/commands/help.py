@@ -21,7 +21,7 @@ GROUPS = {
     "data": (
         "data sequence_length calibration_sequences heldout_sequences max_sequences tasks",
         "loss_on data_field data_template data_split data_config data_revision streaming packing "
-        "self_sequences self_length self_temperature heldout limit lm_eval",
+        "repeat_share self_sequences self_length self_temperature heldout limit lm_eval",
     ),
     "pruning": (
         "target_layers criterion protected",

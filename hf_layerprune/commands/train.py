@@ -134,6 +134,11 @@ def distill(arguments: list[str]) -> None:
         check_stored_weights(config, name)
     check_teacher_exists(teacher.teacher, trust)
     is_cache = teacher.teacher is None or is_teacher_cache(teacher.teacher)
+    if sample.repeat_share and teacher.teacher and is_cache:
+        raise LayerPruneError(
+            f"repeat_share is {sample.repeat_share}, but {teacher.teacher} holds the logits of the text as "
+            "it is. Leave repeat_share out."
+        )
     writer = partial(load_writer, name if is_cache else teacher.teacher, source)
     processor = processor_of(name, source)
     calibration, heldout, train = split_text(

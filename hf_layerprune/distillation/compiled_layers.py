@@ -1,7 +1,7 @@
 """Compiles decoder layers one by one, so that compiled models can lose layers."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +10,14 @@ from torch import nn
 from ..forward.hooks import running
 from ..surgery.decoder import find_decoder
 from ..surgery.peft import base_of
+
+
+def recompilation() -> AbstractContextManager[None]:
+    """Allows enough compilations of one function for all kinds of layers and shapes within this context."""
+    # Private: torch.compiler.config has this limit only in new releases of torch. The default is 8.
+    # Each kind of attention is compiled twice, for trained and for frozen layers.
+    context: AbstractContextManager[None] = torch._dynamo.config.patch(recompile_limit=64)
+    return context
 
 
 class CompiledLayers:
@@ -39,9 +47,7 @@ class CompiledLayers:
                 if layer not in self._forwards:
                     self._forwards[layer] = torch.compile(layer.forward, **self._settings)
                 patches.enter_context(running(layer, self._forwards[layer]))
-            # Private: torch.compiler.config has this limit only in new releases of torch. The default is 8.
-            # Each kind of attention is compiled twice, for trained and for frozen layers.
-            patches.enter_context(torch._dynamo.config.patch(recompile_limit=64))
+            patches.enter_context(recompilation())
             yield
 
     def forget(self) -> None:

@@ -17,6 +17,7 @@ from transformers.utils import is_liger_kernel_available
 from ..forward.hooks import LAST
 from ..forward.token_losses import LOWEST, scaled_logits
 from ..surgery.lineage import Lineage
+from .compiled_layers import recompilation
 from .sampled_tokens import SampledTokens, sampled_kl
 
 
@@ -86,7 +87,7 @@ def divergence(
     if isinstance(teacher_logits, SampledTokens):
         return sampled_kl(student_logits, teacher_logits, temperature) * temperature**2
     uses_liger = student_logits.is_cuda and is_liger_kernel_available()
-    if kind == "kl" and torch.is_tensor(teacher_logits) and not uses_liger:
+    if kind == "kl" and torch.is_tensor(teacher_logits) and (compilation or not uses_liger):
         return _ForwardKL.apply(student_logits, teacher_logits, temperature, compilation)
     scaled = scaled_logits(student_logits, temperature)
     if isinstance(teacher_logits, TopKLogProbs):
@@ -124,9 +125,9 @@ class _ForwardKL(torch.autograd.Function):
         compilation: tuple[str, str | None] | None,
     ) -> torch.Tensor:
         compute = _kl_and_gradient if compilation is None else _compiled_kl(*compilation)
-        total, gradient = compute(
-            student_logits.detach(), teacher_logits.detach(), temperature, ctx.needs_input_grad[0]
-        )
+        inputs = student_logits.detach(), teacher_logits.detach(), temperature, ctx.needs_input_grad[0]
+        with recompilation():
+            total, gradient = compute(*inputs)
         ctx.save_for_backward(gradient)
         ctx.dtype = student_logits.dtype
         return total

@@ -166,6 +166,6 @@ class TrainingSampleArguments(SampleArguments):
         default=0.0,
         metadata={
             "help": "Share of the training sequences whose first half is read twice, so that the model still "
-            "copies text. Only with packing joined."
+            "copies text. Only for text with packing joined and loss_on all."
         },
     )

@@ -25,7 +25,7 @@ from ..data.batches import has_rows, make_batches, rows_of, split_rows
 from ..data.own_text import SELF, write_own_text
 from ..data.pictures import PictureCollator, check_pictures, hold_pictures, picture_dataset
 from ..data.processes import process_index, run_together
-from ..data.repeats import check_repeat_share, repeat_passages
+from ..data.repeats import COLUMNS, check_repeat_share, repeat_passages
 from ..data.sequences import (
     check_sequence_length,
     prepare_dataset,
@@ -438,7 +438,7 @@ def split_text(
             data, text, sequence, config, tokenizer, writer=writer, processor=processor
         )
         *others, train = split_sequences(sequences, calibration, heldout)
-        return *others, _repeated(train, sequence, sample.repeat_share)
+        return *others, _repeated(train, data, text, sequence, sample)
     sources = _sources_of(data)
     if not sources:
         raise LayerPruneError(
@@ -454,13 +454,23 @@ def split_text(
     form = _form(text, sequence, config) | origin
     head, train = stream_sequences(_needed(tokenizer), first=calibration + heldout, source=sources, **form)
     head.info.dataset_name = train.info.dataset_name = text_name(sources, text)
-    return *split_sequences(head, calibration, heldout)[:2], _repeated(train, sequence, sample.repeat_share)
+    train = _repeated(train, data, text, sequence, sample)
+    return *split_sequences(head, calibration, heldout)[:2], train
 
 
-def _repeated(train: Any, sequence: SequenceArguments, share: float) -> Any:
-    """Returns the rows for training, with [`repeat_passages`] if they are joined texts of tokens only."""
-    joined = sequence.packing == "joined" and {*(train.column_names or ())} <= {"input_ids", "labels"}
-    return repeat_passages(train, share) if joined else train
+def _repeated(
+    train: Any, data: Any, text: TextArguments, sequence: SequenceArguments, sample: TrainingSampleArguments
+) -> Any:
+    """Returns the rows for training, with [`repeat_passages`] if they are text that was joined and cut.
+
+    Other rows would lose half of a chat or of an answer. For them `sample.repeat_share` becomes 0, in place.
+    """
+    is_text = bool(_sources_of(data)) or _holds_text(rows_of(data), text)
+    is_joined = sequence.packing == "joined" and sequence.loss_on == "all"
+    has_tokens = {*(train.column_names or COLUMNS)} == COLUMNS
+    if not (is_text and is_joined and has_tokens):
+        sample.repeat_share = 0.0
+    return repeat_passages(train, sample.repeat_share)
 
 
 def check_text_is_left(train: Any, sample: SampleArguments) -> None:

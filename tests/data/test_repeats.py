@@ -63,8 +63,38 @@ def test_only_the_training_text_of_a_recipe_is_repeated(streaming, folder, token
     assert all(found[2][place]["input_ids"][1:8] == found[2][place]["input_ids"][9:] for place in changed)
 
 
-@pytest.mark.parametrize("packing", ["packed", "none"])
-def test_other_sequences_are_not_repeated(packing, folder, tokenizer):
-    Path("rows.jsonl").write_text('{"text": "A short text."}\n' * 40)
-    found = [split(tokenizer, share, "rows.jsonl", packing=packing) for share in (0, 1)]
+CHAT = '{"prompt": "A question?", "completion": " An answer."}\n'
+
+
+@pytest.mark.parametrize(
+    "form", [{"packing": "packed"}, {"packing": "none"}, {"loss_on": "completion"}], ids=str
+)
+def test_chats_and_answers_are_not_repeated(form, folder, tokenizer):
+    Path("rows.jsonl").write_text(CHAT * 40)
+    found = [split(tokenizer, share, "rows.jsonl", **form) for share in (0, 1)]
     assert found[0] == found[1]
+
+
+def test_own_tokens_are_not_repeated(folder, tokenizer):
+    assert split(tokenizer, 1, rows(16)) == split(tokenizer, 0, rows(16))
+
+
+@pytest.mark.parametrize(("packing", "share"), [("joined", 0.125), ("none", 0.0)])
+def test_the_record_says_what_was_repeated(packing, share, folder):
+    Path("rows.jsonl").write_text('{"text": "A text that is long enough."}\n' * 40)
+    settings = {"calibration_sequences": 4, "heldout_sequences": 4, "sequence_length": 16, "max_steps": 0}
+    record = prune(folder, "rows.jsonl", 4, packing=packing, output_dir="out", **settings).record
+    assert record.recipe.get("repeat_share", 0.0) == share
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_formatted_rows_are_repeated_too(kind):
+    found = repeat_passages(rows(2).with_format(kind), 1)
+    assert found.format["type"] == kind
+    assert found.with_format(None).to_list() == repeat_passages(rows(2), 1).to_list()
+
+
+def test_rows_with_other_columns_are_refused():
+    packed = rows(2).add_column("position_ids", [[0] * 8] * 2)
+    with pytest.raises(LayerPruneError, match="position_ids"):
+        repeat_passages(packed, 0.5)

@@ -100,6 +100,13 @@ def test_cached_logits_teach_a_recipe(pruned):
     check_lineage()
 
 
+def test_distill_refuses_repeats_of_cached_text(pruned, capsys):
+    assert main(["cache-teacher", "model", *DATA[:4], "--output_dir", "cached", "--top_k", "9"]) == 0
+    words = ["distill", pruned, *DATA, *SHORT, "--keep", "3", "--output_dir", "out", "--teacher", "cached"]
+    assert main([*words, "--repeat_share", "0.5"]) == 2
+    assert "Leave --repeat_share out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
