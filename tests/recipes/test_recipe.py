@@ -91,6 +91,16 @@ def blocks(tokenizer):
     return split_sequences(token_sequences(load_texts("text.txt"), tokenizer, 16), 8, 8)
 
 
+def repeated(text):
+    """The training rows of `default`: one in eight reads its first half twice."""
+
+    def twice(row, place):
+        again = {name: values[:9] + values[1:8] for name, values in row.items()}
+        return again if place % 8 == 7 else row
+
+    return text.map(twice, with_indices=True)
+
+
 def result():
     model = AutoModelForCausalLM.from_pretrained("out").eval()
     assert model.config.use_cache is True
@@ -436,7 +446,7 @@ def test_the_default_is_a_linear_map_and_a_plain_loop_against_the_original(folde
     batches = make_batches(calibration, 4)
     first = score_layers(reference, batches, "block_influence", block_size=3, progress=False).ranking()[0]
     replace_by_linear_map(reference, first, 3, batches)
-    ids = torch.tensor(text["input_ids"])
+    ids = torch.tensor(repeated(text)["input_ids"])
     wanted = logits(original, ids)[:, :-1].log_softmax(-1).flatten(0, 1)
 
     def loss():
@@ -534,7 +544,7 @@ def test_reconstruction_comes_between_cut_and_distillation(folder, tokenizer, tr
     batches = make_batches(calibration, 4)
     first = score_layers(reference, batches, "block_influence", block_size=3, progress=False).ranking()[0]
     replace_by_linear_map(reference, first, 3, batches)
-    rows = make_batches(text.shuffle(seed=42).select(range(12)), 4)
+    rows = make_batches(repeated(text).shuffle(seed=42).select(range(12)), 4)
     settings = {"epochs": 3, "learning_rate": 2e-3, "seed": 42, "progress": False}
     expected = reconstruct_layers(reference, original, rows, **settings)
     model, record = result()
@@ -648,7 +658,7 @@ def test_the_best_few_blocks_are_compared_by_kl(folder, tokenizer, trained):
     assert run("default", *DATA, *SMALL, *words) == 0
     model, record = result()
     calibration, _, text = blocks(tokenizer)
-    batches, rows = make_batches(calibration, 4), make_batches(text.shuffle(seed=42), 4)
+    batches, rows = make_batches(calibration, 4), make_batches(repeated(text).shuffle(seed=42), 4)
     original = trained()
     table = score_layers(original, batches, "loss", block_size=2, progress=False)
     found = []
@@ -790,7 +800,9 @@ def test_prune_is_run(folder, tokenizer, trained):
     rows = token_sequences(load_texts("text.txt"), tokenizer, 16).remove_columns("labels")
     recipe = read_recipe("default")
     fourth = prune("model", rows, 3, recipe, output_dir="fourth", **FIELDS | {"learning_rate": 1e-2})
-    assert equal_weights(fourth.model, expected)
+    plain = prune("model", "text.txt", 3, output_dir="fifth", repeat_share=0, **FIELDS)
+    assert equal_weights(fourth.model, plain.model)  # given tokens stay as they are
+    assert not equal_weights(plain.model, expected)
 
 
 def test_prune_asks_for_the_tokenizer_of_a_model_made_in_memory(folder):
