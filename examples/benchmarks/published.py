@@ -138,6 +138,7 @@ def plot_healing(records: dict[str, dict[str, Any]], path: Path) -> None:
     The seconds are those of `default-23` for as many tokens, since the runs were made on other machines.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     run, long = records["default-23"]["phases"][-1], measured("gpu_heal.json")
     reconstruction = run["reconstruction"]
@@ -175,6 +176,7 @@ def plot_healing(records: dict[str, dict[str, Any]], path: Path) -> None:
             100 * kept("replaceme-23")["share"], color="gray", linestyle=":", label="linear map alone"
         )
         axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(name)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy above chance (% of dense)")
