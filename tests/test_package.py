@@ -139,6 +139,8 @@ def test_the_figures_in_readme_and_guides_are_those_of_the_records():
         assert published.with_figures(text, page) == text
         assert "<!-- end of " in text
     assert len(published.published_records()) >= 8
+    published.plot_healing(published.published_records(), Path("healing.png"))
+    assert Path("healing.png").stat().st_size > 10_000
 
 
 def test_the_published_cards_are_those_of_their_records(capsys):

@@ -125,9 +125,9 @@ class _ForwardKL(torch.autograd.Function):
         compilation: tuple[str, str | None] | None,
     ) -> torch.Tensor:
         compute = _kl_and_gradient if compilation is None else _compiled_kl(*compilation)
-        inputs = student_logits.detach(), teacher_logits.detach(), temperature, ctx.needs_input_grad[0]
-        with recompilation():
-            total, gradient = compute(*inputs)
+        total, gradient = compute(
+            student_logits.detach(), teacher_logits.detach(), temperature, ctx.needs_input_grad[0]
+        )
         ctx.save_for_backward(gradient)
         ctx.dtype = student_logits.dtype
         return total
@@ -155,7 +155,13 @@ def _kl_and_gradient(
 
 @cache
 def _compiled_kl(backend: str, mode: str | None) -> Callable[..., Any]:
-    return torch.compile(_kl_and_gradient, backend=backend, mode=mode)
+    compiled = torch.compile(_kl_and_gradient, backend=backend, mode=mode)
+
+    def compute(*inputs: Any) -> Any:
+        with recompilation():
+            return compiled(*inputs)
+
+    return compute
 
 
 def _log_probs(logits: torch.Tensor, temperature: float) -> torch.Tensor:

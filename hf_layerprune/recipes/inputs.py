@@ -433,6 +433,8 @@ def split_text(
     """
     calibration, heldout = sample.calibration_sequences, sample.heldout_sequences
     check_repeat_share(sample.repeat_share)
+    if data is not None and not _sources_of(data):
+        data = rows_of(data)  # an iterator can be read only once
     if not text.streaming or SELF in _sources_of(data):
         sequences = make_sequences(
             data, text, sequence, config, tokenizer, writer=writer, processor=processor
@@ -465,7 +467,7 @@ def _repeated(
 
     Other rows would lose half of a chat or of an answer. For them `sample.repeat_share` becomes 0, in place.
     """
-    is_text = bool(_sources_of(data)) or _holds_text(rows_of(data), text)
+    is_text = bool(_sources_of(data)) or _holds_text(data, text)
     is_joined = sequence.packing == "joined" and sequence.loss_on == "all"
     has_tokens = {*(train.column_names or COLUMNS)} == COLUMNS
     if not (is_text and is_joined and has_tokens):

@@ -63,6 +63,12 @@ def test_only_the_training_text_of_a_recipe_is_repeated(streaming, folder, token
     assert all(found[2][place]["input_ids"][1:8] == found[2][place]["input_ids"][9:] for place in changed)
 
 
+def test_texts_of_an_iterator_are_repeated_as_those_of_a_list(tokenizer):
+    texts = ["A text that is long enough to be cut into some sequences."] * 20
+    assert split(tokenizer, 0.125, iter(texts)) == split(tokenizer, 0.125, texts)
+    assert split(tokenizer, 0.125, texts) != split(tokenizer, 0, texts)
+
+
 CHAT = '{"prompt": "A question?", "completion": " An answer."}\n'
 
 
